@@ -1,0 +1,220 @@
+"""The words of the project as types: what a site is, what tokens are, what an operator is, what a stage yields.
+
+Letters for shapes, used everywhere: B batch, L tokens, D channels, H heads, K head dim of q and k, V head dim of v;
+images are `b c h w`. This file holds no behaviour of its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Role = Literal["attention", "mlp", "block"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Image tokens in raster order: frames, then rows, then columns."""
+
+    rows: int
+    cols: int
+    frames: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What a sequence's tokens are: a grid of image tokens, and text tokens before or after them."""
+
+    grid: Grid
+    num_text: int = 0
+    text_first: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid.num_tokens + self.num_text
+
+    @property
+    def image_slice(self) -> slice:
+        start = self.num_text if self.text_first else 0
+        return slice(start, start + self.grid.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A replaceable place in a model, with the facts that operators are sized from.
+
+    `num_tokens` and `grid` are those of the model's native input; an operator that runs on any grid ignores them.
+    """
+
+    role: Role
+    block: int
+    path: str  # module path inside the model
+    dim: int  # D, channels in and out
+    grid: Grid
+    num_text: int = 0
+    num_heads: int = 0  # attention only
+    hidden_dim: int = 0  # MLP only
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid.num_tokens + self.num_text
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout(self.grid, self.num_text)
+
+
+class AttentionWeights(NamedTuple):
+    """An attention module's projections as plain tensors (weights [out, in]), for operators that inherit them."""
+
+    q: tuple[Tensor, Tensor | None]
+    k: tuple[Tensor, Tensor | None]
+    v: tuple[Tensor, Tensor | None]
+    out: tuple[Tensor, Tensor | None]
+
+
+class MlpWeights(NamedTuple):
+    """A two-layer MLP's weights as plain tensors, and the function between them."""
+
+    up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+    activation: Callable[[Tensor], Tensor]
+
+
+class Kernel(nn.Module, ABC):
+    """What replaces softmax(QK^T)V inside an attention module; the host's projections, norms and RoPE stay."""
+
+    @abstractmethod
+    def forward(
+        self,
+        q: Float[Tensor, "b heads l k"],
+        k: Float[Tensor, "b heads l k"],
+        v: Float[Tensor, "b heads l v"],
+        layout: TokenLayout,
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "b heads l v"]:
+        """Mixed values; `scale` multiplies q k^T and is 1/sqrt(K) when None."""
+
+
+class Mixer(nn.Module, ABC):
+    """What replaces a whole attention or MLP module."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
+        """Mixed tokens, in the dtype of x."""
+
+    def inherit(self, weights: AttentionWeights | MlpWeights) -> None:
+        """Start from the weights of the module that is replaced; by default there is nothing to take."""
+
+
+class OperatorConfig(BaseModel, ABC):
+    """An operator as data: its name and settings, no facts of a host; it builds itself for a site.
+
+    Subclass `KernelConfig` or `MixerConfig` in a file of `operators/`, with `name: Literal["my-operator"]`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    roles: ClassVar[frozenset[Role]]
+    name: str
+
+    def faults(self, site: Site) -> list[str]:
+        """Why this operator cannot stand at this site, in words; empty if it can."""
+        return []
+
+    @abstractmethod
+    def build(self, site: Site) -> "Kernel | Mixer":
+        """The operator for this site, randomly initialised."""
+
+    @abstractmethod
+    def mixing_macs(self, site: Site) -> int:
+        """Multiply-accumulates an image of what replaces softmax(QK^T)V (or the MLP's own work).
+
+        Counted as in arXiv:2506.05340 Table 4, where softmax attention is 2 L^2 D.
+        """
+
+    @abstractmethod
+    def projection_macs(self, site: Site) -> int:
+        """Multiply-accumulates an image of the projections and featurizers around it."""
+
+    @abstractmethod
+    def randomised(self) -> "OperatorConfig":
+        """The same operator with nothing taken from the host: the control experiment."""
+
+
+class KernelConfig(OperatorConfig):
+    """Settings of a kernel. The host's projections around it are kept, or drawn anew."""
+
+    roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
+    projections: Literal["kept", "random"] = "kept"
+    """Keep the host's trained q, k, v and output projections, or draw them anew."""
+
+    @abstractmethod
+    def build(self, site: Site) -> Kernel: ...
+
+    def projection_macs(self, site: Site) -> int:
+        return 4 * site.num_tokens * site.dim**2
+
+    def randomised(self) -> "KernelConfig":
+        return self.model_copy(update={"projections": "random"})
+
+
+class MixerConfig(OperatorConfig):
+    """Settings of a mixer. Its own weights start from the host's where that has a meaning, or at random."""
+
+    init: Literal["inherit", "random"] = "inherit"
+    """Start from the replaced module's weights where that has a meaning, or at random."""
+
+    @abstractmethod
+    def build(self, site: Site) -> Mixer: ...
+
+    def randomised(self) -> "MixerConfig":
+        return self.model_copy(update={"init": "random"})
+
+
+class TrainingData(Protocol):
+    """What training reads: items by index, as model inputs."""
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> tuple[Float[Tensor, "b c h w"], Tensor]:
+        """Images or latents in the model's range, and their labels [B]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a stage tells its caller after each step; `state()` is all that it needs to go on from here."""
+
+    done: int
+    total: int
+    values: dict[str, float] = field(default_factory=dict)
+    state: Callable[[], dict[str, Any]] = dict
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state dict, detached from later training."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")

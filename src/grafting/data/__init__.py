@@ -1,0 +1,1 @@
+"""What training and evaluation read: images, subsets, and the bundled testbed."""

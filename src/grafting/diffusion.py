@@ -1,0 +1,111 @@
+"""The noise process and loss of DiT: linear betas over 1,000 steps, predicted noise, learned variance.
+
+Pure functions of tensors; the model is called by whoever calls these. Sampling is in `sampling.py`, by diffusers' schedulers.
+
+Source: arXiv:2006.11239 (process), arXiv:2102.09672 (learned variance, L_vlb); constants as in openai/guided-diffusion.
+"""
+
+import math
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NUM_STEPS = 1000
+BETA_START, BETA_END = 1e-4, 0.02
+
+
+class Diffusion:
+    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), for t in 0..999."""
+
+    @cached_property
+    def betas(self) -> Float[Tensor, "steps"]:
+        return torch.linspace(BETA_START, BETA_END, NUM_STEPS, dtype=torch.float64)
+
+    @cached_property
+    def alpha_bars(self) -> Float[Tensor, "steps"]:
+        return (1 - self.betas).cumprod(0)
+
+    @cached_property
+    def _alpha_bars_before(self) -> Float[Tensor, "steps"]:
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+
+    @cached_property
+    def posterior_log_variance(self) -> Float[Tensor, "steps"]:
+        """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, that of t = 1."""
+        variance = self.betas * (1 - self._alpha_bars_before) / (1 - self.alpha_bars)
+        return torch.cat([variance[1:2], variance[1:]]).log()
+
+    def add_noise(
+        self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Int[Tensor, "b"]
+    ) -> Float[Tensor, "b *chw"]:
+        """x_t for clean x, standard normal noise and steps t."""
+        alpha_bar = self._at(self.alpha_bars, t, x)
+        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+
+    def loss(
+        self,
+        prediction: Float[Tensor, "b out_c h w"],
+        *,
+        x: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        t: Int[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        """Per-sample training loss: mse of the noise, plus the variational bound where the variance is predicted too.
+
+        The bound sees the predicted noise detached, so that it moves the variance only.
+        """
+        prediction = prediction.float()
+        if prediction.shape[1] == x.shape[1]:
+            return (noise - prediction).square().flatten(1).mean(1)
+        eps, variance = prediction.chunk(2, dim=1)
+        mse = (noise - eps).square().flatten(1).mean(1)
+        return mse + self._bound(eps.detach(), variance, x=x, x_t=x_t, t=t)
+
+    def _bound(self, eps: Tensor, variance: Tensor, *, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """KL of the true posterior from the model's, in bits a dimension; at t = 0 the negative log likelihood of x."""
+        low = self._at(self.posterior_log_variance, t, x)
+        high = self._at(self.betas.log(), t, x)
+        log_variance = low + (variance + 1) / 2 * (high - low)  # arXiv:2102.09672 Eq. 15
+        alpha_bar = self._at(self.alpha_bars, t, x)
+        predicted_x = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        mean = self._posterior_mean(predicted_x, x_t, t)
+        true_mean = self._posterior_mean(x, x_t, t)
+        kl = 0.5 * (
+            log_variance
+            - low
+            - 1
+            + (low - log_variance).exp()
+            + (true_mean - mean).square() * (-log_variance).exp()
+        )
+        nll = -discretized_log_likelihood(x, mean, 0.5 * log_variance)
+        first = (t == 0).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
+
+    def _posterior_mean(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0 = x), arXiv:2006.11239 Eq. 7."""
+        before, alpha_bars = self._alpha_bars_before, self.alpha_bars
+        from_x = self.betas * before.sqrt() / (1 - alpha_bars)
+        from_x_t = (1 - before) * (1 - self.betas).sqrt() / (1 - alpha_bars)
+        return self._at(from_x, t, x) * x + self._at(from_x_t, t, x) * x_t
+
+    @staticmethod
+    def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        values = table.to(like.device)[t].float()
+        return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability, in nats, of 8-bit values x in [-1, 1] under a Gaussian integrated over each value's bin."""
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse_scale = (-log_scale).exp()
+    upper = cdf(inverse_scale * (x - mean + 1 / 255))
+    lower = cdf(inverse_scale * (x - mean - 1 / 255))
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()

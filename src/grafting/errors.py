@@ -1,0 +1,44 @@
+"""What can be wrong with a user's input, one class per kind; raised before any work begins.
+
+A message says what was asked, what was found, what is allowed and what to do. `assert` is for our own invariants.
+"""
+
+
+class GraftingError(Exception):
+    """Base of every error that a user's input can cause; the command line prints it without a traceback."""
+
+
+class PlanError(GraftingError):
+    """A plan does not fit its model: lists every fault."""
+
+
+class HostError(GraftingError):
+    """A model is not one of the known hosts, or does not behave as its host declares."""
+
+
+class RecipeError(GraftingError):
+    """A recipe file is missing, unreadable or has faults: lists every fault with its path in the file."""
+
+
+class CheckpointError(GraftingError):
+    """A model folder, weights file or training state is missing, damaged or belongs to something else."""
+
+
+class DataError(GraftingError):
+    """A data set or subset is missing, damaged or does not fit the model."""
+
+
+class ProtocolError(GraftingError):
+    """Two figures were measured differently and cannot be compared, or a protocol cannot be carried out."""
+
+
+class RunError(GraftingError):
+    """A run folder belongs to another recipe, or a stage cannot go on (no disk, read-only)."""
+
+
+class TrainingError(GraftingError):
+    """Training produced a loss that is not finite, or cannot start."""
+
+
+class MissingBackend(GraftingError):
+    """An optional package is needed: names it and the line that installs it."""

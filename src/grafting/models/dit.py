@@ -1,0 +1,250 @@
+"""DiT, the class-conditional diffusion transformer with adaLN-Zero, in the published state-dict layout.
+
+One readable file: `DiT.forward` from top to bottom, then its parts. Weights of facebookresearch/DiT load strictly.
+The class is a diffusers `ModelMixin` (saving, sharding, Hub, EMA); sampling and losses live elsewhere.
+
+Source: arXiv:2212.09748; layout and initialisation as in facebookresearch/DiT `models.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+# hidden_size, depth, num_heads of the published sizes
+_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+DIT_PRESETS: dict[str, dict[str, int]] = {
+    f"DiT-{size}/{patch}": dict(hidden_size=hidden, depth=depth, num_heads=heads, patch_size=patch)
+    for size, (hidden, depth, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Predicts noise (and, with `learn_sigma`, a variance) of a noised image, given its step and class.
+
+    Args:
+        input_size: height = width of the image or latent that the positions are made for, in pixels.
+        patch_size: side of a patch, in pixels; tokens = (input_size / patch_size)^2.
+        in_channels: channels of the image or latent, C.
+        hidden_size: channels of a token, D.
+        depth: number of blocks.
+        num_heads: attention heads, H; must divide `hidden_size`.
+        mlp_ratio: hidden width of the MLP over D.
+        class_dropout_prob: share of labels replaced by the null label in training; 0 means that there is no null label.
+        num_classes: classes; the null label, if any, is `num_classes`.
+        learn_sigma: also predict the variance, in C more channels.
+
+    Raises:
+        ValueError: a size that does not divide another.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4"
+            )
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        side = input_size // patch_size
+        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, side, side), requires_grad=False)
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialise()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "DiT":
+        """A randomly initialised DiT of a published size, such as `DiT-XL/2`."""
+        if name not in DIT_PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(DIT_PRESETS)}")
+        return cls(**{**DIT_PRESETS[name], **overrides})
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "b"] | Int[Tensor, "b"], y: Int[Tensor, "b"]
+    ) -> Float[Tensor, "b out_c h w"]:
+        """The model's prediction for noised images x at steps t (0..999, may be fractional) and classes y.
+
+        Any height and width that are multiples of the patch size: positions are made for that grid.
+        """
+        patch = self.config.patch_size
+        rows, cols = x.shape[2] // patch, x.shape[3] // patch
+        x = self.x_embedder(x) + self._positions(rows, cols)  # [B, L, D]
+        c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c)
+            else:
+                x = block(x, c)
+        x = self.final_layer(x, c)  # [B, L, patch * patch * out_c]
+        x = x.unflatten(1, (rows, cols)).unflatten(3, (patch, patch, self.out_channels))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _positions(self, rows: int, cols: int) -> Tensor:
+        side = self.config.input_size // self.config.patch_size
+        if (rows, cols) == (side, side):
+            return self.pos_embed
+        return sincos_2d(self.config.hidden_size, rows, cols).to(self.pos_embed)
+
+    def _initialise(self) -> None:
+        """As published: Xavier linears, N(0, 0.02) embedders, zero modulations and head (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedder.weight, std=0.02)
+        modulations = [b.adaLN_modulation for b in (*self.blocks, self.final_layer)]
+        for linear in (*(m[-1] for m in modulations), self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+
+class DiTBlock(nn.Module):
+    """Attention, then MLP, each on a modulated LayerNorm and behind a gate, all six made from the condition."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b l d"]:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1))
+        return x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention over all tokens, x [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, H, K]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, H, L, K]
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), with the tanh form of GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PatchEmbedder(nn.Module):
+    """Cuts an image into patches and projects each: [B, C, H, W] -> [B, L, D], raster order."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the step (cos first, 256 of them), then a two-layer SiLU network."""
+
+    num_features = 256
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Float[Tensor, "b d"]:
+        half = self.num_features // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A vector per class, and one for the null label; in training each sample's label is dropped once."""
+
+    def __init__(self, num_classes: int, dim: int, dropout_prob: float):
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
+
+    def forward(self, y: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
+            y = torch.where(dropped, self.num_classes, y)
+        return self.embedding_table(y)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and a linear map from a token to its patch."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b l out"]:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def sincos_2d(dim: int, rows: int, cols: int) -> Float[Tensor, "1 l d"]:
+    """Fixed positions: sin and cos of the column in the first half of the channels, of the row in the second.
+
+    Source: facebookresearch/DiT `get_2d_sincos_pos_embed` ("here w goes first").
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    col_angles = torch.arange(cols, dtype=torch.float64)[:, None] * frequencies
+    row_angles = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
+    by_col = torch.cat([col_angles.sin(), col_angles.cos()], -1).expand(rows, cols, -1)
+    by_row = torch.cat([row_angles.sin(), row_angles.cos()], -1)[:, None].expand(rows, cols, -1)
+    return torch.cat([by_col, by_row], -1).flatten(0, 1)[None].float()

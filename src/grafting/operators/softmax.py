@@ -1,0 +1,36 @@
+"""Softmax attention itself, as a kernel: the control. With kept projections it changes nothing, bit for bit."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..contract import Kernel, KernelConfig, Site, TokenLayout
+
+
+class SoftmaxConfig(KernelConfig):
+    """Softmax attention. With `projections: random` this is the paper's self-grafting control."""
+
+    name: Literal["softmax"] = "softmax"
+
+    def build(self, site: Site) -> "Softmax":
+        return Softmax()
+
+    def mixing_macs(self, site: Site) -> int:
+        return 2 * site.num_tokens**2 * site.dim
+
+
+class Softmax(Kernel):
+    """softmax(scale q k^T) v over all tokens."""
+
+    def forward(
+        self,
+        q: Float[Tensor, "b heads l k"],
+        k: Float[Tensor, "b heads l k"],
+        v: Float[Tensor, "b heads l v"],
+        layout: TokenLayout,
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "b heads l v"]:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
