@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 DIT_PRESETS: dict[str, dict[str, int]] = {
-    f"DiT-{size}/{patch}": dict(hidden_size=hidden, depth=depth, num_heads=heads, patch_size=patch)
+    f"DiT-{size}/{patch}": {"hidden_size": hidden, "depth": depth, "num_heads": heads, "patch_size": patch}
     for size, (hidden, depth, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
