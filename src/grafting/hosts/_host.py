@@ -1,0 +1,115 @@
+"""What a host must declare, so that every other part is written once against it.
+
+A host is a stateless description of one model class. Nothing is guessed from a model's attributes.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import AttentionWeights, MlpWeights, Role, Site, TokenLayout
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block calls a module that a mixer may replace, as data.
+
+    `tokens` is the keyword of the token tensor where it is not positional 0. Arguments named in `must_be_none`
+    change what attention means; a mixer refuses them when they are given. All others are ignored.
+    """
+
+    tokens: str = "hidden_states"
+    must_be_none: tuple[str, ...] = ()
+
+
+class LayoutTracker:
+    """Knows the token layout of a model's current forward pass; its operators read it.
+
+    It is the model's forward pre-hook, one per model, and is copied with it. A backward pass that recomputes blocks
+    (gradient checkpointing) must run before the next forward pass on another grid.
+    """
+
+    def __init__(self, host: "Host"):
+        self.host = host
+        self.layout: TokenLayout | None = None
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.layout = self.host.layout(model, *args, **kwargs)
+
+
+class Host(ABC):
+    """A pretrained model family that can be edited. Subclasses are final."""
+
+    name: ClassVar[str]
+    model_class: ClassVar[type[nn.Module]]
+    calls: ClassVar[dict[Role, Call]]
+    """Roles whose modules mixers may replace; kernels need no declaration."""
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """Every replaceable place, by block, attention before MLP."""
+
+    @abstractmethod
+    def layout(self, model: nn.Module, *args: Any, **kwargs: Any) -> TokenLayout:
+        """The token layout of a forward pass with these arguments."""
+
+    @abstractmethod
+    def attention_weights(self, attention: nn.Module) -> AttentionWeights:
+        """The projections of one of its attention modules; views, not copies."""
+
+    @abstractmethod
+    def mlp_weights(self, mlp: nn.Module) -> MlpWeights:
+        """The layers of one of its MLP modules; views, not copies."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """The model's raw prediction for noised inputs x_t [B, C, H, W] at steps t [B]."""
+
+    @abstractmethod
+    def tiny(self) -> nn.Module:
+        """A small random model of this class, for tests and trials; its output is not zero."""
+
+    @abstractmethod
+    def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+        """Random keyword arguments of a forward pass whose image tokens form this grid."""
+
+    def redraw(self, module: nn.Module) -> None:
+        """Draw a module's linear layers anew, as the paper's random initialisation does: Xavier weights, zero biases."""
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def track_layout(self, model: nn.Module) -> LayoutTracker:
+        """The model's tracker; adds it at the first call."""
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(hook, LayoutTracker):
+                return hook
+        tracker = LayoutTracker(self)
+        model.register_forward_pre_hook(tracker, with_kwargs=True)
+        return tracker
+
+    def untrack_layout(self, model: nn.Module) -> None:
+        """Remove the model's tracker, if it has one."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, LayoutTracker):
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def linear_weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's weight and bias, detached."""
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def randomise(model: nn.Module, std: float = 0.05) -> nn.Module:
+    """Add noise to every parameter, so that zero-initialised gates and heads of a fresh model let signals through."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=std)
+    return model

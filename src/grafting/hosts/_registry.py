@@ -1,0 +1,36 @@
+"""Finds every host: the final `Host` classes in this folder's files."""
+
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import HostError
+from ._host import Host
+
+
+@cache
+def hosts() -> dict[str, Host]:
+    """Every host by name."""
+    modules = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name[0] != "_"]
+    found: dict[str, Host] = {}
+    for module in (importlib.import_module(f"{__package__}.{name}") for name in modules):
+        for item in vars(module).values():
+            if isinstance(item, type) and issubclass(item, Host) and item.__module__ == module.__name__:
+                found[item.name] = item()
+    return dict(sorted(found.items()))
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host that this model belongs to.
+
+    Raises:
+        HostError: none; names those that there are.
+    """
+    for host in hosts().values():
+        if isinstance(model, host.model_class):
+            return host
+    known = ", ".join(f"{h.name} ({h.model_class.__name__})" for h in hosts().values())
+    raise HostError(f"no host for a model of class {type(model).__name__}; there are {known}")

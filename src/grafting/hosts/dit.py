@@ -1,0 +1,59 @@
+"""Host: the native class-conditional DiT (`models/dit.py`)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..contract import AttentionWeights, Grid, MlpWeights, Site, TokenLayout
+from ..models.dit import Attention, DiT, Mlp
+from ._host import Call, Host, linear_weights, randomise
+
+
+class DiTHost(Host):
+    """Blocks of attention and MLP; the condition is a class label [B]."""
+
+    name = "dit"
+    model_class = DiT
+    calls = {"attention": Call("x"), "mlp": Call("x")}
+
+    def sites(self, model: DiT) -> tuple[Site, ...]:
+        side = model.config.input_size // model.config.patch_size
+        dim, grid = model.config.hidden_size, Grid(side, side)
+        attention = {"role": "attention", "num_heads": model.config.num_heads}
+        mlp = {"role": "mlp", "hidden_dim": int(dim * model.config.mlp_ratio)}
+        return tuple(
+            Site(block=i, path=f"blocks.{i}.{path}", dim=dim, grid=grid, **facts)
+            for i in range(model.config.depth)
+            for path, facts in (("attn", attention), ("mlp", mlp))
+        )
+
+    def layout(self, model: DiT, x: Tensor, *args: Any, **kwargs: Any) -> TokenLayout:
+        patch = model.config.patch_size
+        return TokenLayout(Grid(x.shape[2] // patch, x.shape[3] // patch))
+
+    def attention_weights(self, attention: Attention) -> AttentionWeights:
+        weight, bias = linear_weights(attention.qkv)
+        q, k, v = zip(weight.chunk(3), bias.chunk(3), strict=True)
+        return AttentionWeights(q, k, v, linear_weights(attention.proj))
+
+    def mlp_weights(self, mlp: Mlp) -> MlpWeights:
+        gelu = partial(F.gelu, approximate="tanh")
+        return MlpWeights(linear_weights(mlp.fc1), linear_weights(mlp.fc2), gelu)
+
+    def predict(self, model: DiT, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return model(x_t, t, condition)
+
+    def tiny(self) -> DiT:
+        model = DiT(input_size=16, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)
+        return randomise(model)
+
+    def example(self, model: DiT, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+        patch = model.config.patch_size
+        return {
+            "x": torch.randn(batch_size, model.config.in_channels, rows * patch, cols * patch),
+            "t": torch.randint(0, 1000, (batch_size,)),
+            "y": torch.randint(0, model.config.num_classes, (batch_size,)),
+        }
