@@ -1,0 +1,38 @@
+import pytest
+import torch
+from torch import nn
+from torchmetrics.image.inception import InceptionScore
+
+from grafting.metrics.inception_score import inception_score
+from grafting.randomness import generator
+
+
+@pytest.mark.parametrize("splits", [1, 10])
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore`", "ignore:.*degrees of freedom")
+def test_equals_torchmetrics(splits):
+    logits = 3 * torch.randn(200, 10).double()
+    oracle = InceptionScore(feature=nn.Identity(), splits=splits)
+    oracle.update(logits)
+    torch.manual_seed(generator(0).initial_seed())
+    with torch.random.fork_rng():
+        value, deviation = oracle.compute()
+    got = inception_score(logits, splits=splits)
+    assert got.value == pytest.approx(float(value), rel=1e-6)
+    if splits > 1:
+        assert got.deviation * (splits / (splits - 1)) ** 0.5 == pytest.approx(float(deviation), rel=1e-6)
+
+
+def test_is_one_for_no_opinion_and_k_for_every_class_certain():
+    assert inception_score(torch.zeros(40, 5)).value == pytest.approx(1)
+    certain = 100 * torch.eye(5).repeat(20, 1)
+    assert inception_score(certain, splits=1).value == pytest.approx(5)
+
+
+def test_the_order_of_images_does_not_sort_the_splits():
+    sorted_by_class = 100 * torch.eye(5).repeat_interleave(40, 0)
+    assert inception_score(sorted_by_class).value > 4
+
+
+def test_refuses_fewer_rows_than_splits():
+    with pytest.raises(ValueError, match="10 splits need as many rows of logits; there are 9"):
+        inception_score(torch.zeros(9, 5))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from prdc import compute_prdc
+
+from grafting.metrics.manifold import density_coverage, neighbour_radii, precision_recall
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize(("m", "n", "shift"), [(120, 120, 0.0), (150, 80, 0.4), (70, 130, 1.5)])
+def test_equals_prdc(k, m, n, shift):
+    real, generated = torch.randn(m, 6).double(), torch.randn(n, 6).double() + shift
+    want = compute_prdc(real.numpy(), generated.numpy(), nearest_k=k)
+    got = precision_recall(real, generated, k=k)._asdict() | density_coverage(real, generated, k=k)._asdict()
+    assert got == pytest.approx(want, abs=1e-12)
+
+
+def test_chunks_do_not_matter():
+    real, generated = torch.randn(53, 4), torch.randn(41, 4)
+    for metric in (precision_recall, density_coverage):
+        assert metric(real, generated, chunk_size=8) == metric(real, generated)
+
+
+def test_never_holds_all_pairs():
+    real, generated = torch.randn(600, 2), torch.randn(500, 2)
+    largest = 0
+    original = torch.cdist
+
+    def watched(x, y):
+        nonlocal largest
+        largest = max(largest, len(x) * len(y))
+        return original(x, y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cdist", watched)
+        precision_recall(real, generated, chunk_size=50)
+        density_coverage(real, generated, chunk_size=50)
+    assert largest == 50 * 600
+
+
+def test_radii_by_hand():
+    line = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    assert neighbour_radii(line, 1).tolist() == [1, 1, 2, 4]
+    assert neighbour_radii(line, 2).tolist() == [3, 2, 3, 6]
+
+
+def test_far_apart_is_none_of_it():
+    real, generated = torch.randn(50, 3), torch.randn(50, 3) + 100
+    assert precision_recall(real, generated) == (0, 0)
+    assert density_coverage(real, generated) == (0, 0)
+
+
+def test_one_repeated_real_image_is_precise_and_recalls_nothing():
+    real = torch.randn(60, 3)
+    generated = real[:1].expand(60, 3)
+    precision, recall = precision_recall(real, generated)
+    assert precision == 1
+    assert recall == 0
+
+
+def test_refuses_too_few_rows():
+    with pytest.raises(ValueError, match="k = 3 needs more than 3 feature rows; there are 3"):
+        precision_recall(torch.randn(9, 2), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="k = 5 needs more than 5 feature rows; there are 5"):
+        density_coverage(torch.randn(5, 2), torch.randn(9, 2))
