@@ -186,6 +186,18 @@ class MixerConfig(OperatorConfig):
         return self.model_copy(update={"init": "random"})
 
 
+class ClassConditional(NamedTuple):
+    """What a class-conditional model makes, and of which classes."""
+
+    shape: tuple[int, int, int]  # channels, height, width of an image or latent
+    num_classes: int
+    null_label: int | None  # the label that stands for no class; None if the model was trained without one
+
+
+# calls a model on noised inputs [B, C, H, W], steps [B] and a condition (for a class-conditional host: labels [B])
+Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+
+
 class TrainingData(Protocol):
     """What training reads: items by index, as model inputs."""
 

@@ -6,7 +6,7 @@ resumed from any step's state equals an uninterrupted one. Pretraining is the sa
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -23,12 +23,11 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from .contract import Step, TrainingData
+from .contract import Predict, Step, TrainingData
 from .diffusion import NUM_STEPS, Diffusion
 from .errors import TrainingError
+from .functional.schedule import learning_rate_factor
 from .randomness import batch_indices, seeded
-
-Predict = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class FinetuneConfig(BaseModel):
@@ -116,7 +115,9 @@ def finetune(
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     student.train()
     for step in range(first, config.steps):
-        lr = config.lr * learning_rate_factor(step, config)
+        lr = config.lr * learning_rate_factor(
+            step, steps=config.steps, warmup_steps=config.warmup_steps, cooldown_steps=config.cooldown_steps
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         with seeded(config.seed, step, accelerator.process_index):
@@ -155,13 +156,6 @@ def finetune(
         )
     ema.copy_to(trained)
     model.eval()
-
-
-def learning_rate_factor(step: int, config: FinetuneConfig) -> float:
-    """Linear warm-up, constant, linear cool-down to zero at the end; in [0, 1]."""
-    up = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
-    down = (config.steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
-    return min(up, down, 1.0)
 
 
 def _draw(data: TrainingData, config: FinetuneConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

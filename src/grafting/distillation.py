@@ -1,0 +1,265 @@
+"""Stage 1: fit each new operator to the old one's activations, all sites in one streaming pass of the teacher.
+
+Inputs follow arXiv:2506.05340 Eq. 2: data noised by the host's process, t and noise fresh at each step, labels in their
+place. At each site the operator sees the site's input and is fitted to the old module's output inside the teacher's
+forward pass; its graph is freed before the next site, so memory holds one site's graph and disk holds nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from .contract import Predict, Role, Step, TrainingData
+from .diffusion import NUM_STEPS, Diffusion
+from .errors import TrainingError
+from .functional.losses import Regression, regression_loss
+from .functional.schedule import learning_rate_factor
+from .randomness import batch_indices, generator, seeded
+from .surgery import grafted
+
+# what happens at a site: its path, the arguments of the call, the old module's output
+Visit = Callable[[str, tuple, dict[str, Any], Any], None]
+
+# arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
+LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
+
+
+class DistillConfig(BaseModel):
+    """Settings of stage 1. The defaults are the paper's amount of training: 8k samples x 200 epochs, batch 64."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: NonNegativeInt = 25_000
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 5e-4
+    warmup_steps: NonNegativeInt = 0
+    cooldown_steps: NonNegativeInt = 0
+    """Last steps, in which the learning rate falls linearly to zero."""
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat = 10.0
+    """Largest gradient norm of each site."""
+    loss: Regression | None = None
+    """l1, l2 or huber; by default l1 for attention and l2 for MLPs."""
+    huber_delta: PositiveFloat = 1.0
+    normalised: bool = False
+    """Divide each site's loss by that of predicting zero."""
+    outlier_threshold: PositiveFloat | None = None
+    """Leave out elements whose target exceeds this many times the target's root mean square."""
+    inputs: Literal["teacher", "student"] = "teacher"
+    """What operators see: the teacher's activations, or those of the grafted model, errors of earlier grafts included."""
+    holdout: PositiveInt = 256
+    """Images kept out of training, on which loss and R^2 are measured."""
+    holdout_every: PositiveInt = 100
+    """Steps between measurements on the held-out images; also done at the start and at the end."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: NonNegativeInt = 0
+
+
+def distill(
+    teacher: nn.Module,
+    operators: Mapping[str, nn.Module],
+    data: TrainingData,
+    config: DistillConfig,
+    *,
+    roles: Mapping[str, Role],
+    predict: Predict,
+    diffusion: Diffusion,
+    state: dict[str, Any] | None = None,
+) -> Iterator[Step]:
+    """Fit `operators` (by site path, built for `teacher`) in place. The teacher is unchanged.
+
+    A step's values are `loss/PATH`, and when measured `holdout_loss/PATH` and `r2/PATH`: 1 minus the squared error over
+    the variance of the teacher's output.
+
+    Args:
+        roles: the role of each operator's site.
+        state: what an earlier step's `state()` returned, to go on from there.
+
+    Raises:
+        TrainingError: too few images, or a loss is not finite.
+    """
+    train, held_out = _split(len(data), config)
+    device = next(teacher.parameters()).device
+    losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in operators}
+    parameters = {
+        path: [p for p in operator.parameters() if p.requires_grad] for path, operator in operators.items()
+    }
+    trained = [p for group in parameters.values() for p in group]
+    optimizer = (
+        torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay) if trained else None
+    )
+    teacher.eval()
+    first = 0
+    if state is not None:
+        first = state["step"]
+        for path, operator in operators.items():
+            operator.load_state_dict(state["operators"][path])
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+
+    def snapshot(step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "operators": {path: operator.state_dict() for path, operator in operators.items()},
+            "optimizer": optimizer.state_dict() if optimizer else {},
+        }
+
+    def loss_at(path: str, output: Any, target: Any) -> Tensor:
+        pairs = zip(_tensors(output), _tensors(target), strict=True)
+        return sum(
+            regression_loss(
+                y,
+                want,
+                losses[path],
+                huber_delta=config.huber_delta,
+                normalised=config.normalised,
+                outlier_threshold=config.outlier_threshold,
+            )
+            for y, want in pairs
+        )
+
+    @torch.no_grad()
+    def run_teacher(indices: Tensor, entropy: tuple[int, ...], visit: Visit) -> None:
+        with seeded(*entropy) as draw:
+            x, labels = data.batch(indices)
+            noise = torch.randn(x.shape, generator=draw)
+            t = torch.randint(0, NUM_STEPS, (len(x),), generator=draw)
+            x, labels, noise, t = (a.to(device) for a in (x, labels, noise, t))
+            x_t = diffusion.add_noise(x, noise, t)
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+            with _visiting(teacher, operators, config.inputs, visit), autocast:
+                predict(teacher, x_t, t, labels)
+
+    def measure() -> dict[str, float]:
+        measured = {path: _Fit() for path in operators}
+
+        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+            output = operators[path].forward(*args, **kwargs)
+            measured[path].update(loss_at(path, output, target), output, target)
+
+        for number, indices in enumerate(held_out.split(config.batch_size)):
+            run_teacher(indices, (config.seed, number, 1, 1), visit)
+        return {
+            f"{name}/{path}": value
+            for path, fit in measured.items()
+            for name, value in (("holdout_loss", fit.loss), ("r2", fit.r2))
+        }
+
+    for operator in operators.values():
+        operator.to(device).train()
+    if first == 0:
+        yield Step(done=0, total=config.steps, values=measure(), state=lambda: snapshot(0))
+    for step in range(first, config.steps):
+        values: dict[str, float] = {}
+
+        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+            with torch.enable_grad():
+                loss = loss_at(path, operators[path].forward(*args, **kwargs), target)
+            values[f"loss/{path}"] = loss.item()  # noqa: B023 - called within this step only
+            if not math.isfinite(loss.item()):
+                raise TrainingError(
+                    f"stage 1, step {step}, {path}: the loss is {loss.item()}. Lower lr (now {config.lr:g}), "  # noqa: B023
+                    "use precision: fp32, or normalised: true"
+                )
+            if parameters[path]:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters[path], config.clip_norm)
+
+        factor = learning_rate_factor(
+            step, steps=config.steps, warmup_steps=config.warmup_steps, cooldown_steps=config.cooldown_steps
+        )
+        indices = train[batch_indices(len(train), config.batch_size, step, config.seed)]
+        run_teacher(indices, (config.seed, step), visit)
+        if optimizer:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % config.holdout_every == 0 or step + 1 == config.steps:
+            values |= measure()
+        yield Step(
+            done=step + 1,
+            total=config.steps,
+            values=values,
+            state=lambda step=step: snapshot(step + 1),
+        )
+    for operator in operators.values():
+        operator.eval()
+
+
+class _Fit:
+    """Running loss and R^2 of one site over held-out batches."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._error = self._total = self._count = 0.0
+        self._sum: list[Tensor] = []
+
+    def update(self, loss: Tensor, output: Any, target: Any) -> None:
+        self._losses.append(loss.item())
+        for y, want in zip(_tensors(output), _tensors(target), strict=True):
+            want = want.double()
+            self._error += (y.double() - want).square().sum().item()
+            self._total += (want - want.mean(dim=tuple(range(want.ndim - 1)))).square().sum().item()
+
+    @property
+    def loss(self) -> float:
+        return sum(self._losses) / len(self._losses)
+
+    @property
+    def r2(self) -> float:
+        return 1 - self._error / max(self._total, 1e-30)
+
+
+@contextmanager
+def _visiting(
+    teacher: nn.Module, operators: Mapping[str, nn.Module], inputs: str, visit: Visit
+) -> Iterator[None]:
+    """While the teacher runs, `visit` each site with its call's arguments and the old module's output."""
+    if inputs == "teacher":
+        with _hooks({p: teacher.get_submodule(p) for p in operators}, visit):
+            yield
+        return
+    old = {path: teacher.get_submodule(path) for path in operators}
+
+    def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+        visit(path, args, kwargs, old[path](*args, **kwargs))
+
+    with grafted(teacher, operators), _hooks(operators, visit_student):
+        yield
+
+
+@contextmanager
+def _hooks(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None]:
+    def hook_at(path: str) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            visit(path, args, kwargs, output)
+
+        return hook
+
+    handles = [m.register_forward_hook(hook_at(path), with_kwargs=True) for path, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices held out, by seed."""
+    if num_items <= config.holdout:
+        raise TrainingError(
+            f"stage 1 holds out {config.holdout} images, but the data has {num_items}: lower `holdout`"
+        )
+    order = torch.randperm(num_items, generator=generator(config.seed, 2))
+    return order[config.holdout :], order[: config.holdout]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of a module's output: one, or those of a tuple (joint attention)."""
+    return [output] if isinstance(output, Tensor) else [o for o in output if o is not None]

@@ -1,0 +1,472 @@
+"""A recipe: a complete run as data. `run` carries it out, stage by stage, in one folder.
+
+    pretrained model + plan --distill--> operators --finetune--> model --sample--> images --evaluate--> metrics --> report
+
+Everything that can be wrong with a recipe is found before any work begins. Each stage reads what came before from the
+folder, is skipped when nothing that it depends on changed, and resumes where a killed run stopped.
+"""
+
+import copy
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints, ValidationError
+from torch import nn
+
+from .checkpoint import (
+    WEIGHTS_NAME,
+    load_model,
+    load_operators,
+    load_tensors,
+    save_model,
+    save_operators,
+    save_tensors,
+)
+from .contract import ClassConditional, OperatorConfig, Site, Step, TrainingData, default_device
+from .data import DataConfig
+from .data.bundled import bundled_classifier, bundled_reference_path, testbed_model_folder
+from .diffusion import Diffusion
+from .distillation import DistillConfig, distill
+from .errors import DataError, GraftingError, HostError, RecipeError
+from .evaluation import Evaluator, Protocol, Reference, evaluate
+from .files import hash_json, sha256_of, write_bytes, write_json
+from .finetuning import FinetuneConfig, finetune
+from .hosts import Host, host_of, hosts
+from .metrics.cost import count_parameters, role_macs
+from .plan import Plan, Replace, fault_list
+from .report import write_report
+from .runfolder import RunFolder
+from .sampling import SamplingConfig, check_sampling, sample
+from .surgery import Operators, build_operators, graft, place, resolve
+
+OnStep = Callable[[str, Step], None]
+Row = Literal["pretrained", "random", "inherited", "distilled", "finetuned"]
+
+
+class FreshModel(BaseModel):
+    """A randomly initialised model, for pretraining and for trials."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    host: str
+    config: dict[str, JsonValue]
+    """Constructor arguments of the host's model class."""
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(BaseModel):
+    """A complete run as data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    """Names the run's folder."""
+    description: str = ""
+    source: str | FreshModel = "testbed"
+    """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
+    plan: tuple[Replace, ...] = ()
+    """The edits; none trains the model as it is."""
+    data: DataConfig
+    """What stages 1 and 2 train on."""
+    distill: DistillConfig | None = None
+    """Stage 1; left out, operators go to stage 2 as they are built."""
+    finetune: FinetuneConfig | None = None
+    """Stage 2; left out, the distilled model is the result."""
+    sample: SamplingConfig | None = None
+    """How images are sampled, the same for every row; left out, none are."""
+    rows: tuple[Row, ...] = ("pretrained", "random", "inherited", "distilled", "finetuned")
+    """Which models are sampled and measured."""
+    seed: int = Field(default=0, ge=0)
+    """Of the operators' random weights."""
+    save_every: PositiveInt = 100
+    """Steps of stage 1 and 2 between saved states."""
+
+    @property
+    def edits(self) -> Plan:
+        return Plan(edits=self.plan)
+
+
+def run(recipe: Recipe, folder: Path, *, until: str = "report", on_step: OnStep | None = None) -> Path:
+    """Carry out a recipe in `folder`, up to stage `until`, and return the folder.
+
+    `on_step` is called with the stage's name and each of its steps.
+
+    Raises:
+        GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
+    """
+    job = prepare(recipe)
+    run_folder = _open(job, folder)
+    for name, stage in STAGES.items():
+        stage(job, run_folder, on_step or _ignore)
+        if name == until:
+            break
+    return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with what it names: checked and loaded."""
+
+    recipe: Recipe
+    model: nn.Module
+    host: Host
+    facts: ClassConditional
+    chosen: dict[Site, OperatorConfig]
+    data: TrainingData
+    identity: dict[str, Any]  # hashes of the model, plan and data
+    diffusion: Diffusion
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Load what a recipe names and check that everything fits, without writing anything."""
+    model, source_sha256 = load_source(recipe.source)
+    host = host_of(model)
+    chosen = resolve(model, recipe.edits)
+    facts = host.class_conditional(model)
+    if facts is None:
+        raise HostError(f"recipes train class-conditional models; {host.name} has another condition")
+    if recipe.sample is not None:
+        check_sampling(recipe.sample, num_classes=facts.num_classes, null_label=facts.null_label)
+    data = recipe.data.load()
+    _check_data(data, facts)
+    identity = {
+        "grafting": version("grafting"),
+        "source": source_sha256,
+        "plan": recipe.edits.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "data": recipe.data.describe(),
+    }
+    return Job(recipe, model.to(default_device()), host, facts, chosen, data, identity, Diffusion())
+
+
+def _check_data(data: TrainingData, facts: ClassConditional) -> None:
+    x, _ = data.batch(torch.tensor([0]))
+    if tuple(x.shape[1:]) != facts.shape:
+        raise DataError(f"the data's images have shape {tuple(x.shape[1:])}, the model makes {facts.shape}")
+    if data.num_classes > facts.num_classes:
+        raise DataError(f"the data has {data.num_classes} classes, the model knows {facts.num_classes}")
+
+
+def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
+    """The model that a recipe starts from, and a hash of what it is."""
+    if isinstance(source, FreshModel):
+        if source.host not in hosts():
+            raise HostError(f"no host {source.host!r}; there are {', '.join(hosts())}")
+        torch.manual_seed(source.seed)
+        try:
+            model = hosts()[source.host].model_class(**source.config)
+        except (TypeError, ValueError) as error:
+            raise HostError(f"source: {source.host} cannot be made from this config: {error}") from error
+        return model, hash_json(source.model_dump(mode="json"))
+    folder = testbed_model_folder() if source == "testbed" else Path(source)
+    model, plan = load_model(folder)
+    if plan.edits:
+        raise RecipeError(f"source {source} is already grafted: a recipe starts from a model without a plan")
+    return model, sha256_of(folder / WEIGHTS_NAME)
+
+
+def _open(job: Job, folder: Path) -> RunFolder:
+    run_folder = RunFolder(folder, recipe_name=job.recipe.name)
+    sites = [
+        {
+            "block": site.block,
+            "role": site.role,
+            "path": site.path,
+            "operator": job.chosen[site].model_dump(mode="json") if site in job.chosen else None,
+        }
+        for site in job.host.sites(job.model)
+    ]
+    plan = job.recipe.edits.model_dump(mode="json")
+    described = job.recipe.model_dump(mode="json", exclude_none=True)
+    write_bytes(folder / "recipe.yaml", yaml.safe_dump(described, sort_keys=False).encode())
+    write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
+    run_folder.describe_machine(
+        {
+            "processor": platform.processor() or platform.machine(),
+            "device": str(default_device()),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+    )
+    return run_folder
+
+
+def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
+    config = job.recipe.distill
+    if config is None or not job.chosen:
+        return
+    with run_folder.stage("distill", [job.identity, config.model_dump(mode="json")]) as stage:
+        if stage.done:
+            return
+        operators = _new_operators(job)
+        steps = distill(
+            job.model,
+            operators,
+            job.data,
+            config,
+            roles={site.path: site.role for site in job.chosen},
+            predict=job.host.predict,
+            diffusion=job.diffusion,
+            state=stage.load_state(),
+        )
+        for step in stage.follow(steps, save_every=job.recipe.save_every):
+            on_step("distill", step)
+        save_operators(stage.folder / "operators.safetensors", operators)
+        stage.outputs = [stage.folder / "operators.safetensors"]
+
+
+def _finetune(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
+    config = job.recipe.finetune
+    if config is None:
+        return
+    inputs = [job.identity, config.model_dump(mode="json"), _distilled_fingerprint(job, run_folder)]
+    with run_folder.stage("finetune", inputs) as stage:
+        if stage.done:
+            return
+        model = copy.deepcopy(job.model)
+        record = place(model, _distilled_operators(job, run_folder))
+        steps = finetune(
+            model,
+            job.data,
+            config,
+            predict=job.host.predict,
+            diffusion=job.diffusion,
+            teacher=job.model if config.output_weight else None,
+            new_parameters=record.new_parameters,
+            state=stage.load_state(),
+        )
+        for step in stage.follow(steps, save_every=job.recipe.save_every):
+            on_step("finetune", step)
+        stage.outputs = save_model(run_folder.path / "model", model, job.recipe.edits)
+
+
+def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
+    config = job.recipe.sample
+    if config is None:
+        return
+    for row in _rows(job):
+        inputs = [_row_identity(job, run_folder, row), config.model_dump(mode="json")]
+        with run_folder.stage(f"samples/{row}", inputs) as stage:
+            if stage.done:
+                continue
+            model = _row_model(job, run_folder, row)
+            collected = stage.load_state() or {"step": 0, "images": [], "labels": []}
+            for step in stage.follow(_collect(job, model, collected), save_every=1):
+                on_step(f"sample {row}", step)
+            path = run_folder.path / "samples" / f"{row}.safetensors"
+            tensors = {name: torch.cat(collected[name]) for name in ("images", "labels")}
+            save_tensors(path, tensors)
+            write_json(stage.folder / "model.json", {"params": count_parameters(model)})
+            stage.outputs = [path, stage.folder / "model.json"]
+
+
+def _collect(job: Job, model: nn.Module, collected: dict[str, Any]) -> Iterator[Step]:
+    """Samples what is not in `collected` yet, adding to it batch by batch."""
+    config = job.recipe.sample
+    done = sum(len(labels) for labels in collected["labels"])
+    batches = sample(
+        model,
+        config,
+        predict=job.host.predict,
+        shape=job.facts.shape,
+        num_classes=job.facts.num_classes,
+        null_label=job.facts.null_label,
+        indices=range(done, config.num_images),
+    )
+    started = time.perf_counter()
+    for batch in batches:
+        seconds = time.perf_counter() - started
+        collected["images"].append(batch.images().cpu())
+        collected["labels"].append(batch.labels.cpu())
+        collected["step"] = sum(len(labels) for labels in collected["labels"])
+        yield Step(
+            done=collected["step"],
+            total=config.num_images,
+            values={"ms_per_image": 1000 * seconds / len(batch.labels)},
+            state=lambda: collected,
+        )
+        started = time.perf_counter()
+
+
+def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
+    config = job.recipe.sample
+    if config is None:
+        return
+    rows = _rows(job)
+    fingerprints = {row: run_folder.stage_outputs(f"samples/{row}") for row in rows}
+    network = bundled_classifier()
+    reference = Reference.load(bundled_reference_path(), network)
+    protocol = Protocol.of(
+        network,
+        reference,
+        sampling=config.model_dump(mode="json"),
+        num_images=config.num_images,
+        labels=config.labels_rule,
+        weights_dtype="float32",
+    )
+    with run_folder.stage("evaluate", [fingerprints, protocol.model_dump(mode="json")]) as stage:
+        if stage.done:
+            return
+        metrics = []
+        for row in rows:
+            samples = load_tensors(run_folder.path / "samples" / f"{row}.safetensors")
+            batches = zip(samples["images"].split(500), samples["labels"].split(500), strict=True)
+            evaluator = Evaluator(network, reference, protocol)
+            for step in evaluate(batches, evaluator):
+                on_step(f"evaluate {row}", step)
+            metrics.append(
+                {"name": row} | _cost(job, run_folder, row) | evaluator.result().model_dump(mode="json")
+            )
+        write_json(run_folder.path / "metrics.json", metrics)
+        stage.outputs = [run_folder.path / "metrics.json"]
+
+
+def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, float]:
+    """What a row's model costs: parameters, attention FLOPs an image and forward pass, measured sampling time."""
+    folder = run_folder.path / "samples" / row
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    times = sorted(line["ms_per_image"] for line in log)
+    macs = role_macs(job.host.sites(job.model), {} if row == "pretrained" else job.chosen, "attention")
+    return {
+        "params": json.loads((folder / "model.json").read_text())["params"],
+        "attention_flops": 2 * macs.total,
+        "attention_mixing_flops": 2 * macs.mixing,
+        "ms_per_image": round(times[len(times) // 2], 3),
+    }
+
+
+def _report(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
+    write_report(run_folder.path)
+
+
+STAGES: dict[str, Callable[[Job, RunFolder, OnStep], None]] = {
+    "distill": _distill,
+    "finetune": _finetune,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+
+def _ignore(stage: str, step: Step) -> None:
+    """What `run` does with steps when nobody follows them."""
+
+
+def _rows(job: Job) -> list[Row]:
+    """The recipe's rows that exist: a row needs its stage."""
+    recipe = job.recipe
+    exists = {
+        "pretrained": True,
+        "random": bool(job.chosen),
+        "inherited": bool(job.chosen),
+        "distilled": bool(job.chosen and recipe.distill),
+        "finetuned": bool(recipe.finetune),
+    }
+    return [row for row in recipe.rows if exists[row]]
+
+
+def _row_identity(job: Job, run_folder: RunFolder, row: Row) -> list[Any]:
+    """All that a row's model depends on."""
+    base = [job.identity["grafting"], job.identity["source"]]
+    grafted = [*base, job.identity["plan"], job.identity["seed"], row]
+    outputs = {"distilled": "distill", "finetuned": "finetune"}
+    if row == "pretrained":
+        return base
+    return [*grafted, run_folder.stage_outputs(outputs[row])] if row in outputs else grafted
+
+
+def _row_model(job: Job, run_folder: RunFolder, row: Row) -> nn.Module:
+    """The model of one row, on the model's device."""
+    if row == "pretrained":
+        return job.model
+    if row == "finetuned":
+        return load_model(run_folder.path / "model")[0].to(default_device())
+    model = copy.deepcopy(job.model)
+    if row == "random":
+        graft(model, job.recipe.edits.randomised(), seed=job.recipe.seed)
+    elif row == "inherited":
+        graft(model, job.recipe.edits, seed=job.recipe.seed)
+    else:
+        place(model, _distilled_operators(job, run_folder))
+    return model.eval()
+
+
+def _new_operators(job: Job) -> Operators:
+    return build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
+
+
+def _distilled_operators(job: Job, run_folder: RunFolder) -> Operators:
+    """The operators as stage 1 left them, or as they are built when there is no stage 1."""
+    operators = _new_operators(job)
+    if job.recipe.distill and operators:
+        path = run_folder.path / "distill" / "operators.safetensors"
+        load_operators(path, operators)
+    return operators
+
+
+def _distilled_fingerprint(job: Job, run_folder: RunFolder) -> dict[str, str] | None:
+    return run_folder.stage_outputs("distill") if job.recipe.distill and job.chosen else None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file; `base:` names another file whose settings it changes.
+
+    Raises:
+        RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
+    """
+    settings = _read_yaml(path)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        faults = [f"{_where(e['loc'])}: {_what(e)}" for e in error.errors()]
+        raise RecipeError(fault_list(faults, str(path))) from error
+    except GraftingError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"no recipe file {path}")
+    if path.resolve() in seen:
+        raise RecipeError(f"{path} is its own base: {' -> '.join(map(str, seen))}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        found = "is empty" if settings is None else f"holds a {type(settings).__name__}"
+        raise RecipeError(f"{path} {found}; a recipe is a mapping such as `name: my-run`")
+    if "base" not in settings:
+        return settings
+    base = settings.pop("base")
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base names one file, found {base!r}")
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), settings)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`; mappings merge, everything else is replaced."""
+    nested = {
+        key: _merge(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | changes | nested
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location)) or "recipe"
+
+
+def _what(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    return f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
