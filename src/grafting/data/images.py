@@ -1,14 +1,22 @@
-"""Images in memory with their labels, as training reads them; and the reader of Fashion-MNIST's files."""
+"""Images in memory with their labels, as training reads them; and the readers of Fashion-MNIST and of image folders.
+
+Each source is also a config, so that a recipe can name it. Latents of large data sets are not for this file.
+"""
 
 import gzip
 import hashlib
+import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from ..errors import DataError
@@ -19,6 +27,8 @@ FASHION_MNIST_CLASSES = (
 
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,16 @@ class ImageSet:
         return len(self.images)
 
     def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]:
-        x = self.images[indices].float() / 127.5 - 1
-        pad = self.size - x.shape[-1]
-        x = F.pad(x, [pad // 2, pad - pad // 2] * 2, value=-1.0)
-        return x, self.labels[indices]
+        return self.pixels(indices).float() / 127.5 - 1, self.labels[indices]
+
+    def pixels(self, indices: Int[Tensor, "b"]) -> UInt8[Tensor, "b c h w"]:
+        """The same images in 8 bits, padded: what samples are compared with."""
+        pad = self.size - self.images.shape[-1]
+        return F.pad(self.images[indices], [pad // 2, pad - pad // 2] * 2)
+
+    def take(self, indices: Int[Tensor, "m"]) -> "ImageSet":
+        """The set of these images, in this order."""
+        return ImageSet(self.images[indices], self.labels[indices], self.num_classes, self.size)
 
     def sha256(self) -> str:
         """A hash of the images and labels, in their order."""
@@ -46,18 +62,123 @@ class ImageSet:
         return digest.hexdigest()
 
 
+class ImageSource(BaseModel, ABC):
+    """Where images come from, as a recipe says it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+
+    @abstractmethod
+    def load(self) -> ImageSet:
+        """All images, in memory.
+
+        Raises:
+            DataError: something is missing or damaged.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the data in a run's manifest: the content's hash and not where it lies.
+
+        Raises:
+            DataError: something is missing or damaged.
+        """
+        images = self.load()
+        return {"name": self.name, "sha256": images.sha256(), "count": len(images)}
+
+
+class FashionMnistConfig(ImageSource):
+    """Fashion-MNIST from its four idx .gz files: 28x28 grey, padded to 32x32, 10 classes."""
+
+    name: Literal["fashion-mnist"] = "fashion-mnist"
+    folder: Path = FASHION_MNIST_FOLDER
+    """Folder of the files; by default where Debian's package dataset-fashion-mnist puts them."""
+    split: Literal["train", "test"] = "train"
+    """The 60,000 training images or the 10,000 test images."""
+
+    def load(self) -> ImageSet:
+        return read_fashion_mnist(self.folder, train=self.split == "train")
+
+
+class ImageFolderConfig(ImageSource):
+    """A folder with one subfolder of PNG or JPEG files per class; classes are numbered in the order of their names."""
+
+    name: Literal["image-folder"] = "image-folder"
+    folder: Path
+    """Folder of the class subfolders."""
+    size: PositiveInt
+    """Height = width to crop and resize to, in pixels."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for colour; files are converted."""
+
+    def load(self) -> ImageSet:
+        return read_image_folder(self.folder, size=self.size, channels=self.channels)
+
+
 def read_fashion_mnist(folder: Path = FASHION_MNIST_FOLDER, *, train: bool = True) -> ImageSet:
     """The 60,000 training or 10,000 test images of Fashion-MNIST, 28x28 grey, padded to 32x32.
 
     Raises:
-        DataError: a file is missing or is not an idx file.
+        DataError: a file is missing or damaged, or images and labels do not belong together.
     """
     prefix = "train" if train else "t10k"
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{folder}: expected images (N, 28, 28) and labels (N,), found {images.shape} and {labels.shape}"
+        )
     return ImageSet(
         torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), num_classes=10, size=32
     )
+
+
+def read_image_folder(folder: Path, *, size: int, channels: int = 3) -> ImageSet:
+    """The images of `folder`/CLASS/*.png and *.jpg, cropped to their central square and resized to `size`.
+
+    Raises:
+        DataError: no folder, no class subfolder, a class without images, or a file that is not an image.
+    """
+    classes = _class_folders(folder)
+    files = [(path, label) for label, name in enumerate(classes) for path in _image_files(name)]
+    images = np.stack([_read_image(path, size, "L" if channels == 1 else "RGB") for path, _ in files])
+    return ImageSet(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([label for _, label in files]),
+        num_classes=len(classes),
+        size=size,
+    )
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: give a folder with one subfolder of images per class")
+    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    if not classes:
+        raise DataError(f"{folder} has no subfolder: put each class's images in a subfolder of its own")
+    return classes
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(
+            f"{folder} has no image; files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read"
+        )
+    return files
+
+
+def _read_image(path: Path, size: int, mode: str) -> np.ndarray:
+    """[size, size, C]; reduced with antialiasing, since aliased training images change every metric."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert(mode)
+    except OSError as error:
+        raise DataError(f"cannot read the image {path}: {error}") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).reshape(size, size, -1)
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -67,9 +188,17 @@ def _read_idx(path: Path) -> np.ndarray:
             f"no file {path}: install Debian's package dataset-fashion-mnist, or give the folder of the "
             f"idx .gz files of Fashion-MNIST"
         )
-    raw = gzip.decompress(path.read_bytes())
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file: {error}") from error
     if raw[:3] != b"\0\0\x08":
         raise DataError(f"{path} is not an idx file of bytes: it starts with {raw[:4].hex()}")
     ndim = raw[3]
-    shape = np.frombuffer(raw, ">i4", count=ndim, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
+    if len(raw) < 4 + 4 * ndim:
+        raise DataError(f"{path} is cut short: its header ends after {len(raw)} bytes")
+    shape = tuple(np.frombuffer(raw, ">i4", count=ndim, offset=4).tolist())
+    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
+    if data.size != np.prod(shape):
+        raise DataError(f"{path} is cut short: its header says {shape}, it holds {data.size} bytes")
+    return data.reshape(shape).copy()

@@ -1,0 +1,109 @@
+"""The testbed that comes with the package: where its files lie, and what is in them.
+
+`recipes/testbed/make_assets.py` makes them; the cards beside them say from what. Every file is checked against
+`checksums.json`, so a half-installed package says so instead of giving odd figures.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from ..files import sha256_of
+from ..models.classifier import Classifier, load_classifier
+from .images import ImageSet, ImageSource
+
+# what protocols call the bundled feature network and reference
+CLASSIFIER_NAME = "testbed-classifier"
+REFERENCE_NAME = "fashion-mnist-train"
+
+
+class BundledSubsetConfig(ImageSource):
+    """The bundled tenth of Fashion-MNIST's training set: 600 images of each of 10 classes, padded to 32x32."""
+
+    name: Literal["testbed-subset"] = "testbed-subset"
+
+    def load(self) -> ImageSet:
+        return bundled_subset()
+
+
+def bundled_subset() -> ImageSet:
+    """6,000 training images of Fashion-MNIST, 600 a class, 28x28 grey, padded to 32x32.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    with np.load(_asset("subset.npz")) as arrays:
+        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    return ImageSet(images[:, None], labels.long(), num_classes=10, size=32)
+
+
+def bundled_subset_file() -> Path:
+    """The subset file (see `read_subset`) that says which images of the training set these are.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    return _asset("subset.json")
+
+
+def bundled_classifier() -> Classifier:
+    """The testbed's feature network and judge of classes, in eval mode.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    return load_classifier(_asset("classifier.safetensors"))
+
+
+def bundled_reference_path() -> Path:
+    """The file of the bundled classifier's features of all 60,000 training images, for `Reference.load`.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    return _asset("reference.safetensors")
+
+
+def testbed_model_folder() -> Path:
+    """The folder of the pretrained testbed DiT: `DiT.from_pretrained` reads it.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    config, _ = (_asset(f"dit/{name}") for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+    return config.parent
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("grafting").joinpath("assets", "testbed")))
+
+
+def _asset(name: str) -> Path:
+    """A bundled file, after its hash was compared."""
+    path, expected = _folder() / name, _checksums().get(name)
+    if not path.is_file():
+        raise DataError(f"the bundled file {path} is missing: install grafting anew")
+    if expected is None:
+        raise DataError(
+            f"the bundled file {path} is not in checksums.json beside it; whoever put it there should run "
+            f"`python recipes/testbed/make_assets.py --only checksums`"
+        )
+    found = sha256_of(path)
+    if found != expected:
+        raise DataError(
+            f"the bundled file {path} is damaged: its sha256 is {found[:12]}, not {expected[:12]}; "
+            f"install grafting anew"
+        )
+    return path
+
+
+def _checksums() -> dict[str, str]:
+    path = _folder() / "checksums.json"
+    if not path.is_file():
+        raise DataError(f"the bundled file {path} is missing: install grafting anew")
+    return json.loads(path.read_text())
