@@ -41,8 +41,9 @@ class Diffusion:
         self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Int[Tensor, "b"]
     ) -> Float[Tensor, "b *chw"]:
         """x_t for clean x, standard normal noise and steps t."""
-        alpha_bar = self._at(self.alpha_bars, t, x)
-        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+        # square roots before rounding to float32, where 1 - alpha_bar would keep four digits at the first steps
+        signal, scale = self._at(self.alpha_bars.sqrt(), t, x), self._at((1 - self.alpha_bars).sqrt(), t, x)
+        return signal * x + scale * noise
 
     def loss(
         self,
@@ -69,8 +70,8 @@ class Diffusion:
         low = self._at(self.posterior_log_variance, t, x)
         high = self._at(self.betas.log(), t, x)
         log_variance = low + (variance + 1) / 2 * (high - low)  # arXiv:2102.09672 Eq. 15
-        alpha_bar = self._at(self.alpha_bars, t, x)
-        predicted_x = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        signal, scale = self._at(self.alpha_bars.sqrt(), t, x), self._at((1 - self.alpha_bars).sqrt(), t, x)
+        predicted_x = (x_t - scale * eps) / signal
         mean = self._posterior_mean(predicted_x, x_t, t)
         true_mean = self._posterior_mean(x, x_t, t)
         kl = 0.5 * (
@@ -93,7 +94,7 @@ class Diffusion:
 
     @staticmethod
     def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        values = table.to(like.device)[t].float()
+        values = table.float().to(like.device)[t]  # rounded first: not every device has float64
         return values.view(-1, *[1] * (like.ndim - 1))
 
 

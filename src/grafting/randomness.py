@@ -1,6 +1,6 @@
 """Random numbers that depend on names, not on order: the same whatever ran before, the batch size or the processes.
 
-Sample i draws from `generator(seed, i)`; training step s from `step_generator`; so nothing needs to be saved to resume.
+Sample i draws from `generator(seed, i)`; training step s from `seeded(seed, s)`; so nothing needs to be saved to resume.
 """
 
 from collections.abc import Iterator

@@ -182,6 +182,11 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        patch = self.proj.kernel_size[0]
+        if x.shape[2] % patch or x.shape[3] % patch:
+            raise ValueError(
+                f"an image of {x.shape[2]} x {x.shape[3]} pixels does not divide into patches of {patch} x {patch}"
+            )
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

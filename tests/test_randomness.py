@@ -1,0 +1,81 @@
+"""Random numbers depend on names alone: not on order, batch or what ran before."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grafting.randomness import batch_indices, generator, sample_noise, seeded
+
+
+def draw(*entropy: int) -> torch.Tensor:
+    return torch.randn(4, generator=generator(*entropy))
+
+
+def test_a_name_gives_one_stream_and_another_name_another():
+    assert torch.equal(draw(0, 1), draw(0, 1))
+    names = [(0, 1), (1, 0), (0, 2), (0, 1, 1), (0, 1, 2), (2**40, 1)]
+    drawn = torch.stack([draw(*name) for name in names])
+    assert len(drawn.unique(dim=0)) == len(names)
+
+
+def test_negative_names_are_refused():
+    with pytest.raises(ValueError, match="non-negative"):
+        generator(-1)
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch():
+    whole = sample_noise(3, [0, 1, 2, 7], (2, 4, 4))
+    assert torch.equal(whole[2:3], sample_noise(3, [2], (2, 4, 4)))
+    assert torch.equal(whole[[3, 0]], sample_noise(3, [7, 0], (2, 4, 4)))
+
+
+def test_noise_is_standard_normal():
+    noise = sample_noise(0, list(range(200)), (1, 10, 10))
+    assert noise.mean().abs() < 0.03
+    assert (noise.std() - 1).abs() < 0.03
+    assert noise.flatten(1).corrcoef().fill_diagonal_(0).abs().max() < 0.5
+
+
+@settings(deadline=None, max_examples=25)
+@given(num_items=st.integers(1, 40), batch_size=st.integers(1, 12), seed=st.integers(0, 9))
+def test_every_epoch_visits_every_item_once(num_items, batch_size, seed):
+    steps = -(-2 * num_items // batch_size)
+    visited = torch.cat([batch_indices(num_items, batch_size, step, seed) for step in range(steps)])
+    for epoch in range(2):
+        assert sorted(visited[epoch * num_items : (epoch + 1) * num_items].tolist()) == list(range(num_items))
+
+
+def test_batches_are_shuffled_anew_in_each_epoch_and_for_each_seed():
+    first, second = batch_indices(50, 50, 0, 0), batch_indices(50, 50, 1, 0)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, batch_indices(50, 50, 0, 1))
+    assert torch.equal(first, batch_indices(50, 50, 0, 0))
+
+
+def test_seeded_leaves_the_global_generator_as_it_was():
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(1, 2) as stream:
+        inside, explicit = torch.rand(3), torch.rand(3, generator=stream)
+    assert torch.equal(torch.rand(3), want)
+    torch.manual_seed(99)
+    with seeded(1, 2) as stream:
+        assert torch.equal(torch.rand(3), inside)
+        assert torch.equal(torch.rand(3, generator=stream), explicit)
+    assert not torch.equal(inside, explicit)
+
+
+def test_seeded_restores_the_generator_after_an_error():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+
+    def fail_inside() -> None:
+        with seeded(0):
+            torch.rand(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert torch.equal(torch.get_rng_state(), before)
