@@ -120,9 +120,9 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.x_embedder.proj.get_parameter("bias"))
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(embedder.weight, std=0.02)
+            nn.init.normal_(embedder.get_parameter("weight"), std=0.02)
         modulations = [b.adaLN_modulation for b in (*self.blocks, self.final_layer)]
         for linear in (*(m[-1] for m in modulations), self.final_layer.linear):
             nn.init.zeros_(linear.weight)
@@ -204,7 +204,7 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 
 
 class LabelEmbedder(nn.Module):
