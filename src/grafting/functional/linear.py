@@ -1,0 +1,97 @@
+"""Linear attention: softmax's exp(q k^T) replaced by phi(q) phi(k)^T, so that keys and values are summed once.
+
+Every token sees every other (no past, no future), at O(L). Sums are kept in float32 whatever the inputs' dtype. Also
+here: the depthwise convolution of v over the image that gives back some locality.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..contract import TokenLayout
+
+FeatureMap = Literal["elu", "relu", "softmax"]
+
+# relu can leave a query without a single key, hence with a zero sum of weights
+_EPS = 1e-6
+
+
+def features(x: Float[Tensor, "*dims k"], feature_map: FeatureMap) -> Float[Tensor, "*dims k"]:
+    """phi(x), not negative: elu(x) + 1, relu(x), or softmax over the K features of each token.
+
+    Source:
+        elu: arXiv:2006.16236. relu: arXiv:2205.14756. softmax over features: arXiv:1812.01243 uses it for q.
+    """
+    if feature_map == "elu":
+        return F.elu(x) + 1
+    if feature_map == "relu":
+        return F.relu(x)
+    return x.softmax(-1)
+
+
+def linear_attention(
+    q: Float[Tensor, "b heads l k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    *,
+    feature_map: FeatureMap = "elu",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads l v"]:
+    """phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), in the dtype of v.
+
+    Args:
+        feature_map: phi, see `features`.
+        scale: multiplies q k^T, half of it (its root) on q and half on k before phi; not negative;
+            1/sqrt(K) when None.
+    """
+    # autocast would round the sums over all tokens to the inputs' dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, values = _features_of_both(q, k, v, feature_map, scale)
+        summed = k.mT @ values  # [B, H, K, V]
+        weight = q @ k.sum(2)[..., None]  # [B, H, L, 1]
+        return (q @ summed / (weight + _EPS)).to(v.dtype)
+
+
+def linear_attention_reference(
+    q: Float[Tensor, "b heads l k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    *,
+    feature_map: FeatureMap = "elu",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads l v"]:
+    """What `linear_attention` computes, with all L x L weights."""
+    q, k, values = _features_of_both(q, k, v, feature_map, scale)
+    weights = q @ k.mT  # [B, H, L, L]
+    return (weights / (weights.sum(-1, keepdim=True) + _EPS) @ values).to(v.dtype)
+
+
+def depthwise_conv(
+    v: Float[Tensor, "b heads l v"], weight: Float[Tensor, "d 1 size size"], layout: TokenLayout
+) -> Float[Tensor, "b heads l v"]:
+    """Each channel of the image tokens convolved over its frame's rows and columns; zero at text tokens.
+
+    Args:
+        weight: one filter of odd side for each of the D = H * V channels; the image is padded with zeros.
+    """
+    grid, num_text = layout.grid, layout.num_text
+    heads, channels = v.shape[1], v.shape[1] * v.shape[3]
+    image = v[:, :, layout.image_slice].unflatten(2, (grid.frames, grid.rows, grid.cols))
+    image = image.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)  # [B * F, D, R, C]
+    mixed = F.conv2d(image, weight, padding=weight.shape[-1] // 2, groups=channels)
+    mixed = mixed.unflatten(0, (-1, grid.frames)).unflatten(2, (heads, -1))
+    mixed = mixed.permute(0, 2, 1, 4, 5, 3).flatten(2, 4)
+    return F.pad(mixed, (0, 0, num_text, 0) if layout.text_first else (0, 0, 0, num_text))
+
+
+def _features_of_both(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """phi of scaled q and k, and v, all in float32 or better."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    root = math.sqrt(q.shape[-1] ** -0.5 if scale is None else scale)
+    return features(q.to(dtype) * root, feature_map), features(k.to(dtype) * root, feature_map), v.to(dtype)

@@ -1,0 +1,303 @@
+"""Softmax attention in a window of the image, and the plain form that it must equal.
+
+The fast form costs O(L): queries are cut into tiles, each tile sees its own keys and a halo around them, and one
+masked SDPA does all tiles at once. It trains wherever SDPA does. Text tokens, if any, see and are seen by all.
+"""
+
+from math import ceil
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..contract import TokenLayout
+
+Border = Literal["clipped", "shifted"]
+
+# places along a tile's side, for one-row grids and for others: larger tiles waste more masked work, smaller ones
+# copy more halo (fastest on a CPU at 4,096 tokens, head dim 64, of 16..128 and of 4..16)
+_RUN = 32
+_SIDE = 8
+
+
+def window_1d(
+    q: Float[Tensor, "b heads l k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    window: int,
+    scale: float | None = None,
+) -> Float[Tensor, "b heads l v"]:
+    """Attention of each image token to those at most `window` places away in raster order, clipped at the ends.
+
+    Args:
+        window: tokens seen on each side, so 2 * window + 1 in all; rows, columns and frames play no part.
+        scale: multiplies q k^T; 1/sqrt(K) when None.
+
+    Raises:
+        ValueError: the layout does not describe these tokens.
+
+    Source:
+        arXiv:2506.05340, sliding-window attention with window (4, 4) on the raster index.
+    """
+    line = _Window((1, 1, layout.grid.num_tokens), (0, window), "clipped")
+    return _windowed(q, k, v, layout, line, scale)
+
+
+def window_2d(
+    q: Float[Tensor, "b heads l k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    radius: int,
+    border: Border = "clipped",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads l v"]:
+    """Attention of each image token to the square of side 2 * radius + 1 around it, in its own frame.
+
+    Args:
+        radius: rows and columns seen on each side.
+        border: `clipped` cuts the square at the image's edge; `shifted` moves it inside, so that every token
+            sees (2 * radius + 1)^2 others.
+        scale: multiplies q k^T; 1/sqrt(K) when None.
+
+    Raises:
+        ValueError: the layout does not describe these tokens, or a shifted square is larger than the grid.
+
+    Source:
+        The shifted border is the rule of NATTEN (arXiv:2204.07143).
+    """
+    grid = layout.grid
+    if border == "shifted" and 2 * radius + 1 > min(grid.rows, grid.cols):
+        raise ValueError(
+            f"a shifted window of radius {radius} needs {2 * radius + 1} rows and columns, "
+            f"the grid is {grid.rows} x {grid.cols}: use border 'clipped' or a smaller radius"
+        )
+    square = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border)
+    return _windowed(q, k, v, layout, square, scale)
+
+
+def window_1d_reference(
+    q: Float[Tensor, "b heads l k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    window: int,
+    scale: float | None = None,
+) -> Float[Tensor, "b heads l v"]:
+    """What `window_1d` computes, with all L x L scores."""
+    place = torch.arange(layout.grid.num_tokens)
+    seen = (place[:, None] - place[None, :]).abs() <= window
+    return _masked_softmax(q, k, v, _with_global_text(seen, layout).to(q.device), scale)
+
+
+def window_2d_reference(
+    q: Float[Tensor, "b heads l k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    radius: int,
+    border: Border = "clipped",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads l v"]:
+    """What `window_2d` computes, with all L x L scores."""
+    grid = layout.grid
+    seen = torch.zeros(grid.frames, grid.rows, grid.cols, grid.frames, grid.rows, grid.cols, dtype=torch.bool)
+    for frame in range(grid.frames):
+        for row in range(grid.rows):
+            for col in range(grid.cols):
+                rows = _neighbours(row, grid.rows, radius, border)
+                cols = _neighbours(col, grid.cols, radius, border)
+                seen[frame, row, col, frame, rows, cols] = True
+    seen = seen.reshape(grid.num_tokens, grid.num_tokens)
+    return _masked_softmax(q, k, v, _with_global_text(seen, layout).to(q.device), scale)
+
+
+def _neighbours(place: int, size: int, radius: int, border: Border) -> slice:
+    first, last = place - radius, place + radius
+    if border == "clipped":
+        return slice(max(first, 0), min(last, size - 1) + 1)
+    if first < 0:
+        return slice(0, 2 * radius + 1)
+    if last > size - 1:
+        return slice(size - 2 * radius - 1, size)
+    return slice(first, last + 1)
+
+
+def _with_global_text(seen: Bool[Tensor, "n n"], layout: TokenLayout) -> Bool[Tensor, "l l"]:
+    everything = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    everything[layout.image_slice, layout.image_slice] = seen
+    return everything
+
+
+def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, L, L]
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+
+class _Window(NamedTuple):
+    """A window on image tokens, which are read as a grid."""
+
+    size: tuple[int, int, int]  # frames, rows, cols
+    reach: tuple[int, int]  # rows and cols seen to each side
+    border: Border
+
+
+class _Axis(NamedTuple):
+    """An axis of the grid cut into equal tiles; each sees `halo` places beyond its two ends."""
+
+    size: int
+    reach: int  # places a window extends to each side
+    num_tiles: int
+    tile: int
+    halo: int
+    front: int  # padding before the first place, so that the first and the last tile both hold real places
+    back: int
+
+
+def _cut(size: int, reach: int, target: int) -> _Axis:
+    """The axis in tiles of at most `target` places, or of more where a window needs them.
+
+    A shifted window reaches 2 * reach places inwards from the border. It stays within the halo if more than
+    `reach` places of the first and of the last tile are real.
+    """
+    for num_tiles in range(ceil(size / target), 1, -1):
+        tile = ceil(size / num_tiles)
+        padding = num_tiles * tile - size
+        front, back = padding // 2, padding - padding // 2
+        if tile - back > reach:
+            return _Axis(size, reach, num_tiles, tile, reach, front, back)
+    return _whole(size, reach)
+
+
+def _whole(size: int, reach: int) -> _Axis:
+    return _Axis(size, reach, num_tiles=1, tile=size, halo=0, front=0, back=0)
+
+
+def _cut_grid(rows: int, cols: int, reach: tuple[int, int], num_text: int) -> tuple[_Axis, _Axis]:
+    """Tiles for a grid; one tile, that is dense attention, where tiles would see half of the grid anyway.
+
+    Each tile has its own copy of the text's keys, so the runs of a one-row grid are longer beside a long text.
+    """
+    side = _SIDE if rows > 1 else max(_RUN, num_text // 4)
+    by_row = _cut(rows, reach[0], max(_SIDE, 2 * reach[0]))
+    by_col = _cut(cols, reach[1], max(side, 2 * reach[1]))
+    seen = (by_row.tile + 2 * by_row.halo) * (by_col.tile + 2 * by_col.halo)
+    if 2 * seen > rows * cols:
+        return _whole(rows, reach[0]), _whole(cols, reach[1])
+    return by_row, by_col
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: _Window, scale: float | None
+) -> Tensor:
+    """Window attention of the image tokens, with global text tokens beside them."""
+    if q.shape[2] != layout.num_tokens or k.shape[2] != layout.num_tokens:
+        raise ValueError(
+            f"the layout has {layout.num_tokens} tokens ({layout.grid}, {layout.num_text} text), "
+            f"q has {q.shape[2]} and k has {k.shape[2]}"
+        )
+    text = _text_slice(layout)
+    image_q, image_k, image_v = (x[:, :, layout.image_slice] for x in (q, k, v))
+    mixed = _tiled_attention(image_q, image_k, image_v, k[:, :, text], v[:, :, text], window, scale)
+    if layout.num_text == 0:
+        return mixed
+    mixed_text = F.scaled_dot_product_attention(q[:, :, text], k, v, scale=scale)
+    return torch.cat([mixed_text, mixed] if layout.text_first else [mixed, mixed_text], dim=2)
+
+
+def _text_slice(layout: TokenLayout) -> slice:
+    start = 0 if layout.text_first else layout.grid.num_tokens
+    return slice(start, start + layout.num_text)
+
+
+def _tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, window: _Window, scale: float | None
+) -> Tensor:
+    """Window attention of image tokens [B, H, N, .], each also seeing all text tokens [B, H, T, .]."""
+    batch, heads, _, _ = q.shape
+    frames, rows, cols = window.size
+    num_text = text_k.shape[2]
+    cuts = _cut_grid(rows, cols, window.reach, num_text)
+    tiles_q = _query_tiles(_on_grid(q, window, *cuts), *cuts)
+    tiles_k, tiles_v = (_key_tiles(_on_grid(x, window, *cuts), *cuts) for x in (k, v))
+    seen = _tile_mask(*cuts, window.border, q.device)
+    if num_text:
+        tiles_k, tiles_v = _append_text(tiles_k, text_k, frames), _append_text(tiles_v, text_v, frames)
+        seen = F.pad(seen, (0, num_text), value=True)
+    mixed = F.scaled_dot_product_attention(tiles_q, tiles_k, tiles_v, attn_mask=seen[None], scale=scale)
+    return _untile(mixed, *cuts).unflatten(0, (batch, heads, frames)).flatten(2, 4)
+
+
+def _on_grid(x: Tensor, window: _Window, by_row: _Axis, by_col: _Axis) -> Tensor:
+    """[B, H, N, K] -> [B * H * F, R, C, K], rows and columns padded to whole tiles."""
+    x = x.unflatten(2, window.size).flatten(0, 2)
+    return F.pad(x, (0, 0, by_col.front, by_col.back, by_row.front, by_row.back))
+
+
+def _query_tiles(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
+    """[B, R, C, K] -> [B, tiles, places a tile, K]."""
+    x = x.unflatten(2, (by_col.num_tiles, by_col.tile)).unflatten(1, (by_row.num_tiles, by_row.tile))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _untile(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
+    """[B, tiles, places a tile, K] -> [B, R, C, K] without the padding: undoes `_query_tiles`."""
+    x = x.unflatten(2, (by_row.tile, by_col.tile)).unflatten(1, (by_row.num_tiles, by_col.num_tiles))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, by_row.front : by_row.front + by_row.size, by_col.front : by_col.front + by_col.size]
+
+
+def _key_tiles(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
+    """[B, R, C, K] -> [B, tiles, places that a tile sees, K]."""
+    x = torch.cat(_pieces(x, by_row, 1), dim=2)  # [B, row tiles, rows seen, C, K]
+    pieces = [piece.transpose(2, 3) for piece in _pieces(x, by_col, 3)]
+    return torch.cat(pieces, dim=4).flatten(3, 4).flatten(1, 2)
+
+
+def _pieces(x: Tensor, axis: _Axis, dim: int) -> list[Tensor]:
+    """What each tile sees before, in and after itself, as views with `dim` split into (tiles, places).
+
+    Joined pieces rather than `unfold`, which takes more than twice as long forward and backward on a CPU.
+    """
+    split = (axis.num_tiles, axis.tile)
+    if axis.halo == 0:
+        return [x.unflatten(dim, split)]
+    length, halo = axis.num_tiles * axis.tile, axis.halo
+    x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (halo, halo))
+    before = x.narrow(dim, 0, length).unflatten(dim, split).narrow(dim + 1, 0, halo)
+    within = x.narrow(dim, halo, length).unflatten(dim, split)
+    after = x.narrow(dim, 2 * halo, length).unflatten(dim, split).narrow(dim + 1, axis.tile - halo, halo)
+    return [before, within, after]
+
+
+def _append_text(x: Tensor, text: Tensor, frames: int) -> Tensor:
+    """The text's keys or values [B, H, T, K] after those of every tile [B * H * F, tiles, S, K]."""
+    text = text[:, :, None, None].expand(-1, -1, frames, x.shape[1], -1, -1).flatten(0, 2)
+    return torch.cat([x, text], dim=2)
+
+
+def _tile_mask(by_row: _Axis, by_col: _Axis, border: Border, device: torch.device) -> Tensor:
+    """Which of the places that its tile sees a query attends to: [tiles, places a tile, places seen]."""
+    row = _axis_mask(by_row, border, device)[:, None, :, None, :, None]
+    col = _axis_mask(by_col, border, device)[None, :, None, :, None, :]
+    return (row & col).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+
+
+def _axis_mask(axis: _Axis, border: Border, device: torch.device) -> Bool[Tensor, "tiles tile seen"]:
+    start = torch.arange(axis.num_tiles, device=device)[:, None, None] * axis.tile - axis.front
+    query = start + torch.arange(axis.tile, device=device)[:, None]
+    key = start - axis.halo + torch.arange(axis.tile + 2 * axis.halo, device=device)
+    if border == "clipped":
+        first = query - axis.reach
+    else:
+        first = (query - axis.reach).clamp(0, axis.size - 2 * axis.reach - 1)
+    seen = (key >= first) & (key <= first + 2 * axis.reach) & (key >= 0) & (key < axis.size)
+    # a padded query must see something: a softmax over nothing is NaN, and so would be the gradient
+    return seen | (query < 0) | (query >= axis.size)

@@ -1,0 +1,133 @@
+"""Window attention as kernels: `window-1d` along the raster order, `window-2d` in a square of rows and columns.
+
+Text tokens stay global. The arithmetic is in `functional/window.py`.
+"""
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from ..contract import Kernel, KernelConfig, Site, TokenLayout
+from ..functional.window import Border, window_1d, window_2d
+
+
+class Window1dConfig(KernelConfig):
+    """Softmax attention to the nearest image tokens in raster order, clipped at the two ends; not causal.
+
+    With `window: 4` and `projections: random` this is the SWA of arXiv:2506.05340.
+    """
+
+    name: Literal["window-1d"] = "window-1d"
+    window: int = Field(default=4, gt=0)
+    """Image tokens seen on each side, so 2 * window + 1 in all."""
+
+    def faults(self, site: Site) -> list[str]:
+        seen, num_image = 2 * self.window + 1, site.grid.num_tokens
+        if seen <= num_image:
+            return []
+        return [
+            f"window {self.window} spans 2 * {self.window} + 1 = {seen} > {num_image} image tokens; "
+            f"{_at_most('window', (num_image - 1) // 2)}"
+        ]
+
+    def build(self, site: Site) -> "Window1d":
+        return Window1d(self.window)
+
+    def mixing_macs(self, site: Site) -> int:
+        return _local_macs(site, 2 * self.window + 1)
+
+
+class Window1d(Kernel):
+    """Softmax attention of each image token to `window` tokens before and after it.
+
+    Args:
+        window: image tokens seen on each side.
+    """
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.window = window
+
+    def forward(
+        self,
+        q: Float[Tensor, "b heads l k"],
+        k: Float[Tensor, "b heads l k"],
+        v: Float[Tensor, "b heads l v"],
+        layout: TokenLayout,
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "b heads l v"]:
+        return window_1d(q, k, v, layout, window=self.window, scale=scale)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}"
+
+
+class Window2dConfig(KernelConfig):
+    """Softmax attention to the image tokens in a square around each, within its frame; not causal."""
+
+    name: Literal["window-2d"] = "window-2d"
+    radius: int = Field(default=1, gt=0)
+    """Rows and columns seen on each side, so a square of side 2 * radius + 1."""
+    border: Border = "clipped"
+    """At the image's edge: `clipped` cuts the square, `shifted` moves it inside (NATTEN's rule)."""
+
+    def faults(self, site: Site) -> list[str]:
+        side = 2 * self.radius + 1
+        axes = (("rows", site.grid.rows), ("columns", site.grid.cols))
+        largest = (min(site.grid.rows, site.grid.cols) - 1) // 2
+        return [
+            f"radius {self.radius} spans 2 * {self.radius} + 1 = {side} > {size} {axis}; "
+            f"{_at_most('radius', largest)}"
+            for axis, size in axes
+            if side > size
+        ]
+
+    def build(self, site: Site) -> "Window2d":
+        return Window2d(self.radius, self.border)
+
+    def mixing_macs(self, site: Site) -> int:
+        return _local_macs(site, (2 * self.radius + 1) ** 2)
+
+
+class Window2d(Kernel):
+    """Softmax attention of each image token to a square of its frame.
+
+    Args:
+        radius: rows and columns seen on each side.
+        border: what happens at the image's edge, `clipped` or `shifted`.
+    """
+
+    def __init__(self, radius: int, border: Border):
+        super().__init__()
+        self.radius = radius
+        self.border = border
+
+    def forward(
+        self,
+        q: Float[Tensor, "b heads l k"],
+        k: Float[Tensor, "b heads l k"],
+        v: Float[Tensor, "b heads l v"],
+        layout: TokenLayout,
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "b heads l v"]:
+        return window_2d(q, k, v, layout, radius=self.radius, border=self.border, scale=scale)
+
+    def extra_repr(self) -> str:
+        return f"radius={self.radius}, border={self.border}"
+
+
+def _at_most(setting: str, largest: int) -> str:
+    if largest < 1:
+        return "the grid is too small for a window"
+    return f"use {setting} {largest} or less"
+
+
+def _local_macs(site: Site, num_seen: int) -> int:
+    """Scores and weighted sums: `num_seen` image tokens and all text for an image token, everything for text."""
+    num_image, num_text = site.grid.num_tokens, site.num_text
+    num_pairs = num_image * (num_seen + num_text) + num_text * site.num_tokens
+    return 2 * num_pairs * site.dim

@@ -1,0 +1,280 @@
+"""What every operator promises, tried on every operator there is: a new file in `operators/` is tested by existing.
+
+Each operator is tried with its defaults, with every other value of its named choices, and with `MORE_SETTINGS`.
+"""
+
+import json
+from typing import Literal, get_args, get_origin
+
+import jaxtyping
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.utils.checkpoint import checkpoint
+
+from closeness import assert_close
+from grafting.contract import Grid, KernelConfig, Site, TokenLayout
+from grafting.operators import operator_configs, parse_operator
+
+MORE_SETTINGS = {
+    "hyena-se": [{"kernel_size": 3, "geometry": "2d"}],
+    "linear": [{"conv": 3}, {"conv": 5, "feature_map": "softmax"}],
+    "mha": [{"num_heads": 2}],
+    "mlp": [{"ratio": 1.5}],
+    "window-1d": [{"window": 1}],
+    "window-2d": [{"radius": 2, "border": "shifted"}],
+}
+DIM, NUM_HEADS = 16, 4
+LAYOUTS = [
+    TokenLayout(Grid(1, 1)),
+    TokenLayout(Grid(7, 9)),
+    TokenLayout(Grid(5, 20), num_text=5),
+    TokenLayout(Grid(20, 5), num_text=5, text_first=False),
+    TokenLayout(Grid(5, 6, frames=2)),
+]
+
+
+def choices(annotation):
+    if annotation is bool:
+        return (False, True)
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def variants():
+    for name, config in operator_configs().items():
+        fields = {key: field for key, field in config.model_fields.items() if key != "name"}
+        one_changed = [
+            {key: choice}
+            for key, field in fields.items()
+            for choice in choices(field.annotation)
+            if choice != field.default
+        ]
+        for changed in ({}, *one_changed, *MORE_SETTINGS.get(name, [])):
+            yield config(**changed)
+
+
+def describe(value):
+    if isinstance(value, TokenLayout):
+        grid, side = value.grid, "before" if value.text_first else "after"
+        text = f"+{value.num_text}{side}" if value.num_text else ""
+        return f"{grid.frames}x{grid.rows}x{grid.cols}{text}"
+    settings = {k: v for k, v in value.model_dump(exclude_defaults=True).items() if k != "name"}
+    return "-".join([value.name, *(f"{k}={v}" for k, v in settings.items())])
+
+
+def site_for(config, layout=LAYOUTS[1]):
+    facts = {"num_heads": NUM_HEADS} if "attention" in config.roles else {"hidden_dim": 4 * DIM}
+    role = "attention" if "attention" in config.roles else "mlp"
+    return Site(role=role, block=0, path="part", dim=DIM, grid=layout.grid, num_text=layout.num_text, **facts)
+
+
+def inputs_for(config, layout, *, batch=2, dtype=torch.float32):
+    """q, k, v for a kernel and x for a mixer; the output must be shaped like the last of them."""
+    num_tensors = 3 if isinstance(config, KernelConfig) else 1
+    shape = (batch, layout.num_tokens, DIM)
+    tensors = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(num_tensors)]
+    if num_tensors == 1:
+        return tensors
+    return [x.detach().unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2).requires_grad_() for x in tensors]
+
+
+def built(config, layout=LAYOUTS[1]):
+    """The operator with all parameters drawn anew, so that nothing is hidden by a start at zero or identity."""
+    operator = config.build(site_for(config, layout))
+    for parameter in operator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return operator
+
+
+def tokens_first(y, config):
+    """[L, B, ...] for both kinds of operator."""
+    return y.permute(2, 0, 1, 3) if isinstance(config, KernelConfig) else y.transpose(0, 1)
+
+
+def is_causal(config):
+    settings = config.model_dump()
+    return settings.get("geometry") == "causal" or settings.get("causal", False)
+
+
+every_variant = pytest.mark.parametrize("config", list(variants()), ids=describe)
+every_operator = pytest.mark.parametrize("config", [c() for c in operator_configs().values()], ids=describe)
+every_fit = pytest.mark.parametrize(
+    ("config", "layout"),
+    [(c, layout) for c in variants() for layout in LAYOUTS if not c.faults(site_for(c, layout))],
+    ids=describe,
+)
+
+
+def test_the_operators_of_this_package_are_found():
+    assert {"linear", "softmax", "window-1d", "window-2d"} <= operator_configs().keys()
+
+
+@every_variant
+def test_an_ordinary_site_has_no_faults(config):
+    assert config.faults(site_for(config)) == []
+
+
+@every_fit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_keeps_shape_and_dtype_and_has_finite_gradients(config, layout, dtype):
+    operator, inputs = built(config, layout).to(dtype), inputs_for(config, layout, dtype=dtype)
+    y = operator(*inputs, layout)
+    assert y.shape == inputs[-1].shape
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+    y.float().square().sum().backward()
+    for name, tensor in (*operator.named_parameters(), *((f"input {i}", x) for i, x in enumerate(inputs))):
+        assert tensor.grad is not None, f"{name} has no gradient"
+        assert tensor.grad.isfinite().all(), f"the gradient of {name} is not finite"
+
+
+@every_fit
+def test_samples_of_a_batch_do_not_meet(config, layout):
+    operator, inputs = built(config, layout), inputs_for(config, layout, batch=3)
+    together = operator(*inputs, layout)
+    for i in range(3):
+        alone = operator(*(x[i : i + 1] for x in inputs), layout)
+        assert_close(f"sample {i}", together[i : i + 1], alone, 1e-5)
+
+
+@every_variant
+def test_causality_is_as_declared(config):
+    """A change of the later tokens reaches an earlier one exactly if the operator does not say that it is causal."""
+    layout, place = LAYOUTS[1], 30
+    operator, inputs = built(config), inputs_for(config, layout)
+    changed = [x.detach().clone() for x in inputs]
+    for x in changed:
+        tokens_first(x, config)[place + 1 :] += 1
+    before, after = (tokens_first(operator(*xs, layout), config)[: place + 1] for xs in (inputs, changed))
+    if is_causal(config) or "mlp" in config.roles:
+        assert torch.equal(before, after)
+    else:
+        assert (before[place] - after[place]).abs().max() > 1e-4
+
+
+@every_variant
+def test_gradient_checkpointing_changes_nothing(config):
+    operator, inputs = built(config), inputs_for(config, LAYOUTS[1])
+    plain = operator(*inputs, LAYOUTS[1])
+    recomputed = checkpoint(operator, *inputs, LAYOUTS[1], use_reentrant=False)
+    assert torch.equal(plain, recomputed)
+    gradients = [torch.autograd.grad(y.sum(), inputs) for y in (plain, recomputed)]
+    for want, got in zip(*gradients, strict=True):
+        assert torch.equal(want, got)
+
+
+@every_variant
+def test_config_survives_json(config):
+    assert parse_operator(json.loads(json.dumps(config.model_dump()))) == config
+
+
+@every_variant
+def test_weights_load_strictly_into_a_fresh_operator(config):
+    operator, fresh = built(config), config.build(site_for(config))
+    fresh.load_state_dict(operator.state_dict(), strict=True)
+    inputs = inputs_for(config, LAYOUTS[1])
+    assert torch.equal(operator(*inputs, LAYOUTS[1]), fresh(*inputs, LAYOUTS[1]))
+
+
+@every_variant
+def test_work_is_counted_in_whole_numbers(config):
+    site = site_for(config)
+    for macs in (config.mixing_macs(site), config.projection_macs(site)):
+        assert isinstance(macs, int)
+        assert macs >= 0
+    assert config.mixing_macs(site) > 0
+
+
+@every_variant
+def test_randomised_takes_nothing_from_the_host(config):
+    randomised = config.randomised()
+    assert "random" in randomised.model_dump().values()
+    assert randomised.randomised() == randomised
+    randomised.build(site_for(randomised))
+
+
+@every_operator
+def test_an_unknown_setting_is_refused(config):
+    with pytest.raises(ValidationError, match="no_such_setting"):
+        parse_operator({"name": config.name, "no_such_setting": 1})
+
+
+@every_operator
+def test_its_name_alone_means_its_defaults(config):
+    assert parse_operator(config.name) == config
+
+
+@every_operator
+def test_every_setting_is_described(config):
+    fields = {key: field for key, field in type(config).model_fields.items() if key != "name"}
+    assert [key for key, field in fields.items() if not field.description] == []
+    assert type(config).__doc__
+
+
+@pytest.fixture
+def _unchecked_shapes():
+    """Dynamo cannot trace the checks of shapes that the tests put around every function."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_unchecked_shapes")
+@every_variant
+@pytest.mark.parametrize("layout", LAYOUTS[1:4:2], ids=describe)
+def test_compiles_as_one_graph(config, layout):
+    torch.compiler.reset()
+    operator, inputs = built(config, layout), inputs_for(config, layout)
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    want, got = operator(*inputs, layout), compiled(*inputs, layout)
+    assert_close("output", got, want, 1e-5)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (want, got)]
+    for i, (want_gradient, got_gradient) in enumerate(zip(*gradients, strict=True)):
+        assert_close(f"gradient of input {i}", got_gradient, want_gradient, 1e-4)
+
+
+def test_faults_of_windows_say_what_would_fit():
+    site = Site(role="attention", block=0, path="attn", dim=DIM, num_heads=NUM_HEADS, grid=Grid(8, 6))
+    assert parse_operator({"name": "window-2d", "radius": 4}).faults(site) == [
+        "radius 4 spans 2 * 4 + 1 = 9 > 8 rows; use radius 2 or less",
+        "radius 4 spans 2 * 4 + 1 = 9 > 6 columns; use radius 2 or less",
+    ]
+    assert parse_operator({"name": "window-1d", "window": 24}).faults(site) == [
+        "window 24 spans 2 * 24 + 1 = 49 > 48 image tokens; use window 23 or less"
+    ]
+    assert parse_operator({"name": "window-1d", "window": 23}).faults(site) == []
+
+
+def test_an_even_filter_of_linear_attention_is_a_fault():
+    config = parse_operator({"name": "linear", "conv": 4})
+    assert config.faults(site_for(config)) == ["conv 4 is even and has no centre: use 3 or 5"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "window-1d", "window": 0}, {"name": "window-2d", "radius": -1}, {"name": "linear", "conv": 0}],
+)
+def test_sizes_must_be_positive(settings):
+    with pytest.raises(ValidationError, match="greater than 0"):
+        parse_operator(settings)
+
+
+def test_work_of_the_kernels_as_the_paper_counts_it():
+    """At 256 tokens, width 1152 and 16 heads, relative to the 2 L^2 D of softmax (arXiv:2506.05340, Table 4)."""
+    site = Site(role="attention", block=0, path="attn", dim=1152, num_heads=16, grid=Grid(16, 16))
+    softmax = parse_operator("softmax").mixing_macs(site)
+
+    def share(settings):
+        return parse_operator(settings).mixing_macs(site) / softmax
+
+    assert share({"name": "window-1d", "window": 4}) == 9 / 256
+    assert share({"name": "window-2d", "radius": 3}) == 49 / 256
+    assert share("linear") == 72 / 256
+    assert share({"name": "linear", "conv": 5}) == 72 / 256 + 25 / 512
+
+
+def test_text_tokens_are_counted_as_global():
+    site = Site(role="attention", block=0, path="attn", dim=1, num_heads=1, grid=Grid(10, 10), num_text=7)
+    macs = parse_operator({"name": "window-1d", "window": 4}).mixing_macs(site)
+    assert macs == 2 * (100 * (9 + 7) + 7 * 107)
