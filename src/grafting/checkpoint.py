@@ -70,7 +70,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.
     plan = Plan.model_validate(grafting["plan"]) if grafting else Plan()
     place(model, build_operators(model, plan))
     load_strictly(model, tensors, source=str(weights))
-    return model.to(dtype).eval(), plan
+    return (model if dtype == torch.float32 else model.to(dtype)).eval(), plan
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:

@@ -7,7 +7,7 @@ images are `b c h w`. This file holds no behaviour of its own.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -198,6 +198,7 @@ class ClassConditional(NamedTuple):
 Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """What training reads: items by index, as model inputs."""
 

@@ -93,7 +93,7 @@ def distill(
     optimizer = (
         torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay) if trained else None
     )
-    teacher.eval()
+    teacher.train()  # labels are dropped as in training, so operators also see the null label that guidance uses
     first = 0
     if state is not None:
         first = state["step"]
@@ -188,6 +188,7 @@ def distill(
             values=values,
             state=lambda step=step: snapshot(step + 1),
         )
+    teacher.eval()
     for operator in operators.values():
         operator.eval()
 

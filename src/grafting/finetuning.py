@@ -7,6 +7,7 @@ resumed from any step's state equals an uninterrupted one. Pretraining is the sa
 import fnmatch
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -86,14 +87,18 @@ def finetune(
     """
     _check(config, teacher)
     trained = _select_parameters(model, config.trainable, new_parameters)
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    accelerator = Accelerator()
+    # not Accelerate's own autocast: its precision is fixed once a process, and a sweep runs many recipes in one
+    autocast = partial(
+        torch.autocast, accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+    )
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     ema = EMAModel(trained, decay=config.ema_decay)
     student, optimizer = accelerator.prepare(model, optimizer)
     if teacher is not None:
-        teacher = teacher.to(accelerator.device).eval()
+        teacher = teacher.to(accelerator.device).train()
     ema.to(accelerator.device)
     first = 0
     if state is not None:
@@ -120,24 +125,22 @@ def finetune(
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with seeded(config.seed, step, accelerator.process_index):
-            x, labels, noise, t = _draw(data, config, step)
-            x, labels, noise, t = (a[share].to(accelerator.device) for a in (x, labels, noise, t))
-            x_t = diffusion.add_noise(x, noise, t)
-            with accelerator.autocast():
-                prediction = predict(student, x_t, t, labels)
-            values: dict[str, Tensor] = {}
-            if config.diffusion_weight:
-                per_sample = diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t)
-                values["diffusion"] = per_sample.mean()
-            if config.output_weight:
-                with torch.no_grad(), accelerator.autocast():
-                    target = predict(teacher, x_t, t, labels)
-                values["output"] = (prediction.float() - target.float()).square().mean()
-            loss = config.diffusion_weight * values.get("diffusion", 0.0) + (
-                config.output_weight * values.get("output", 0.0)
-            )
-            accelerator.backward(loss)
+        x, labels, noise, t = (a[share].to(accelerator.device) for a in _draw(data, config, step))
+        x_t = diffusion.add_noise(x, noise, t)
+        # both models drop the same labels: they start from the same random state
+        entropy = (config.seed, step, accelerator.process_index, 1)
+        with seeded(*entropy), autocast():
+            prediction = predict(student, x_t, t, labels)
+        values: dict[str, Tensor] = {}
+        if config.diffusion_weight:
+            values["diffusion"] = diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t).mean()
+        if config.output_weight:
+            with torch.no_grad(), seeded(*entropy), autocast():
+                target = predict(teacher, x_t, t, labels)
+            values["output"] = (prediction.float() - target.float()).square().mean()
+        weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
+        loss = torch.stack([weights[name] * value for name, value in values.items()]).sum()
+        accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained, config.clip_norm)
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise TrainingError(

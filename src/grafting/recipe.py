@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .contract import ClassConditional, OperatorConfig, Site, Step, TrainingData, default_device
 from .data import DataConfig
-from .data.bundled import bundled_classifier, bundled_reference_path, testbed_model_folder
+from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
 from .diffusion import Diffusion
 from .distillation import DistillConfig, distill
 from .errors import DataError, GraftingError, HostError, RecipeError
@@ -41,6 +41,7 @@ from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
 from .metrics.cost import count_parameters, role_macs
+from .metrics.features import ModuleNetwork
 from .plan import Plan, Replace, fault_list
 from .report import write_report
 from .runfolder import RunFolder
@@ -134,7 +135,9 @@ def prepare(recipe: Recipe) -> Job:
     if facts is None:
         raise HostError(f"recipes train class-conditional models; {host.name} has another condition")
     if recipe.sample is not None:
-        check_sampling(recipe.sample, num_classes=facts.num_classes, null_label=facts.null_label)
+        check_sampling(
+            recipe.sample, num_classes=facts.num_classes, null_label=facts.null_label, channels=facts.shape[0]
+        )
     data = recipe.data.load()
     _check_data(data, facts)
     identity = {
@@ -302,7 +305,7 @@ def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
         return
     rows = _rows(job)
     fingerprints = {row: run_folder.stage_outputs(f"samples/{row}") for row in rows}
-    network = bundled_classifier()
+    network = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
     reference = Reference.load(bundled_reference_path(), network)
     protocol = Protocol.of(
         network,
@@ -329,7 +332,7 @@ def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
         stage.outputs = [run_folder.path / "metrics.json"]
 
 
-def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, float]:
+def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
     """What a row's model costs: parameters, attention FLOPs an image and forward pass, measured sampling time."""
     folder = run_folder.path / "samples" / row
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, MlpWeights, Role, Site, TokenLayout
+from ..contract import AttentionWeights, ClassConditional, MlpWeights, Role, Site, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class LayoutTracker:
         self.host = host
         self.layout: TokenLayout | None = None
 
+    @staticmethod
+    def of(model: nn.Module) -> "LayoutTracker | None":
+        """The model's tracker, if it has one."""
+        return next((h for h in model._forward_pre_hooks.values() if isinstance(h, LayoutTracker)), None)
+
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layout = self.host.layout(model, *args, **kwargs)
 
@@ -43,8 +48,9 @@ class LayoutTracker:
 class Host(ABC):
     """A pretrained model family that can be edited. Subclasses are final."""
 
-    name: ClassVar[str]
-    model_class: ClassVar[type[nn.Module]]
+    name: str
+    model_class: type[nn.Module]
+    """The class, or a property that imports it when it is asked for."""
     calls: ClassVar[dict[Role, Call]]
     """Roles whose modules mixers may replace; kernels need no declaration."""
 
@@ -76,6 +82,10 @@ class Host(ABC):
     def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
         """Random keyword arguments of a forward pass whose image tokens form this grid."""
 
+    def class_conditional(self, model: nn.Module) -> ClassConditional | None:
+        """What the model makes of class labels; None for hosts with other conditions."""
+        return None
+
     def redraw(self, module: nn.Module) -> None:
         """Draw a module's linear layers anew, as the paper's random initialisation does: Xavier weights, zero biases."""
         for linear in module.modules():
@@ -85,12 +95,12 @@ class Host(ABC):
                     nn.init.zeros_(linear.bias)
 
     def track_layout(self, model: nn.Module) -> LayoutTracker:
-        """The model's tracker; adds it at the first call."""
-        for hook in model._forward_pre_hooks.values():
-            if isinstance(hook, LayoutTracker):
-                return hook
-        tracker = LayoutTracker(self)
-        model.register_forward_pre_hook(tracker, with_kwargs=True)
+        """The model's tracker, which from now on reads layouts as this host does; adds it at the first call."""
+        tracker = LayoutTracker.of(model)
+        if tracker is None:
+            tracker = LayoutTracker(self)
+            model.register_forward_pre_hook(tracker, with_kwargs=True)
+        tracker.host = self
         return tracker
 
     def untrack_layout(self, model: nn.Module) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..contract import AttentionWeights, Grid, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, ClassConditional, Grid, MlpWeights, Site, TokenLayout
 from ..models.dit import Attention, DiT, Mlp
 from ._host import Call, Host, linear_weights, randomise
 
@@ -45,6 +45,12 @@ class DiTHost(Host):
 
     def predict(self, model: DiT, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return model(x_t, t, condition)
+
+    def class_conditional(self, model: DiT) -> ClassConditional:
+        config = model.config
+        null_label = config.num_classes if config.class_dropout_prob > 0 else None
+        shape = (config.in_channels, config.input_size, config.input_size)
+        return ClassConditional(shape, config.num_classes, null_label)
 
     def tiny(self) -> DiT:
         model = DiT(input_size=16, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)

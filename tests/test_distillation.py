@@ -1,0 +1,152 @@
+"""Stage 1 recovers what can be recovered, resumes exactly, and keeps one site's graph at a time."""
+
+import copy
+
+import pytest
+import torch
+
+from closeness import assert_close
+from grafting.diffusion import Diffusion
+from grafting.distillation import DistillConfig, distill
+from grafting.errors import TrainingError
+from grafting.functional.losses import regression_loss
+from grafting.hosts import hosts
+from grafting.plan import Plan, Replace
+from grafting.surgery import build_operators
+from toydata import noise_images
+
+HOST = hosts()["dit"]
+
+
+def _setup(operator, role="attention", blocks="all"):
+    teacher = HOST.tiny().eval()
+    plan = Plan(edits=(Replace(role=role, blocks=blocks, operator=operator),))
+    return teacher, build_operators(teacher, plan)
+
+
+def _run(teacher, operators, *, state=None, role="attention", **settings):
+    config = DistillConfig(**{"steps": 6, "batch_size": 8, "holdout": 16, "holdout_every": 3} | settings)
+    return distill(
+        teacher,
+        operators,
+        noise_images(64, size=16),
+        config,
+        roles=dict.fromkeys(operators, role),
+        predict=HOST.predict,
+        diffusion=Diffusion(),
+        state=state,
+    )
+
+
+def test_kept_softmax_is_fitted_from_the_start():
+    teacher, operators = _setup("softmax")
+    first = next(iter(_run(teacher, operators)))
+    assert first.values["r2/blocks.0.attn"] == 1.0
+    assert first.values["holdout_loss/blocks.2.attn"] == 0.0
+
+
+def test_random_attention_recovers():
+    teacher, operators = _setup({"name": "softmax", "projections": "random"}, blocks=[1])
+    steps = list(_run(teacher, operators, steps=150, batch_size=32, lr=1e-2, holdout_every=150))
+    before, after = steps[0].values["r2/blocks.1.attn"], steps[-1].values["r2/blocks.1.attn"]
+    assert before < 0.2
+    assert after > 0.6
+
+
+def test_teacher_is_unchanged_and_all_sites_learn():
+    teacher, operators = _setup({"name": "softmax", "projections": "random"})
+    weights = {n: t.clone() for n, t in teacher.state_dict().items()}
+    initial = copy.deepcopy(operators)
+    list(_run(teacher, operators))
+    assert all(torch.equal(weights[n], t) for n, t in teacher.state_dict().items())
+    for path, operator in operators.items():
+        for (name, new), old in zip(operator.named_parameters(), initial[path].parameters(), strict=True):
+            assert not torch.equal(new, old), f"{path}.{name}"
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_resumed_equals_uninterrupted(inputs):
+    def fresh():
+        torch.manual_seed(3)
+        return _setup({"name": "softmax", "projections": "random"})
+
+    teacher, whole = fresh()
+    list(_run(teacher, whole, inputs=inputs))
+    teacher, part = fresh()
+    state = next(copy.deepcopy(s.state()) for s in _run(teacher, part, inputs=inputs) if s.done == 4)
+    teacher, resumed = fresh()
+    steps = list(_run(teacher, resumed, inputs=inputs, state=state))
+    assert [s.done for s in steps] == [5, 6]
+    for path in whole:
+        for a, b in zip(whole[path].parameters(), resumed[path].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_student_inputs_hold_the_errors_of_earlier_grafts():
+    teacher, operators = _setup({"name": "softmax", "projections": "random"})
+    by_teacher = next(iter(_run(teacher, operators, inputs="teacher"))).values
+    by_student = next(iter(_run(teacher, operators, inputs="student"))).values
+    first, last = "holdout_loss/blocks.0.attn", "holdout_loss/blocks.2.attn"
+    assert by_teacher[first] == pytest.approx(by_student[first], rel=1e-5)
+    assert by_teacher[last] != pytest.approx(by_student[last], rel=1e-5)
+
+
+class _Saved:
+    """A tensor that a graph keeps for its backward pass; counts how many are alive."""
+
+    alive = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        _Saved.alive += 1
+
+    def __del__(self):
+        _Saved.alive -= 1
+
+
+def test_one_sites_graph_at_a_time():
+    """When a site's operator runs, nothing is kept for the backward pass of an earlier one."""
+    teacher, operators = _setup({"name": "softmax", "projections": "random"})
+    alive_before, alive_after = [], []
+
+    def watched(forward):
+        def run(*args, **kwargs):
+            if torch.is_grad_enabled():
+                alive_before.append(_Saved.alive)
+            output = forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                alive_after.append(_Saved.alive)
+            return output
+
+        return run
+
+    for operator in operators.values():
+        operator.forward = watched(operator.forward)
+    with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
+        list(_run(teacher, operators, steps=2))
+    assert alive_before == [0] * 6
+    assert min(alive_after) > 0
+
+
+def test_nan_is_an_error_that_names_step_and_site():
+    teacher, operators = _setup({"name": "softmax", "projections": "random"})
+    operators["blocks.1.attn"].attention.qkv.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"stage 1, step 0, blocks\.1\.attn: the loss is nan"):
+        list(_run(teacher, operators))
+
+
+def test_too_few_images():
+    teacher, operators = _setup("softmax")
+    with pytest.raises(TrainingError, match="holds out 64 images, but the data has 64"):
+        list(_run(teacher, operators, holdout=64))
+
+
+def test_losses():
+    prediction, target = torch.tensor([1.0, 2.0, 103.0]), torch.tensor([0.0, 4.0, 100.0])
+    assert regression_loss(prediction, target, "l1").item() == 2.0
+    assert_close("l2", regression_loss(prediction, target, "l2"), torch.tensor(14 / 3), 1e-6)
+    assert_close("huber", regression_loss(prediction, target, "huber"), torch.tensor(4.5 / 3), 1e-6)
+    normalised = regression_loss(prediction, target, "l1", normalised=True)
+    assert_close("normalised", normalised, torch.tensor(6 / 104), 1e-6)
+    masked = regression_loss(prediction, target, "l1", outlier_threshold=1.5)
+    assert masked.item() == 1.5

@@ -1,0 +1,136 @@
+"""Stage 2 lowers the loss, resumes exactly, trains only what it is told to, and stops at NaN."""
+
+import copy
+
+import pytest
+import torch
+
+from grafting.diffusion import Diffusion
+from grafting.errors import TrainingError
+from grafting.finetuning import FinetuneConfig, finetune
+from grafting.hosts import hosts
+from grafting.plan import Plan, Replace
+from grafting.surgery import graft
+from toydata import noise_images
+
+HOST = hosts()["dit"]
+BASE = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9}
+
+
+def _run(model, *, state=None, teacher=None, new_parameters=frozenset(), data=None, **settings):
+    return finetune(
+        model,
+        data or noise_images(32, size=16),
+        FinetuneConfig(**BASE | settings),
+        predict=HOST.predict,
+        diffusion=Diffusion(),
+        teacher=teacher,
+        new_parameters=new_parameters,
+        state=state,
+    )
+
+
+def _weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_loss_falls():
+    model = HOST.tiny()
+    losses = [s.values["loss"] for s in _run(model, steps=60, batch_size=16, lr=3e-3)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"gradient_checkpointing": True}])
+def test_resumed_equals_uninterrupted(settings):
+    start = HOST.tiny()
+    whole, part, resumed = (copy.deepcopy(start) for _ in range(3))
+    list(_run(whole, **settings))
+    state = next(copy.deepcopy(s.state()) for s in _run(part, **settings) if s.done == 3)
+    assert [s.done for s in _run(resumed, state=state, **settings)] == [4, 5, 6]
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in resumed.state_dict().items())
+
+
+def test_ends_with_averaged_weights():
+    model = HOST.tiny()
+    steps = list(_run(model))
+    assert not model.training
+    shadow = steps[-1].state()["ema"]["shadow_params"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(shadow, trained, strict=True))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    start = HOST.tiny()
+    plain, checkpointed = copy.deepcopy(start), copy.deepcopy(start)
+    list(_run(plain, steps=2))
+    list(_run(checkpointed, steps=2, gradient_checkpointing=True))
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(tensor, checkpointed.state_dict()[name], atol=1e-6), name
+
+
+def test_trains_only_new_operators():
+    model = HOST.tiny()
+    record = graft(
+        model, Plan(edits=(Replace(role="attention", blocks=[1], operator="softmax"),)).randomised()
+    )
+    before = _weights(model)
+    list(_run(model, trainable="new", new_parameters=record.new_parameters))
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == record.new_parameters
+
+
+def test_trains_only_named_parameters():
+    model = HOST.tiny()
+    before = _weights(model)
+    list(_run(model, trainable=("blocks.*.mlp.fc1.weight",)))
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {f"blocks.{i}.mlp.fc1.weight" for i in range(3)}
+
+
+def test_output_distillation_reaches_the_teacher():
+    teacher = HOST.tiny().eval()
+    student = copy.deepcopy(teacher)
+    graft(student, Plan(edits=(Replace(role="attention", operator="softmax"),)).randomised())
+    settings = {"diffusion_weight": 0.0, "output_weight": 1.0, "steps": 60, "lr": 3e-3, "batch_size": 16}
+    losses = [s.values["output"] for s in _run(student, teacher=teacher, **settings)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_equal_models_have_no_output_loss():
+    """The teacher sees the student's own dropped labels, so only operators can make a difference."""
+    teacher = HOST.tiny().eval()
+    settings = {"diffusion_weight": 0.0, "output_weight": 1.0, "steps": 1, "batch_size": 32}
+    [step] = _run(copy.deepcopy(teacher), teacher=teacher, **settings)
+    assert step.values["output"] == 0.0
+
+
+def test_nan_stops_before_the_weights_are_touched():
+    model = HOST.tiny()
+    model.blocks[1].mlp.fc1.bias.data[0] = float("nan")
+    before = _weights(model)
+    with pytest.raises(TrainingError, match="stage 2, step 0: loss nan"):
+        list(_run(model))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"diffusion_weight": 0.0}, "no objective"),
+        ({"output_weight": 1.0}, "there is no teacher"),
+        ({"trainable": ("nothing.*",)}, "selects none of the model's"),
+        ({"trainable": "new"}, "selects none"),
+    ],
+)
+def test_faults_are_found_before_any_work(settings, message):
+    with pytest.raises(TrainingError, match=message):
+        next(iter(_run(HOST.tiny(), **settings)))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": -1}, {"lr": 0}, {"batch_size": 0}, {"ema_decay": 1.0}, {"stepz": 1}]
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        FinetuneConfig(**settings)

@@ -1,0 +1,248 @@
+"""A recipe runs from end to end, skips what is done, and a run killed anywhere ends as an uninterrupted one."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from grafting.checkpoint import load_tensors
+from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
+from grafting.recipe import Recipe, load_recipe, prepare, run
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "name": "tiny",
+    "source": {
+        "host": "dit",
+        "config": {
+            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 32,
+            "depth": 2, "num_heads": 2, "num_classes": 10,
+        },
+    },
+    "plan": [{"role": "attention", "blocks": "odd", "operator": {"name": "hyena-x", "kernel_size": 3}}],
+    "data": {"name": "testbed-subset"},
+    "distill": {"steps": 6, "batch_size": 4, "holdout": 8, "holdout_every": 3},
+    "finetune": {"steps": 6, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
+    "sample": {"sampler": "ddim", "steps": 2, "num_images": 20, "batch_size": 10, "cfg_scale": 1.0},
+    "save_every": 2,
+}  # fmt: skip
+
+
+def _recipe(**changes) -> Recipe:
+    return Recipe.model_validate(TINY | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run, and the stages and steps that it went through."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    seen = []
+    run(_recipe(), folder, on_step=lambda stage, step: seen.append((stage, step.done)))
+    return folder, seen
+
+
+def test_run_leaves_what_the_design_says(finished):
+    folder, seen = finished
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {"recipe.yaml", "plan.json", "manifest.json", "metrics.json", "report.html"} <= names
+    assert {"model/config.json", "distill/operators.safetensors", "distill/log.jsonl"} <= names
+    assert not any("partial" in name or name.endswith("state.pt") for name in names)
+    assert [s for s in seen if s[0] == "distill"] == [("distill", i) for i in range(7)]
+    assert [s for s in seen if s[0] == "finetune"] == [("finetune", i) for i in range(1, 7)]
+    rows = json.loads((folder / "metrics.json").read_text())
+    assert [row["name"] for row in rows] == ["pretrained", "random", "inherited", "distilled", "finetuned"]
+    assert all(row["frechet_low"] <= row["frechet"] <= row["frechet_high"] for row in rows)
+    assert len({row["params"] for row in rows[1:]}) == 1
+    assert rows[1]["attention_mixing_flops"] < rows[0]["attention_mixing_flops"]
+    assert all(row["protocol"] == rows[0]["protocol"] for row in rows)
+
+
+def test_recipe_in_the_folder_is_the_recipe(finished):
+    assert load_recipe(finished[0] / "recipe.yaml") == _recipe()
+
+
+def test_nothing_is_done_twice(finished):
+    folder, _ = finished
+    seen = []
+    run(_recipe(), folder, on_step=lambda stage, step: seen.append(stage))
+    assert seen == []
+
+
+def test_a_change_runs_what_depends_on_it(finished, tmp_path):
+    folder, _ = finished
+    seen = []
+    changed = _recipe(finetune=TINY["finetune"] | {"lr": 2e-4})
+    run(changed, folder, on_step=lambda stage, step: seen.append(stage))
+    assert set(seen) == {
+        "finetune", "sample finetuned",
+        *(f"evaluate {r}" for r in ("pretrained", "random", "inherited", "distilled", "finetuned")),
+    }  # fmt: skip
+    run(_recipe(), folder)
+
+
+def _run_until_killed(folder: Path, stage: str, done: int) -> None:
+    def kill(name, step):
+        if name == stage and step.done == done:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    run(_recipe(), folder, on_step=kill)
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"),
+    [
+        ("distill", 0),
+        ("distill", 5),
+        ("finetune", 1),
+        ("finetune", 5),
+        ("sample random", 10),
+        ("evaluate distilled", 20),
+    ],
+)
+def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path, stage, done):
+    whole, folder = finished[0], tmp_path / "tiny"
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_until_killed, args=(folder, stage, done)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    run(_recipe(), folder)
+    for name in ("model/diffusion_pytorch_model", "distill/operators", "samples/finetuned", "samples/random"):
+        want, got = (load_tensors(f / f"{name}.safetensors") for f in (whole, folder))
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[key], got[key]) for key in want), name
+    logs = [
+        [json.loads(x)["step"] for x in (folder / s / "log.jsonl").read_text().splitlines()]
+        for s in ("distill", "finetune")
+    ]
+    assert logs == [list(range(7)), list(range(1, 7))]
+
+
+def test_until(tmp_path):
+    run(_recipe(), tmp_path / "run", until="distill")
+    assert (tmp_path / "run" / "distill" / "operators.safetensors").is_file()
+    assert not (tmp_path / "run" / "finetune").exists()
+
+
+def test_folder_of_another_recipe(finished):
+    with pytest.raises(RunError, match="belongs to recipe 'tiny', asked was 'other'"):
+        run(_recipe(name="other"), finished[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"plan": [{"role": "attention", "blocks": [1, 9], "operator": "softmax"}]}, PlanError, "no block 9"),
+        ({"plan": [{"role": "attention", "blocks": [1, 1], "operator": "softmax"}]}, PlanError, "named twice"),
+        ({"plan": [{"role": "attention", "operator": {"name": "window-2d", "radius": 4}}]}, PlanError, "9 .*4"),
+        ({"plan": [{"role": "attention", "operator": {"name": "mha", "num_heads": 5}}]}, PlanError, "32.*5"),
+        ({"plan": [{"role": "mlp", "operator": "hyena-x"}]}, PlanError, "hyena-x replaces attention, not mlp"),
+        ({"source": "nowhere"}, GraftingError, "no model in nowhere"),
+        ({"source": {"host": "vit", "config": {}}}, GraftingError, "no host 'vit'; there are"),
+        ({"source": {"host": "dit", "config": {"num_heads": 5}}}, GraftingError, "multiple of num_heads 5"),
+        ({"source": {"host": "dit", "config": {"heads": 5}}}, GraftingError, "heads"),
+        ({"data": {"name": "image-folder", "folder": "nowhere", "size": 32, "channels": 1}}, DataError, "nowhere"),
+        ({"data": {"name": "fashion-mnist", "folder": "nowhere"}}, DataError, "nowhere"),
+        ({"sample": TINY["sample"] | {"labels": [3, 11]}}, ProtocolError, r"labels \[11\] are out of range"),
+        ({"source": TINY["source"] | {"config": TINY["source"]["config"] | {"in_channels": 3}}}, DataError, "shape"),
+        ({"source": TINY["source"] | {"config": TINY["source"]["config"] | {"num_classes": 5}}}, DataError, "10 classes"),
+        (
+            {
+                "source": TINY["source"] | {"config": TINY["source"]["config"] | {"class_dropout_prob": 0.0}},
+                "sample": TINY["sample"] | {"cfg_scale": 2.0},
+            },
+            ProtocolError,
+            "no null label",
+        ),
+    ],
+)  # fmt: skip
+def test_faults_are_found_before_anything_is_written(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(_recipe(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        (None, ["no recipe file"]),
+        ("", ["is empty"]),
+        ("- a\n- b\n", ["holds a list"]),
+        ("name: [", ["is not YAML"]),
+        ("name: x\ndata: {name: testbed-subset}\nspeed: 3\n", ["1 fault in", "speed: unknown key"]),
+        ("name: x\n", ["data: Field required"]),
+        ("name: a/b\ndata: {name: testbed-subset}\n", ["name: "]),
+        ("name: x\ndata: {name: cifar}\n", ["data: ", "cifar"]),
+        (
+            yaml.safe_dump(TINY | {"plan": [{"role": "attn", "blocks": "some", "operator": "hyena-q"}], "seed": -1}),
+            ["4 faults in", "plan.0.role", "plan.0.blocks: 'some' names no blocks", "no operator 'hyena-q'", "seed"],
+        ),
+        (yaml.safe_dump(TINY | {"distill": {"steps": -5}}), ["distill.steps", "-5"]),
+        (yaml.safe_dump(TINY | {"sample": {"num_images": 0}}), ["sample.num_images", "0"]),
+        (yaml.safe_dump(TINY | {"sample": {"steps": -1}}), ["sample.steps", "-1"]),
+        ("base: r.yaml\n", ["is its own base"]),
+        ("base: [a]\n", ["base names one file"]),
+        ("!!python/object/apply:os.system ['true']\n", ["is not YAML"]),
+    ],
+)  # fmt: skip
+def test_recipe_files_with_faults(tmp_path, content, messages):
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_base_and_differences(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "r.yaml").write_text("base: base.yaml\nname: longer\ndistill: {steps: 9}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.name, recipe.distill.steps, recipe.distill.batch_size) == ("longer", 9, 4)
+
+
+def test_read_only_folder(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("grafting.files.os.replace", refuse)
+    with pytest.raises(RunError, match="cannot write .*Read-only file system"):
+        run(_recipe(), tmp_path / "run")
+
+
+def test_disk_full_in_stage_1_and_then_space(finished, tmp_path, monkeypatch):
+    calls = 0
+
+    def full(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("grafting.runfolder.torch.save", full)
+        with pytest.raises(RunError, match="No space left on device"):
+            run(_recipe(), tmp_path / "run")
+    assert calls == 1
+    run(_recipe(), tmp_path / "run", until="distill")
+    want, got = (
+        load_tensors(f / "distill" / "operators.safetensors") for f in (finished[0], tmp_path / "run")
+    )
+    assert all(torch.equal(want[key], got[key]) for key in want)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_in_the_repository_are_valid(path):
+    load_recipe(path)
+
+
+def test_quickstart_fits_the_bundled_model():
+    job = prepare(load_recipe(ROOT / "recipes" / "testbed" / "quickstart.yaml"))
+    assert [site.block for site in job.chosen] == [1, 3, 5, 7]
