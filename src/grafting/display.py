@@ -1,0 +1,205 @@
+"""What the command line shows: the progress of stages, and tables. Nothing here computes a figure."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .contract import Step
+    from .doctor import Diagnosis
+
+ROW_TITLES = {
+    "pretrained": "pretrained",
+    "random": "operators at random",
+    "inherited": "inherited",
+    "distilled": "after stage 1",
+    "finetuned": "after stage 2",
+}
+
+# kinds of values of a step that are worth showing, and what they are called
+_SHOWN = {"loss": "loss", "r2": "R²", "ms_per_image": "ms/image"}
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def follow(console: Console) -> Iterator[Callable[[str, "Step"], None]]:
+    """Shows the steps of stages as they come: a bar each on a terminal, else a line every ten seconds."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[values]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _Bars(progress)
+
+
+def describe_values(values: Mapping[str, float]) -> str:
+    """A step's losses, R^2 and times, each the mean over its sites: `loss 0.0312, R² 0.871`."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, value in values.items():
+        groups[name.partition("/")[0]].append(value)
+    return ", ".join(
+        f"{title} {sum(groups[kind]) / len(groups[kind]):.3g}"
+        for kind, title in _SHOWN.items()
+        if kind in groups
+    )
+
+
+class _Bars:
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._values: dict[str, dict[str, float]] = defaultdict(dict)
+
+    def __call__(self, stage: str, step: "Step") -> None:
+        if stage not in self._tasks:
+            # a resumed stage starts at its step, so that the steps of before do not count as fast
+            self._tasks[stage] = self._progress.add_task(
+                stage, total=step.total, completed=step.done, values=""
+            )
+        # what is measured now and then stays in sight
+        self._values[stage] |= step.values
+        self._progress.update(
+            self._tasks[stage], completed=step.done, values=describe_values(self._values[stage])
+        )
+
+
+class _Lines:
+    def __init__(self, console: Console):
+        self._console = console
+        self._started: dict[str, tuple[float, int]] = {}
+        self._printed = -_SECONDS_BETWEEN_LINES
+
+    def __call__(self, stage: str, step: "Step") -> None:
+        now = time.monotonic()
+        started, first = self._started.setdefault(stage, (now, step.done))
+        if step.done < step.total and now - self._printed < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        rate = (step.done - first) / (now - started) if now > started else 0.0
+        parts = [f"{stage} {step.done}/{step.total}", describe_values(step.values)]
+        if rate:
+            parts += [f"{rate:.3g} it/s", f"{_clock((step.total - step.done) / rate)} left"]
+        say(self._console, ", ".join(filter(None, parts)))
+
+
+class _RateColumn(ProgressColumn):
+    """Steps (or images) a second, over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} it/s" if speed else "", style="cyan")
+
+
+def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of a run's metrics.json, in 80 columns."""
+    from .report._words import amount, figure, interval, percent
+
+    network = rows[0]["protocol"]["feature_network"]["name"]
+    caption = f"{rows[0]['num_images']} images a model, features of {network}, 95 % intervals"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption)
+    table.add_column("model", no_wrap=True)
+    table.add_column("Fréchet distance", justify="right", no_wrap=True)
+    for heading in ("agreement", "params", "attention FLOPs", "ms an image"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            ROW_TITLES.get(row["name"], row["name"]),
+            f"[bold]{figure(row['frechet'])}[/] ({interval(row)})",
+            percent(row["agreement"]),
+            amount(row["params"]),
+            amount(row["attention_flops"]),
+            figure(row["ms_per_image"]),
+        )
+    return table
+
+
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table of texts; columns of numbers are set to the right, and what is None is left out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        is_number = all(isinstance(row[i], int | float | None) for row in rows)
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else Text(str(cell)) for cell in row))
+    return table
+
+
+def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
+    """An evaluation, as JSON: its figures, what they were measured with, and its notes."""
+    from .report._words import ABSENT
+
+    figures = {key: v for key, v in result.items() if key not in ("notes", "protocol", "num_images")}
+    rows = [[key.replace("_", " "), ABSENT if v is None else f"{v:.4g}"] for key, v in figures.items()]
+    console.print(plain_table(["figure", "value"], rows))
+    protocol = result["protocol"]
+    network, reference = protocol["feature_network"]["name"], protocol["reference"]["name"]
+    say(console, f"{result['num_images']} images, features of {network}, reference {reference}")
+    say(console, f"sampling: {json.dumps(protocol['sampling'])}")
+    for note in result["notes"]:
+        say(console, f"Note: {note}")
+
+
+def show_diagnosis(console: Console, found: "Diagnosis") -> None:
+    """What this machine can do, a line each, and the optional packages."""
+    facts = {
+        "system": f"{found.system}, Python {found.python}, {found.processor}",
+        "versions": ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+        "device": ", ".join([found.device, *found.gpus]),
+        "CPU": f"{found.cores} cores to use, {found.threads} threads of torch",
+        "memory": f"{found.memory_free_gib:g} of {found.memory_gib:g} GiB free",
+        "disk": f"{found.disk_free_gib:g} GiB free here",
+        "matrix products": ", ".join(f"{dtype} {gflops:g} GFLOP/s" for dtype, gflops in found.gflops.items()),
+        "compiler": found.compiler or "none",
+        "torch.compile": found.compile,
+    }
+    assets = {f"bundled {name}": state for name, state in found.assets.items()}
+    for title, text in (facts | assets).items():
+        say(console, f"{title}: {text}")
+    rows = [
+        [
+            package.name,
+            package.version or "no",
+            package.purpose if package.used else f"{package.purpose} (not used yet)",
+            "" if package.version else package.install,
+        ]
+        for package in found.packages
+    ]
+    say(console, "\nOptional packages; every operator has a plain PyTorch path and needs none of them:")
+    console.print(plain_table(["package", "installed", "for", "install with"], rows))
+
+
+def say(console: Console, text: str) -> None:
+    """Print a text as it is: not wrapped, coloured or read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

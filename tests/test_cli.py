@@ -1,0 +1,377 @@
+"""The command line: what it prints, its exit codes, and one small run from recipe to report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from grafting import cli, recipe
+from grafting.errors import RunError
+from grafting.operators import operator_configs
+
+# a model of two blocks, 16 tokens; ten images are the fewest that can be measured
+RECIPE = {
+    "name": "small",
+    "source": {
+        "host": "dit",
+        "config": {
+            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2,
+            "num_classes": 10,
+        },
+    },
+    "plan": [{"role": "attention", "blocks": "odd", "operator": "hyena-x"}],
+    "data": {"name": "testbed-subset"},
+    "distill": {"steps": 2, "batch_size": 4, "holdout": 4},
+    "finetune": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
+    "sample": {"sampler": "ddim", "steps": 2, "cfg_scale": 1.0, "num_images": 12, "clip": True},
+    "rows": ["pretrained", "finetuned"],
+}  # fmt: skip
+
+COMMANDS = [
+    "quickstart",
+    "run",
+    "distill",
+    "finetune",
+    "check",
+    "sites",
+    "operators",
+    "sample",
+    "evaluate",
+    "report",
+    "schema",
+    "doctor",
+]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def fails(*arguments: object) -> str:
+    """The one message of a command that fails."""
+    result = call(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def write_recipe(folder: Path, **changes: object) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("cli")
+    result = call("run", write_recipe(folder), "--out", folder / "run")
+    assert result.exit_code == 0, result.output
+    return folder / "run", result
+
+
+# --help, --version, usage
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example(command: str):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"$ grafting {command}" in result.output
+
+
+def test_help_lists_every_command():
+    listed = re.findall(r"^│ (\w+) ", call("--help").output, flags=re.MULTILINE)
+    assert [name for name in listed if name in COMMANDS] == COMMANDS
+
+
+def test_stages_of_until_are_those_of_a_run():
+    assert get_args(cli.StageName) == tuple(recipe.STAGES)
+
+
+def test_version():
+    assert re.fullmatch(r"grafting \d+\.\d+.*\n", call("--version").output)
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["run"], ["run", "x", "--until", "lunch"], ["sites"]])
+def test_bad_usage_is_exit_code_2(arguments: list[str]):
+    assert call(*arguments).exit_code == 2
+
+
+# errors
+
+
+def test_error_is_one_message_and_debug_shows_the_traceback(tmp_path: Path):
+    message = f"Error: no recipe file {tmp_path / 'none.yaml'}\n"
+    assert fails("check", tmp_path / "none.yaml") == message
+    debugged = call("--debug", "check", tmp_path / "none.yaml")
+    assert debugged.exit_code == 1
+    assert "Traceback" in debugged.stderr
+    assert debugged.stderr.endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is empty"), ("[1]", "holds a list"), ("a: [", "is not YAML"), ("name: x", "data: Field required")],
+)
+def test_recipe_that_is_none(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    assert message in fails("run", path, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_lists_all_faults_of_a_recipe(tmp_path: Path):
+    message = fails("check", write_recipe(tmp_path, colour="red", seed=-1, rows=["best"]))
+    assert all(fault in message for fault in ("colour: unknown key", "seed: ", "rows.0: "))
+
+
+def test_check_lists_all_faults_of_a_plan(tmp_path: Path):
+    plan = [
+        {"role": "attention", "blocks": [0, 7], "operator": "hyena-x"},
+        {"role": "attention", "blocks": [0], "operator": {"name": "window-1d", "window": 99}},
+    ]
+    message = fails("check", write_recipe(tmp_path, plan=plan))
+    assert "no block 7" in message
+    assert "named twice" in message
+
+
+def test_interruption_is_exit_code_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "run", interrupted)
+    result = call("run", write_recipe(tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "same command goes on" in result.stderr
+
+
+def test_errors_of_a_run_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise RunError("cannot write x: no space left")
+
+    monkeypatch.setattr(recipe, "run", full)
+    assert fails("distill", write_recipe(tmp_path)) == "Error: cannot write x: no space left\n"
+
+
+# operators, schema, sites, check
+
+
+def test_operators_lists_every_operator():
+    listed = json.loads(call("operators", "--json").output)
+    assert [entry["name"] for entry in listed] == list(operator_configs())
+    assert all(entry["summary"] and entry["roles"] for entry in listed)
+    assert all(name in call("operators").output for name in operator_configs())
+
+
+@pytest.mark.parametrize("name", operator_configs())
+def test_every_setting_of_an_operator_is_shown(name: str):
+    output = call("operators", name).output
+    fields = set(operator_configs()[name].model_fields) - {"name"}
+    assert all(field in output for field in fields)
+    assert set(json.loads(call("operators", name, "--json").output)["properties"]) == fields | {"name"}
+
+
+def test_unknown_operator():
+    assert "there are hyena-se, hyena-x" in fails("operators", "hyena-z")
+
+
+def test_schema_describes_recipes(tmp_path: Path):
+    assert call("schema", "--out", tmp_path / "schema.json").exit_code == 0
+    schema = json.loads((tmp_path / "schema.json").read_text())
+    assert set(recipe.Recipe.model_fields) | {"base"} == set(schema["properties"])
+    assert {"required": ["base"]} in schema["anyOf"]
+    assert json.loads(call("schema").output) == schema
+
+
+def test_check_describes_a_recipe_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    summary = json.loads(call("check", write_recipe(tmp_path), "--json").output)
+    assert [(e["block"], e["path"], e["operator"]["name"]) for e in summary["edits"]] == [
+        (1, "blocks.1.attn", "hyena-x")
+    ]
+    # 16 tokens of 16 channels: two attentions before, one and a Hyena-X of 4 taps after
+    attention = 2 * (4 * 16 * 16**2 + 2 * 16**2 * 16)
+    hyena = 2 * (4 * 16 * 16**2 + 3 * 4 * 16 * 16 + 16 * 16)
+    assert summary["attention_flops"] == {"before": 2 * attention, "after": attention + hyena}
+    assert summary["params"]["after"] != summary["params"]["before"]
+    assert summary["stages"]["distill"].startswith("2 steps of 4 images, 5996 to train on and 4 held out")
+    assert "The recipe is sound." in call("check", tmp_path / "recipe.yaml").output
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_sites_of_a_grafted_model(ran: tuple[Path, Result]):
+    described = json.loads(call("sites", ran[0], "--json").output)
+    assert described["host"] == "dit"
+    assert [(site["block"], site["role"]) for site in described["sites"]] == [
+        (0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp"),
+    ]  # fmt: skip
+    assert described["sites"][2]["operator"]["name"] == "hyena-x"
+    assert described["sites"][0]["operator"] is None
+    assert "blocks.1.mlp" in call("sites", ran[0] / "model").output
+
+
+def test_sites_of_what_is_no_model(tmp_path: Path):
+    assert "no model in" in fails("sites", tmp_path)
+
+
+# run, report, sample, evaluate
+
+
+def test_run_shows_progress_and_the_table(ran: tuple[Path, Result]):
+    folder, result = ran
+    assert "distill 2/2, loss" in result.output
+    assert "finetune 2/2, loss" in result.output
+    assert "sample finetuned 12/12" in result.output
+    assert "after stage 2" in result.output
+    assert f"Report: {folder / 'report.html'}" in result.output.splitlines()
+    assert (folder / "report.html").is_file()
+
+
+def test_run_again_does_nothing_again(ran: tuple[Path, Result]):
+    again = call("run", ran[0] / "recipe.yaml", "--out", ran[0])
+    assert again.exit_code == 0
+    assert "2/2" not in again.output
+    assert "after stage 2" in again.output
+
+
+def test_run_folder_of_another_recipe_is_refused(tmp_path: Path, ran: tuple[Path, Result]):
+    message = fails("run", write_recipe(tmp_path, name="other"), "--out", ran[0])
+    assert "belongs to recipe 'small'" in message
+
+
+def test_distill_stops_after_stage_1(tmp_path: Path):
+    result = call("distill", write_recipe(tmp_path), "--out", tmp_path / "run")
+    assert f"Distill: {tmp_path / 'run' / 'distill'}" in result.output
+    assert (tmp_path / "run/distill/operators.safetensors").is_file()
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_report_is_written_anew(ran: tuple[Path, Result]):
+    page = ran[0] / "report.html"
+    page.unlink()
+    assert call("report", ran[0]).exit_code == 0
+    assert page.is_file()
+
+
+def test_report_of_what_is_no_run(tmp_path: Path):
+    assert "not the folder of a run" in fails("report", tmp_path)
+
+
+def test_samples_are_written_and_measured(tmp_path: Path, ran: tuple[Path, Result]):
+    path = tmp_path / "s.npz"
+    result = call(
+        "sample", ran[0], "--out", path, "--num", 12, "--steps", 2, "--sampler", "ddim", "--labels", "3,5"
+    )
+    assert result.exit_code == 0, result.output
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].shape == (12, 32, 32, 1)
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [3, 5] * 6
+    assert path.with_suffix(".png").is_file()
+
+    figures = json.loads(call("evaluate", path, "--json").stdout)
+    assert figures["protocol"]["sampling"]["steps"] == 2
+    assert figures["protocol"]["labels"] == "given, in turn: 3, 5"
+    assert figures["frechet_low"] < figures["frechet"] < figures["frechet_high"]
+    assert "Note: 12 images are fewer than" in call("evaluate", path).output
+
+
+def test_samples_of_a_run_are_measured_as_the_run_measured_them(ran: tuple[Path, Result]):
+    result = call("evaluate", ran[0] / "samples/finetuned.safetensors", "--json")
+    figures = json.loads(result.stdout)
+    recorded = next(r for r in json.loads((ran[0] / "metrics.json").read_text()) if r["name"] == "finetuned")
+    assert figures["protocol"] == recorded["protocol"]
+    assert figures["frechet"] == pytest.approx(recorded["frechet"], rel=1e-6)
+
+
+def test_samples_of_unknown_origin_are_named_by_their_hash(tmp_path: Path):
+    path = tmp_path / "s.npz"
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 1), dtype=np.uint8)
+    np.savez(path, arr_0=images, labels=np.arange(12) % 10)
+    sampling = json.loads(call("evaluate", path, "--json").stdout)["protocol"]["sampling"]
+    assert sampling.keys() == {"source", "sha256"}
+    assert sampling["source"] == "file"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((12, 32, 32, 1), np.uint8)}, "labels is not a file in the archive"),
+        ({"arr_0": np.zeros((12, 32, 32, 1)), "labels": np.zeros(12, int)}, "must be uint8"),
+        ({"arr_0": np.zeros((12, 32, 32, 3), np.uint8), "labels": np.zeros(12, int)}, "[3, 32, 32]"),
+        ({"arr_0": np.zeros((12, 32, 32, 1), np.uint8), "labels": np.zeros(3, int)}, "int64 [3]"),
+        ({"arr_0": np.array([print] * 12), "labels": np.zeros(12, int)}, "not a whole .npz file of arrays"),
+        ({"arr_0": np.zeros((12, 32, 32, 1), np.uint8), "labels": np.full(12, 11)}, "label 11"),
+        ({"arr_0": np.zeros((3, 32, 32, 1), np.uint8), "labels": np.zeros(3, int)}, "at least 10"),
+    ],
+)  # fmt: skip
+def test_bad_samples(tmp_path: Path, arrays: dict[str, np.ndarray], message: str):
+    np.savez(tmp_path / "s.npz", **arrays)
+    assert message in fails("evaluate", tmp_path / "s.npz")
+
+
+def test_missing_and_truncated_samples(tmp_path: Path):
+    assert "no samples file" in fails("evaluate", tmp_path / "s.npz")
+    for name in ("s.npz", "s.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\3\4 and then nothing")
+        assert str(tmp_path / name) in fails("evaluate", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num", "0"], "num_images: Input should be greater than 0, found 0"),
+        (["--steps", "-1"], "steps: "),
+        (["--labels", "3,coat"], "--labels is balanced, random, or classes"),
+        (["--labels", "3,10"], "labels [10] are out of range: classes are 0..9"),
+        (["--sampler", "euler"], "sampler: Input should be 'ddpm', 'ddim' or 'dpm-solver++', found 'euler'"),
+        (["--out", "x.jpg"], "--out names an .npz file"),
+    ],
+)
+def test_bad_sampling(
+    ran: tuple[Path, Result],
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails("sample", ran[0], *options)
+    assert not list(tmp_path.iterdir())
+
+
+# the rest
+
+
+def test_doctor_prints_json():
+    result = call("doctor", "--json")
+    found = json.loads(result.output)
+    assert found["device"]
+    assert result.exit_code == bool(found["problems"])
+
+
+def test_recipes_are_found_beside_the_source():
+    assert (cli.recipes_folder() / "testbed" / "quickstart.yaml").is_file()
+
+
+def test_threads_are_torchs(monkeypatch: pytest.MonkeyPatch):
+    chosen = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    assert call("--threads", "3", "operators").exit_code == 0
+    assert chosen == [3]
+    assert call("--threads", "0", "operators").exit_code == 2
+
+
+def test_entry_point_runs_as_a_program():
+    code = "from grafting.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "sites", "/nowhere"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "Error: no model in /nowhere: it does not exist\n"

@@ -1,0 +1,111 @@
+"""The public names: each is where the stub says, works, and importing the package alone is quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grafting
+
+STUB = ast.parse(Path(grafting.__file__).with_suffix(".pyi").read_text())
+EXPORTS = [(f"grafting.{node.module}", a) for node in STUB.body[1:] for a in node.names]
+NAMES = [alias.name for _, alias in EXPORTS]
+
+# what the README, the notebook and people's scripts are written against: removing one is a breaking change
+PROMISED = [
+    "AttentionWeights",
+    "BundledSubsetConfig",
+    "CheckpointError",
+    "DataError",
+    "DiT",
+    "Diffusion",
+    "DistillConfig",
+    "Evaluation",
+    "Evaluator",
+    "FashionMnistConfig",
+    "FinetuneConfig",
+    "FreshModel",
+    "Graft",
+    "GraftingError",
+    "Grid",
+    "Host",
+    "HostError",
+    "ImageFolderConfig",
+    "Kernel",
+    "KernelConfig",
+    "MissingBackend",
+    "Mixer",
+    "MixerConfig",
+    "MlpWeights",
+    "ModuleNetwork",
+    "OperatorConfig",
+    "Plan",
+    "PlanError",
+    "Protocol",
+    "ProtocolError",
+    "Recipe",
+    "RecipeError",
+    "Reference",
+    "Replace",
+    "RunError",
+    "SamplingConfig",
+    "Site",
+    "Step",
+    "TokenLayout",
+    "TrainingError",
+    "build_operators",
+    "distill",
+    "evaluate",
+    "finetune",
+    "graft",
+    "grafted",
+    "host_of",
+    "hosts",
+    "load_model",
+    "load_recipe",
+    "operator_configs",
+    "place",
+    "ratio",
+    "run",
+    "sample",
+    "save_model",
+    "write_grid",
+    "write_report",
+]
+
+
+def test_stub_holds_nothing_but_explicit_reexports():
+    assert all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in STUB.body[1:])
+    assert all(alias.asname == alias.name for _, alias in EXPORTS)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, alias.name) for module, alias in EXPORTS])
+def test_name_is_what_its_module_defines(module: str, name: str):
+    value = getattr(grafting, name)
+    assert value is getattr(sys.modules[module], name)
+    assert getattr(value, "__doc__", None), f"{name} says nothing about itself"
+
+
+def test_promised_names_are_there():
+    assert set(PROMISED) <= set(NAMES)
+    assert set(NAMES) <= set(dir(grafting))
+
+
+def test_no_public_name_hides_a_module():
+    package = Path(grafting.__file__).parent
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not modules & set(NAMES)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'grafting' has no attribute 'frobnicate'"):
+        _ = grafting.frobnicate
+
+
+def test_importing_the_package_imports_no_heavy_library():
+    code = "import sys, grafting, grafting.cli; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
