@@ -1,0 +1,97 @@
+"""The page: what each section of the report shows, made from a run's parts, and rendered by `report.html.j2`.
+
+No script and no asset outside the file. The same run folder always gives the same bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..files import write_bytes
+from ._gallery import gallery
+from ._plan_picture import operator_keys, plan_picture, plan_width
+from ._protocols import alike, flatten, protocol_table
+from ._results import baseline, further, notes, results
+from ._run import Run, read_run
+from ._training import stage_1, stage_2
+from ._words import duration, last_measured, replaced, summary
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run's folder, from what is there so far; returns its path.
+
+    Raises:
+        RunError: the folder is not that of a run, a part of it is damaged, or it cannot be written to.
+    """
+    path = folder / "report.html"
+    write_bytes(path, _render(read_run(folder)).encode())
+    return path
+
+
+def _render(run: Run) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        recipe=run.recipe or {},
+        summary=_summary(run),
+        results=results(run.rows or []),
+        further=further(run.rows or []),
+        notes=notes(run.rows or []),
+        gallery=gallery(run.samples),
+        plan=_plan(_sites(run)),
+        stage_1=stage_1(run.distill_log or [], _sites(run)),
+        stage_2=stage_2(run.finetune_log or []),
+        protocol=protocol_table(run.rows or []),
+        stages=_stages(run),
+        machine=flatten((run.manifest or {}).get("machine") or {}),
+        library=_library(run),
+    )
+
+
+def _sites(run: Run) -> list[dict[str, Any]]:
+    return (run.plan or {}).get("sites") or []
+
+
+def _summary(run: Run) -> str:
+    rows = run.rows or []
+    base, last = baseline(rows), last_measured(rows)
+    return summary(_sites(run), rows, alike=bool(base and last and alike(base, last)))
+
+
+def _plan(sites: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not sites:
+        return None
+    return {
+        "picture": plan_picture(sites),
+        "width": plan_width(sites),
+        "keys": list(operator_keys(sites).values()),
+        "own": sum(site["operator"] is None for site in sites),
+        "sentence": replaced(sites),
+    }
+
+
+def _stages(run: Run) -> list[dict[str, str]]:
+    entries = (run.manifest or {}).get("stages") or {}
+    return [
+        {
+            "name": str(name),
+            "state": "done" if entry.get("done") else "not finished",
+            "time": duration(entry.get("seconds")),
+        }
+        for name, entry in entries.items()
+    ]
+
+
+def _library(run: Run) -> str | None:
+    """The library's version, from the manifest or else from what the figures' protocols recorded."""
+    recorded = [(row.get("protocol") or {}).get("recorded") or {} for row in run.rows or []]
+    versions = [(run.manifest or {}).get("library"), *(r.get("grafting") for r in recorded)]
+    return next((str(version) for version in versions if version), None)

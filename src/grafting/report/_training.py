@@ -1,0 +1,108 @@
+"""The curves of both stages, and how well each operator learned its site."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._charts import Curve, change_mark, smooth, step_chart
+from ._svg import Scale, spans_decade
+from ._words import ABSENT, MINUS, figure, is_number, short
+
+_SMALL, _LARGE = (300.0, 150.0), (380.0, 200.0)
+_FINETUNE_CURVES = {
+    "loss": "Loss",
+    "diffusion": "Diffusion loss",
+    "output": "Distance to the output of the teacher",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+}
+
+
+def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A table line and a chart for each site that the log speaks of, all charts on one axis; None if it is empty."""
+    paths = _logged_paths(log)
+    if not paths:
+        return None
+    names = {site["path"]: f"block {site['block']}, {site['role']}" for site in sites}
+    operators = {site["path"]: (site["operator"] or {}).get("name", "") for site in sites}
+    training = {path: _series(log, f"loss/{path}") for path in paths}
+    held_out = {path: _series(log, f"holdout_loss/{path}") for path in paths}
+    everything = np.concatenate([values for _, values in (*training.values(), *held_out.values())])
+    log_axis = spans_decade(everything.tolist())
+    fits = [_fit(log, path, names.get(path, path), operators.get(path, "")) for path in paths]
+    charts = [
+        {
+            "title": names.get(path, path),
+            "operator": operators.get(path, ""),
+            "picture": step_chart(
+                [*_raw_and_smooth(*training[path]), Curve(*held_out[path], "points")],
+                label=f"Loss of {names.get(path, path)} over the steps of stage 1",
+                log=log_axis,
+                values=everything.tolist(),
+                size=_SMALL,
+            ),
+        }
+        for path in paths
+    ]
+    return {"charts": charts, "logarithmic": log_axis, "fits": fits, "last": log[-1].get("step")}
+
+
+def _logged_paths(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for step in log for key in step)
+    return list(dict.fromkeys(k.split("/", 1)[1] for k in keys if k.startswith(("loss/", "holdout_loss/"))))
+
+
+def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) -> dict[str, Any]:
+    """A site's held-out loss and R^2 at the start and at the end."""
+    _, loss = _series(log, f"holdout_loss/{path}")
+    _, r2 = _series(log, f"r2/{path}")
+    scale = Scale(0.0, 1.0, 8.0, 192.0)
+    label = f"R² of {name} from {figure(r2[0])} to {figure(r2[-1])}" if len(r2) else ""
+    return {
+        "name": name,
+        "operator": operator,
+        "loss": [figure(float(v)) for v in (loss[0], loss[-1])] if len(loss) else [ABSENT, ABSENT],
+        "r2": [f"{v:.3f}".replace("-", MINUS) for v in (r2[0], r2[-1])] if len(r2) else [ABSENT, ABSENT],
+        "plot": change_mark(float(r2[0]), float(r2[-1]), scale=scale, label=label) if len(r2) else "",
+    }
+
+
+def stage_2(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A chart for each value that the log speaks of; None if it is empty."""
+    charts = []
+    for key, title in _FINETUNE_CURVES.items():
+        steps, values = _series(log, key)
+        if not len(steps):
+            continue
+        in_view = values.tolist() if key != "lr" else [0.0, *values.tolist()]
+        curves = _raw_and_smooth(steps, values) if key != "lr" else [Curve(steps, values, "smooth")]
+        logarithmic = spans_decade(in_view)
+        picture = step_chart(
+            curves, label=f"{title} over steps", log=logarithmic, values=in_view, size=_LARGE
+        )
+        charts.append(
+            {
+                "title": title,
+                "logarithmic": logarithmic,
+                "last": short(float(f"{_end(values):.3g}")),
+                "picture": picture,
+            }
+        )
+    return {"charts": charts, "last": log[-1].get("step")} if charts else None
+
+
+def _end(values: np.ndarray) -> float:
+    """Where a noisy curve ends: its smoothed last value."""
+    return float(smooth(values)[-1])
+
+
+def _raw_and_smooth(steps: np.ndarray, values: np.ndarray) -> list[Curve]:
+    return [Curve(steps, values, "raw"), Curve(steps, smooth(values), "smooth")] if len(steps) else []
+
+
+def _series(log: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of what a log says of `key`, without steps where it says nothing or nothing finite."""
+    said = [(place, step) for place, step in enumerate(log) if is_number(step.get(key))]
+    steps = np.array([step.get("step", place) for place, step in said], np.float64)
+    return steps, np.array([step[key] for _, step in said], np.float64)

@@ -1,0 +1,305 @@
+"""The report of whole, partial and damaged runs: what it says, and that it is one safe file."""
+
+import ast
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from grafting import report
+from grafting.errors import RunError
+from grafting.report import write_report
+from report.synthetic_run import (
+    FIGURES,
+    SITES,
+    distill_steps,
+    garments,
+    metric_rows,
+    protocol,
+    write_run,
+    write_samples,
+)
+
+# elements without an end
+VOID = {"meta", "img", "link", "br"}
+
+
+class Page(HTMLParser):
+    """A page's text by section, and whether its elements are closed in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()} closes something else"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def attributes(self, tag: str, name: str) -> list[str]:
+        return [attributes.get(name) or "" for found, attributes in self.tags if found == tag]
+
+
+def page_of(folder: Path) -> Page:
+    page = Page(write_report(folder).read_text())
+    assert page.open == []
+    return page
+
+
+def rewrite_rows(folder: Path, **changes: dict) -> None:
+    """Change fields of rows, by the row's name."""
+    rows = [row | changes.get(row["name"], {}) for row in metric_rows()]
+    (folder / "metrics.json").write_text(json.dumps(rows))
+
+
+def test_a_whole_run_is_told_in_one_sentence(run_folder):
+    page = page_of(run_folder)
+    assert (
+        "4 of 8 attention operators replaced by hyena-x; "
+        "Fréchet distance 5.12 (4.90\u20135.34) against 4.61 (4.42\u20134.80) pretrained: 1.11\u00d7."
+        in page.text
+    )
+    assert "not complete" not in page.text
+    assert "measured alike" not in page.text
+
+
+def test_every_section_has_its_figures(run_folder):
+    page = page_of(run_folder)
+    for name in FIGURES:
+        assert name in page.text
+    for said in ("95.3 %", "2.63 M", "9.96 M", "\u22125.0 %", "133\u00d7"):  # results
+        assert said in page.text, said
+    assert "hyena-x (kernel_size 4, geometry centred, init inherit)" in page.text
+    assert "0.430 → 0.0302" in page.text  # held-out loss of block 1
+    assert "0.110 → 0.910" in page.text  # its R^2
+    assert "feature_network.sha256" in page.text
+    assert "9f" * 32 in page.text
+    assert "grafting run recipe.yaml" in page.text
+    assert "3 min 1 s" in page.text
+    assert "blocks: odd" in page.text  # the recipe itself
+
+
+def test_it_is_one_small_file_without_scripts_or_assets(run_folder):
+    html = write_report(run_folder).read_text()
+    page = Page(html)
+    assert len(html) < 3_000_000
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object"}
+    assert all(src.startswith("data:image/png;base64,") for src in page.attributes("img", "src"))
+    assert "http" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_pictures_have_words(run_folder):
+    page = page_of(run_folder)
+    assert all("images of" in alt for alt in page.attributes("img", "alt"))
+    assert all(page.attributes("svg", "aria-label"))
+    assert len(page.attributes("img", "alt")) == 2 * len(FIGURES)
+
+
+def test_the_same_run_gives_the_same_bytes(run_folder):
+    assert write_report(run_folder).read_bytes() == write_report(run_folder).read_bytes()
+
+
+def test_nothing_of_a_run_is_read_as_html(tmp_path):
+    bad = '<script>alert("1")</script>'
+    folder = write_run(tmp_path / "run", name=bad)
+    rewrite_rows(
+        folder,
+        random={"name": bad, "notes": [bad]},
+        distilled={"protocol": protocol() | {"labels": bad}},
+    )
+    operator = {"name": bad, "setting": f"'\"{bad}"}
+    sites = [site | {"operator": operator, "role": bad, "path": f'" onload="{bad}'} for site in SITES[:2]]
+    (folder / "plan.json").write_text(json.dumps({"host": bad, "sites": sites}))
+    (folder / "distill/log.jsonl").write_text(
+        json.dumps({"step": 1, f"loss/{bad}": 1.0, f"r2/{bad}": 0.5}) + "\n"
+    )
+    manifest = {"recipe": bad, "library": bad, "stages": {bad: {"done": True}}, "machine": {bad: bad}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_samples(folder, '"><b>', garments(1.0, 4))
+    page = page_of(folder)
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags
+    assert not any("onload" in attributes for _, attributes in page.tags)
+    assert not any(attributes.get("alt", "x") == "" for _, attributes in page.tags)
+    assert page.text.count(bad) > 8
+
+
+PARTS = [
+    "recipe.yaml",
+    "plan.json",
+    "distill/log.jsonl",
+    "finetune/log.jsonl",
+    "metrics.json",
+    "manifest.json",
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_is_named_and_the_rest_is_shown(run_folder, part):
+    (run_folder / part).unlink()
+    page = page_of(run_folder)
+    assert f"Its folder has no {part};" in page.text
+    assert "The plan" in page.text
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_one_part_alone_is_enough(run_folder, part):
+    for other in set(PARTS) - {part}:
+        (run_folder / other).unlink()
+    for samples in run_folder.glob("samples/*"):
+        samples.unlink()
+    page = page_of(run_folder)
+    assert "samples/*.safetensors; the sections below" in page.text
+
+
+def test_samples_alone_are_enough(tmp_path):
+    write_samples(tmp_path, "pretrained", garments(1.0, 7))
+    page = page_of(tmp_path)
+    assert len(page.attributes("img", "src")) == 1
+    assert "The plan is not known; not measured yet." in page.text
+
+
+def test_a_stage_that_the_recipe_leaves_out_is_not_missing(run_folder):
+    (run_folder / "finetune/log.jsonl").unlink()
+    text = (run_folder / "recipe.yaml").read_text()
+    (run_folder / "recipe.yaml").write_text(text.replace("finetune:\n  steps: 900", "finetune: null"))
+    page = page_of(run_folder)
+    assert "not complete" not in page.text
+    assert "This recipe has none." in page.text
+
+
+def test_a_run_stopped_after_stage_1_says_so(run_folder):
+    (run_folder / "metrics.json").write_text(json.dumps(metric_rows()[:4]))
+    assert (
+        "Fréchet distance 18.2 (17.6\u201318.8) (distilled: after stage 1) against"
+        in page_of(run_folder).text
+    )
+
+
+def test_unlike_protocols_are_not_compared(run_folder):
+    rewrite_rows(run_folder, finetuned={"protocol": protocol(num_images=500)})
+    page = page_of(run_folder)
+    assert "Not all figures were measured alike." in page.text
+    assert "num_images: 2000 (pretrained, random, inherited, distilled); 500 (finetuned)" in page.text
+    assert "pretrained, measured differently." in page.text
+    assert "1.11\u00d7" not in page.text
+    assert "133\u00d7" in page.text
+
+
+def test_batch_size_and_versions_do_not_make_protocols_unlike(run_folder):
+    other = protocol(batch_size=7) | {"recorded": {"grafting": "9"}}
+    rewrite_rows(run_folder, finetuned={"protocol": other})
+    assert "measured alike" not in page_of(run_folder).text
+
+
+def test_figures_that_are_missing_or_not_finite_are_dashes(run_folder):
+    rewrite_rows(
+        run_folder,
+        random={"frechet": float("nan"), "agreement": None, "ms_per_image": None},
+        distilled={"frechet_low": None, "frechet_high": float("inf"), "kid": None},
+    )
+    page = page_of(run_folder)
+    assert "nan" not in page.text.lower()
+    assert "None" not in page.text
+    assert "18.2 3.95\u00d7" in page.text
+
+
+def test_rows_of_a_name_alone_are_shown(run_folder):
+    (run_folder / "metrics.json").write_text('[{"name": "pretrained"}, {"name": "mine"}]')
+    assert "mine" in page_of(run_folder).text
+
+
+def test_losses_that_are_not_finite_are_left_out(run_folder):
+    steps = distill_steps(20)
+    steps[5]["loss/blocks.1.attn"] = float("nan")
+    steps[6]["loss/blocks.1.attn"] = float("inf")
+    (run_folder / "distill/log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert not re.search(r"\b(nan|inf)\b", write_report(run_folder).read_text())
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(run_folder):
+    with (run_folder / "finetune/log.jsonl").open("a") as log:
+        log.write('{"step": 901, "lo')
+    assert "Over 900 steps." in page_of(run_folder).text
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [
+        ("recipe.yaml", "a: [", "recipe.yaml cannot be read"),
+        ("recipe.yaml", "- 1", "should be a mapping, and is a list"),
+        ("metrics.json", "{}", "should be a list of rows"),
+        ("plan.json", "{", "plan.json cannot be read"),
+        ("finetune/log.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n', "log.jsonl cannot be read"),
+        ("samples/random.safetensors", "short", "is not a whole file of samples"),
+    ],
+)
+def test_a_damaged_part_is_named_and_the_report_stays(run_folder, part, content, message):
+    before = write_report(run_folder).read_bytes()
+    (run_folder / part).write_text(content)
+    with pytest.raises(RunError, match=message):
+        write_report(run_folder)
+    assert (run_folder / "report.html").read_bytes() == before
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_colour_images_are_shown_smaller(run_folder):
+    images = np.random.default_rng(0).integers(0, 255, (100, 3, 256, 256), dtype=np.uint8)
+    for name in FIGURES:
+        write_samples(run_folder, name, images[:30])
+    path = write_report(run_folder)
+    page = Page(path.read_text())
+    assert path.stat().st_size < 3_000_000
+    assert len(page.attributes("img", "src")) == len(FIGURES)
+    assert "Shown at 128 of 256 pixels" in page.text
+
+
+def test_labels_that_differ_are_warned_of(run_folder):
+    images = garments(1.0, 100)
+    save_file(
+        {"images": images, "labels": np.zeros(100, np.int64)}, run_folder / "samples/random.safetensors"
+    )
+    assert "labels of these files differ" in page_of(run_folder).text
+
+
+def test_fewer_and_no_images_are_shown(run_folder):
+    write_samples(run_folder, "random", garments(1.0, 3))
+    write_samples(run_folder, "inherited", np.zeros((0, 1, 32, 32), np.uint8))
+    page = page_of(run_folder)
+    assert any("first 3 images of random" in alt for alt in page.attributes("img", "alt"))
+    assert not any("inherited" in alt for alt in page.attributes("img", "alt"))
+
+
+def test_it_needs_no_torch():
+    for path in Path(report.__file__).parent.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        modules = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+        modules += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+        assert not any(module.split(".")[-1] == "torch" for module in modules), path
