@@ -228,6 +228,7 @@ def test_sites_of_what_is_no_model(tmp_path: Path):
 def test_run_shows_progress_and_the_table(ran: tuple[Path, Result]):
     folder, result = ran
     assert "distill 2/2, loss" in result.output
+    assert "finetune 1/2, loss" in result.output
     assert "finetune 2/2, loss" in result.output
     assert "sample finetuned 12/12" in result.output
     assert "after stage 2" in result.output

@@ -62,7 +62,6 @@ PROMISED = [
     "graft",
     "grafted",
     "host_of",
-    "hosts",
     "load_model",
     "load_recipe",
     "operator_configs",

@@ -93,12 +93,14 @@ class _Lines:
     def __init__(self, console: Console):
         self._console = console
         self._started: dict[str, tuple[float, int]] = {}
-        self._printed = -_SECONDS_BETWEEN_LINES
+        self._printed = 0.0
 
     def __call__(self, stage: str, step: "Step") -> None:
         now = time.monotonic()
+        is_new = stage not in self._started
         started, first = self._started.setdefault(stage, (now, step.done))
-        if step.done < step.total and now - self._printed < _SECONDS_BETWEEN_LINES:
+        is_due = is_new or step.done >= step.total or now - self._printed >= _SECONDS_BETWEEN_LINES
+        if not is_due:
             return
         self._printed = now
         rate = (step.done - first) / (now - started) if now > started else 0.0
@@ -122,7 +124,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     network = rows[0]["protocol"]["feature_network"]["name"]
     caption = f"{rows[0]['num_images']} images a model, features of {network}, 95 % intervals"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("model", no_wrap=True)
     table.add_column("Fréchet distance", justify="right", no_wrap=True)
     for heading in ("agreement", "params", "attention FLOPs", "ms an image"):
