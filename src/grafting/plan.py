@@ -6,11 +6,19 @@ Blocks are counted from 0 and named in a small language: `all`, `odd`, `even`, `
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+)
+from pydantic.json_schema import JsonSchemaValue
 
-from .contract import OperatorConfig, Site
+from .contract import KernelConfig, OperatorConfig, Role, Site
 from .errors import PlanError
 from .operators import operator_configs, parse_operator
 
@@ -41,8 +49,10 @@ def resolve_blocks(blocks: "str | int | Sequence[int]", num_blocks: int) -> list
         raise ValueError(
             f"{blocks!r} names no blocks: write all, odd, even, [1, 3], '8-18:2', '1, 8-10' or 'every 3 of 4'"
         )
-    bounds = [match.groups() for match in matches if match]
-    return [i for a, b, step in bounds for i in range(int(a), int(b or a) + 1, int(step or 1))]
+    bounds = [(int(a), int(b or a), int(step or 1)) for a, b, step in (m.groups() for m in matches if m)]
+    if any(last < first for first, last, _ in bounds):
+        raise ValueError(f"{blocks!r}: a range ends before it begins")
+    return [i for first, last, step in bounds for i in range(first, last + 1, step)]
 
 
 def _check_blocks(blocks: "str | int | tuple[int, ...]") -> "str | int | tuple[int, ...]":
@@ -50,14 +60,23 @@ def _check_blocks(blocks: "str | int | tuple[int, ...]") -> "str | int | tuple[i
     return blocks
 
 
-def _operator_schema() -> dict:
-    return {"anyOf": [{"enum": list(operator_configs())}, {"type": "object", "required": ["name"]}]}
+class _OperatorSchema:
+    """For editors: an operator is one of the names, or the settings of one of them."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        configs = operator_configs()
+        settings = [handler(config.__pydantic_core_schema__) for config in configs.values()]
+        return {
+            "anyOf": [
+                {"type": "string", "enum": list(configs)},
+                {"type": "object", "required": ["name"], "oneOf": settings},
+            ]
+        }
 
 
 Blocks = Annotated[str | int | tuple[int, ...], AfterValidator(_check_blocks)]
-Operator = Annotated[
-    SerializeAsAny[OperatorConfig], BeforeValidator(parse_operator), WithJsonSchema(_operator_schema())
-]
+Operator = Annotated[SerializeAsAny[OperatorConfig], BeforeValidator(parse_operator), _OperatorSchema]
 
 
 class Replace(BaseModel):
@@ -84,8 +103,18 @@ class Plan(BaseModel):
 
     edits: tuple[Replace, ...] = ()
 
-    def resolve(self, sites: Sequence[Site], *, host: str = "model") -> dict[Site, OperatorConfig]:
+    def resolve(
+        self,
+        sites: Sequence[Site],
+        *,
+        host: str = "model",
+        mixer_roles: frozenset[Role] = frozenset({"attention", "mlp"}),
+    ) -> dict[Site, OperatorConfig]:
         """The operator of every edited site, in the order of the sites.
+
+        Args:
+            host: what faults call the model.
+            mixer_roles: roles whose modules the host lets mixers replace.
 
         Raises:
             PlanError: lists every fault: blocks out of range or named twice, operators that do not fit.
@@ -103,7 +132,8 @@ class Plan(BaseModel):
                     faults.append(f"{edit}: the {edit.role} of block {block} is named twice")
                 else:
                     chosen[site] = edit.operator
-                    faults += [f"{edit}, block {block}: {f}" for f in _misfits(edit.operator, site)]
+                    misfits = _misfits(edit.operator, site, mixer_roles)
+                    faults += [f"{edit}, block {block}: {fault}" for fault in misfits]
         if faults:
             raise PlanError(fault_list(faults, f"plan for {host} (blocks 0..{num_blocks - 1})"))
         return {site: chosen[site] for site in sites if site in chosen}
@@ -127,7 +157,9 @@ def _missing(block: int, num_blocks: int, role: str) -> str:
     return f"block {block} has no replaceable {role}"
 
 
-def _misfits(operator: OperatorConfig, site: Site) -> list[str]:
+def _misfits(operator: OperatorConfig, site: Site, mixer_roles: frozenset[Role]) -> list[str]:
     if site.role not in operator.roles:
         return [f"{operator.name} replaces {' or '.join(sorted(operator.roles))}, not {site.role}"]
+    if not isinstance(operator, KernelConfig) and site.role not in mixer_roles:
+        return [f"{operator.name} is a mixer, and the host takes only kernels for its {site.role}"]
     return operator.faults(site)

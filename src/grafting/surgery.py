@@ -9,66 +9,58 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .contract import Kernel, KernelConfig, Mixer, OperatorConfig, Site
+from .contract import Kernel, Mixer, OperatorConfig, Site
 from .errors import HostError, PlanError
 from .hosts import Call, Host, LayoutTracker, host_of
-from .plan import Plan
+from .plan import Plan, fault_list
 from .randomness import seeded
 
 Operators = dict[str, nn.Module]
 """New modules, ready to stand at a site, by the site's path."""
 
 
-def graft(model: nn.Module, plan: Plan, *, seed: int = 0) -> "Graft":
+def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> "Graft":
     """Apply a plan to a model, in place, and return the record that can undo it.
 
     An operator's random weights depend on `seed` and its site alone, not on the rest of the plan.
+
+    Args:
+        host: how to read the model, where it is of no known class or its host has settings.
 
     Raises:
         PlanError: the plan does not fit; lists every fault, and the model is unchanged.
         HostError: the model belongs to no known host.
     """
-    return place(model, build_operators(model, plan, seed=seed))
+    return place(model, build_operators(model, plan, host=host, seed=seed))
 
 
-def build_operators(model: nn.Module, plan: Plan, *, seed: int = 0) -> Operators:
-    """The operators of a plan, built for a model that stays as it is.
+def build_operators(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> Operators:
+    """The operators of a plan, built for a model that stays as it is, but for a hook that tells them its layout.
 
     They keep no reference to the model's parameters: what they inherit is copied. Raises as `graft`.
     """
-    host = host_of(model)
-    chosen = resolve(model, plan)
-    tracker = host.track_layout(model)
-    operators = {}
+    host = host or host_of(model)
+    chosen = resolve(model, plan, host=host)
+    _check_original(model, chosen)
+    operators: Operators = {}
     for site, config in chosen.items():
         with seeded(seed, site.block, len(site.role)):
-            operators[site.path] = _build(host, model.get_submodule(site.path), site, config, tracker)
-    if not chosen:
-        host.untrack_layout(model)
+            operators[site.path] = _build(host, model.get_submodule(site.path), site, config)
+    _track(operators, host, model)
     return operators
 
 
-def resolve(model: nn.Module, plan: Plan) -> dict[Site, OperatorConfig]:
+def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[Site, OperatorConfig]:
     """The operator of every site that a plan edits; checks the plan against the model, whole. Raises as `graft`."""
-    host = host_of(model)
-    chosen = plan.resolve(host.sites(model), host=f"host {host.name!r}")
-    unplaceable = [
-        f"block {site.block}: {config.name} is a mixer, and {host.name} declares no calling convention for {site.role}"
-        for site, config in chosen.items()
-        if not isinstance(config, KernelConfig) and site.role not in host.calls
-    ]
-    if unplaceable:
-        raise PlanError(
-            "\n  ".join([f"{len(unplaceable)} faults in plan for host {host.name!r}", *unplaceable])
-        )
-    return chosen
+    host = host or host_of(model)
+    return plan.resolve(host.sites(model), host=f"host {host.name!r}", mixer_roles=frozenset(host.calls))
 
 
 @dataclass(frozen=True)
@@ -89,22 +81,23 @@ class Graft:
         )
 
     def undo(self) -> None:
-        """Put every replaced module back: the model is exactly what it was."""
+        """Put every replaced module back: the model is exactly what it was, in the mode (train, eval) that it is in."""
         for path, module in self.replaced.items():
-            self.model.set_submodule(path, module, strict=True)
-        if not any(isinstance(m, KernelAttention | MixerAdapter) for m in self.model.modules()):
+            module.train(self.model.get_submodule(path).training)
+            self.model.set_submodule(path, module)
+        if LayoutTracker.of(self.model) and not any(map(_is_operator, self.model.modules())):
             host_of(self.model).untrack_layout(self.model)
 
 
 def place(model: nn.Module, operators: Mapping[str, nn.Module]) -> Graft:
     """Put operators at their sites, in place. They may have been built on a copy of the model, or distilled since."""
-    tracker = host_of(model).track_layout(model)
     replaced = {path: model.get_submodule(path) for path in operators}
     for path, operator in operators.items():
         reference = next(replaced[path].parameters())
         operator.to(device=reference.device, dtype=reference.dtype).train(model.training)
-        _use_tracker(operator, tracker)
-        model.set_submodule(path, operator, strict=True)
+        assert _is_operator(operator)
+        _track({path: operator}, operator.tracker.host, model)
+        model.set_submodule(path, operator)
     return Graft(model, dict(operators), replaced)
 
 
@@ -118,10 +111,20 @@ def grafted(model: nn.Module, operators: Mapping[str, nn.Module]) -> Iterator[nn
         record.undo()
 
 
+def _check_original(model: nn.Module, chosen: Mapping[Site, OperatorConfig]) -> None:
+    faults = [
+        f"the {site.role} of block {site.block} already holds an operator; undo that graft first"
+        for site in chosen
+        if _is_operator(model.get_submodule(site.path))
+    ]
+    if faults:
+        raise PlanError(fault_list(faults, "plan for a grafted model"))
+
+
 def _build(
-    host: Host, module: nn.Module, site: Site, config: OperatorConfig, tracker: LayoutTracker
-) -> nn.Module:
-    operator = config.build(site)
+    host: Host, module: nn.Module, site: Site, config: OperatorConfig
+) -> "KernelAttention | MixerAdapter":
+    operator, tracker = config.build(site), LayoutTracker(host)
     if isinstance(operator, Kernel):
         attention = copy.deepcopy(module)
         if config.projections == "random":
@@ -133,9 +136,14 @@ def _build(
     return MixerAdapter(operator, host.calls[site.role], tracker)
 
 
-def _use_tracker(operator: nn.Module, tracker: LayoutTracker) -> None:
-    assert isinstance(operator, KernelAttention | MixerAdapter)
-    operator.tracker = tracker
+def _track(operators: Operators, host: Host, model: nn.Module) -> None:
+    for operator in operators.values():
+        assert _is_operator(operator)
+        operator.tracker = host.track_layout(model)
+
+
+def _is_operator(module: nn.Module) -> "TypeGuard[KernelAttention | MixerAdapter]":
+    return isinstance(module, KernelAttention | MixerAdapter)
 
 
 class KernelAttention(nn.Module):
@@ -148,11 +156,12 @@ class KernelAttention(nn.Module):
         self.tracker = tracker
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Interception(self.kernel, self.tracker) as interception:
+        calls: list[tuple[int, ...]] = []
+        with _Interception(self.kernel, self.tracker, calls):
             output = self.attention(*args, **kwargs)
-        if interception.num_calls != 1:
+        if len(calls) != 1:
             raise HostError(
-                f"{type(self.attention).__name__} called scaled_dot_product_attention {interception.num_calls} "
+                f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} "
                 "times; a kernel needs exactly one call (choose the native attention backend)"
             )
         return output
@@ -178,20 +187,28 @@ class MixerAdapter(nn.Module):
 
 
 class _Interception(TorchFunctionMode):
-    """Answers `scaled_dot_product_attention` with a kernel; every other function runs as it is."""
+    """Answers `scaled_dot_product_attention` with a kernel; every other function runs as it is.
 
-    def __init__(self, kernel: Kernel, tracker: LayoutTracker):
+    It adds the shape of each answer to `calls`: a list of the caller's, since torch.compile forgets the
+    attributes of a mode when its `with` ends.
+    """
+
+    def __init__(self, kernel: Kernel, tracker: LayoutTracker, calls: list[tuple[int, ...]]):
         super().__init__()
         self.kernel = kernel
         self.tracker = tracker
-        self.num_calls = 0
+        self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.unflatten:
+            # written in Python with super(), which torch.compile cannot trace inside a mode; this is its native form
+            return torch.unflatten(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.num_calls += 1
-        return _answer(self.kernel, self.tracker, *args, **kwargs)
+        output = _answer(self.kernel, self.tracker, *args, **kwargs)
+        self.calls.append(tuple(output.shape))
+        return output
 
 
 def _answer(

@@ -5,3 +5,8 @@ from ._host import Host as Host
 from ._host import LayoutTracker as LayoutTracker
 from ._registry import host_of as host_of
 from ._registry import hosts as hosts
+from ._sdpa import BlockList as BlockList
+from ._sdpa import LatentTokens as LatentTokens
+from ._sdpa import PackedTokens as PackedTokens
+from ._sdpa import SdpaHost as SdpaHost
+from ._sdpa import SdpaSpec as SdpaSpec

@@ -5,12 +5,15 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, ClassConditional, MlpWeights, Role, Site, TokenLayout
+from ..errors import HostError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,26 @@ class LayoutTracker:
 
     def __init__(self, host: "Host"):
         self.host = host
-        self.layout: TokenLayout | None = None
+        self._layout: TokenLayout | None = None
 
     @staticmethod
     def of(model: nn.Module) -> "LayoutTracker | None":
         """The model's tracker, if it has one."""
         return next((h for h in model._forward_pre_hooks.values() if isinstance(h, LayoutTracker)), None)
 
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout of the model's forward pass.
+
+        Raises:
+            HostError: there was none yet.
+        """
+        if self._layout is None:
+            raise HostError("no forward pass of its model has set the token layout that an operator reads")
+        return self._layout
+
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.layout = self.host.layout(model, *args, **kwargs)
+        self._layout = self.host.layout(model, *args, **kwargs)
 
 
 class Host(ABC):
@@ -116,7 +130,7 @@ def linear_weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-def randomise(model: nn.Module, std: float = 0.05) -> nn.Module:
+def randomise(model: Model, std: float = 0.05) -> Model:
     """Add noise to every parameter, so that zero-initialised gates and heads of a fresh model let signals through."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -36,6 +36,7 @@ class DiTHost(Host):
 
     def attention_weights(self, attention: Attention) -> AttentionWeights:
         weight, bias = linear_weights(attention.qkv)
+        assert bias is not None
         q, k, v = zip(weight.chunk(3), bias.chunk(3), strict=True)
         return AttentionWeights(q, k, v, linear_weights(attention.proj))
 

@@ -1,0 +1,99 @@
+"""Host: PixArt-alpha and PixArt-Sigma, diffusers' `PixArtTransformer2DModel`. Attention to the text stays as it is."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import AttentionWeights, Grid, MlpWeights, Site, TokenLayout
+from ..errors import HostError
+from ._host import Call, Host, linear_weights, randomise
+
+PixArt = (
+    Any  # diffusers' class, which is imported late: it brings all of transformers, which a DiT does not need
+)
+
+
+class PixArtHost(Host):
+    """Blocks of self-attention, attention to the text, and MLP.
+
+    The condition is a mapping of `encoder_hidden_states` [B, T, C], `encoder_attention_mask` [B, T] and, for models
+    that need them, `added_cond_kwargs`.
+    """
+
+    name = "pixart"
+    calls = {
+        "attention": Call(must_be_none=("encoder_hidden_states", "attention_mask")),
+        "mlp": Call(),
+    }
+
+    @property
+    def model_class(self) -> type[PixArt]:
+        from diffusers import PixArtTransformer2DModel
+
+        return PixArtTransformer2DModel
+
+    def sites(self, model: PixArt) -> tuple[Site, ...]:
+        config = model.config
+        side = config.sample_size // config.patch_size
+        dim, grid = config.num_attention_heads * config.attention_head_dim, Grid(side, side)
+        attention = {"role": "attention", "num_heads": config.num_attention_heads}
+        # the class leaves its MLPs at diffusers' default width
+        mlp = {"role": "mlp", "hidden_dim": 4 * dim}
+        return tuple(
+            Site(block=i, path=f"transformer_blocks.{i}.{path}", dim=dim, grid=grid, **facts)
+            for i in range(config.num_layers)
+            for path, facts in (("attn1", attention), ("ff", mlp))
+        )
+
+    def layout(self, model: PixArt, hidden_states: Tensor, *args: Any, **kwargs: Any) -> TokenLayout:
+        patch = model.config.patch_size
+        return TokenLayout(Grid(hidden_states.shape[2] // patch, hidden_states.shape[3] // patch))
+
+    def attention_weights(self, attention: Any) -> AttentionWeights:
+        layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+        return AttentionWeights(*map(linear_weights, layers))
+
+    def mlp_weights(self, mlp: Any) -> MlpWeights:
+        from diffusers.models.activations import GELU
+
+        up, _, down = mlp.net
+        if not isinstance(up, GELU):
+            raise HostError(
+                f"an MLP of {type(up).__name__} has no plain two-layer form to inherit from: use init: random"
+            )
+        gelu = partial(F.gelu, approximate=up.approximate)
+        return MlpWeights(linear_weights(up.proj), linear_weights(down), gelu)
+
+    def predict(self, model: PixArt, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        return model(x_t, timestep=t, return_dict=False, **condition)[0]
+
+    def tiny(self) -> PixArt:
+        model = self.model_class(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=24,
+        )
+        return randomise(model)
+
+    def example(self, model: PixArt, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+        config, num_text = model.config, 5
+        mask = torch.ones(batch_size, num_text)
+        mask[0, -2:] = 0
+        return {
+            "hidden_states": torch.randn(
+                batch_size, config.in_channels, rows * config.patch_size, cols * config.patch_size
+            ),
+            "timestep": torch.randint(0, 1000, (batch_size,)),
+            "encoder_hidden_states": torch.randn(batch_size, num_text, config.caption_channels),
+            "encoder_attention_mask": mask,
+        }

@@ -1,0 +1,299 @@
+"""What every host promises, on its tiny instance: a new file in `hosts/` is tested by being there."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from closeness import assert_close
+from grafting.contract import Grid
+from grafting.errors import HostError, PlanError
+from grafting.hosts import LayoutTracker, host_of, hosts
+from grafting.plan import Plan, Replace
+from grafting.surgery import KernelAttention, graft, resolve
+
+HOSTS = hosts()
+NON_SQUARE = Grid(rows=6, cols=4)
+
+OPERATORS = [
+    ("attention", {"name": "window-1d", "window": 2}),
+    ("attention", {"name": "window-2d", "radius": 1}),
+    ("attention", "linear"),
+    ("attention", {"name": "softmax", "projections": "random"}),
+    ("attention", "mha"),
+    ("attention", "hyena-se"),
+    ("attention", "hyena-x"),
+    ("attention", "hyena-y"),
+    ("mlp", {"name": "mlp", "ratio": 3}),
+    ("mlp", {"name": "mlp", "init": "random"}),
+]
+PLACES = [(host, role, operator) for host in HOSTS for role, operator in OPERATORS]
+
+
+def plan(operator, *, role="attention", blocks="all") -> Plan:
+    return Plan(edits=(Replace(role=role, blocks=blocks, operator=operator),))
+
+
+def takes(host: str, role: str, operator) -> bool:
+    model = HOSTS[host].tiny()
+    try:
+        return bool(resolve(model, plan(operator, role=role)))
+    except PlanError:
+        return False
+
+
+def run(model: nn.Module, inputs: dict) -> Tensor:
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output.sample
+
+
+def gradients(model: nn.Module, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    output = run(model, inputs)
+    output.square().mean().backward()
+    return output.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=HOSTS)
+def host(request):
+    return HOSTS[request.param]
+
+
+@pytest.fixture
+def model(host):
+    return host.tiny().eval()
+
+
+@pytest.fixture
+def inputs(host, model):
+    return host.example(model, rows=NON_SQUARE.rows, cols=NON_SQUARE.cols, batch_size=2)
+
+
+def test_a_model_knows_its_host(host, model):
+    assert host_of(model) is host
+
+
+def test_sites_exist_and_their_facts_are_true(host, model):
+    sites = host.sites(model)
+    assert len({site.path for site in sites}) == len({(s.block, s.role) for s in sites}) == len(sites) > 1
+    assert [s.block for s in sites] == sorted(s.block for s in sites)
+    for site in sites:
+        model.get_submodule(site.path)
+        if site.role == "attention":
+            assert site.num_heads * site.head_dim == site.dim
+        if site.role == "attention" and "attention" in host.calls:
+            weights = host.attention_weights(model.get_submodule(site.path))
+            assert {w.shape for w, _ in weights} == {(site.dim, site.dim)}
+        if site.role == "mlp":
+            weights = host.mlp_weights(model.get_submodule(site.path))
+            assert weights.up[0].shape == (site.hidden_dim, site.dim)
+            assert weights.down[0].shape == (site.dim, site.hidden_dim)
+
+
+def test_declared_weights_compute_what_the_modules_compute(host, model):
+    x = torch.randn(2, 7, host.sites(model)[0].dim)
+    for site in host.sites(model):
+        module = model.get_submodule(site.path)
+        if site.role == "mlp":
+            up, down, activation = host.mlp_weights(module)
+            y = nn.functional.linear(activation(nn.functional.linear(x, *up)), *down)
+        elif "attention" in host.calls:
+            weights = host.attention_weights(module)
+            q, k, v = (nn.functional.linear(x, *w).unflatten(-1, (site.num_heads, -1)) for w in weights[:3])
+            y = nn.functional.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
+            y = nn.functional.linear(y.transpose(1, 2).flatten(2), *weights.out)
+        else:
+            continue
+        assert_close(site.path, y, module(x), 1e-5)
+
+
+def test_kept_softmax_is_the_identity_bit_for_bit(host, model, inputs):
+    output, gradient = gradients(model, inputs)
+    graft(model, plan("softmax"))
+    grafted_output, grafted_gradient = gradients(model, inputs)
+    assert torch.equal(output, grafted_output)
+    renamed = {name.replace(".attention.", "."): g for name, g in grafted_gradient.items()}
+    assert renamed.keys() == gradient.keys()
+    assert all(torch.equal(g, renamed[name]) for name, g in gradient.items())
+
+
+@pytest.mark.parametrize(("host", "role", "operator"), PLACES, indirect=["host"])
+def test_operators_run_forward_and_backward(host, role, operator, model, inputs):
+    if not takes(host.name, role, operator):
+        assert host.name == "flux"
+        assert role == "mlp" or operator in ("mha", "hyena-se", "hyena-x", "hyena-y")
+        return
+    with torch.no_grad():
+        before = run(model, inputs)
+    record = graft(model, plan(operator, role=role))
+    output, gradient = gradients(model, inputs)
+    assert output.shape == before.shape
+    inherited_whole = operator == "mha"
+    assert torch.allclose(output, before, rtol=1e-4, atol=1e-5) == inherited_whole
+    assert record.new_parameters
+    for name in record.new_parameters:
+        if model.get_parameter(name).requires_grad:
+            assert gradient[name].isfinite().all(), name
+    paths = {site.path for site in host.sites(model) if site.role == role}
+    assert record.operators.keys() == record.replaced.keys() == paths
+
+
+def test_the_layout_is_that_of_the_input(host, model, inputs):
+    operators = graft(model, plan("softmax")).operators
+    run(model, inputs)
+    (layout,) = {operator.tracker.layout for operator in operators.values()}
+    assert layout.grid == NON_SQUARE
+    run(model, host.example(model, rows=3, cols=5, batch_size=1))
+    assert LayoutTracker.of(model).layout.grid == Grid(rows=3, cols=5)
+
+
+def test_positional_arguments_give_the_same_layout(host, model, inputs):
+    first = next(iter(inputs))
+    rest = {name: value for name, value in inputs.items() if name != first}
+    assert host.layout(model, inputs[first], **rest) == host.layout(model, **inputs)
+
+
+def test_a_grid_read_in_another_shape_gives_another_output(host, model, inputs, monkeypatch):
+    def outputs_with(operator):
+        record = graft(model, plan(operator))
+        with torch.no_grad():
+            right = run(model, inputs)
+            layout = host.layout(model, **inputs)
+            turned = layout.__class__(Grid(NON_SQUARE.cols, NON_SQUARE.rows), layout.num_text)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(host), "layout", lambda *args, **kwargs: turned)
+                wrong = run(model, inputs)
+        record.undo()
+        return right, wrong
+
+    right, wrong = outputs_with({"name": "window-2d", "radius": 1})
+    assert right.isfinite().all()
+    assert not torch.allclose(right, wrong, rtol=1e-3)
+    assert torch.equal(*outputs_with("softmax"))
+
+
+@pytest.mark.parametrize("operator", [{"name": "window-2d", "radius": 1}, "hyena-x"])
+def test_gradient_checkpointing_changes_nothing(host, model, inputs, operator):
+    if not takes(host.name, "attention", operator):
+        pytest.skip("this host takes kernels only")
+    graft(model, plan(operator))
+    output, gradient = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    again, again_gradient = gradients(model, inputs)
+    assert torch.equal(output, again)
+    assert all(torch.equal(g, again_gradient[name]) for name, g in gradient.items())
+
+
+def test_two_models_with_two_grids_do_not_disturb_each_other(host, model, inputs):
+    operator = {"name": "window-2d", "radius": 1}
+    other, other_inputs = host.tiny().eval(), host.example(model, rows=4, cols=3, batch_size=1)
+    graft(model, plan(operator))
+    graft(other, plan(operator))
+    alone, _ = gradients(model, inputs)
+    other_alone, _ = gradients(other, other_inputs)
+    first = run(model, inputs)
+    second = run(other, other_inputs)
+    (first.square().mean() + second.square().mean()).backward()
+    assert torch.equal(first, alone)
+    assert torch.equal(second, other_alone)
+
+
+def test_a_copy_is_independent(host, model, inputs):
+    operator = {"name": "window-2d", "radius": 1}
+    graft(model, plan(operator))
+    before, _ = gradients(model, inputs)
+    twin = copy.deepcopy(model)
+    assert LayoutTracker.of(twin) is not LayoutTracker.of(model)
+    assert {m.tracker for m in twin.modules() if isinstance(m, KernelAttention)} == {LayoutTracker.of(twin)}
+    run(twin, host.example(model, rows=3, cols=4, batch_size=1))
+    assert LayoutTracker.of(model).layout.grid == NON_SQUARE
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_state_dict_loads_strictly_into_a_second_model(host, model, inputs):
+    kernels = plan({"name": "softmax", "projections": "random"})
+    graft(model, kernels, seed=1)
+    second = host.tiny().eval()
+    graft(second, kernels, seed=2)
+    assert not torch.allclose(run(second, inputs), run(model, inputs))
+    second.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(run(second, inputs), run(model, inputs))
+
+
+def test_undo_restores_the_model_exactly(host, model, inputs):
+    state, modules = dict(model.state_dict(keep_vars=True)), dict(model.named_modules())
+    output = run(model, inputs)
+    record = graft(model, plan({"name": "linear", "projections": "random"}, blocks="odd"))
+    assert not torch.equal(run(model, inputs), output)
+    record.undo()
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[name] is tensor for name, tensor in state.items())
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+    assert torch.equal(run(model, inputs), output)
+
+
+def test_attention_that_is_not_sdpa_is_an_error(host, model, inputs, monkeypatch):
+    graft(model, plan("softmax", blocks=0))
+    path = host.sites(model)[0].path
+    monkeypatch.setattr(model.get_submodule(f"{path}.attention"), "forward", lambda *args, **kwargs: args)
+    with pytest.raises(
+        HostError, match=r"called scaled_dot_product_attention 0 times.*native attention backend"
+    ):
+        run(model, inputs)
+
+
+_COMPILE = """
+import sys
+import torch
+from grafting.contract import Grid
+from grafting.hosts import hosts
+from grafting.plan import Plan, Replace
+from grafting.surgery import graft
+
+torch.manual_seed(0)
+host = hosts()[sys.argv[1]]
+if host.name == "flux":
+    host = type(host)(grid=Grid(4, 6))
+edits = [("attention", "even", "window-2d"), ("attention", "odd", "hyena-x" if host.calls else "linear")]
+edits += [("mlp", 0, "mlp")] if host.calls else []
+edits = [Replace(role=role, blocks=blocks, operator=operator) for role, blocks, operator in edits]
+model = host.tiny().eval()
+graft(model, Plan(edits=edits), host=host)
+inputs = host.example(model, rows=4, cols=6, batch_size=2)
+
+def forward_backward(model):
+    output = model(**inputs)
+    output = output if isinstance(output, torch.Tensor) else output.sample
+    model.zero_grad()
+    output.square().mean().backward()
+    return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+want, want_gradients = forward_backward(model)
+model.compile(fullgraph=True)
+for _ in range(2):  # with and without a layout from an earlier pass
+    got, gradients = forward_backward(model)
+torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(gradients, want_gradients, rtol=1e-3, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_compiles_whole(host):
+    """In a process of its own: beartype, which checks shapes in tests, cannot be compiled."""
+    process = subprocess.run(
+        [sys.executable, "-c", _COMPILE, host.name],
+        env=os.environ | {"JAXTYPING_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]

@@ -1,0 +1,215 @@
+"""The generic host: Flux, which is it with a spec, and models that a user describes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from grafting.contract import Grid, TokenLayout
+from grafting.errors import HostError, PlanError
+from grafting.hosts import BlockList, LatentTokens, PackedTokens, SdpaHost, SdpaSpec, host_of, hosts
+from grafting.hosts.flux import FluxHost
+from grafting.plan import Plan, Replace
+from grafting.surgery import build_operators, graft, place
+
+FLUX = hosts()["flux"]
+GRID = Grid(rows=4, cols=6)
+NUM_TEXT = 5
+
+
+def plan(operator, blocks="all") -> Plan:
+    return Plan(edits=(Replace(role="attention", blocks=blocks, operator=operator),))
+
+
+@pytest.fixture
+def flux():
+    return FLUX.tiny().eval()
+
+
+@pytest.fixture
+def inputs(flux):
+    return FLUX.example(flux, rows=GRID.rows, cols=GRID.cols, batch_size=2)
+
+
+def test_flux_blocks_are_counted_through_both_lists(flux):
+    sites = FLUX.sites(flux)
+    assert [(s.block, s.path) for s in sites] == [
+        (0, "transformer_blocks.0.attn"),
+        (1, "transformer_blocks.1.attn"),
+        (2, "single_transformer_blocks.0.attn"),
+    ]
+    assert {(s.dim, s.num_heads, s.num_text) for s in sites} == {(32, 2, 512)}
+
+
+def test_flux_layout_has_text_first_and_the_grid_of_the_positions(flux, inputs):
+    assert FLUX.layout(flux, **inputs) == TokenLayout(GRID, NUM_TEXT, text_first=True)
+    turned = FLUX.example(flux, rows=GRID.cols, cols=GRID.rows, batch_size=1)
+    assert FLUX.layout(flux, **turned).grid == Grid(GRID.cols, GRID.rows)
+    batched = inputs | {"img_ids": inputs["img_ids"].expand(2, -1, -1)}
+    assert FLUX.layout(flux, **batched).grid == GRID
+
+
+def test_positions_that_are_no_grid_are_an_error(flux, inputs):
+    inputs["img_ids"] = inputs["img_ids"].flip(0)
+    with pytest.raises(
+        HostError, match="img_ids is not one grid in raster order: 24 image tokens, 4 rows and 6"
+    ):
+        FLUX.layout(flux, **inputs)
+
+
+def test_a_given_grid_is_checked_against_the_tokens(flux, inputs):
+    host = FluxHost(grid=GRID)
+    graft(flux, plan({"name": "window-2d", "radius": 1}), host=host)
+    assert host_of(flux) is host
+    flux(**inputs)
+    wrong = FLUX.example(flux, rows=5, cols=6, batch_size=1)
+    with pytest.raises(
+        HostError, match=r"flux: 30 image tokens, but its host was made for Grid\(rows=4, cols=6"
+    ):
+        flux(**wrong)
+
+
+def test_a_window_does_not_fit_the_grid_that_the_host_was_made_for(flux):
+    with pytest.raises(PlanError, match="3 > 2 columns"):
+        graft(flux, plan({"name": "window-2d", "radius": 1}), host=FluxHost(grid=Grid(8, 2)))
+
+
+@pytest.mark.parametrize("path", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"])
+def test_a_window_keeps_text_tokens_global(flux, inputs, path):
+    """In one joint attention, d(output of token i) / d(input of token j) is zero only outside of the window."""
+    graft(flux, plan({"name": "window-2d", "radius": 1}))
+    flux(**inputs)  # sets the layout
+    text, image = torch.randn(1, NUM_TEXT, 32), torch.randn(1, GRID.num_tokens, 32)
+    attention = flux.get_submodule(path)
+
+    def attend(text, image):
+        if path.startswith("single"):
+            return attention(hidden_states=torch.cat([text, image], 1))[0]
+        image_out, text_out = attention(hidden_states=image, encoder_hidden_states=text)
+        return torch.cat([text_out, image_out], 1)[0]
+
+    by_text, by_image = torch.autograd.functional.jacobian(lambda *x: attend(*x).sum(-1), (text, image))
+    reached = torch.cat([by_text[:, 0], by_image[:, 0]], dim=1).abs().amax(-1) > 0  # [L, L]
+    row, col = torch.arange(GRID.num_tokens) // GRID.cols, torch.arange(GRID.num_tokens) % GRID.cols
+    near = ((row[:, None] - row).abs() <= 1) & ((col[:, None] - col).abs() <= 1)
+    assert reached[:NUM_TEXT].all(), "text sees everything"
+    assert reached[:, :NUM_TEXT].all(), "text is seen by everything"
+    assert torch.equal(reached[NUM_TEXT:, NUM_TEXT:], near)
+
+
+def test_mixers_and_mlps_are_refused_with_every_block(flux):
+    edits = [Replace(role="attention", operator="hyena-x"), Replace(role="mlp", blocks=0, operator="mlp")]
+    with pytest.raises(PlanError) as caught:
+        graft(flux, Plan(edits=edits))
+    message = str(caught.value)
+    assert message.startswith("4 faults in plan for host 'flux' (blocks 0..2)")
+    assert "block 2: hyena-x is a mixer, and the host takes only kernels for its attention" in message
+    assert "block 0 has no replaceable mlp" in message
+    assert not flux._forward_pre_hooks
+
+
+def test_flux_predicts_unpacked_images(flux, inputs):
+    x_t = torch.randn(2, 4, 2 * GRID.rows, 2 * GRID.cols)
+    condition = {name: inputs[name] for name in ("encoder_hidden_states", "pooled_projections")}
+    graft(flux, plan("softmax"))
+    got = FLUX.predict(flux, x_t, inputs["timestep"], condition)
+    assert got.shape == x_t.shape
+    tokens = (
+        F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
+    )  # diffusers' own order: channel, row, column
+    want = flux(**(inputs | {"hidden_states": tokens})).sample
+    assert torch.equal(F.pixel_shuffle(want.transpose(1, 2).unflatten(2, (GRID.rows, GRID.cols)), 2), got)
+
+
+SD3 = SdpaHost(
+    SdpaSpec(
+        name="sd3",
+        model_class="diffusers:SD3Transformer2DModel",
+        blocks=(BlockList(path="transformer_blocks", attention="attn"),),
+        image=LatentTokens(),
+        text="encoder_hidden_states",
+        text_first=False,
+        native_grid=Grid(8, 8),
+        native_num_text=77,
+    )
+)
+
+
+@pytest.fixture
+def sd3():
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_projection_dim=32,
+        joint_attention_dim=24,
+        pooled_projection_dim=12,
+        pos_embed_max_size=16,
+    ).eval()
+
+
+def sd3_inputs():
+    return {
+        "encoder_hidden_states": torch.randn(2, NUM_TEXT, 24),
+        "pooled_projections": torch.randn(2, 12),
+    }
+
+
+def test_a_users_spec_grafts_a_class_that_is_no_host(sd3):
+    x_t, t, condition = torch.randn(2, 4, 8, 12), torch.rand(2), sd3_inputs()
+    with pytest.raises(HostError, match=r"no host for a model of class SD3Transformer2DModel.*host=SdpaHost"):
+        graft(sd3, plan("softmax"))
+    assert isinstance(sd3, SD3.model_class)
+    with torch.no_grad():
+        before = SD3.predict(sd3, x_t, t, condition)
+        record = graft(sd3, plan("softmax"), host=SD3)
+        assert torch.equal(SD3.predict(sd3, x_t, t, condition), before)
+        assert next(iter(record.operators.values())).tracker.layout == TokenLayout(GRID, NUM_TEXT, False)
+        record.undo()
+        assert not sd3._forward_pre_hooks
+        place(sd3, build_operators(sd3, plan({"name": "window-2d", "radius": 1}), host=SD3))
+        assert not torch.allclose(SD3.predict(sd3, x_t, t, condition), before)
+
+
+def test_a_spec_that_does_not_fit_says_where(sd3):
+    blocks = (BlockList(path="blocks", attention="attn"),)
+    host = SdpaHost(SD3.spec.model_copy(update={"blocks": blocks}))
+    with pytest.raises(HostError, match=r"spec 'sd3' does not fit SD3Transformer2DModel: .*blocks"):
+        graft(sd3, plan("softmax"), host=host)
+    host = SdpaHost(SD3.spec.model_copy(update={"num_heads": "config.n_head"}))
+    with pytest.raises(HostError, match=r"does not fit .*n_head"):
+        graft(sd3, plan("softmax"), host=host)
+
+
+def test_what_a_spec_does_not_say_is_refused():
+    for ask in (
+        SD3.tiny,
+        lambda: SD3.mlp_weights(nn.Identity()),
+        lambda: SD3.attention_weights(nn.Identity()),
+    ):
+        with pytest.raises(HostError, match="host 'sd3' is described for kernels only"):
+            ask()
+
+
+class Video(nn.Module):
+    def forward(self, latent):
+        return latent
+
+
+def test_latents_of_videos_have_frames():
+    image = LatentTokens(argument="latent", patch_size=(1, 2, 2))
+    host = SdpaHost(SD3.spec.model_copy(update={"image": image, "text": None}))
+    assert host.layout(Video(), torch.zeros(1, 4, 3, 8, 12)).grid == Grid(rows=4, cols=6, frames=3)
+
+
+def test_specs_are_data():
+    spec = FLUX.spec
+    assert SdpaSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert isinstance(spec.image, PackedTokens)
+    with pytest.raises(ValueError, match="blocks"):
+        SdpaSpec(name="x", model_class="x:X", blocks=(), image=LatentTokens(), native_grid=Grid(1, 1))

@@ -1,0 +1,101 @@
+"""Who may import whom: a module imports lower layers alone, or files of its own folder, and in an open set only those
+that begin with an underscore. So an operator knows no host and no other operator, and stages do not know each other.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import grafting
+
+ROOT = Path(grafting.__file__).parent
+
+# from the ground up; a line of the design's drawing that is several of these is named at its side
+LAYERS = (
+    {"errors"},  # L0
+    {"contract", "files", "randomness"},
+    {"functional"},
+    {"models"},
+    {"operators", "hosts", "metrics", "data", "diffusion", "runfolder"},  # L1
+    {"plan"},  # L2
+    {"surgery"},  # L3
+    {"activations", "checkpoint"},
+    {"convert"},
+    {"distillation", "finetuning", "sampling", "evaluation", "analysis", "search", "report"},  # L4
+    {"recipe"},  # L5
+    {"samples", "doctor"},  # L6
+    {"display"},
+    {"cli"},
+    {"__main__", "__init__"},
+)
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+
+# open sets, whose files are added and removed one by one
+INDEPENDENT = {"operators", "hosts", "metrics"}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """Every module or name of this package that a file imports, as parts below the package."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {tuple(name[1:]) for name in names if name[0] == "grafting"}
+        elif isinstance(node, ast.ImportFrom):
+            parts = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                parts = (*package[: len(package) + 1 - node.level], *parts)
+            elif parts[:1] != ("grafting",):
+                continue
+            else:
+                parts = parts[1:]
+            found |= {(*parts, alias.name) for alias in node.names}
+    return found
+
+
+def faults(path: Path) -> list[str]:
+    own = path.relative_to(ROOT).with_suffix("").parts
+    return [
+        f"{'.'.join(own)} imports {'.'.join(other)}" for other in imported(path) if not _allowed(own, other)
+    ]
+
+
+def _allowed(own: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    home, target = own[0], other[0]
+    if home != target:
+        return LAYER[target] < LAYER[home]
+    return home not in INDEPENDENT or own[-1] == "__init__" or other[1].startswith("_")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_what_is_below_it(path):
+    assert path.relative_to(ROOT).with_suffix("").parts[0] in LAYER, "give this module a layer"
+    assert not faults(path)
+
+
+def test_the_rule_sees_what_it_forbids(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "operators").mkdir()
+    forbidden = {
+        "operators/hyena.py": "from ..hosts import host_of",
+        "operators/mha.py": "from .softmax import Softmax",
+        "contract.py": "import grafting.plan",
+        "distillation.py": "def f():\n    from .finetuning import finetune",
+        "plan.py": "from grafting.surgery import graft",
+    }
+    for name, text in forbidden.items():
+        (tmp_path / name).write_text(text)
+        assert len(faults(tmp_path / name)) == 1, name
+    allowed = {
+        "operators/hyena.py": "from ._registry import x\nfrom ..contract import Kernel",
+        "cli.py": "from .recipe import run\nimport torch",
+    }
+    for name, text in allowed.items():
+        (tmp_path / name).write_text(text)
+        assert not faults(tmp_path / name), name

@@ -1,0 +1,182 @@
+"""The language of blocks, plans as data, and every fault before any work."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+
+from grafting.contract import Grid, Site
+from grafting.errors import PlanError
+from grafting.operators import operator_configs
+from grafting.plan import Plan, Replace, resolve_blocks
+
+
+def sites(num_blocks: int) -> list[Site]:
+    grid = Grid(4, 4)
+    return [
+        site
+        for i in range(num_blocks)
+        for site in (
+            Site(role="attention", block=i, path=f"b.{i}.attn", dim=16, grid=grid, num_heads=2),
+            Site(role="mlp", block=i, path=f"b.{i}.mlp", dim=16, grid=grid, hidden_dim=64),
+        )
+    ]
+
+
+def plan(*edits) -> Plan:
+    return Plan(edits=[Replace(role=r, blocks=b, operator=o) for r, b, o in edits])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_blocks", "want"),
+    [
+        ("all", 3, [0, 1, 2]),
+        ("odd", 5, [1, 3]),
+        ("even", 5, [0, 2, 4]),
+        ("7", 28, [7]),
+        (7, 28, [7]),
+        ([5, 1], 28, [5, 1]),
+        ("8-18:2", 28, [8, 10, 12, 14, 16, 18]),
+        ("8 - 17 : 2", 28, [8, 10, 12, 14, 16]),
+        ("1, 8-10", 28, [1, 8, 9, 10]),
+        ("every 3 of 4", 28, [i for i in range(28) if i % 4]),
+        ("every 1 of 2", 5, [1, 3]),
+        ("every 2 of 2", 3, [0, 1, 2]),
+    ],
+)
+def test_blocks(blocks, num_blocks, want):
+    assert resolve_blocks(blocks, num_blocks) == want
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ("", "names no blocks: write all, odd, even"),
+        ("some", "names no blocks"),
+        ("1-", "names no blocks"),
+        ("-1", "names no blocks"),
+        ("1;2", "names no blocks"),
+        ("0-8:0", "names no blocks"),
+        ("8-5", "a range ends before it begins"),
+        ("every 5 of 4", "cannot choose 5 of 4"),
+        ("every 0 of 4", "cannot choose 0 of 4"),
+    ],
+)
+def test_what_is_not_the_language_is_refused_when_a_plan_is_made(blocks, message):
+    with pytest.raises(ValidationError, match=message):
+        Replace(role="attention", blocks=blocks, operator="softmax")
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9))
+def test_a_range_includes_its_end(first, length, step):
+    got = resolve_blocks(f"{first}-{first + length}:{step}", 100)
+    assert got == [i for i in range(100) if first <= i <= first + length and (i - first) % step == 0]
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.data())
+def test_every_k_of_n_chooses_k_of_each_n(groups, of, data):
+    chosen = data.draw(st.integers(1, of))
+    got = resolve_blocks(f"every {chosen} of {of}", groups * of)
+    assert len(got) == len(set(got)) == groups * chosen
+    assert all(i % of >= of - chosen for i in got)
+
+
+def test_sites_come_in_the_models_order_with_their_operators():
+    chosen = plan(("mlp", [2, 0], "mlp"), ("attention", "all", "linear")).resolve(sites(3))
+    paths = ["b.0.attn", "b.0.mlp", "b.1.attn", "b.2.attn", "b.2.mlp"]
+    assert [site.path for site in chosen] == paths
+    assert [c.name for c in chosen.values()] == ["linear", "mlp", "linear", "linear", "mlp"]
+
+
+def test_one_message_lists_every_fault_once():
+    faulty = plan(("attention", "2-4", "hyena-x"), ("attention", [2, 2], "linear"), ("mlp", 1, "hyena-x"))
+    with pytest.raises(PlanError) as caught:
+        faulty.resolve(sites(3), host="host 'dit'")
+    assert str(caught.value).splitlines() == [
+        "4 faults in plan for host 'dit' (blocks 0..2)",
+        "  Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 3",
+        "  Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 4",
+        "  Replace(role='attention', blocks=(2, 2), operator='linear'): the attention of block 2 is named twice",
+        "  Replace(role='mlp', blocks=1, operator='hyena-x'), block 1: hyena-x replaces attention, not mlp",
+    ]
+
+
+def test_a_host_may_take_kernels_only():
+    edits = plan(("attention", 0, "mha"), ("attention", 1, "linear"))
+    with pytest.raises(
+        PlanError, match="1 fault in plan .*\n.*mha is a mixer, and the host takes only kernels"
+    ):
+        edits.resolve(sites(2), mixer_roles=frozenset())
+
+
+@pytest.mark.parametrize("role", ["attention", "mlp"])
+def test_a_role_that_a_block_lacks_is_a_fault(role):
+    kept = [s for s in sites(2) if s.role != role or s.block == 0]
+    operator = "softmax" if role == "attention" else "mlp"
+    with pytest.raises(PlanError, match=f"block 1 has no replaceable {role}"):
+        plan((role, "all", operator)).resolve(kept)
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        ("hyena-z", r"no operator 'hyena-z'; there are .*hyena-x.*softmax"),
+        ({"name": "softmax", "widow": 3}, "Extra inputs are not permitted"),
+        ({"window": 3}, "an operator is a name, or a mapping with a name"),
+        (3, "an operator is a name"),
+        ({"name": "window-1d", "window": 0}, "greater than 0"),
+    ],
+)
+def test_operators_that_are_none_are_refused(operator, message):
+    with pytest.raises(ValidationError, match=message):
+        Replace(role="attention", operator=operator)
+
+
+def test_unknown_roles_and_keys_are_refused():
+    with pytest.raises(ValidationError, match="role"):
+        Replace(role="attn", operator="softmax")
+    with pytest.raises(ValidationError, match="block"):
+        Replace(role="attention", block=1, operator="softmax")
+
+
+@pytest.mark.parametrize("name", operator_configs())
+def test_a_plan_survives_json(name):
+    config = operator_configs()[name]()
+    role = sorted(config.roles)[0]
+    original = plan((role, "8-18:2", config.randomised()), (role, [1, 3], {"name": name}), (role, 5, name))
+    text = original.model_dump_json()
+    assert Plan.model_validate_json(text) == original
+    assert Plan.model_validate(json.loads(text)) == original
+    assert type(Plan.model_validate_json(text).edits[0].operator) is type(config)
+
+
+def test_the_control_experiment_inherits_nothing():
+    control = plan(("attention", 0, "softmax"), ("attention", 1, "hyena-x")).randomised()
+    assert control.edits[0].operator.projections == "random"
+    assert control.edits[1].operator.init == "random"
+    assert [e.blocks for e in control.edits] == [0, 1]
+
+
+def test_the_schema_tells_editors_every_operators_settings():
+    schema = Plan.model_json_schema()
+    operator = schema["$defs"]["Replace"]["properties"]["operator"]
+    names, settings = operator["anyOf"]
+    assert names["enum"] == list(operator_configs())
+    described = settings["oneOf"]
+    assert [d["properties"]["name"]["const"] for d in described] == names["enum"]
+    by_name = dict(zip(names["enum"], described, strict=True))
+    assert by_name["window-1d"]["properties"]["window"]["exclusiveMinimum"] == 0
+    assert "Image tokens seen" in by_name["window-1d"]["properties"]["window"]["description"]
+    for operator, valid in [
+        ("hyena-x", True),
+        ("hyena-z", False),
+        ({"name": "window-1d", "window": 2}, True),
+        ({"name": "window-1d", "window": 0}, False),
+        ({"name": "linear", "window": 2}, False),
+        ({"window": 2}, False),
+    ]:
+        edits = [{"role": "attention", "operator": operator}]
+        assert Draft202012Validator(schema).is_valid({"edits": edits}) == valid, operator

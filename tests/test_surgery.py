@@ -1,0 +1,282 @@
+"""What surgery promises beyond the contract of hosts: all or nothing, and no silent change of what attention means."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grafting.contract import Grid, Kernel
+from grafting.errors import HostError, PlanError
+from grafting.hosts import Call, LayoutTracker, hosts
+from grafting.operators.softmax import Softmax, SoftmaxConfig
+from grafting.plan import Plan, Replace
+from grafting.surgery import (
+    KernelAttention,
+    MixerAdapter,
+    build_operators,
+    graft,
+    grafted,
+    place,
+    resolve,
+)
+
+HOST = hosts()["dit"]
+
+
+def plan(*edits) -> Plan:
+    return Plan(edits=[Replace(role=r, blocks=b, operator=o) for r, b, o in edits])
+
+
+@pytest.fixture
+def model():
+    return HOST.tiny().eval()
+
+
+@pytest.fixture
+def inputs(model):
+    return HOST.example(model, rows=8, cols=8, batch_size=2)
+
+
+def snapshot(model):
+    return dict(model.named_modules()), dict(model.state_dict(keep_vars=True))
+
+
+def unchanged(model, before) -> bool:
+    modules, tensors = snapshot(model)
+    same_modules = modules.keys() == before[0].keys() and all(modules[n] is m for n, m in before[0].items())
+    same_tensors = tensors.keys() == before[1].keys() and all(tensors[n] is t for n, t in before[1].items())
+    return same_modules and same_tensors and not model._forward_pre_hooks
+
+
+def test_a_faulty_plan_lists_all_faults_and_changes_nothing(model):
+    before = snapshot(model)
+    faulty = plan(
+        ("attention", [0, 7], "linear"),
+        ("attention", "0-1", "hyena-x"),
+        ("mlp", 1, "linear"),
+        ("attention", 2, {"name": "window-2d", "radius": 9}),
+    )
+    with pytest.raises(PlanError) as caught:
+        graft(model, faulty)
+    assert str(caught.value).splitlines()[0] == "5 faults in plan for host 'dit' (blocks 0..2)"
+    for fault in (
+        "no block 7",
+        "the attention of block 0 is named twice",
+        "linear replaces attention, not mlp",
+        "19 > 8 rows",
+        "19 > 8 columns",
+    ):
+        assert fault in str(caught.value)
+    assert unchanged(model, before)
+
+
+def test_an_operator_that_fails_while_it_is_built_changes_nothing(model, monkeypatch):
+    before = snapshot(model)
+
+    def fail_at_block_2(config, site):
+        if site.block == 2:
+            raise MemoryError("no room")
+        return Softmax()
+
+    monkeypatch.setattr(SoftmaxConfig, "build", fail_at_block_2)
+    with pytest.raises(MemoryError):
+        graft(model, plan(("attention", "all", "softmax")))
+    assert unchanged(model, before)
+
+
+def test_operators_at_unknown_sites_change_nothing(model):
+    before = snapshot(model)
+    operators = build_operators(HOST.tiny(), plan(("attention", 0, "softmax")))
+    with pytest.raises(AttributeError, match="nowhere"):
+        place(model, operators | {"nowhere": operators["blocks.0.attn"]})
+    assert unchanged(model, before)
+
+
+def test_an_empty_plan_changes_nothing(model):
+    before = snapshot(model)
+    record = graft(model, Plan())
+    assert not record.new_parameters
+    assert unchanged(model, before)
+    record.undo()
+    assert unchanged(model, before)
+
+
+def test_a_site_holds_one_operator(model):
+    graft(model, plan(("attention", 1, "linear")))
+    with pytest.raises(
+        PlanError, match="attention of block 1 already holds an operator; undo that graft first"
+    ):
+        graft(model, plan(("attention", "all", "hyena-x")))
+    graft(model, plan(("attention", 0, "hyena-x"), ("mlp", "all", "mlp")))
+    assert isinstance(model.blocks[1].attn, KernelAttention)
+    assert isinstance(model.blocks[0].attn, MixerAdapter)
+
+
+def test_grafts_are_undone_one_by_one_in_any_order(model, inputs):
+    before = snapshot(model)
+    first = graft(model, plan(("attention", 0, "linear")))
+    second = graft(model, plan(("mlp", 2, "mlp")))
+    first.undo()
+    assert LayoutTracker.of(model) is not None
+    model(**inputs)
+    second.undo()
+    assert unchanged(model, before)
+    second.undo()
+    assert unchanged(model, before)
+
+
+def test_modules_come_back_in_the_mode_of_the_model(model):
+    record = graft(model, plan(("attention", 0, "linear")))
+    model.train()
+    record.undo()
+    assert all(module.training for module in model.modules())
+
+
+def test_grafted_lasts_as_long_as_its_block(model, inputs):
+    before = snapshot(model)
+    operators = build_operators(
+        HOST.tiny(), plan(("attention", "all", {"name": "softmax", "projections": "random"}))
+    )
+    with pytest.raises(ZeroDivisionError), grafted(model, operators) as same:
+        assert same is model
+        assert model.blocks[0].attn is operators["blocks.0.attn"]
+        model(**inputs)
+        1 / 0  # noqa: B018
+    assert unchanged(model, before)
+
+
+def test_operators_built_on_one_model_run_on_another_on_its_own_grid(model):
+    other = HOST.tiny().eval()
+    operators = build_operators(other, plan(("attention", "all", {"name": "window-2d", "radius": 1})))
+    place(model, operators)
+    model(**HOST.example(model, rows=3, cols=5, batch_size=1))
+    assert {o.tracker for o in operators.values()} == {LayoutTracker.of(model)}
+    assert LayoutTracker.of(model).layout.grid == Grid(3, 5)
+
+
+def test_operators_share_no_memory_with_the_model(model):
+    record = graft(
+        model, plan(("attention", "even", "softmax"), ("attention", 1, "mha"), ("mlp", "all", "mlp"))
+    )
+    operators = {t.data_ptr() for o in record.operators.values() for t in o.parameters()}
+    originals = {t.data_ptr() for m in record.replaced.values() for t in m.parameters()}
+    assert not operators & originals
+
+
+def test_random_weights_depend_on_the_seed_and_the_site_alone(model):
+    random = {"name": "hyena-x", "init": "random"}
+    alone = build_operators(model, plan(("attention", 1, random)), seed=3)
+    among = build_operators(model, plan(("attention", [0, 1], random), ("mlp", "all", "mlp")), seed=3)
+    torch.rand(1)
+    other = build_operators(model, plan(("attention", 1, random)), seed=4)
+    path = "blocks.1.attn"
+    states = [operators[path].state_dict() for operators in (alone, among, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert any(not torch.equal(t, among["blocks.0.attn"].state_dict()[name]) for name, t in states[1].items())
+
+
+def test_operators_take_the_models_dtype_and_mode(model):
+    model.double().train()
+    record = graft(model, plan(("attention", 0, "hyena-x"), ("attention", 1, {"name": "linear"})))
+    for operator in record.operators.values():
+        assert {p.dtype for p in operator.parameters()} == {torch.float64}
+        assert all(m.training for m in operator.modules())
+
+
+def test_resolve_gives_the_operator_of_every_site(model):
+    chosen = resolve(model, plan(("mlp", 0, "mlp"), ("attention", "odd", "linear")))
+    assert [(s.path, c.name) for s, c in chosen.items()] == [
+        ("blocks.0.mlp", "mlp"),
+        ("blocks.1.attn", "linear"),
+    ]
+
+
+class Attention(nn.Module):
+    """Calls SDPA with what it is given, a number of times."""
+
+    def __init__(self, times: int = 1):
+        super().__init__()
+        self.times = times
+
+    def forward(self, *args, **kwargs):
+        return [F.scaled_dot_product_attention(*args, **kwargs) for _ in range(self.times)][-1]
+
+
+def tracker_of(rows: int, cols: int) -> LayoutTracker:
+    tracker, model = LayoutTracker(HOST), HOST.tiny()
+    tracker(model, (), HOST.example(model, rows=rows, cols=cols, batch_size=1))
+    return tracker
+
+
+def kernel_attention(num_tokens: int, kernel: Kernel | None = None, *, times: int = 1) -> KernelAttention:
+    return KernelAttention(Attention(times), kernel or Softmax(), tracker_of(1, num_tokens))
+
+
+def qkv(heads=4, kv_heads=4, length=6):
+    return torch.randn(2, heads, length, 8), *torch.randn(2, 2, kv_heads, length, 8)
+
+
+def test_every_form_of_the_call_reaches_the_kernel():
+    q, k, v = qkv()
+    want = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    attention = kernel_attention(6)
+    assert torch.equal(attention(q, k, v, None, 0.0, False, scale=0.3), want)
+    named = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": 0.3, "enable_gqa": False}
+    assert torch.equal(attention(query=q, key=k, value=v, **named), want)
+
+
+def test_grouped_queries_are_spread_over_heads():
+    q, k, v = qkv(heads=4, kv_heads=2)
+    want = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(kernel_attention(6)(q, k, v, enable_gqa=True), want)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"attn_mask": torch.ones(6, 6, dtype=torch.bool)}, "attn_mask given"),
+        ({"dropout_p": 0.1}, "dropout_p 0.1"),
+        ({"is_causal": True}, "is_causal True"),
+    ],
+)
+def test_what_a_kernel_cannot_honour_is_refused(argument, words):
+    with pytest.raises(
+        HostError, match=f"with a mask, dropout or is_causal, which a kernel replaces.*{words}"
+    ):
+        kernel_attention(6)(*qkv(), **argument)
+
+
+def test_tokens_that_are_not_the_layouts_are_refused():
+    with pytest.raises(HostError, match=r"attention over 6 queries and 6 keys.*: 7 tokens"):
+        kernel_attention(7)(*qkv())
+    q, _, _ = qkv(length=6)
+    _, k, v = qkv(length=5)
+    with pytest.raises(HostError, match="attention over 6 queries and 5 keys"):
+        kernel_attention(6)(q, k, v)
+
+
+def test_an_operator_outside_of_a_forward_pass_says_so():
+    attention = KernelAttention(Attention(), Softmax(), LayoutTracker(HOST))
+    with pytest.raises(HostError, match="no forward pass of its model has set the token layout"):
+        attention(*qkv())
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_attention_must_call_sdpa_once(times):
+    attention = kernel_attention(6, times=times)
+    if times == 0:
+        attention.attention.forward = lambda q, k, v: v
+    with pytest.raises(
+        HostError, match=f"Attention called scaled_dot_product_attention {times} times; .* exactly one"
+    ):
+        attention(*qkv())
+
+
+def test_a_mixer_refuses_what_changes_attentions_meaning():
+    mixer = build_operators(HOST.tiny(), plan(("attention", 0, "mha")))["blocks.0.attn"].mixer
+    adapter = MixerAdapter(mixer, Call("x", must_be_none=("mask",)), tracker_of(2, 3))
+    x = torch.randn(1, 6, 32)
+    assert torch.equal(adapter(x, mask=None, other=1), adapter(x=x))
+    with pytest.raises(HostError, match="the host passes mask to its attention"):
+        adapter(x, mask=torch.ones(6))
