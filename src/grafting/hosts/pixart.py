@@ -13,7 +13,7 @@ from ..errors import HostError
 from ._host import Call, Host, linear_weights, randomise
 
 PixArt = (
-    Any  # diffusers' class, which is imported late: it brings all of transformers, which a DiT does not need
+    Any  # diffusers' class, which is imported late: that takes seconds, and a DiT does not need it
 )
 
 
