@@ -12,9 +12,8 @@ from ..contract import AttentionWeights, Grid, MlpWeights, Site, TokenLayout
 from ..errors import HostError
 from ._host import Call, Host, linear_weights, randomise
 
-PixArt = (
-    Any  # diffusers' class, which is imported late: that takes seconds, and a DiT does not need it
-)
+# diffusers' class, imported late: that takes seconds, and a DiT does not need it
+PixArt = Any
 
 
 class PixArtHost(Host):
