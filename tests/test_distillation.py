@@ -24,7 +24,7 @@ def _setup(operator, role="attention", blocks="all"):
     return teacher, build_operators(teacher, plan)
 
 
-def _run(teacher, operators, *, state=None, role="attention", **settings):
+def _run(teacher, operators, *, state=None, role="attention", cache_folder=None, **settings):
     config = DistillConfig(**{"steps": 6, "batch_size": 8, "holdout": 16, "holdout_every": 3} | settings)
     return distill(
         teacher,
@@ -34,6 +34,7 @@ def _run(teacher, operators, *, state=None, role="attention", **settings):
         roles=dict.fromkeys(operators, role),
         predict=HOST.predict,
         diffusion=Diffusion(),
+        cache_folder=cache_folder,
         state=state,
     )
 
@@ -89,6 +90,35 @@ def test_student_inputs_hold_the_errors_of_earlier_grafts():
     first, last = "holdout_loss/blocks.0.attn", "holdout_loss/blocks.2.attn"
     assert by_teacher[first] == pytest.approx(by_student[first], rel=1e-5)
     assert by_teacher[last] != pytest.approx(by_student[last], rel=1e-5)
+
+
+def test_fixed_samples_on_disk(tmp_path):
+    """The recorded activations are the teacher's; a second process goes on with the first one's files."""
+    settings = {"cache_samples": 12, "steps": 4, "batch_size": 6}
+
+    def fresh():
+        torch.manual_seed(3)
+        return _setup({"name": "softmax", "projections": "random"})
+
+    teacher, whole = fresh()
+    list(_run(teacher, whole, cache_folder=tmp_path / "a", **settings))
+    files = {p.name: p.stat().st_size for p in (tmp_path / "a").glob("*.bin")}
+    assert files == {f"blocks.{i}.attn.{j}.bin": 12 * 64 * 32 * 4 for i in range(3) for j in range(2)}
+    teacher, part = fresh()
+    steps = _run(teacher, part, cache_folder=tmp_path / "b", **settings)
+    state = next(copy.deepcopy(s.state()) for s in steps if s.done == 2)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("*.bin")}
+    teacher, resumed = fresh()
+    list(_run(teacher, resumed, cache_folder=tmp_path / "b", state=state, **settings))
+    assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("*.bin")}
+    for path in whole:
+        for a, b in zip(whole[path].parameters(), resumed[path].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_fixed_samples_need_the_teachers_inputs():
+    with pytest.raises(ValueError, match="cache_samples goes with inputs: teacher"):
+        DistillConfig(cache_samples=8, inputs="student")
 
 
 class _Saved:

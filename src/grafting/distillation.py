@@ -6,14 +6,25 @@ forward pass; its graph is freed before the next site, so memory holds one site'
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor, nn
 
+from .activations import ActivationCache, Visit, visiting
 from .contract import Predict, Role, Step, TrainingData
 from .diffusion import NUM_STEPS, Diffusion
 from .errors import TrainingError
@@ -21,9 +32,6 @@ from .functional.losses import Regression, regression_loss
 from .functional.schedule import learning_rate_factor
 from .randomness import batch_indices, generator, seeded
 from .surgery import grafted
-
-# what happens at a site: its path, the arguments of the call, the old module's output
-Visit = Callable[[str, tuple, dict[str, Any], Any], None]
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
 LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
@@ -52,12 +60,23 @@ class DistillConfig(BaseModel):
     """Leave out elements whose target exceeds this many times the target's root mean square."""
     inputs: Literal["teacher", "student"] = "teacher"
     """What operators see: the teacher's activations, or those of the grafted model, errors of earlier grafts included."""
+    cache_samples: PositiveInt | None = None
+    """Train on this many noised samples, fixed, with the teacher's activations on disk (the paper: 8,000); by default
+    every step sees fresh noise and nothing is written."""
     holdout: PositiveInt = 256
     """Images kept out of training, on which loss and R^2 are measured."""
     holdout_every: PositiveInt = 100
     """Steps between measurements on the held-out images; also done at the start and at the end."""
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        if self.cache_samples and self.inputs == "student":
+            raise ValueError(
+                "cache_samples goes with inputs: teacher; a student's activations change at each step"
+            )
+        return self
 
 
 def distill(
@@ -69,6 +88,7 @@ def distill(
     roles: Mapping[str, Role],
     predict: Predict,
     diffusion: Diffusion,
+    cache_folder: Path | None = None,
     state: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Fit `operators` (by site path, built for `teacher`) in place. The teacher is unchanged.
@@ -78,6 +98,7 @@ def distill(
 
     Args:
         roles: the role of each operator's site.
+        cache_folder: where activations go when `config.cache_samples` is set.
         state: what an earlier step's `state()` returned, to go on from there.
 
     Raises:
@@ -150,8 +171,20 @@ def distill(
             for name, value in (("holdout_loss", fit.loss), ("r2", fit.r2))
         }
 
+    def recorded() -> ActivationCache:
+        assert cache_folder is not None
+        assert config.cache_samples is not None
+        chosen = train[torch.arange(config.cache_samples) % len(train)].split(config.batch_size)
+        cache = ActivationCache(cache_folder, config.cache_samples)
+        cache.fill(
+            partial(run_teacher, indices, (config.seed, number, 1, 2))
+            for number, indices in enumerate(chosen)
+        )
+        return cache
+
     for operator in operators.values():
         operator.to(device).train()
+    cache = recorded() if config.cache_samples else None
     if first == 0:
         yield Step(done=0, total=config.steps, values=measure(), state=lambda: snapshot(0))
     for step in range(first, config.steps):
@@ -173,8 +206,11 @@ def distill(
         factor = learning_rate_factor(
             step, steps=config.steps, warmup_steps=config.warmup_steps, cooldown_steps=config.cooldown_steps
         )
-        indices = train[batch_indices(len(train), config.batch_size, step, config.seed)]
-        run_teacher(indices, (config.seed, step), visit)
+        if cache is None:
+            indices = train[batch_indices(len(train), config.batch_size, step, config.seed)]
+            run_teacher(indices, (config.seed, step), visit)
+        else:
+            cache.replay(batch_indices(cache.num_samples, config.batch_size, step, config.seed), visit)
         if optimizer:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * factor
@@ -223,7 +259,7 @@ def _visiting(
 ) -> Iterator[None]:
     """While the teacher runs, `visit` each site with its call's arguments and the old module's output."""
     if inputs == "teacher":
-        with _hooks({p: teacher.get_submodule(p) for p in operators}, visit):
+        with visiting({p: teacher.get_submodule(p) for p in operators}, visit):
             yield
         return
     old = {path: teacher.get_submodule(path) for path in operators}
@@ -231,24 +267,8 @@ def _visiting(
     def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
         visit(path, args, kwargs, old[path](*args, **kwargs))
 
-    with grafted(teacher, operators), _hooks(operators, visit_student):
+    with grafted(teacher, operators), visiting(operators, visit_student):
         yield
-
-
-@contextmanager
-def _hooks(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None]:
-    def hook_at(path: str) -> Callable:
-        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            visit(path, args, kwargs, output)
-
-        return hook
-
-    handles = [m.register_forward_hook(hook_at(path), with_kwargs=True) for path, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:

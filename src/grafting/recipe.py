@@ -9,6 +9,7 @@ folder, is skipped when nothing that it depends on changed, and resumes where a 
 import copy
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -218,10 +219,12 @@ def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
             roles={site.path: site.role for site in job.chosen},
             predict=job.host.predict,
             diffusion=job.diffusion,
+            cache_folder=stage.folder / "cache",
             state=stage.load_state(),
         )
         for step in stage.follow(steps, save_every=job.recipe.save_every):
             on_step("distill", step)
+        shutil.rmtree(stage.folder / "cache", ignore_errors=True)
         save_operators(stage.folder / "operators.safetensors", operators)
         stage.outputs = [stage.folder / "operators.safetensors"]
 

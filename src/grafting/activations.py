@@ -1,0 +1,126 @@
+"""A teacher's activations on disk, for those who want stage 1 on a fixed set of samples, as the paper trains it.
+
+Streaming (see `distillation.py`) needs none of this. Files are memory-mapped: a site's inputs and outputs for all samples,
+in the teacher's own dtype.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from .files import write_json
+
+# what happens at a site: its path, the arguments of the call, the old module's output
+Visit = Callable[[str, tuple, dict[str, Any], Any], None]
+
+
+class ActivationCache:
+    """What each site was called with and what it gave, for `num_samples` samples in files under `folder`.
+
+    Tensors whose first dimension is the batch are kept a sample at a time; all else about a call must be the same for
+    every sample, and is kept once, in memory.
+    """
+
+    def __init__(self, folder: Path, num_samples: int):
+        self.folder = folder
+        self.num_samples = num_samples
+        self._calls: dict[str, tuple[list[Any], Any]] = {}  # leaves, tree of (args, kwargs, output)
+
+    def fill(self, batches: Iterable[Callable[[Visit], None]]) -> None:
+        """Record every batch that `batches` runs through the teacher; each calls its argument at each site.
+
+        A cache that an earlier process completed is not written again: one batch is run, for the form of the calls.
+        """
+        complete = self.folder / "complete.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = 0
+        for run in batches:
+            size = 0
+
+            def visit(path: str, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+                nonlocal size
+                size = self._batch_size(output)
+                self._write(path, (args, kwargs, output), start, write=not complete.is_file())  # noqa: B023
+
+            run(visit)
+            start += size
+            if complete.is_file():
+                return
+        write_json(complete, {"samples": self.num_samples, "bytes": self.num_bytes})
+
+    def replay(self, indices: Tensor, visit: Visit) -> None:
+        """Visit each site with the recorded calls of these samples, as one batch."""
+        for path, (leaves, tree) in self._calls.items():
+            batch = [leaf[indices] if isinstance(leaf, _OnDisk) else leaf for leaf in leaves]
+            args, kwargs, output = _pytree.tree_unflatten(batch, tree)
+            visit(path, args, kwargs, output)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(
+            leaf.num_bytes
+            for leaves, _ in self._calls.values()
+            for leaf in leaves
+            if isinstance(leaf, _OnDisk)
+        )
+
+    def _write(self, path: str, call: tuple, start: int, *, write: bool) -> None:
+        values, tree = _pytree.tree_flatten(call)
+        size = self._batch_size(call[2])
+        if path not in self._calls:
+            leaves = [
+                _OnDisk(self.folder / f"{path}.{i}.bin", value, self.num_samples)
+                if isinstance(value, Tensor) and value.ndim and len(value) == size
+                else value
+                for i, value in enumerate(values)
+            ]
+            self._calls[path] = (leaves, tree)
+        for leaf, value in zip(self._calls[path][0], values, strict=True):
+            if isinstance(leaf, _OnDisk) and write:
+                leaf[slice(start, start + size)] = value
+
+    @staticmethod
+    def _batch_size(output: Any) -> int:
+        return len(_pytree.tree_leaves(output)[0])
+
+
+class _OnDisk:
+    """A memory-mapped tensor [num_samples, ...] in a file of its own."""
+
+    def __init__(self, path: Path, example: Tensor, num_samples: int):
+        shape = (num_samples, *example.shape[1:])
+        size = math.prod(shape)
+        self._device = example.device
+        self._tensor = torch.from_file(str(path), shared=True, size=size, dtype=example.dtype).view(shape)
+        self.num_bytes = size * example.element_size()
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        self._tensor[rows] = value.detach().cpu()
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self._tensor[rows].to(self._device)
+
+
+@contextmanager
+def visiting(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None]:
+    """While the block runs, `visit` each call of these modules, with its arguments and output."""
+
+    def hook_at(path: str) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            visit(path, args, kwargs, output)
+
+        return hook
+
+    handles = [m.register_forward_hook(hook_at(path), with_kwargs=True) for path, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
