@@ -14,7 +14,7 @@ ROOT = Path(grafting.__file__).parent
 # from the ground up; a line of the design's drawing that is several of these is named at its side
 LAYERS = (
     {"errors"},  # L0
-    {"contract", "files", "randomness"},
+    {"contract", "devices", "files", "randomness"},
     {"functional"},
     {"models"},
     {"operators", "hosts", "metrics", "data", "diffusion", "runfolder"},  # L1
@@ -24,6 +24,7 @@ LAYERS = (
     {"convert"},
     {"distillation", "finetuning", "sampling", "evaluation", "analysis", "search", "report"},  # L4
     {"recipe"},  # L5
+    {"recipefile"},
     {"samples", "doctor"},  # L6
     {"display"},
     {"cli"},

@@ -12,7 +12,8 @@ import yaml
 
 from grafting.checkpoint import load_tensors
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
-from grafting.recipe import Recipe, load_recipe, prepare, run
+from grafting.recipe import Recipe, prepare, run
+from grafting.recipefile import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = {

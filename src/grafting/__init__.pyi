@@ -60,8 +60,8 @@ from .plan import Plan as Plan
 from .plan import Replace as Replace
 from .recipe import FreshModel as FreshModel
 from .recipe import Recipe as Recipe
-from .recipe import load_recipe as load_recipe
 from .recipe import run as run
+from .recipefile import load_recipe as load_recipe
 from .report import write_grid as write_grid
 from .report import write_report as write_report
 from .sampling import Batch as Batch

@@ -150,8 +150,8 @@ def finetune(recipe: RecipeFile, out_folder: Out = None) -> None:
 
 
 def _run(recipe_path: Path, folder: Path | None, until: StageName = "report") -> None:
-    from .recipe import load_recipe
     from .recipe import run as run_recipe
+    from .recipefile import load_recipe
 
     recipe = load_recipe(recipe_path)
     folder = folder or Path("runs") / recipe.name
@@ -178,7 +178,8 @@ def check(recipe: RecipeFile, as_json: Json = False) -> None:
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
-    from .recipe import load_recipe, prepare
+    from .recipe import prepare
+    from .recipefile import load_recipe
 
     summary = _summary(prepare(load_recipe(recipe)))
     if as_json:
@@ -357,7 +358,7 @@ def sample(
     """
     import torch
 
-    from .contract import default_device
+    from .devices import default_device
     from .hosts import host_of
     from .report import write_grid
     from .samples import write_samples

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -202,7 +201,8 @@ Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
 class TrainingData(Protocol):
     """What training reads: items by index, as model inputs."""
 
-    num_classes: int
+    @property
+    def num_classes(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -219,15 +219,3 @@ class Step:
     total: int
     values: dict[str, float] = field(default_factory=dict)
     state: Callable[[], dict[str, Any]] = dict
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's state dict, detached from later training."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-
-def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")

@@ -132,7 +132,7 @@ def distill(
 
     def loss_at(path: str, output: Any, target: Any) -> Tensor:
         pairs = zip(_tensors(output), _tensors(target), strict=True)
-        return sum(
+        losses_of = [
             regression_loss(
                 y,
                 want,
@@ -142,7 +142,8 @@ def distill(
                 outlier_threshold=config.outlier_threshold,
             )
             for y, want in pairs
-        )
+        ]
+        return torch.stack(losses_of).sum()
 
     @torch.no_grad()
     def run_teacher(indices: Tensor, entropy: tuple[int, ...], visit: Visit) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 
-from .contract import default_device
 from .data.bundled import (
     bundled_classifier,
     bundled_reference_path,
@@ -25,6 +24,7 @@ from .data.bundled import (
     bundled_subset_file,
     testbed_model_folder,
 )
+from .devices import default_device
 from .errors import GraftingError
 
 # large enough that starting the multiplication does not count, small enough for a slow core

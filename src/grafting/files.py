@@ -26,7 +26,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged") from error
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; what was there is unchanged"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -135,6 +135,7 @@ def finetune(
         if config.diffusion_weight:
             values["diffusion"] = diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t).mean()
         if config.output_weight:
+            assert teacher is not None
             with torch.no_grad(), seeded(*entropy), autocast():
                 target = predict(teacher, x_t, t, labels)
             values["output"] = (prediction.float() - target.float()).square().mean()

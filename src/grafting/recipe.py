@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
 from torch import nn
 
 from .checkpoint import (
@@ -31,19 +31,20 @@ from .checkpoint import (
     save_operators,
     save_tensors,
 )
-from .contract import ClassConditional, OperatorConfig, Site, Step, TrainingData, default_device
+from .contract import ClassConditional, OperatorConfig, Site, Step, TrainingData
 from .data import DataConfig
 from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
+from .devices import default_device
 from .diffusion import Diffusion
 from .distillation import DistillConfig, distill
-from .errors import DataError, GraftingError, HostError, RecipeError
+from .errors import DataError, HostError, RecipeError
 from .evaluation import Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
 from .metrics.cost import count_parameters, role_macs
 from .metrics.features import ModuleNetwork
-from .plan import Plan, Replace, fault_list
+from .plan import Plan, Replace
 from .report import write_report
 from .runfolder import RunFolder
 from .sampling import SamplingConfig, check_sampling, sample
@@ -265,7 +266,7 @@ def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
                 continue
             model = _row_model(job, run_folder, row)
             collected = stage.load_state() or {"step": 0, "images": [], "labels": []}
-            for step in stage.follow(_collect(job, model, collected), save_every=1):
+            for step in stage.follow(_collect(job, model, config, collected), save_every=1):
                 on_step(f"sample {row}", step)
             path = run_folder.path / "samples" / f"{row}.safetensors"
             tensors = {name: torch.cat(collected[name]) for name in ("images", "labels")}
@@ -274,9 +275,8 @@ def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
             stage.outputs = [path, stage.folder / "model.json"]
 
 
-def _collect(job: Job, model: nn.Module, collected: dict[str, Any]) -> Iterator[Step]:
+def _collect(job: Job, model: nn.Module, config: SamplingConfig, collected: dict[str, Any]) -> Iterator[Step]:
     """Samples what is not in `collected` yet, adding to it batch by batch."""
-    config = job.recipe.sample
     done = sum(len(labels) for labels in collected["labels"])
     batches = sample(
         model,
@@ -420,59 +420,3 @@ def _distilled_operators(job: Job, run_folder: RunFolder) -> Operators:
 
 def _distilled_fingerprint(job: Job, run_folder: RunFolder) -> dict[str, str] | None:
     return run_folder.stage_outputs("distill") if job.recipe.distill and job.chosen else None
-
-
-def load_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file; `base:` names another file whose settings it changes.
-
-    Raises:
-        RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
-    """
-    settings = _read_yaml(path)
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        faults = [f"{_where(e['loc'])}: {_what(e)}" for e in error.errors()]
-        raise RecipeError(fault_list(faults, str(path))) from error
-    except GraftingError as error:
-        raise RecipeError(f"{path}: {error}") from error
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(f"no recipe file {path}")
-    if path.resolve() in seen:
-        raise RecipeError(f"{path} is its own base: {' -> '.join(map(str, seen))}")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        found = "is empty" if settings is None else f"holds a {type(settings).__name__}"
-        raise RecipeError(f"{path} {found}; a recipe is a mapping such as `name: my-run`")
-    if "base" not in settings:
-        return settings
-    base = settings.pop("base")
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: base names one file, found {base!r}")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), settings)
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`; mappings merge, everything else is replaced."""
-    nested = {
-        key: _merge(base[key], value)
-        for key, value in changes.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-    }
-    return base | changes | nested
-
-
-def _where(location: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, location)) or "recipe"
-
-
-def _what(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key"
-    return f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from .checkpoint import load_tensors
 from .errors import CheckpointError, DataError, ProtocolError
 from .files import sha256_of, write_bytes
-from .recipe import load_recipe
+from .recipefile import load_recipe
 from .sampling import SamplingConfig
 
 

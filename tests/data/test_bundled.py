@@ -129,6 +129,9 @@ def test_a_damaged_file_is_refused(folder):
 
 
 def test_the_models_folder_is_checked(folder):
+    sums = json.loads((folder / "checksums.json").read_text())
+    others = {name: digest for name, digest in sums.items() if not name.startswith("dit/")}
+    (folder / "checksums.json").write_text(json.dumps(others))
     (folder / "dit").mkdir()
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (folder / "dit" / name).write_text("{}")
