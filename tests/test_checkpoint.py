@@ -54,6 +54,20 @@ def test_round_trip_is_exact(tmp_path, plan):
     assert list(loaded.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.parametrize("name", hosts())
+def test_every_host_round_trips(tmp_path, name):
+    host = hosts()[name]
+    model = host.tiny().eval()
+    plan = Plan(edits=(Replace(role="attention", blocks="odd", operator={"name": "window-1d", "window": 2}),))
+    graft(model, plan.randomised())
+    save_model(tmp_path, model, plan.randomised())
+    loaded, loaded_plan = load_model(tmp_path)
+    example = host.example(model, rows=4, cols=6, batch_size=2)
+    outputs = [m(**example)[0] for m in (model, loaded)]
+    assert loaded_plan == plan.randomised()
+    assert torch.equal(*outputs)
+
+
 def test_a_folder_without_plan_is_a_diffusers_folder(tmp_path):
     model = HOST.tiny().eval()
     save_model(tmp_path, model, Plan())

@@ -152,12 +152,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _base_model(folder: Path, config: dict[str, Any]) -> nn.Module:
-    classes = {host.model_class.__name__: host.model_class for host in hosts().values()}
     name = config["_class_name"]
-    if name not in classes:
-        raise HostError(f"{folder} holds a {name}; known are {', '.join(classes)}")
+    # stops at the first match: naming a class of diffusers imports it, which takes seconds
+    model_class = next((h.model_class for h in hosts().values() if h.model_class.__name__ == name), None)
+    if model_class is None:
+        known = ", ".join(h.model_class.__name__ for h in hosts().values())
+        raise HostError(f"{folder} holds a {name}; known are {known}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
-        return classes[name](**settings)
+        return model_class(**settings)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a {name}: {error}") from error

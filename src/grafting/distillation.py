@@ -6,7 +6,7 @@ forward pass; its graph is freed before the next site, so memory holds one site'
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -105,138 +105,181 @@ def distill(
         TrainingError: too few images, or a loss is not finite.
     """
     train, held_out = _split(len(data), config)
-    device = next(teacher.parameters()).device
-    losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in operators}
-    parameters = {
-        path: [p for p in operator.parameters() if p.requires_grad] for path, operator in operators.items()
-    }
-    trained = [p for group in parameters.values() for p in group]
-    optimizer = (
-        torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay) if trained else None
-    )
-    teacher.train()  # labels are dropped as in training, so operators also see the null label that guidance uses
-    first = 0
-    if state is not None:
-        first = state["step"]
-        for path, operator in operators.items():
-            operator.load_state_dict(state["operators"][path])
-        if optimizer:
-            optimizer.load_state_dict(state["optimizer"])
-
-    def snapshot(step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "operators": {path: operator.state_dict() for path, operator in operators.items()},
-            "optimizer": optimizer.state_dict() if optimizer else {},
-        }
-
-    def loss_at(path: str, output: Any, target: Any) -> Tensor:
-        pairs = zip(_tensors(output), _tensors(target), strict=True)
-        losses_of = [
-            regression_loss(
-                y,
-                want,
-                losses[path],
-                huber_delta=config.huber_delta,
-                normalised=config.normalised,
-                outlier_threshold=config.outlier_threshold,
+    fitting = _Fitting(teacher, operators, data, config, roles=roles, predict=predict, diffusion=diffusion)
+    first = fitting.load(state) if state else 0
+    with fitting.training():
+        cache = fitting.record(train, cache_folder) if config.cache_samples else None
+        if first == 0:
+            yield Step(
+                done=0,
+                total=config.steps,
+                values=fitting.measure(held_out),
+                state=lambda: fitting.snapshot(0),
             )
-            for y, want in pairs
-        ]
-        return torch.stack(losses_of).sum()
+        for step in range(first, config.steps):
+            if cache is None:
+                indices = train[batch_indices(len(train), config.batch_size, step, config.seed)]
+                values = fitting.step(step, partial(fitting.run_teacher, indices, (config.seed, step)))
+            else:
+                indices = batch_indices(cache.num_samples, config.batch_size, step, config.seed)
+                values = fitting.step(step, partial(cache.replay, indices))
+            if (step + 1) % config.holdout_every == 0 or step + 1 == config.steps:
+                values |= fitting.measure(held_out)
+            yield Step(
+                done=step + 1,
+                total=config.steps,
+                values=values,
+                state=partial(fitting.snapshot, step + 1),
+            )
+
+
+class _Fitting:
+    """The operators in training: their losses, one optimizer for all, and the teacher that they are fitted to."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        operators: Mapping[str, nn.Module],
+        data: TrainingData,
+        config: DistillConfig,
+        *,
+        roles: Mapping[str, Role],
+        predict: Predict,
+        diffusion: Diffusion,
+    ):
+        self.teacher, self.operators, self.data, self.config = teacher, operators, data, config
+        self.predict, self.diffusion = predict, diffusion
+        self.device = next(teacher.parameters()).device
+        self.losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in operators}
+        for operator in operators.values():
+            operator.to(self.device)
+        self.parameters = {
+            path: [p for p in operator.parameters() if p.requires_grad]
+            for path, operator in operators.items()
+        }
+        trained = [p for parameters in self.parameters.values() for p in parameters]
+        # a plan of kernels that have nothing to learn is measured, not trained
+        self.optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay) if trained else None
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Operators and teacher in training mode: labels are dropped, so operators also see the null label of guidance."""
+        for module in (self.teacher, *self.operators.values()):
+            module.train()
+        try:
+            yield
+        finally:
+            for module in (self.teacher, *self.operators.values()):
+                module.eval()
 
     @torch.no_grad()
-    def run_teacher(indices: Tensor, entropy: tuple[int, ...], visit: Visit) -> None:
+    def run_teacher(self, indices: Tensor, entropy: tuple[int, ...], visit: Visit) -> None:
+        """Run the teacher on these images, with noise and steps drawn from `entropy`, and visit each site on the way."""
         with seeded(*entropy) as draw:
-            x, labels = data.batch(indices)
+            x, labels = self.data.batch(indices)
             noise = torch.randn(x.shape, generator=draw)
             t = torch.randint(0, NUM_STEPS, (len(x),), generator=draw)
-            x, labels, noise, t = (a.to(device) for a in (x, labels, noise, t))
-            x_t = diffusion.add_noise(x, noise, t)
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-            with _visiting(teacher, operators, config.inputs, visit), autocast:
-                predict(teacher, x_t, t, labels)
+            x, labels, noise, t = (a.to(self.device) for a in (x, labels, noise, t))
+            x_t = self.diffusion.add_noise(x, noise, t)
+            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+            with _visiting(self.teacher, self.operators, self.config.inputs, visit), bf16:
+                self.predict(self.teacher, x_t, t, labels)
 
-    def measure() -> dict[str, float]:
-        measured = {path: _Fit() for path in operators}
-
-        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
-            output = operators[path].forward(*args, **kwargs)
-            measured[path].update(loss_at(path, output, target), output, target)
-
-        for number, indices in enumerate(held_out.split(config.batch_size)):
-            run_teacher(indices, (config.seed, number, 1, 1), visit)
-        return {
-            f"{name}/{path}": value
-            for path, fit in measured.items()
-            for name, value in (("holdout_loss", fit.loss), ("r2", fit.r2))
-        }
-
-    def recorded() -> ActivationCache:
-        assert cache_folder is not None
-        assert config.cache_samples is not None
-        chosen = train[torch.arange(config.cache_samples) % len(train)].split(config.batch_size)
-        cache = ActivationCache(cache_folder, config.cache_samples)
-        cache.fill(
-            partial(run_teacher, indices, (config.seed, number, 1, 2))
-            for number, indices in enumerate(chosen)
-        )
-        return cache
-
-    for operator in operators.values():
-        operator.to(device).train()
-    cache = recorded() if config.cache_samples else None
-    if first == 0:
-        yield Step(done=0, total=config.steps, values=measure(), state=lambda: snapshot(0))
-    for step in range(first, config.steps):
+    def step(self, step: int, run: Callable[[Visit], None]) -> dict[str, float]:
+        """One step of every operator; `run` takes the teacher past the sites. Returns each site's loss."""
         values: dict[str, float] = {}
 
         def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
             with torch.enable_grad():
-                loss = loss_at(path, operators[path].forward(*args, **kwargs), target)
-            values[f"loss/{path}"] = loss.item()  # noqa: B023 - called within this step only
+                loss = self._loss(path, self.operators[path].forward(*args, **kwargs), target)
+            values[f"loss/{path}"] = loss.item()
             if not math.isfinite(loss.item()):
                 raise TrainingError(
-                    f"stage 1, step {step}, {path}: the loss is {loss.item()}. Lower lr (now {config.lr:g}), "  # noqa: B023
+                    f"stage 1, step {step}, {path}: the loss is {loss.item()}. Lower lr (now {self.config.lr:g}), "
                     "use precision: fp32, or normalised: true"
                 )
-            if parameters[path]:
+            if self.parameters[path]:
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters[path], config.clip_norm)
+                torch.nn.utils.clip_grad_norm_(self.parameters[path], self.config.clip_norm)
 
-        factor = learning_rate_factor(
-            step, steps=config.steps, warmup_steps=config.warmup_steps, cooldown_steps=config.cooldown_steps
+        run(visit)
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * learning_rate_factor(
+                    step,
+                    steps=self.config.steps,
+                    warmup_steps=self.config.warmup_steps,
+                    cooldown_steps=self.config.cooldown_steps,
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return values
+
+    def measure(self, held_out: Tensor) -> dict[str, float]:
+        """Loss and R^2 of every site on held-out images, always with the same noise."""
+        measured = {path: _Measured() for path in self.operators}
+
+        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+            output = self.operators[path].forward(*args, **kwargs)
+            measured[path].update(self._loss(path, output, target), output, target)
+
+        for number, indices in enumerate(held_out.split(self.config.batch_size)):
+            self.run_teacher(indices, (self.config.seed, number, 1, 1), visit)
+        losses = {f"holdout_loss/{path}": site.loss for path, site in measured.items()}
+        return losses | {f"r2/{path}": site.r2 for path, site in measured.items()}
+
+    def record(self, train: Tensor, folder: Path | None) -> ActivationCache:
+        """The teacher's activations on the first `cache_samples` noised samples, on disk."""
+        config = self.config
+        if folder is None:
+            raise TrainingError("cache_samples is set, but there is no folder for the activations")
+        assert config.cache_samples is not None
+        chosen = train[torch.arange(config.cache_samples) % len(train)].split(config.batch_size)
+        cache = ActivationCache(folder, config.cache_samples)
+        cache.fill(
+            partial(self.run_teacher, indices, (config.seed, number, 1, 2))
+            for number, indices in enumerate(chosen)
         )
-        if cache is None:
-            indices = train[batch_indices(len(train), config.batch_size, step, config.seed)]
-            run_teacher(indices, (config.seed, step), visit)
-        else:
-            cache.replay(batch_indices(cache.num_samples, config.batch_size, step, config.seed), visit)
-        if optimizer:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % config.holdout_every == 0 or step + 1 == config.steps:
-            values |= measure()
-        yield Step(
-            done=step + 1,
-            total=config.steps,
-            values=values,
-            state=lambda step=step: snapshot(step + 1),
-        )
-    teacher.eval()
-    for operator in operators.values():
-        operator.eval()
+        return cache
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """All that is needed to go on after `step` steps."""
+        return {
+            "step": step,
+            "operators": {path: operator.state_dict() for path, operator in self.operators.items()},
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+        }
+
+    def load(self, state: dict[str, Any]) -> int:
+        """Take up a snapshot; returns its step."""
+        for path, operator in self.operators.items():
+            operator.load_state_dict(state["operators"][path])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def _loss(self, path: str, output: Any, target: Any) -> Tensor:
+        """The site's loss, summed over the tensors of its output."""
+        losses = [
+            regression_loss(
+                y,
+                want,
+                self.losses[path],
+                huber_delta=self.config.huber_delta,
+                normalised=self.config.normalised,
+                outlier_threshold=self.config.outlier_threshold,
+            )
+            for y, want in zip(_tensors(output), _tensors(target), strict=True)
+        ]
+        return torch.stack(losses).sum()
 
 
-class _Fit:
+class _Measured:
     """Running loss and R^2 of one site over held-out batches."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
-        self._error = self._total = self._count = 0.0
-        self._sum: list[Tensor] = []
+        self._error = self._total = 0.0
 
     def update(self, loss: Tensor, output: Any, target: Any) -> None:
         self._losses.append(loss.item())

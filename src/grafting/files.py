@@ -22,6 +22,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -53,6 +54,12 @@ def sha256_of(path: Path) -> str:
 def hash_json(value: Any) -> str:
     """The SHA-256, in hex, of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,162 @@
+"""What stage 1 costs beyond what it cannot do without, and how its memory grows with the number of sites.
+
+    python benchmarks/distillation.py [--json]
+
+Time: steps of streaming stage 1 of all attention sites, against the teacher's forward passes plus the operators' own
+forward and backward passes on the same tensors; timed in turn, medians compared. Memory: peak resident memory of a process
+that trains 8 sites over that of one that trains 1, less what the process held before the first step: libraries, models and
+data. Exit status 1 when a goal is missed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import nn
+
+from grafting.data.images import ImageSet
+from grafting.diffusion import Diffusion
+from grafting.distillation import DistillConfig, distill
+from grafting.hosts import host_of
+from grafting.models.dit import DiT
+from grafting.plan import Plan, Replace
+from grafting.surgery import build_operators
+
+TIME_GOAL, MEMORY_GOAL = 2.0, 1.3
+BATCH_SIZE = 32
+OPERATOR = {"name": "hyena-x", "kernel_size": 4}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of sentences")
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each (default 9)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = {**measure_time(args.repeats), **measure_memory()}
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        print(
+            "streaming step {streaming_ms:.0f} ms; teacher forward {teacher_ms:.0f} ms + operators {operators_ms:.0f} ms: "
+            "{time_ratio:.2f}x (goal {time_goal:g}x)\n"
+            "peak memory with 1 site {memory_1_mib:.0f} MiB, 8 sites {memory_8_mib:.0f} MiB: "
+            "{memory_ratio:.2f}x (goal {memory_goal:g}x)".format(**figures)
+        )
+    return int(figures["time_ratio"] > TIME_GOAL or figures["memory_ratio"] > MEMORY_GOAL)
+
+
+def measure_time(repeats: int) -> dict[str, float]:
+    teacher, operators = _setup(blocks="all")
+    steps = _distill(teacher, operators, steps=repeats + 2)
+    calls = _recorded_calls(teacher, operators)
+    next(steps)
+    next(steps)
+    times: dict[str, list[float]] = {"streaming": [], "teacher": [], "operators": []}
+    for _ in range(repeats):
+        times["streaming"].append(_milliseconds(lambda: next(steps)))
+        times["teacher"].append(_milliseconds(lambda: _forward(teacher)))
+        times["operators"].append(_milliseconds(lambda: _fit(operators, calls)))
+    streaming, forward, own = (statistics.median(times[k]) for k in ("streaming", "teacher", "operators"))
+    return {
+        "streaming_ms": streaming,
+        "teacher_ms": forward,
+        "operators_ms": own,
+        "time_ratio": streaming / (forward + own),
+        "time_goal": TIME_GOAL,
+    }
+
+
+def measure_memory() -> dict[str, float]:
+    one, eight = (_in_process(_peak_memory, blocks) for blocks in ([0], "all"))
+    return {
+        "memory_1_mib": one,
+        "memory_8_mib": eight,
+        "memory_ratio": eight / one,
+        "memory_goal": MEMORY_GOAL,
+    }
+
+
+def _setup(blocks: str | list[int]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    torch.manual_seed(0)
+    teacher = DiT(
+        input_size=32, patch_size=2, in_channels=1, hidden_size=128, depth=8, num_heads=4, num_classes=10
+    ).eval()
+    plan = Plan(edits=(Replace(role="attention", blocks=blocks, operator=OPERATOR),))
+    return teacher, build_operators(teacher, plan)
+
+
+def _distill(teacher: nn.Module, operators: dict[str, nn.Module], *, steps: int):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2 * BATCH_SIZE, 1, 32, 32), generator=draw, dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(len(images)) % 10, num_classes=10, size=32)
+    config = DistillConfig(steps=steps, batch_size=BATCH_SIZE, holdout=BATCH_SIZE, holdout_every=10 * steps)
+    return distill(
+        teacher,
+        operators,
+        data,
+        config,
+        roles=dict.fromkeys(operators, "attention"),
+        predict=host_of(teacher).predict,
+        diffusion=Diffusion(),
+    )
+
+
+def _recorded_calls(teacher: nn.Module, operators: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The tokens that each site of the teacher sees, from one forward pass."""
+    calls = {}
+    handles = [
+        teacher.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: calls.update({path: args[0]})
+        )
+        for path in operators
+    ]
+    _forward(teacher)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def _forward(teacher: nn.Module) -> None:
+    x = torch.randn(BATCH_SIZE, 1, 32, 32)
+    teacher(x, torch.zeros(BATCH_SIZE), torch.zeros(BATCH_SIZE, dtype=torch.int64))
+
+
+def _fit(operators: dict[str, nn.Module], calls: dict[str, torch.Tensor]) -> None:
+    for path, operator in operators.items():
+        operator(calls[path]).abs().mean().backward()
+
+
+def _peak_memory(blocks: str | list[int]) -> float:
+    """Peak resident memory, in MiB, that training adds to this process."""
+    torch.set_num_threads(1)
+    teacher, operators = _setup(blocks)
+    before = psutil.Process().memory_info().rss / 2**20
+    steps = _distill(teacher, operators, steps=4)
+    for _ in range(4):
+        next(steps)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def _in_process(function: Callable, *args) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
