@@ -111,6 +111,12 @@ def test_missing_folder(tmp_path):
         load_model(tmp_path / "nowhere")
 
 
+def test_a_pickle_is_not_read(tmp_path):
+    torch.save({"ema": {}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"it is a file; .* \(pickles are not read\)"):
+        load_model(tmp_path / "model.pt")
+
+
 def test_half_written(folder):
     (folder / WEIGHTS_NAME).unlink()
     with pytest.raises(CheckpointError, match="half-written"):

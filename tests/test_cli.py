@@ -183,6 +183,12 @@ def test_unknown_operator():
     assert "there are hyena-se, hyena-x" in fails("operators", "hyena-z")
 
 
+def test_the_schema_in_the_repository_is_current(tmp_path: Path):
+    assert call("schema", "--out", tmp_path / "schema.json").exit_code == 0
+    committed = Path(__file__).parents[1] / "recipes" / "recipe.schema.json"
+    assert committed.read_text() == (tmp_path / "schema.json").read_text(), "run `make schema`"
+
+
 def test_schema_describes_recipes(tmp_path: Path):
     assert call("schema", "--out", tmp_path / "schema.json").exit_code == 0
     schema = json.loads((tmp_path / "schema.json").read_text())

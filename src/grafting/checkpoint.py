@@ -140,7 +140,12 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], *, source: str)
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        found = "it does not exist" if not folder.is_dir() else f"it has no {CONFIG_NAME} (half-written?)"
+        if folder.is_file():
+            found = "it is a file; asked is a folder of config.json and safetensors (pickles are not read)"
+        elif folder.is_dir():
+            found = f"it has no {CONFIG_NAME} (half-written?)"
+        else:
+            found = "it does not exist"
         raise CheckpointError(f"no model in {folder}: {found}")
     try:
         config = json.loads(path.read_text())
