@@ -81,7 +81,11 @@ Loss curve (mean of the steps up to each):
 
 
 def protocol_in_words(sample: dict[str, Any]) -> str:
-    return f"{sample['sampler']}, {sample['steps']} steps, cfg scale {sample['cfg_scale']:g}, seed {sample['seed']}, labels {sample['labels']}"
+    low, high = sample["cfg_interval"]
+    return (
+        f"{sample['sampler']}, {sample['steps']} steps, cfg scale {sample['cfg_scale']:g} where {low:g} <= t/999 <= {high:g}, "
+        f"seed {sample['seed']}, labels {sample['labels']}"
+    )
 
 
 def curve(log: Path, steps: int) -> str:
