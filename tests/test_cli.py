@@ -204,7 +204,7 @@ def test_check_describes_a_recipe_and_writes_nothing(tmp_path: Path, monkeypatch
         (1, "blocks.1.attn", "hyena-x")
     ]
     # 16 tokens of 16 channels: two attentions before, one and a Hyena-X of 4 taps after
-    attention = 2 * (4 * 16 * 16**2 + 2 * 16**2 * 16)
+    attention = 8 * 16 * 16**2 + 16**2 * (4 * 16 + 2 * 2)
     hyena = 2 * (4 * 16 * 16**2 + 3 * 4 * 16 * 16 + 16 * 16)
     assert summary["attention_flops"] == {"before": 2 * attention, "after": attention + hyena}
     assert summary["params"]["after"] != summary["params"]["before"]

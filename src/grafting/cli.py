@@ -203,7 +203,7 @@ def check(recipe: RecipeFile, as_json: Json = False) -> None:
 
 def _summary(job: "Job") -> dict[str, Any]:
     """What a recipe does to its model, as data."""
-    from .metrics.cost import count_parameters, role_macs
+    from .metrics.cost import count_parameters, role_flops
     from .surgery import build_operators, grafted
 
     sites = job.host.sites(job.model)
@@ -217,8 +217,8 @@ def _summary(job: "Job") -> dict[str, Any]:
         "edits": [_site_facts(site, operator) for site, operator in job.chosen.items()],
         "params": {"before": before, "after": after},
         "attention_flops": {
-            "before": 2 * role_macs(sites, {}, "attention").total,
-            "after": 2 * role_macs(sites, job.chosen, "attention").total,
+            "before": role_flops(sites, {}, "attention").total,
+            "after": role_flops(sites, job.chosen, "attention").total,
         },
         "stages": _stages_in_words(job),
     }

@@ -140,15 +140,20 @@ class OperatorConfig(BaseModel, ABC):
         """The operator for this site, randomly initialised."""
 
     @abstractmethod
-    def mixing_macs(self, site: Site) -> int:
-        """Multiply-accumulates an image of what replaces softmax(QK^T)V (or the MLP's own work).
+    def mixing_flops(self, site: Site) -> int:
+        """FLOPs an image and forward pass of what replaces softmax(QK^T)V (or the MLP's own work).
 
-        Counted as in arXiv:2506.05340 Table 4, where softmax attention is 2 L^2 D.
+        A multiply-accumulate is 2, a multiplication of two activations 1, a softmax 2 for each score. Biases, norms and
+        pointwise activations are not counted.
         """
 
     @abstractmethod
-    def projection_macs(self, site: Site) -> int:
-        """Multiply-accumulates an image of the projections and featurizers around it."""
+    def projection_flops(self, site: Site) -> int:
+        """FLOPs an image of the projections and featurizers around it, counted in the same way."""
+
+    def table4_flops(self, site: Site) -> tuple[int, int]:
+        """Mixing and projection FLOPs by the rules of arXiv:2506.05340 Table 4, which leaves out some work."""
+        return self.mixing_flops(site), self.projection_flops(site)
 
     @abstractmethod
     def randomised(self) -> "OperatorConfig":
@@ -165,8 +170,8 @@ class KernelConfig(OperatorConfig):
     @abstractmethod
     def build(self, site: Site) -> Kernel: ...
 
-    def projection_macs(self, site: Site) -> int:
-        return 4 * site.num_tokens * site.dim**2
+    def projection_flops(self, site: Site) -> int:
+        return 8 * site.num_tokens * site.dim**2
 
     def randomised(self) -> "KernelConfig":
         return self.model_copy(update={"projections": "random"})
@@ -183,6 +188,11 @@ class MixerConfig(OperatorConfig):
 
     def randomised(self) -> "MixerConfig":
         return self.model_copy(update={"init": "random"})
+
+
+def softmax_attention_flops(site: Site, num_pairs: int, *, num_heads: int | None = None) -> int:
+    """FLOPs of softmax attention over `num_pairs` pairs of a query and a key: 4 D a pair, and 2 H for the softmax."""
+    return num_pairs * (4 * site.dim + 2 * (site.num_heads if num_heads is None else num_heads))
 
 
 class ClassConditional(NamedTuple):

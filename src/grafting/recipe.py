@@ -42,7 +42,7 @@ from .evaluation import Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
-from .metrics.cost import count_parameters, role_macs
+from .metrics.cost import count_parameters, role_flops
 from .metrics.features import ModuleNetwork
 from .plan import Plan, Replace
 from .report import write_report
@@ -340,11 +340,11 @@ def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
     folder = run_folder.path / "samples" / row
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     times = sorted(line["ms_per_image"] for line in log)
-    macs = role_macs(job.host.sites(job.model), {} if row == "pretrained" else job.chosen, "attention")
+    flops = role_flops(job.host.sites(job.model), {} if row == "pretrained" else job.chosen, "attention")
     return {
         "params": json.loads((folder / "model.json").read_text())["params"],
-        "attention_flops": 2 * macs.total,
-        "attention_mixing_flops": 2 * macs.mixing,
+        "attention_flops": flops.total,
+        "attention_mixing_flops": flops.mixing,
         "ms_per_image": round(times[len(times) // 2], 3),
     }
 

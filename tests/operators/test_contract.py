@@ -179,10 +179,10 @@ def test_weights_load_strictly_into_a_fresh_operator(config):
 @every_variant
 def test_work_is_counted_in_whole_numbers(config):
     site = site_for(config)
-    for macs in (config.mixing_macs(site), config.projection_macs(site)):
-        assert isinstance(macs, int)
-        assert macs >= 0
-    assert config.mixing_macs(site) > 0
+    for flops in (config.mixing_flops(site), config.projection_flops(site), *config.table4_flops(site)):
+        assert isinstance(flops, int)
+        assert flops >= 0
+    assert config.mixing_flops(site) > 0
 
 
 @every_variant
@@ -261,20 +261,21 @@ def test_sizes_must_be_positive(settings):
 
 
 def test_work_of_the_kernels_as_the_paper_counts_it():
-    """At 256 tokens, width 1152 and 16 heads, relative to the 2 L^2 D of softmax (arXiv:2506.05340, Table 4)."""
+    """At 256 tokens, width 1152 and 16 heads, relative to the L^2 (4 D + 2 H) of softmax (arXiv:2506.05340, Table 4)."""
     site = Site(role="attention", block=0, path="attn", dim=1152, num_heads=16, grid=Grid(16, 16))
-    softmax = parse_operator("softmax").mixing_macs(site)
+    softmax = parse_operator("softmax").mixing_flops(site)
 
     def share(settings):
-        return parse_operator(settings).mixing_macs(site) / softmax
+        return parse_operator(settings).mixing_flops(site) / softmax
 
     assert share({"name": "window-1d", "window": 4}) == 9 / 256
     assert share({"name": "window-2d", "radius": 3}) == 49 / 256
-    assert share("linear") == 72 / 256
-    assert share({"name": "linear", "conv": 5}) == 72 / 256 + 25 / 512
+    pair = 4 * 1152 + 2 * 16
+    assert share("linear") == pytest.approx(4 * 72 * 1152 / (256 * pair))
+    assert share({"name": "linear", "conv": 5}) == pytest.approx((4 * 72 + 2 * 25) * 1152 / (256 * pair))
 
 
 def test_text_tokens_are_counted_as_global():
     site = Site(role="attention", block=0, path="attn", dim=1, num_heads=1, grid=Grid(10, 10), num_text=7)
-    macs = parse_operator({"name": "window-1d", "window": 4}).mixing_macs(site)
-    assert macs == 2 * (100 * (9 + 7) + 7 * 107)
+    flops = parse_operator({"name": "window-1d", "window": 4}).mixing_flops(site)
+    assert flops == (4 + 2) * (100 * (9 + 7) + 7 * 107)

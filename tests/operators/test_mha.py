@@ -65,8 +65,8 @@ def test_faults():
 
 def test_cost_is_that_of_attention():
     config, big = MHAConfig(), site(dim=1152, num_heads=16)
-    assert config.mixing_macs(big) == 2 * 15**2 * 1152
-    assert config.projection_macs(big) == 4 * 15 * 1152**2
+    assert config.mixing_flops(big) == 15**2 * (4 * 1152 + 2 * 16)
+    assert config.projection_flops(big) == 8 * 15 * 1152**2
 
 
 def test_found_by_name():

@@ -49,14 +49,13 @@ class _HyenaConfig(MixerConfig):
             has_inner_filter=self.has_inner_filter,
         )
 
-    def mixing_macs(self, site: Site) -> int:
-        # the two gates are two multiplications a channel, which the paper counts as one multiply-accumulate
+    def mixing_flops(self, site: Site) -> int:
         taps = self._num_taps if self.has_inner_filter else 0
-        return (1 + taps) * site.num_tokens * site.dim
+        return (2 + 2 * taps) * site.num_tokens * site.dim  # two gates, and a multiply-accumulate a tap
 
-    def projection_macs(self, site: Site) -> int:
+    def projection_flops(self, site: Site) -> int:
         taps = 3 * self._num_taps if self.has_short_filter else 0
-        return site.num_tokens * (4 * site.dim**2 + taps * site.dim)
+        return site.num_tokens * (8 * site.dim**2 + 2 * taps * site.dim)
 
     @property
     def _num_taps(self) -> int:

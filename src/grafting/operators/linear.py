@@ -31,9 +31,9 @@ class LinearConfig(KernelConfig):
     def build(self, site: Site) -> "Linear":
         return Linear(site.dim, self.feature_map, self.conv)
 
-    def mixing_macs(self, site: Site) -> int:
-        conv = site.grid.num_tokens * site.dim * self.conv**2 if self.conv else 0
-        return 2 * site.num_tokens * site.dim * site.head_dim + conv
+    def mixing_flops(self, site: Site) -> int:
+        conv = 2 * site.grid.num_tokens * site.dim * self.conv**2 if self.conv else 0
+        return 4 * site.num_tokens * site.dim * site.head_dim + conv
 
 
 class Linear(Kernel):

@@ -8,7 +8,16 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
+from ..contract import (
+    AttentionWeights,
+    Mixer,
+    MixerConfig,
+    MlpWeights,
+    Role,
+    Site,
+    TokenLayout,
+    softmax_attention_flops,
+)
 
 
 class MHAConfig(MixerConfig):
@@ -30,11 +39,11 @@ class MHAConfig(MixerConfig):
     def build(self, site: Site) -> "MHA":
         return MHA(site.dim, num_heads=self._num_heads(site))
 
-    def mixing_macs(self, site: Site) -> int:
-        return 2 * site.num_tokens**2 * site.dim
+    def mixing_flops(self, site: Site) -> int:
+        return softmax_attention_flops(site, site.num_tokens**2, num_heads=self._num_heads(site))
 
-    def projection_macs(self, site: Site) -> int:
-        return 4 * site.num_tokens * site.dim**2
+    def projection_flops(self, site: Site) -> int:
+        return 8 * site.num_tokens * site.dim**2
 
     def _num_heads(self, site: Site) -> int:
         return site.num_heads if self.num_heads is None else self.num_heads

@@ -27,10 +27,10 @@ class MLPConfig(MixerConfig):
     def build(self, site: Site) -> "MLP":
         return MLP(site.dim, hidden_dim=self._hidden_dim(site))
 
-    def mixing_macs(self, site: Site) -> int:
-        return 2 * site.num_tokens * site.dim * self._hidden_dim(site)
+    def mixing_flops(self, site: Site) -> int:
+        return 4 * site.num_tokens * site.dim * self._hidden_dim(site)
 
-    def projection_macs(self, site: Site) -> int:
+    def projection_flops(self, site: Site) -> int:
         return 0
 
     def _hidden_dim(self, site: Site) -> int:

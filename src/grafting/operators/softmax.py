@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout
+from ..contract import Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
 
 
 class SoftmaxConfig(KernelConfig):
@@ -17,8 +17,8 @@ class SoftmaxConfig(KernelConfig):
     def build(self, site: Site) -> "Softmax":
         return Softmax()
 
-    def mixing_macs(self, site: Site) -> int:
-        return 2 * site.num_tokens**2 * site.dim
+    def mixing_flops(self, site: Site) -> int:
+        return softmax_attention_flops(site, site.num_tokens**2)
 
 
 class Softmax(Kernel):

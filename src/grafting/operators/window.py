@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout
+from ..contract import Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
 from ..functional.window import Border, window_1d, window_2d
 
 
@@ -35,8 +35,8 @@ class Window1dConfig(KernelConfig):
     def build(self, site: Site) -> "Window1d":
         return Window1d(self.window)
 
-    def mixing_macs(self, site: Site) -> int:
-        return _local_macs(site, 2 * self.window + 1)
+    def mixing_flops(self, site: Site) -> int:
+        return _local_flops(site, 2 * self.window + 1)
 
 
 class Window1d(Kernel):
@@ -88,8 +88,8 @@ class Window2dConfig(KernelConfig):
     def build(self, site: Site) -> "Window2d":
         return Window2d(self.radius, self.border)
 
-    def mixing_macs(self, site: Site) -> int:
-        return _local_macs(site, (2 * self.radius + 1) ** 2)
+    def mixing_flops(self, site: Site) -> int:
+        return _local_flops(site, (2 * self.radius + 1) ** 2)
 
 
 class Window2d(Kernel):
@@ -126,8 +126,8 @@ def _at_most(setting: str, largest: int) -> str:
     return f"use {setting} {largest} or less"
 
 
-def _local_macs(site: Site, num_seen: int) -> int:
+def _local_flops(site: Site, num_seen: int) -> int:
     """Scores and weighted sums: `num_seen` image tokens and all text for an image token, everything for text."""
     num_image, num_text = site.grid.num_tokens, site.num_text
     num_pairs = num_image * (num_seen + num_text) + num_text * site.num_tokens
-    return 2 * num_pairs * site.dim
+    return softmax_attention_flops(site, num_pairs)
