@@ -1,20 +1,25 @@
-"""A teacher's activations on disk, for those who want stage 1 on a fixed set of samples, as the paper trains it.
+"""A teacher's activations: visited while it runs on noised images, or kept on disk.
 
-Streaming (see `distillation.py`) needs none of this. Files are memory-mapped: a site's inputs and outputs for all samples,
-in the teacher's own dtype.
+Those on disk are for stage 1 on a fixed set of samples, as the paper trains it; streaming (see `distillation.py`) needs
+none. Files are memory-mapped: a site's inputs and outputs for all samples, in the teacher's own dtype.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .contract import Predict, TrainingData
+from .diffusion import NUM_STEPS, Diffusion
 from .files import write_json
+from .randomness import generator, seeded
+
+Precision = Literal["fp32", "bf16"]
 
 # what happens at a site: its path, the arguments of the call, the old module's output
 Visit = Callable[[str, tuple, dict[str, Any], Any], None]
@@ -124,3 +129,31 @@ def visiting(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def run_noised(
+    teacher: nn.Module,
+    data: TrainingData,
+    indices: Tensor,
+    entropy: tuple[int, ...],
+    *,
+    predict: Predict,
+    diffusion: Diffusion,
+    precision: Precision = "fp32",
+) -> None:
+    """Run the teacher on these images, with noise and steps drawn from `entropy` (arXiv:2506.05340 Eq. 2)."""
+    device = next(teacher.parameters()).device
+    with seeded(*entropy) as draw:
+        x, labels = data.batch(indices)
+        noise = torch.randn(x.shape, generator=draw)
+        t = torch.randint(0, NUM_STEPS, (len(x),), generator=draw)
+        x, labels, noise, t = (a.to(device) for a in (x, labels, noise, t))
+        x_t = diffusion.add_noise(x, noise, t)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            predict(teacher, x_t, t, labels)
+
+
+def shuffled(num_items: int, seed: int) -> Tensor:
+    """All indices in the order in which stage 1 deals them out: first those that it holds out, then the others."""
+    return torch.randperm(num_items, generator=generator(seed, 2))

@@ -24,13 +24,13 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from .activations import ActivationCache, Visit, visiting
+from .activations import ActivationCache, Precision, Visit, run_noised, shuffled, visiting
 from .contract import Predict, Role, Step, TrainingData
-from .diffusion import NUM_STEPS, Diffusion
+from .diffusion import Diffusion
 from .errors import TrainingError
 from .functional.losses import Regression, regression_loss
 from .functional.schedule import learning_rate_factor
-from .randomness import batch_indices, generator, seeded
+from .randomness import batch_indices
 from .surgery import grafted
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
@@ -67,7 +67,7 @@ class DistillConfig(BaseModel):
     """Images kept out of training, on which loss and R^2 are measured."""
     holdout_every: PositiveInt = 100
     """Steps between measurements on the held-out images; also done at the start and at the end."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -149,10 +149,10 @@ class _Fitting:
     ):
         self.teacher, self.operators, self.data, self.config = teacher, operators, data, config
         self.predict, self.diffusion = predict, diffusion
-        self.device = next(teacher.parameters()).device
         self.losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in operators}
+        device = next(teacher.parameters()).device
         for operator in operators.values():
-            operator.to(self.device)
+            operator.to(device)
         self.parameters = {
             path: [p for p in operator.parameters() if p.requires_grad]
             for path, operator in operators.items()
@@ -172,18 +172,18 @@ class _Fitting:
             for module in (self.teacher, *self.operators.values()):
                 module.eval()
 
-    @torch.no_grad()
     def run_teacher(self, indices: Tensor, entropy: tuple[int, ...], visit: Visit) -> None:
         """Run the teacher on these images, with noise and steps drawn from `entropy`, and visit each site on the way."""
-        with seeded(*entropy) as draw:
-            x, labels = self.data.batch(indices)
-            noise = torch.randn(x.shape, generator=draw)
-            t = torch.randint(0, NUM_STEPS, (len(x),), generator=draw)
-            x, labels, noise, t = (a.to(self.device) for a in (x, labels, noise, t))
-            x_t = self.diffusion.add_noise(x, noise, t)
-            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-            with _visiting(self.teacher, self.operators, self.config.inputs, visit), bf16:
-                self.predict(self.teacher, x_t, t, labels)
+        with _visiting(self.teacher, self.operators, self.config.inputs, visit):
+            run_noised(
+                self.teacher,
+                self.data,
+                indices,
+                entropy,
+                predict=self.predict,
+                diffusion=self.diffusion,
+                precision=self.config.precision,
+            )
 
     def step(self, step: int, run: Callable[[Visit], None]) -> dict[str, float]:
         """One step of every operator; `run` takes the teacher past the sites. Returns each site's loss."""
@@ -321,7 +321,7 @@ def _split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
         raise TrainingError(
             f"stage 1 holds out {config.holdout} images, but the data has {num_items}: lower `holdout`"
         )
-    order = torch.randperm(num_items, generator=generator(config.seed, 2))
+    order = shuffled(num_items, config.seed)
     return order[config.holdout :], order[: config.holdout]
 
 
