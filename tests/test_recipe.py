@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from grafting.checkpoint import load_tensors
+from grafting.checkpoint import load_tensors, save_model
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
-from grafting.recipe import Recipe, prepare, run
+from grafting.plan import Plan
+from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton
 from grafting.recipefile import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +209,29 @@ def test_base_and_differences(tmp_path):
     (tmp_path / "r.yaml").write_text("base: base.yaml\nname: longer\ndistill: {steps: 9}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
     assert (recipe.name, recipe.distill.steps, recipe.distill.batch_size) == ("longer", 9, 4)
+
+
+def test_source_described_by_its_config_with_weights_of_a_folder(tmp_path):
+    source = FreshModel.model_validate(TINY["source"])
+    saved, _ = load_source(source)
+    save_model(tmp_path / "model", saved, Plan())
+    described = source.model_copy(update={"weights": str(tmp_path / "model")})
+    loaded, sha256 = load_source(described)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
+    assert sha256 == load_source(str(tmp_path / "model"))[1]
+    other = described.model_copy(update={"config": source.config | {"depth": 3, "num_classes": 5}})
+    with pytest.raises(RecipeError) as error:
+        load_source(other)
+    assert "depth is 2 there, 3 in the recipe" in str(error.value)
+    assert "num_classes is 10 there, 5 in the recipe" in str(error.value)
+
+
+def test_skeleton_needs_no_weights():
+    described = FreshModel.model_validate(TINY["source"] | {"weights": "nowhere"})
+    names = {name: p.shape for name, p in load_source(FreshModel(**TINY["source"]))[0].named_parameters()}
+    model = skeleton(described)
+    assert {name: p.shape for name, p in model.named_parameters()} == names
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_read_only_folder(tmp_path, monkeypatch):

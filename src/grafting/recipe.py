@@ -44,7 +44,7 @@ from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
 from .metrics.cost import count_parameters, role_flops
 from .metrics.features import ModuleNetwork
-from .plan import Plan, Replace
+from .plan import Plan, Replace, fault_list
 from .report import write_report
 from .runfolder import RunFolder
 from .sampling import SamplingConfig, check_sampling, sample
@@ -55,14 +55,17 @@ Row = Literal["pretrained", "random", "inherited", "distilled", "finetuned"]
 
 
 class FreshModel(BaseModel):
-    """A randomly initialised model, for pretraining and for trials."""
+    """A model described by its config: with the weights of a folder, or at random for pretraining and for trials."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     host: str
     config: dict[str, JsonValue]
     """Constructor arguments of the host's model class."""
+    weights: str | None = None
+    """A model folder of this config, from which the weights come; left out, they are random."""
     seed: int = Field(default=0, ge=0)
+    """Of random weights."""
 
 
 class Recipe(BaseModel):
@@ -162,20 +165,50 @@ def _check_data(data: TrainingData, facts: ClassConditional) -> None:
 
 def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     """The model that a recipe starts from, and a hash of what it is."""
-    if isinstance(source, FreshModel):
-        if source.host not in hosts():
-            raise HostError(f"no host {source.host!r}; there are {', '.join(hosts())}")
+    if isinstance(source, FreshModel) and source.weights is None:
         torch.manual_seed(source.seed)
-        try:
-            model = hosts()[source.host].model_class(**source.config)
-        except (TypeError, ValueError) as error:
-            raise HostError(f"source: {source.host} cannot be made from this config: {error}") from error
-        return model, hash_json(source.model_dump(mode="json"))
-    folder = testbed_model_folder() if source == "testbed" else Path(source)
+        return _construct(source), hash_json(source.model_dump(mode="json", exclude_none=True))
+    name = source.weights if isinstance(source, FreshModel) else source
+    folder = testbed_model_folder() if name == "testbed" else Path(name or "")
     model, plan = load_model(folder)
     if plan.edits:
-        raise RecipeError(f"source {source} is already grafted: a recipe starts from a model without a plan")
+        raise RecipeError(f"source {name} is already grafted: a recipe starts from a model without a plan")
+    if isinstance(source, FreshModel):
+        _check_config(model, source)
     return model, sha256_of(folder / WEIGHTS_NAME)
+
+
+def skeleton(source: str | FreshModel) -> nn.Module:
+    """The model that a recipe starts from, on the meta device: its modules and shapes, in eval mode, without values.
+
+    A `FreshModel` needs no weights for it, wherever they lie.
+    """
+    if not isinstance(source, FreshModel):
+        return load_source(source)[0].to("meta")
+    with torch.device("meta"):
+        return _construct(source).eval()
+
+
+def _construct(source: FreshModel) -> nn.Module:
+    if source.host not in hosts():
+        raise HostError(f"no host {source.host!r}; there are {', '.join(hosts())}")
+    try:
+        return hosts()[source.host].model_class(**source.config)
+    except (TypeError, ValueError) as error:
+        raise HostError(f"source: {source.host} cannot be made from this config: {error}") from error
+
+
+def _check_config(model: nn.Module, source: FreshModel) -> None:
+    """Raises a RecipeError that lists where the weights' model is not the one that is described, if it is not."""
+    described = skeleton(source)
+    faults = [] if type(model) is type(described) else [f"it is a {type(model).__name__}"]
+    faults += [
+        f"{key} is {model.config.get(key)!r} there, {value!r} in the recipe"
+        for key, value in described.config.items()
+        if not key.startswith("_") and hash_json(model.config.get(key)) != hash_json(value)
+    ]
+    if faults:
+        raise RecipeError(fault_list(faults, f"source: the model in {source.weights}"))
 
 
 def _open(job: Job, folder: Path) -> RunFolder:
