@@ -8,15 +8,24 @@ from safetensors.torch import load_file, save_file
 
 from grafting.checkpoint import (
     CONFIG_NAME,
+    DELTA_NAME,
+    INDEX_NAME,
     WEIGHTS_NAME,
+    load,
     load_model,
     load_operators,
+    merge_delta,
+    save_delta,
     save_model,
     save_operators,
 )
+from grafting.contract import OperatorConfig
 from grafting.errors import CheckpointError, HostError, RunError
+from grafting.files import hash_json, sha256_of
 from grafting.hosts import hosts
+from grafting.operators import operator_configs
 from grafting.plan import Plan, Replace
+from grafting.portable import Base
 from grafting.surgery import build_operators, graft
 
 HOST = hosts()["dit"]
@@ -92,18 +101,23 @@ def test_operators_round_trip(tmp_path):
 
 def _edit_config(folder, **changes):
     config = json.loads((folder / CONFIG_NAME).read_text())
-    (folder / CONFIG_NAME).write_text(json.dumps(config | changes))
+    _write_config(folder, config | changes)
 
 
-def _edit_weights(folder, edit):
-    tensors = load_file(folder / WEIGHTS_NAME)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS_NAME)
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    from grafting.files import sha256_of
-
-    config["grafting"]["weights_sha256"] = sha256_of(folder / WEIGHTS_NAME)
+def _write_config(folder, config):
+    """Write a config as someone would who makes its own hash right."""
+    config["grafting"].pop("config_sha256")
+    config["grafting"]["config_sha256"] = hash_json(config)
     (folder / CONFIG_NAME).write_text(json.dumps(config))
+
+
+def _edit_weights(folder, edit, *, name=WEIGHTS_NAME):
+    tensors = load_file(folder / name)
+    edit(tensors)
+    save_file(tensors, folder / name)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["grafting"]["weights_sha256"] = sha256_of(folder / name)
+    _write_config(folder, config)
 
 
 def test_missing_folder(tmp_path):
@@ -183,3 +197,170 @@ def test_failed_write_leaves_what_was_there(folder, monkeypatch):
     with pytest.raises(RunError, match="No space left on device"):
         save_operators(folder / WEIGHTS_NAME, build_operators(HOST.tiny(), PLAN))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_edited_config_is_refused(folder):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["grafting"]["plan"]["edits"][1]["operator"]["window"] = 3
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config.json was edited after it was saved"):
+        load_model(folder)
+
+
+def test_another_version_of_an_operator_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(operator_configs()["hyena-x"], "version", 2)
+    with pytest.raises(CheckpointError, match="operator 'hyena-x' of version 1; installed is version 2"):
+        load_model(folder)
+
+
+def test_every_operator_has_a_version():
+    assert OperatorConfig.version == 1
+    assert all(config.version >= 1 for config in operator_configs().values())
+
+
+def test_an_unknown_operator_is_refused(folder):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["grafting"]["plan"]["edits"][0]["operator"] = {"name": "lost"}
+    _write_config(folder, config)
+    with pytest.raises(CheckpointError, match="does not describe a graft:\n.*no operator 'lost'; there are"):
+        load_model(folder)
+
+
+def test_load_takes_names_folders_and_runs(folder, tmp_path):
+    assert load("testbed")[1] == Plan()
+    assert load(folder)[1] == PLAN
+    (tmp_path / "manifest.json").write_text("{}")
+    assert load(str(tmp_path))[1] == PLAN
+    with pytest.raises(CheckpointError, match="no model in nobody/nothing: it does not exist, and the Hub"):
+        load("nobody/nothing")
+
+
+def test_shards_are_read(folder):
+    tensors = load_file(folder / WEIGHTS_NAME)
+    names = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        save_file({n: t for n, t in tensors.items() if names[n] == shard}, folder / shard)
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": names}))
+    whole, _ = load_model(folder)
+    (folder / WEIGHTS_NAME).unlink()
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    for recorded in ("weights_sha256", "config_sha256"):
+        del config["grafting"][recorded]
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    assert torch.equal(load_model(folder)[0](**_example()), whole(**_example()))
+    (folder / "part-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no file .*part-1.safetensors"):
+        load_model(folder)
+
+
+@pytest.fixture
+def base(tmp_path):
+    save_model(tmp_path / "base", HOST.tiny(), Plan())
+    return Base(id=str(tmp_path / "base"), licence="CC0-1.0")
+
+
+@pytest.fixture
+def delta(tmp_path, base):
+    """A grafted model, one of whose kept tensors was also trained, as a delta of its base."""
+    model, _ = load_model(tmp_path / "base")
+    graft(model, PLAN)
+    with torch.no_grad():
+        model.final_layer.linear.weight.add_(0.1)
+    save_delta(tmp_path / "delta", model, PLAN, base)
+    return tmp_path / "delta", model.eval()
+
+
+def test_a_delta_holds_what_its_base_has_not_got(delta):
+    folder, model = delta
+    stored = set(load_file(folder / DELTA_NAME))
+    operators = {
+        f"blocks.1.attn.mixer.{n}" for n in ("in_proj.weight", "in_proj.bias", "short_filter.weight")
+    }
+    operators |= {f"blocks.2.mlp.mixer.{n}" for n in ("fc1.weight", "fc1.bias", "fc2.weight")}
+    # out_proj and fc2.bias are the host's own
+    assert stored == {*operators, "blocks.1.attn.mixer.short_filter.bias", "final_layer.linear.weight"}
+    assert "blocks.0.attn.attention.qkv.weight" not in stored
+    loaded, plan = load_model(folder)
+    assert plan == PLAN
+    assert torch.equal(loaded(**_example()), model(**_example()))
+
+
+def test_a_delta_of_the_testbed_is_small(tmp_path):
+    model, _ = load("testbed")
+    plan = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-y"),))
+    graft(model, plan)
+    save_delta(tmp_path / "delta", model, plan, Base(id="testbed"))
+    save_model(tmp_path / "full", model, plan)
+    sizes = [(tmp_path / a / b).stat().st_size for a, b in (("delta", DELTA_NAME), ("full", WEIGHTS_NAME))]
+    assert sizes[0] < 0.1 * sizes[1]
+    assert torch.equal(load(tmp_path / "delta")[0].x_embedder.proj.weight, model.x_embedder.proj.weight)
+
+
+def test_a_delta_in_bfloat16_comes_back_exactly(tmp_path, base):
+    model, _ = load_model(tmp_path / "base", dtype=torch.bfloat16)
+    graft(model, PLAN)
+    save_delta(tmp_path / "delta", model, PLAN, base)
+    loaded, _ = load_model(tmp_path / "delta", dtype=torch.bfloat16)
+    assert len(load_file(tmp_path / "delta" / DELTA_NAME)) < len(model.state_dict()) / 2
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_merged_delta_needs_no_base(delta, tmp_path):
+    folder, model = delta
+    merge_delta(folder, tmp_path / "whole")
+    (tmp_path / "base" / WEIGHTS_NAME).unlink()
+    loaded, plan = load_model(tmp_path / "whole")
+    assert plan == PLAN
+    assert torch.equal(loaded(**_example()), model(**_example()))
+    assert loaded.config.grafting["base"]["licence"] == "CC0-1.0"
+    with pytest.raises(CheckpointError, match="is no delta: it is whole already"):
+        merge_delta(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_delta_finds_a_base_that_moved(delta, tmp_path):
+    folder, model = delta
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="no model in .*base: it does not exist"):
+        load_model(folder)
+    assert torch.equal(load_model(folder, base=tmp_path / "moved")[0](**_example()), model(**_example()))
+
+
+def test_a_foreign_base_is_refused(delta, tmp_path):
+    folder, _ = delta
+    save_model(tmp_path / "other", HOST.tiny(), Plan())
+    with pytest.raises(CheckpointError, match="is a delta of .*base, and .*other is another model") as error:
+        load_model(folder, base=tmp_path / "other")
+    assert "tensors differ\n" in str(error.value)
+    assert "has other values" in str(error.value)
+
+
+def test_a_delta_with_a_renamed_tensor_is_refused(delta):
+    folder, _ = delta
+
+    def edit(tensors):
+        tensors["extra"] = tensors.pop("final_layer.linear.weight")
+
+    _edit_weights(folder, edit, name=DELTA_NAME)
+    with pytest.raises(
+        CheckpointError, match="2 faults\n  missing tensor final_layer.linear.weight\n  unexpected"
+    ):
+        load_model(folder)
+
+
+def test_a_truncated_or_missing_delta_is_refused(delta):
+    weights = delta[0] / DELTA_NAME
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(CheckpointError, match="is not the file that config.json describes"):
+        load_model(delta[0])
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="no delta.safetensors: it is half-written"):
+        load_model(delta[0])
+
+
+def test_saving_a_full_model_over_a_delta_leaves_no_delta(delta):
+    folder, model = delta
+    save_model(folder, model, PLAN)
+    assert not (folder / DELTA_NAME).exists()
+    assert torch.equal(load_model(folder)[0](**_example()), model(**_example()))

@@ -20,9 +20,10 @@ LAYERS = (
     {"operators", "hosts", "metrics", "data", "diffusion", "runfolder"},  # L1
     {"plan"},  # L2
     {"surgery"},  # L3
+    {"portable", "card"},
     {"activations", "checkpoint"},
-    {"convert"},
-    {"distillation", "finetuning", "sampling", "evaluation", "analysis", "search", "report"},  # L4
+    {"convert", "hub"},
+    {"calibration", "distillation", "finetuning", "sampling", "evaluation", "analysis", "search", "report"},  # L4
     {"recipe"},  # L5
     {"recipefile"},
     {"samples", "doctor"},  # L6

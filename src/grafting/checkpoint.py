@@ -1,76 +1,190 @@
-"""Models on disk: a folder with `config.json` (class, base config, plan) and safetensors weights, loaded strictly.
+"""Models on disk: a folder with `config.json` (class, settings, plan), safetensors weights and a card, loaded strictly.
 
-A folder without a plan is an ordinary diffusers folder, and is read as such. A missing, unexpected or misshapen tensor,
-a truncated file or a hash that does not agree is an error that names it.
+A *full* folder holds every tensor, and diffusers reads it too (`portable.py`). A *delta* holds only the tensors that its
+base has not got, and says which of the base's it borrows, with their hashes. A folder without a plan is an ordinary
+diffusers folder. What is missing, unexpected, misshapen, truncated, edited, made of another base or with another version
+of an operator is an error that names it.
 """
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .card import write_card
+from .data.bundled import testbed_model_folder
 from .errors import CheckpointError, HostError
-from .files import atomic_path, sha256_of, write_json
+from .files import atomic_path, hash_json, sha256_of, write_json
 from .hosts import host_of, hosts
 from .plan import Plan
-from .surgery import Operators, build_operators, place
+from .portable import PREFIX, Base, Record, grafted_class, settings_of
+from .surgery import Operators
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+DELTA_NAME = "delta.safetensors"
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, Plan]:
+    """The model that a name stands for, in eval mode, and the plan that it was grafted with (empty for none).
+
+    Args:
+        source: `testbed`, a model folder, the folder of a run, or `owner/name` on the Hub.
+        revision: branch, tag or commit on the Hub.
+        base: where the base of a delta is, if not where the delta says.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged or of an unknown class; says what was expected.
+    """
+    return load_model(find_model(source, revision=revision), dtype=dtype, base=base)
+
+
+def find_model(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of the model that a name stands for, downloaded if it is on the Hub. Raises as `load`."""
+    if source == "testbed":
+        return testbed_model_folder()
+    folder = Path(source)
+    if folder.exists() or not _HUB_NAME.fullmatch(str(source)):
+        return folder / "model" if (folder / "manifest.json").is_file() else folder
+    try:
+        return Path(
+            snapshot_download(
+                str(source), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"no model in {source}: it does not exist, and the Hub does not give it: {error}"
+        ) from error
 
 
 def save_model(
-    folder: Path, model: nn.Module, plan: Plan, *, metadata: dict[str, str] | None = None
+    folder: Path,
+    model: nn.Module,
+    plan: Plan,
+    *,
+    base: Base | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> list[Path]:
-    """Write a model and the plan that it was grafted with (an empty plan for none); returns the files.
+    """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    The config is written last: a folder with a config is complete.
+    The config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
+
+    Args:
+        base: the pretrained model that it was made from, for the record.
+        metadata: written into the weights file.
 
     Raises:
         RunError: the folder cannot be written; a half-written folder has no config.
     """
-    host = host_of(model)
-    config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    config.unlink(missing_ok=True)
+    weights = folder / WEIGHTS_NAME
+    _clear(folder)
     save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
-    settings = {k: v for k, v in model.config.items() if not k.startswith("_")}
-    described = {"_class_name": type(model).__name__, **settings}
-    if plan.edits:
-        described["grafting"] = {
-            "host": host.name,
-            "plan": plan.model_dump(mode="json"),
-            "weights_sha256": sha256_of(weights),
-        }
-    write_json(config, described)
-    return [config, weights]
+    record = Record.of(model, plan, base=base)
+    return [_write_config(folder, model, record, weights=weights), weights]
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Plan]:
+def save_delta(folder: Path, model: nn.Module, plan: Plan, base: Base) -> list[Path]:
+    """Write only those tensors of a model that its base has not got; returns the files.
+
+    A tensor of the base is known by its content, whatever its name: an attention that stands inside an operator, or a
+    block that moved, is borrowed all the same.
+
+    Raises:
+        CheckpointError: the base cannot be loaded.
+        RunError: the folder cannot be written; a half-written folder has no config.
+    """
+    tensors = model.state_dict()
+    dtype = next(model.parameters()).dtype
+    names = {_hash_of(t): name for name, t in _base_tensors(base, dtype=dtype).items()}
+    hashes = {name: _hash_of(tensor) for name, tensor in tensors.items()}
+    borrowed = {name: names[digest] for name, digest in hashes.items() if digest in names}
+    weights = folder / DELTA_NAME
+    _clear(folder)
+    save_tensors(
+        weights, {name: t for name, t in tensors.items() if name not in borrowed}, metadata={"format": "pt"}
+    )
+    delta = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "borrowed": borrowed,
+        "sha256": {base_name: hashes[name] for name, base_name in borrowed.items()},
+    }
+    record = Record.of(model, plan, base=base)
+    return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
+
+
+def merge_delta(delta: Path, folder: Path, *, base: str | Path | None = None) -> list[Path]:
+    """Write the whole model that a delta stands for, which then needs its base no more; returns the files.
+
+    Raises as `load_model`.
+    """
+    config = _read_config(delta)
+    if "delta" not in config.get("grafting", {}):
+        raise CheckpointError(f"{delta} is no delta: it is whole already")
+    model, plan = load_model(delta, base=base)
+    return save_model(folder, model, plan, base=Record.read(config["grafting"], source=str(delta)).base)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+) -> tuple[nn.Module, Plan]:
     """The model of a folder, in eval mode, and its plan (empty when it was not grafted).
+
+    A grafted model is an instance of its `portable.grafted_class`.
+
+    Args:
+        base: where the base of a delta is, if not where the delta says.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
     config = _read_config(folder)
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
     grafting = config.pop("grafting", None)
-    if grafting and sha256_of(weights) != grafting["weights_sha256"]:
-        raise CheckpointError(
-            f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
-            f"recorded is {grafting['weights_sha256']}"
-        )
-    tensors = load_tensors(weights)
-    model = _base_model(folder, config)
-    plan = Plan.model_validate(grafting["plan"]) if grafting else Plan()
-    place(model, build_operators(model, plan))
+    if grafting is None:
+        model = _build(folder, _model_class(folder, config), config)
+        load_strictly(model, read_weights(folder), source=str(folder))
+        return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
+    model_class = grafted_class(_model_class(folder, config))
+    record = Record.read(grafting, source=str(folder / CONFIG_NAME))
+    weights = folder / (DELTA_NAME if "delta" in grafting else WEIGHTS_NAME)
+    _check_hashes(folder, config, grafting, weights=weights)
+    tensors = load_tensors(weights) if "delta" in grafting else read_weights(folder)
+    if "delta" in grafting:
+        tensors |= _borrow(folder, record, grafting["delta"], base=base)
+    model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
     load_strictly(model, tensors, source=str(weights))
-    return (model if dtype == torch.float32 else model.to(dtype)).eval(), plan
+    return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder that holds a whole model, in one file or several with an index.
+
+    Raises:
+        CheckpointError: there are none, or a file is missing or truncated.
+    """
+    if (folder / WEIGHTS_NAME).is_file():
+        return load_tensors(folder / WEIGHTS_NAME)
+    if not (folder / INDEX_NAME).is_file():
+        raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
+    shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+    return {name: t for shard in sorted(shards) for name, t in load_tensors(folder / shard).items()}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
@@ -156,15 +270,113 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _base_model(folder: Path, config: dict[str, Any]) -> nn.Module:
-    name = config["_class_name"]
+def _model_class(folder: Path, config: dict[str, Any]) -> type[nn.Module]:
+    """The class of a folder's model before any graft."""
+    name = config["_class_name"].removeprefix(PREFIX)
     # stops at the first match: naming a class of diffusers imports it, which takes seconds
     model_class = next((h.model_class for h in hosts().values() if h.model_class.__name__ == name), None)
     if model_class is None:
         known = ", ".join(h.model_class.__name__ for h in hosts().values())
-        raise HostError(f"{folder} holds a {name}; known are {known}")
+        hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
+        raise HostError(f"{folder} holds a {name}; known are {known}{hint}")
+    return model_class
+
+
+def _build(folder: Path, model_class: type[nn.Module], config: dict[str, Any]) -> nn.Module:
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
         return model_class(**settings)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a {name}: {error}") from error
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} does not describe a {model_class.__name__}: {error}"
+        ) from error
+
+
+def _clear(folder: Path) -> None:
+    """Make a folder half-written, whatever it held: no config, and neither kind of weights."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME, DELTA_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_config(
+    folder: Path, model: nn.Module, record: Record, *, weights: Path, delta: dict[str, Any] | None = None
+) -> Path:
+    """Write the card, and last the config, whose hashes cover the weights and the config itself."""
+    name, settings = host_of(model).model_class.__name__, settings_of(model)
+    described: dict[str, Any] = {"_class_name": name, **settings}
+    if record.plan.edits:
+        described = {
+            "_class_name": PREFIX + name,
+            **settings,
+            "grafting": {
+                **record.model_dump(mode="json"),
+                **({} if delta is None else {"delta": delta}),
+                "weights_sha256": sha256_of(weights),
+            },
+        }
+        described["grafting"]["config_sha256"] = hash_json(described)
+        write_card(folder, described)
+    write_json(folder / CONFIG_NAME, described)
+    return folder / CONFIG_NAME
+
+
+def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
+    """Compare with the hashes that `save_model` and `save_delta` write; diffusers writes none."""
+    recorded = grafting.get("config_sha256")
+    unsigned = {k: v for k, v in grafting.items() if k != "config_sha256"}
+    if recorded and hash_json({**config, "grafting": unsigned}) != recorded:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} was edited after it was saved: it does not agree with its own SHA-256"
+        )
+    recorded = grafting.get("weights_sha256")
+    if recorded and not weights.is_file():
+        raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {weights.name}: it is half-written")
+    if recorded and sha256_of(weights) != recorded:
+        raise CheckpointError(
+            f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
+            f"recorded is {recorded}"
+        )
+
+
+def _borrow(
+    folder: Path, record: Record, delta: dict[str, Any], *, base: str | Path | None
+) -> dict[str, Tensor]:
+    """The tensors of the base that a delta borrows, each known to be the one that it was saved with."""
+    if record.base is None:
+        raise CheckpointError(f"{folder} is a delta but does not say of what")
+    where = record.base if base is None else Base(id=str(base))
+    tensors = _base_tensors(where, dtype=getattr(torch, delta["dtype"]))
+    faults = [
+        f"{name} is missing" if name not in tensors else f"{name} has other values"
+        for name, digest in delta["sha256"].items()
+        if name not in tensors or _hash_of(tensors[name]) != digest
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
+        raise CheckpointError(
+            "\n  ".join(
+                [
+                    f"{folder} is a delta of {record.base.id}{_at(record.base)}, and {where.id} is another model: "
+                    f"{len(faults)} of {len(delta['sha256'])} tensors differ",
+                    *faults[:12],
+                ]
+            )
+            + more
+        )
+    return {name: tensors[base_name] for name, base_name in delta["borrowed"].items()}
+
+
+def _base_tensors(base: Base, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    return load(base.id, revision=base.revision, dtype=dtype)[0].state_dict()
+
+
+def _at(base: Base) -> str:
+    return "" if base.revision is None else f" at {base.revision}"
+
+
+def _hash_of(tensor: Tensor) -> str:
+    """The SHA-256, in hex, of a tensor's type, shape and values."""
+    values = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
+    digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -47,6 +47,18 @@ class TokenLayout:
         return slice(start, start + self.grid.num_tokens)
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """How a model calls a block, as data, so that another module can stand in its place.
+
+    `arguments` are the names of its first arguments, in their places, up to the last token tensor. A block that returns
+    one tensor, the tokens after it, names it in `returns`; one that returns a tuple names all of them.
+    """
+
+    arguments: tuple[str, ...]
+    returns: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """A replaceable place in a model, with the facts that operators are sized from.
@@ -62,6 +74,8 @@ class Site:
     num_text: int = 0
     num_heads: int = 0  # attention only
     hidden_dim: int = 0  # MLP only
+    call: BlockCall | None = None  # block only
+    fixed: str = ""  # block only: why it cannot be merged or dropped; empty if it can
 
     @property
     def head_dim(self) -> int:
@@ -119,6 +133,18 @@ class Mixer(nn.Module, ABC):
     def inherit(self, weights: AttentionWeights | MlpWeights) -> None:
         """Start from the weights of the module that is replaced; by default there is nothing to take."""
 
+    @property
+    def output_layer(self) -> nn.Linear | None:
+        """The linear layer whose output is this mixer's, which has a best fit in closed form; None if there is none."""
+        return None
+
+    num_inherited_neurons: int = 0
+    """How many neurons of the replaced MLP `inherit` took one by one; 0 if it took none, or the mixer has none."""
+
+    def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, "kept"]) -> None:
+        """Take these neurons, by index, in the place of those that `inherit` chose."""
+        raise NotImplementedError(f"{type(self).__name__} takes no neurons one by one")
+
 
 class OperatorConfig(BaseModel, ABC):
     """An operator as data: its name and settings, no facts of a host; it builds itself for a site.
@@ -129,6 +155,7 @@ class OperatorConfig(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     roles: ClassVar[frozenset[Role]]
+    version: ClassVar[int] = 1  # raised when the same weights come to mean something else
     name: str
 
     def faults(self, site: Site) -> list[str]:
