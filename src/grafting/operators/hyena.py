@@ -129,6 +129,10 @@ class Hyena(Mixer):
             kv = self.inner_filter(kv, layout)
         return self.out_proj(q * kv)
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.out_proj
+
     @torch.no_grad()
     def inherit(self, weights: AttentionWeights | MlpWeights) -> None:
         """Start as a narrow, fixed attention: out(v blurred over its neighbours), with both gates close to 1.

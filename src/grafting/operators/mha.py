@@ -72,6 +72,10 @@ class MHA(Mixer):
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.out_proj
+
     @torch.no_grad()
     def inherit(self, weights: AttentionWeights | MlpWeights) -> None:
         """All of the host's projections; a host without rotary positions or QK norm is then reproduced exactly."""

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -56,7 +56,10 @@ class MLP(Mixer):
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
-    @torch.no_grad()
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.fc2
+
     def inherit(self, weights: AttentionWeights | MlpWeights) -> None:
         """The host's neurons: the strongest of them if this MLP is narrower, all of them if it is as wide or wider.
 
@@ -65,8 +68,13 @@ class MLP(Mixer):
         as the host's exactly, and learns their columns first. The activation stays GELU whatever the host's is.
         """
         assert isinstance(weights, MlpWeights)
+        up, down = weights.up[0], weights.down[0]
+        self.inherit_neurons(weights, strongest(up, down, num=min(len(self.fc1.weight), len(up))))
+
+    @torch.no_grad()
+    def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, "kept"]) -> None:
         (up, up_bias), (down, down_bias) = weights.up, weights.down
-        kept = strongest(up, down, num=min(len(self.fc1.weight), len(up)))
+        self.num_inherited_neurons = len(kept)
         self.fc1.weight[: len(kept)] = up[kept].to(self.fc1.weight)
         self.fc1.bias[: len(kept)] = 0 if up_bias is None else up_bias[kept].to(self.fc1.bias)
         nn.init.zeros_(self.fc2.weight)
