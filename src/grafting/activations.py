@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -114,21 +115,37 @@ class _OnDisk:
 
 
 @contextmanager
-def visiting(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None]:
-    """While the block runs, `visit` each call of these modules, with its arguments and output."""
+def visiting(
+    modules: Mapping[str, nn.Module], visit: Visit, *, until: Mapping[str, nn.Module] = MappingProxyType({})
+) -> Iterator[None]:
+    """While the block runs, `visit` each call of these modules, with its arguments and output.
 
-    def hook_at(path: str) -> Callable:
-        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            visit(path, args, kwargs, output)
-
-        return hook
-
-    handles = [m.register_forward_hook(hook_at(path), with_kwargs=True) for path, m in modules.items()]
+    Args:
+        until: where a later module's output counts, that module; it is called once after each call of the first.
+    """
+    handles = []
+    for path, module in modules.items():
+        before, after = _hooks(path, visit)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(until.get(path, module).register_forward_hook(after))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:
+    """One that keeps a call's arguments, and one that visits them with an output."""
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+        visit(path, *calls.pop(), output)
+
+    return before, after
 
 
 @torch.no_grad()

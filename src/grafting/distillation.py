@@ -2,7 +2,8 @@
 
 Inputs follow arXiv:2506.05340 Eq. 2: data noised by the host's process, t and noise fresh at each step, labels in their
 place. At each site the operator sees the site's input and is fitted to the old module's output inside the teacher's
-forward pass; its graph is freed before the next site, so memory holds one site's graph and disk holds nothing.
+forward pass; its graph is freed before the next site, so memory holds one site's graph and disk holds nothing. A merged
+pair of blocks is one site, fitted to the second block's output for the first one's input.
 """
 
 import math
@@ -31,7 +32,7 @@ from .errors import TrainingError
 from .functional.losses import Regression, regression_loss
 from .functional.schedule import learning_rate_factor
 from .randomness import batch_indices
-from .surgery import grafted
+from .surgery import MergedBlocks, Passage, grafted, sequence
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
 LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
@@ -52,7 +53,7 @@ class DistillConfig(BaseModel):
     clip_norm: PositiveFloat = 10.0
     """Largest gradient norm of each site."""
     loss: Regression | None = None
-    """l1, l2 or huber; by default l1 for attention and l2 for MLPs."""
+    """l1, l2 or huber; by default l1 for attention and merged blocks and l2 for MLPs."""
     huber_delta: PositiveFloat = 1.0
     normalised: bool = False
     """Divide each site's loss by that of predicting zero."""
@@ -97,7 +98,7 @@ def distill(
     the variance of the teacher's output.
 
     Args:
-        roles: the role of each operator's site.
+        roles: the role of each operator's site; `block` of a merged pair.
         cache_folder: where activations go when `config.cache_samples` is set.
         state: what an earlier step's `state()` returned, to go on from there.
 
@@ -149,13 +150,15 @@ class _Fitting:
     ):
         self.teacher, self.operators, self.data, self.config = teacher, operators, data, config
         self.predict, self.diffusion = predict, diffusion
-        self.losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in operators}
+        # what stands where a block was only passes tokens on
+        self.fitted = {path: o for path, o in operators.items() if not isinstance(o, Passage)}
+        self.losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in self.fitted}
         device = next(teacher.parameters()).device
         for operator in operators.values():
             operator.to(device)
         self.parameters = {
             path: [p for p in operator.parameters() if p.requires_grad]
-            for path, operator in operators.items()
+            for path, operator in self.fitted.items()
         }
         trained = [p for parameters in self.parameters.values() for p in parameters]
         # a plan of kernels that have nothing to learn is measured, not trained
@@ -217,7 +220,7 @@ class _Fitting:
 
     def measure(self, held_out: Tensor) -> dict[str, float]:
         """Loss and R^2 of every site on held-out images, always with the same noise."""
-        measured = {path: _Measured() for path in self.operators}
+        measured = {path: _Measured() for path in self.fitted}
 
         def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
             output = self.operators[path].forward(*args, **kwargs)
@@ -246,13 +249,13 @@ class _Fitting:
         """All that is needed to go on after `step` steps."""
         return {
             "step": step,
-            "operators": {path: operator.state_dict() for path, operator in self.operators.items()},
+            "operators": {path: operator.state_dict() for path, operator in self.fitted.items()},
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},
         }
 
     def load(self, state: dict[str, Any]) -> int:
         """Take up a snapshot; returns its step."""
-        for path, operator in self.operators.items():
+        for path, operator in self.fitted.items():
             operator.load_state_dict(state["operators"][path])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -301,18 +304,30 @@ class _Measured:
 def _visiting(
     teacher: nn.Module, operators: Mapping[str, nn.Module], inputs: str, visit: Visit
 ) -> Iterator[None]:
-    """While the teacher runs, `visit` each site with its call's arguments and the old module's output."""
+    """While the teacher runs, `visit` each site with its call's arguments and what the old modules give for them."""
+    fitted = {path: o for path, o in operators.items() if not isinstance(o, Passage)}
+    old = {path: _replaced(teacher, path, operator) for path, operator in fitted.items()}
     if inputs == "teacher":
-        with visiting({p: teacher.get_submodule(p) for p in operators}, visit):
+        first, last = ({path: blocks[end] for path, blocks in old.items()} for end in (0, -1))
+        with visiting(first, visit, until=last):
             yield
         return
-    old = {path: teacher.get_submodule(path) for path in operators}
 
     def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
-        visit(path, args, kwargs, old[path](*args, **kwargs))
+        operator = fitted[path]
+        if isinstance(operator, MergedBlocks):
+            visit(path, args, kwargs, sequence(old[path], operator.call, args, kwargs))
+        else:
+            visit(path, args, kwargs, old[path][0](*args, **kwargs))
 
-    with grafted(teacher, operators), visiting(operators, visit_student):
+    with grafted(teacher, operators), visiting(fitted, visit_student):
         yield
+
+
+def _replaced(teacher: nn.Module, path: str, operator: nn.Module) -> list[nn.Module]:
+    """The teacher's modules in whose place an operator stands, in the order in which they run."""
+    paths = operator.paths if isinstance(operator, MergedBlocks) else (path,)
+    return [teacher.get_submodule(path) for path in paths]
 
 
 def _split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:

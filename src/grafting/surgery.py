@@ -1,12 +1,13 @@
 """The only file that changes a model: it builds operators for a plan's sites, places them, and takes them out again.
 
 A kernel stands inside a copy of the host's attention module, whose call of `scaled_dot_product_attention` it answers;
-a mixer stands behind an adapter with the host's calling convention. Everything is checked and built before anything is
+a mixer stands behind an adapter with the host's calling convention. A merged pair stands in the place of its first
+block; where a block is no more, a module passes the tokens on, so that all others keep their numbers. Everything is checked and built before anything is
 edited, so a failed graft leaves the model as it was.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -16,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .contract import Kernel, Mixer, OperatorConfig, Site
+from .contract import BlockCall, Kernel, Mixer, OperatorConfig, Site
 from .errors import HostError, PlanError
 from .hosts import Call, Host, LayoutTracker, host_of
-from .plan import Plan, fault_list
+from .plan import Choice, Drop, Merge, Plan, fault_list, merged_pairs
 from .randomness import seeded
 
 Operators = dict[str, nn.Module]
-"""New modules, ready to stand at a site, by the site's path."""
+"""New modules, ready to stand at a site, by the site's path.
+
+Those of merged and dropped blocks stand at the blocks' own paths; operators of a merged block stand inside its pair.
+"""
 
 
 def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> "Graft":
@@ -47,20 +51,32 @@ def build_operators(model: nn.Module, plan: Plan, *, host: Host | None = None, s
     They keep no reference to the model's parameters: what they inherit is copied. Raises as `graft`.
     """
     host = host or host_of(model)
+    _check_whole(model)
     chosen = resolve(model, plan, host=host)
     _check_original(model, chosen)
     operators: Operators = {}
     for site, config in chosen.items():
-        with seeded(seed, site.block, len(site.role)):
-            operators[site.path] = _build(host, model.get_submodule(site.path), site, config)
+        if isinstance(config, OperatorConfig):
+            with seeded(seed, site.block, len(site.role)):
+                operators[site.path] = _build(host, model.get_submodule(site.path), site, config)
+        elif isinstance(config, Drop):
+            operators[site.path] = _passage(host, site)
+    for first, second, merge in merged_pairs(chosen):
+        operators[first.path] = _merged(host, model, (first, second), merge, operators)
+        operators[second.path] = _passage(host, second)
     _track(operators, host, model)
     return operators
 
 
-def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[Site, OperatorConfig]:
-    """The operator of every site that a plan edits; checks the plan against the model, whole. Raises as `graft`."""
+def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[Site, Choice]:
+    """What becomes of every site that a plan edits; checks the plan against the model, whole. Raises as `graft`."""
     host = host or host_of(model)
-    return plan.resolve(host.sites(model), host=f"host {host.name!r}", mixer_roles=frozenset(host.calls))
+    return plan.resolve(
+        host.sites(model),
+        blocks=host.blocks(model),
+        host=f"host {host.name!r}",
+        mixer_roles=frozenset(host.calls),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,11 +127,20 @@ def grafted(model: nn.Module, operators: Mapping[str, nn.Module]) -> Iterator[nn
         record.undo()
 
 
-def _check_original(model: nn.Module, chosen: Mapping[Site, OperatorConfig]) -> None:
+def _check_whole(model: nn.Module) -> None:
+    """A plan's block numbers are those of the model as it was, so there is one restructuring at a time."""
+    if any(isinstance(module, MergedBlocks | Passage) for module in model.modules()):
+        raise PlanError(
+            "the model has merged or dropped blocks, and a plan counts those of the model as it was: undo that graft "
+            "first, or put all edits into one plan"
+        )
+
+
+def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
     faults = [
         f"the {site.role} of block {site.block} already holds an operator; undo that graft first"
         for site in chosen
-        if _is_operator(model.get_submodule(site.path))
+        if any(map(_is_operator, model.get_submodule(site.path).modules()))
     ]
     if faults:
         raise PlanError(fault_list(faults, "plan for a grafted model"))
@@ -136,14 +161,41 @@ def _build(
     return MixerAdapter(operator, host.calls[site.role], tracker)
 
 
+def _merged(
+    host: Host, model: nn.Module, pair: tuple[Site, Site], merge: Merge, operators: Operators
+) -> "MergedBlocks":
+    """The pair as one module; the operators of its blocks move from `operators` into it."""
+    blocks = [copy.deepcopy(model.get_submodule(site.path)) for site in pair]
+    for site, block in zip(pair, blocks, strict=True):
+        prefix = f"{site.path}."
+        for path in [path for path in operators if path.startswith(prefix)]:
+            block.set_submodule(path.removeprefix(prefix), operators.pop(path))
+    call = pair[0].call
+    assert call is not None
+    return MergedBlocks(
+        host.branches(blocks, call),
+        pair[0].dim,
+        merge,
+        call=call,
+        paths=tuple(site.path for site in pair),
+        tracker=LayoutTracker(host),
+    )
+
+
+def _passage(host: Host, site: Site) -> "Passage":
+    assert site.call is not None
+    return Passage(site.call, LayoutTracker(host))
+
+
 def _track(operators: Operators, host: Host, model: nn.Module) -> None:
-    for operator in operators.values():
-        assert _is_operator(operator)
-        operator.tracker = host.track_layout(model)
+    tracker = host.track_layout(model) if operators else None
+    for module in (module for operator in operators.values() for module in operator.modules()):
+        if _is_operator(module):
+            module.tracker = tracker
 
 
-def _is_operator(module: nn.Module) -> "TypeGuard[KernelAttention | MixerAdapter]":
-    return isinstance(module, KernelAttention | MixerAdapter)
+def _is_operator(module: nn.Module) -> "TypeGuard[KernelAttention | MixerAdapter | MergedBlocks | Passage]":
+    return isinstance(module, KernelAttention | MixerAdapter | MergedBlocks | Passage)
 
 
 class KernelAttention(nn.Module):
@@ -184,6 +236,78 @@ class MixerAdapter(nn.Module):
                     f"the host passes {name} to its attention, and a mixer cannot honour it: use a kernel"
                 )
         return self.mixer(x, self.tracker.layout)
+
+
+class MergedBlocks(nn.Module):
+    """Blocks that were sequential, as branches on one input, and a linear layer that merges them; see `plan.Merge`.
+
+    Args:
+        branches: called as a block is; gives what each branch adds to the tokens, [B, L, D] each.
+        dim: channels of a token, D.
+        merge: what is merged, and how that starts.
+        call: how the model calls a block.
+        paths: where the blocks stood, in order.
+    """
+
+    def __init__(
+        self,
+        branches: nn.ModuleList,
+        dim: int,
+        merge: Merge,
+        *,
+        call: BlockCall,
+        paths: tuple[str, ...],
+        tracker: LayoutTracker,
+    ):
+        super().__init__()
+        self.branches = branches
+        self.merge = nn.Linear(len(branches) * dim, dim)
+        self.of_outputs = merge.of == "outputs"
+        self.call = call
+        self.paths = paths
+        self.tracker = tracker
+        share = 1 / len(branches) if merge.start == "average" else 1.0
+        with torch.no_grad():
+            self.merge.weight.copy_(share * torch.eye(dim).repeat(1, len(branches)))
+            self.merge.bias.zero_()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = _argument(self.call, self.call.returns[0], args, kwargs)
+        updates = self.branches(*args, **kwargs)
+        if self.of_outputs:
+            return self.merge(torch.cat([x + update for update in updates], dim=-1))
+        return x + self.merge(torch.cat(tuple(updates), dim=-1))
+
+
+class Passage(nn.Module):
+    """Stands where a block was and passes its tokens on; it has no parameters."""
+
+    def __init__(self, call: BlockCall, tracker: LayoutTracker):
+        super().__init__()
+        self.call = call
+        self.tracker = tracker
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tokens = tuple(_argument(self.call, name, args, kwargs) for name in self.call.returns)
+        return tokens if len(tokens) > 1 else tokens[0]
+
+
+def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What blocks give one after the other, each called with these arguments but for the tokens."""
+    (name,) = call.returns
+    place = call.arguments.index(name)
+    for block in blocks:
+        x = block(*args, **kwargs)
+        if place < len(args):
+            args = (*args[:place], x, *args[place + 1 :])
+        else:
+            kwargs = kwargs | {name: x}
+    return x
+
+
+def _argument(call: BlockCall, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    place = call.arguments.index(name)
+    return args[place] if place < len(args) else kwargs[name]
 
 
 class _Interception(TorchFunctionMode):

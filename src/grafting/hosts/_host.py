@@ -4,13 +4,14 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, ClassConditional, MlpWeights, Role, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, ClassConditional, MlpWeights, Role, Site, TokenLayout
 from ..errors import HostError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,6 +27,23 @@ class Call:
 
     tokens: str = "hidden_states"
     must_be_none: tuple[str, ...] = ()
+
+
+class Branches(nn.ModuleList):
+    """Blocks that get one input, run one after the other: gives what each adds to the tokens, [B, L, D] each.
+
+    Args:
+        blocks: each takes the same arguments and returns one tensor of tokens.
+        tokens: the keyword of the token tensor where it is not positional 0.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], *, tokens: str):
+        super().__init__(blocks)
+        self.tokens = tokens
+
+    def forward(self, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
+        x = args[0] if args else kwargs[self.tokens]
+        return [block(*args, **kwargs) - x for block in self]
 
 
 class LayoutTracker:
@@ -96,8 +114,23 @@ class Host(ABC):
     def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
         """Random keyword arguments of a forward pass whose image tokens form this grid."""
 
+    def blocks(self, model: nn.Module) -> tuple[Site, ...]:
+        """The blocks that can be merged or dropped, or why one cannot; by default the host declares none."""
+        return ()
+
+    def branches(self, blocks: Sequence[nn.Module], call: BlockCall) -> nn.ModuleList:
+        """Blocks that get one input, as a list that is called as one of them and gives what each adds to the tokens.
+
+        A host that can run them as one pass returns a list of its own.
+        """
+        return Branches(blocks, tokens=call.arguments[0])
+
     def class_conditional(self, model: nn.Module) -> ClassConditional | None:
         """What the model makes of class labels; None for hosts with other conditions."""
+        return None
+
+    def output_layer(self, attention: nn.Module) -> nn.Linear | None:
+        """The linear layer whose output is that of one of its attention modules; None if there is no single one."""
         return None
 
     def redraw(self, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, Grid, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, Site, TokenLayout
 from ..errors import HostError
 from ._host import Host
 
@@ -34,6 +34,10 @@ class BlockList(_Spec):
     """Module path of the list."""
     attention: str
     """Module path, inside a block, of the attention whose kernel may be replaced."""
+    arguments: tuple[str, ...] = ()
+    """A block's first arguments, in their places, up to the last of its token tensors."""
+    returns: tuple[str, ...] = ()
+    """Which of them, renewed, it returns, in that order; left out, these blocks cannot be merged or dropped."""
 
 
 class LatentTokens(_Spec):
@@ -101,11 +105,7 @@ class SdpaHost(Host):
         """
         try:
             num_heads, head_dim = _fact(model, self.spec.num_heads), _fact(model, self.spec.head_dim)
-            paths = [
-                f"{blocks.path}.{i}.{blocks.attention}"
-                for blocks in self.spec.blocks
-                for i, _ in enumerate(model.get_submodule(blocks.path).children())
-            ]
+            paths = [f"{path}.{blocks.attention}" for path, blocks in self._block_paths(model)]
             for path in paths:
                 model.get_submodule(path)
         except AttributeError as error:
@@ -118,6 +118,27 @@ class SdpaHost(Host):
             "num_text": self.spec.native_num_text,
         }
         return tuple(Site(block=i, path=path, **facts) for i, path in enumerate(paths))
+
+    def blocks(self, model: nn.Module) -> tuple[Site, ...]:
+        """Those of the lists whose calls the spec describes."""
+        facts = {
+            "role": "block",
+            "dim": _fact(model, self.spec.num_heads) * _fact(model, self.spec.head_dim),
+            "grid": self.grid or self.spec.native_grid,
+            "num_text": self.spec.native_num_text,
+        }
+        return tuple(
+            Site(block=i, path=path, call=BlockCall(blocks.arguments, blocks.returns), **facts)
+            for i, (path, blocks) in enumerate(self._block_paths(model))
+            if blocks.returns
+        )
+
+    def _block_paths(self, model: nn.Module) -> list[tuple[str, BlockList]]:
+        return [
+            (f"{blocks.path}.{i}", blocks)
+            for blocks in self.spec.blocks
+            for i, _ in enumerate(model.get_submodule(blocks.path).children())
+        ]
 
     def layout(self, model: nn.Module, *args: Any, **kwargs: Any) -> TokenLayout:
         arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs

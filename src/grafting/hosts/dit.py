@@ -1,14 +1,15 @@
 """Host: the native class-conditional DiT (`models/dit.py`)."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..contract import AttentionWeights, ClassConditional, Grid, MlpWeights, Site, TokenLayout
-from ..models.dit import Attention, DiT, Mlp
+from ..contract import AttentionWeights, BlockCall, ClassConditional, Grid, MlpWeights, Site, TokenLayout
+from ..models.dit import Attention, DiT, Mlp, ParallelBlocks
 from ._host import Call, Host, linear_weights, randomise
 
 
@@ -30,6 +31,16 @@ class DiTHost(Host):
             for path, facts in (("attn", attention), ("mlp", mlp))
         )
 
+    def blocks(self, model: DiT) -> tuple[Site, ...]:
+        """All of them: the head reads no block."""
+        side = model.config.input_size // model.config.patch_size
+        facts = {"role": "block", "dim": model.config.hidden_size, "grid": Grid(side, side)}
+        call = BlockCall(arguments=("x",), returns=("x",))
+        return tuple(Site(block=i, path=f"blocks.{i}", call=call, **facts) for i in range(model.config.depth))
+
+    def branches(self, blocks: Sequence[nn.Module], call: BlockCall) -> nn.ModuleList:
+        return ParallelBlocks(blocks)
+
     def layout(self, model: DiT, x: Tensor, *args: Any, **kwargs: Any) -> TokenLayout:
         patch = model.config.patch_size
         return TokenLayout(Grid(x.shape[2] // patch, x.shape[3] // patch))
@@ -43,6 +54,9 @@ class DiTHost(Host):
     def mlp_weights(self, mlp: Mlp) -> MlpWeights:
         gelu = partial(F.gelu, approximate="tanh")
         return MlpWeights(linear_weights(mlp.fc1), linear_weights(mlp.fc2), gelu)
+
+    def output_layer(self, attention: Attention) -> nn.Linear:
+        return attention.proj
 
     def predict(self, model: DiT, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return model(x_t, t, condition)

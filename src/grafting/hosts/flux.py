@@ -13,12 +13,16 @@ from ..contract import Grid
 from ._host import randomise
 from ._sdpa import BlockList, PackedTokens, SdpaHost, SdpaSpec
 
+_STREAMS = ("hidden_states", "encoder_hidden_states")
+
 _FLUX = SdpaSpec(
     name="flux",
     model_class="diffusers:FluxTransformer2DModel",
     blocks=(
-        BlockList(path="transformer_blocks", attention="attn"),
-        BlockList(path="single_transformer_blocks", attention="attn"),
+        BlockList(path="transformer_blocks", attention="attn", arguments=_STREAMS, returns=_STREAMS[::-1]),
+        BlockList(
+            path="single_transformer_blocks", attention="attn", arguments=_STREAMS, returns=_STREAMS[::-1]
+        ),
     ),
     image=PackedTokens(positions="img_ids"),
     text="encoder_hidden_states",

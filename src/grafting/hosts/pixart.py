@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..contract import AttentionWeights, Grid, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, Site, TokenLayout
 from ..errors import HostError
 from ._host import Call, Host, linear_weights, randomise
 
@@ -48,6 +48,17 @@ class PixArtHost(Host):
             for path, facts in (("attn1", attention), ("ff", mlp))
         )
 
+    def blocks(self, model: PixArt) -> tuple[Site, ...]:
+        """All of them: the step's embedding stands outside of the blocks."""
+        config = model.config
+        side = config.sample_size // config.patch_size
+        dim, grid = config.num_attention_heads * config.attention_head_dim, Grid(side, side)
+        call = BlockCall(arguments=("hidden_states",), returns=("hidden_states",))
+        return tuple(
+            Site(role="block", block=i, path=f"transformer_blocks.{i}", dim=dim, grid=grid, call=call)
+            for i in range(config.num_layers)
+        )
+
     def layout(self, model: PixArt, hidden_states: Tensor, *args: Any, **kwargs: Any) -> TokenLayout:
         patch = model.config.patch_size
         return TokenLayout(Grid(hidden_states.shape[2] // patch, hidden_states.shape[3] // patch))
@@ -66,6 +77,9 @@ class PixArtHost(Host):
             )
         gelu = partial(F.gelu, approximate=up.approximate)
         return MlpWeights(linear_weights(up.proj), linear_weights(down), gelu)
+
+    def output_layer(self, attention: Any) -> nn.Linear:
+        return attention.to_out[0]
 
     def predict(self, model: PixArt, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         return model(x_t, timestep=t, return_dict=False, **condition)[0]

@@ -7,6 +7,8 @@ Source: arXiv:2212.09748; layout and initialisation as in facebookresearch/DiT `
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,105 @@ class Mlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class ParallelBlocks(nn.ModuleList):
+    """DiT blocks that get one input: gives what each adds to its tokens, [n, B, L, D] or one by one.
+
+    Without gradients, plain blocks run as one batched pass. It reads the weights of all blocks as one tensor without a
+    copy that could grow old: parameters of one name lie side by side in memory, and stay the blocks' own. Where that is
+    not so any more (a parameter or a layer was replaced), blocks run one after the other.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]):
+        super().__init__(blocks)
+        self._lay_side_by_side()
+
+    def forward(
+        self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "n b l d"] | list[Float[Tensor, "b l d"]]:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(_is_plain, self)):
+            weights = [side_by_side(parameters) for parameters in self._parameters_by_name()]
+            if all(weight is not None for weight in weights):
+                return _batched_updates(x, c, self[0].attn.num_heads, *weights)
+        return [block(x, c) - x for block in self]
+
+    def _parameters_by_name(self) -> Iterator[tuple[nn.Parameter, ...]]:
+        """The parameters of all blocks that have one name, layer by layer, weight before bias."""
+        for layers in zip(*map(_linears, self), strict=True):
+            yield tuple(layer.weight for layer in layers)
+            yield tuple(layer.bias for layer in layers)
+
+    @torch.no_grad()
+    def _lay_side_by_side(self) -> None:
+        if not all(map(_is_plain, self)):
+            return
+        for parameters in self._parameters_by_name():
+            if side_by_side(parameters) is None and not parameters[0].is_meta:
+                for parameter, row in zip(parameters, torch.stack(parameters), strict=True):
+                    parameter.data = row
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ParallelBlocks":
+        """Moves to a device or dtype, which gives each parameter memory of its own, as torch's RNNs do."""
+        super()._apply(fn, recurse)
+        self._lay_side_by_side()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, whose parameters have memory of their own."""
+        super().__setstate__(state)
+        self._lay_side_by_side()
+
+
+def _linears(block: nn.Module) -> tuple[nn.Linear, ...]:
+    return block.adaLN_modulation[1], block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a block is as it was made: no other modules inside, and no hooks that a batched pass would not call."""
+    return (
+        type(block) is DiTBlock
+        and type(block.attn) is Attention
+        and type(block.mlp) is Mlp
+        and all(type(linear) is nn.Linear for linear in _linears(block))
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+    )
+
+
+def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one shape that follow each other in one memory, as one tensor [n, ...] of it; None if they do not."""
+    first, size = parameters[0], parameters[0].numel()
+    addresses = [first.data_ptr() + i * size * first.itemsize for i in range(len(parameters))]
+    alike = all(p.shape == first.shape and p.dtype == first.dtype and p.is_contiguous() for p in parameters)
+    if not alike or [p.data_ptr() for p in parameters] != addresses:
+        return None
+    end = (first.storage_offset() + len(parameters) * size) * first.itemsize
+    if end > first.untyped_storage().nbytes():
+        return None
+    return first.detach().as_strided((len(parameters), *first.shape), (size, *first.stride()))
+
+
+def _batched_updates(
+    x: Float[Tensor, "b l d"],
+    c: Float[Tensor, "b d"],
+    num_heads: int,
+    *weights: Tensor,
+) -> Float[Tensor, "n b l d"]:
+    """What blocks with these weights [n, out, in] and biases [n, out] add to x, as `DiTBlock.forward` does one by one."""
+    modulation, modulation_bias, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
+    n, (b, length, dim) = len(qkv), x.shape
+    made = F.linear(F.silu(c), modulation.flatten(0, 1), modulation_bias.flatten())  # [B, n 6 D]
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = made.view(b, n, 6, 1, dim).permute(2, 1, 0, 3, 4)
+    y = modulate(F.layer_norm(x, (dim,), eps=1e-6), shift_1, scale_1)  # [n, B, L, D]
+    y = torch.baddbmm(qkv_bias[:, None], y.reshape(n, b * length, dim), qkv.mT)
+    q, k, v = y.view(n * b, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [n B, L, H, K]
+    y = torch.baddbmm(proj_bias[:, None], y.reshape(n, b * length, dim), proj.mT)
+    update = gate_1 * y.view(n, b, length, dim)
+    y = modulate(F.layer_norm(x + update, (dim,), eps=1e-6), shift_2, scale_2)
+    y = torch.baddbmm(fc1_bias[:, None], y.reshape(n, b * length, dim), fc1.mT)
+    y = torch.baddbmm(fc2_bias[:, None], F.gelu(y, approximate="tanh"), fc2.mT)
+    return update + gate_2 * y.view(n, b, length, dim)
 
 
 class PatchEmbedder(nn.Module):
