@@ -19,6 +19,7 @@ from grafting.operators import operator_configs, parse_operator
 MORE_SETTINGS = {
     "hyena-se": [{"kernel_size": 3, "geometry": "2d"}],
     "linear": [{"conv": 3}, {"conv": 5, "feature_map": "softmax"}],
+    "mamba2": [{"state_dim": 5, "head_dim": 4, "expand": 1, "conv_size": 1}],
     "mha": [{"num_heads": 2}],
     "mlp": [{"ratio": 1.5}],
     "window-1d": [{"window": 1}],
@@ -93,7 +94,7 @@ def tokens_first(y, config):
 
 def is_causal(config):
     settings = config.model_dump()
-    return settings.get("geometry") == "causal" or settings.get("causal", False)
+    return "causal" in (settings.get("geometry"), settings.get("direction")) or settings.get("causal", False)
 
 
 every_variant = pytest.mark.parametrize("config", list(variants()), ids=describe)

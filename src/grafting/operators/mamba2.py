@@ -1,0 +1,185 @@
+"""Mamba-2 in the place of attention: a state for each head, written and read token by token, in both directions by default.
+
+Work and memory grow with the number of tokens, not with its square. The scan itself is in `functional/ssd.py`; here are
+the projections, the short filter, the gated norm and what the two directions share. Text tokens are part of the sequence.
+
+Source: arXiv:2405.21060 (Mamba-2). In the causal form parameters have mamba_ssm's names, shapes and starting values
+(state-spaces/mamba, mamba_ssm/modules/mamba2.py: one group, one D a head, norm after the gate, no biases but the filter's),
+so that the weights of arXiv:2506.05340 fit.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..contract import Mixer, MixerConfig, Role, Site, TokenLayout
+from ..functional.conv import depthwise_1d
+from ..functional.ssd import ssd
+
+# steps at the start, drawn log-uniformly, and rates, drawn uniformly (mamba_ssm's)
+_STEP_RANGE = (1e-3, 0.1)
+_STEP_FLOOR = 1e-4
+_RATE_RANGE = (1.0, 16.0)
+_NORM_EPS = 1e-5
+
+
+class Mamba2Config(MixerConfig):
+    """Mamba-2, over the raster order and back."""
+
+    roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
+    name: Literal["mamba2"] = "mamba2"
+    state_dim: int = Field(default=64, ge=1)
+    """Size of the state of each channel, N."""
+    head_dim: int = Field(default=16, ge=1)
+    """Channels of a head, which decay at one rate."""
+    expand: int = Field(default=2, ge=1)
+    """Inner channels for each channel of the model."""
+    conv_size: int = Field(default=4, ge=1)
+    """Taps of the short filter before the scan: the token and those before it in the direction of the scan."""
+    direction: Literal["bidirectional", "causal"] = "bidirectional"
+    """Filter and scan over the raster order and back, averaged; or only forward, as in the published weights."""
+    weights: Literal["shared", "separate"] = "shared"
+    """Whether the way back has the same filter, step biases, rates and skips, or its own; projections are shared."""
+
+    def faults(self, site: Site) -> list[str]:
+        faults = []
+        inner = self._inner_dim(site)
+        if inner % self.head_dim:
+            faults.append(
+                f"expand {self.expand} x width {site.dim} = {inner} is not a multiple of head_dim {self.head_dim}"
+            )
+        if self.direction == "causal" and self.weights == "separate":
+            faults.append(
+                "weights: separate is for two directions, and direction: causal has one; use weights: shared"
+            )
+        return faults
+
+    def build(self, site: Site) -> "Mamba2":
+        return Mamba2(
+            site.dim,
+            state_dim=self.state_dim,
+            head_dim=self.head_dim,
+            inner_dim=self._inner_dim(site),
+            conv_size=self.conv_size,
+            bidirectional=self.direction == "bidirectional",
+            separate=self.weights == "separate",
+        )
+
+    def mixing_flops(self, site: Site) -> int:
+        """The recurrence in each direction: decay, write and read of a state, 5 N a channel, and the skip; then the gate.
+
+        In chunks the same is done with more multiplications, of matrices.
+        """
+        scan = (5 * self.state_dim + 2) * self._num_directions
+        return site.num_tokens * self._inner_dim(site) * (scan + 1)
+
+    def projection_flops(self, site: Site) -> int:
+        inner = self._inner_dim(site)
+        projections = 2 * site.dim * (3 * inner + 2 * self.state_dim + inner // self.head_dim)
+        filters = 2 * self.conv_size * (inner + 2 * self.state_dim) * self._num_directions
+        return site.num_tokens * (projections + filters)
+
+    def table4_flops(self, site: Site) -> tuple[int, int]:
+        """Costs that reproduce Table 4's changes, -75.17 % and +155.77 % of DiT-XL/2's attention, in either direction setting.
+
+        Two parts of this are deductions from the published figures. The scan is counted as one multiply-accumulate for each
+        entry of the states. The projections' published change is Mamba-2's whole cost, 12 D^2 + 532 D a token, over
+        attention's 8 D^2, which is not taken off: this function adds it. The change by `projection_flops` is about +56 %.
+        """
+        inner, state = self._inner_dim(site), self.state_dim
+        filters_and_gate = 2 * self.conv_size * inner + 2 * inner
+        whole = 6 * site.dim * inner + filters_and_gate + 4 * inner * state
+        return 2 * site.num_tokens * inner * state, site.num_tokens * (8 * site.dim**2 + whole)
+
+    def _inner_dim(self, site: Site) -> int:
+        return self.expand * site.dim
+
+    @property
+    def _num_directions(self) -> int:
+        return 2 if self.direction == "bidirectional" else 1
+
+
+class Mamba2(Mixer):
+    """out(norm(scan(filter(x, B, C), dt) * silu(z))), where z, x, B, C, dt = in(tokens).
+
+    Both ways, the tokens are filtered and scanned as they are and in reverse, and the two results averaged: with shared
+    weights, reversed tokens give the reversed output.
+
+    Args:
+        dim: channels in and out, D.
+        state_dim: size of a channel's state, N.
+        head_dim: channels of a head, P; must divide `inner_dim`.
+        inner_dim: channels of all heads.
+        conv_size: taps of the filter.
+        bidirectional: filter and scan both ways.
+        separate: the way back has a filter, step biases, rates and skips of its own.
+
+    Shapes:
+        x [B, L, D] -> [B, L, D], for any L.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state_dim: int,
+        head_dim: int,
+        inner_dim: int,
+        conv_size: int,
+        bidirectional: bool,
+        separate: bool,
+    ):
+        super().__init__()
+        self.state_dim, self.head_dim, self.inner_dim = state_dim, head_dim, inner_dim
+        num_heads, num_filtered = inner_dim // head_dim, inner_dim + 2 * state_dim
+        self.in_proj = nn.Linear(dim, inner_dim + num_filtered + num_heads, bias=False)
+        forward = Direction(num_filtered, num_heads, conv_size)
+        # kept flat, as mamba_ssm has them
+        self.conv1d, self.dt_bias, self.A_log, self.D = (
+            forward.conv1d,
+            forward.dt_bias,
+            forward.A_log,
+            forward.D,
+        )
+        self.reverse = Direction(num_filtered, num_heads, conv_size) if separate else None
+        self.bidirectional = bidirectional
+        self.norm = nn.RMSNorm(inner_dim, eps=_NORM_EPS)
+        self.out_proj = nn.Linear(inner_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
+        gate, tokens = self.in_proj(x).tensor_split([self.inner_dim], dim=-1)
+        y = self._scan(tokens, self)
+        if self.bidirectional:
+            back = self._scan(tokens.flip(1), self if self.reverse is None else self.reverse)
+            y = (y + back.flip(1)) / 2
+        return self.out_proj(self.norm(y * F.silu(gate)))
+
+    def _scan(self, tokens: Tensor, direction: "Mamba2 | Direction") -> Tensor:
+        """Filter and scan of x, B, C, dt in the order in which they stand, with one direction's parameters."""
+        inner, state = self.inner_dim, self.state_dim
+        xBC, dt = tokens.tensor_split([inner + 2 * state], dim=-1)
+        conv = direction.conv1d
+        xBC = F.silu(depthwise_1d(xBC, conv.weight, conv.bias, before=conv.kernel_size[0] - 1))
+        x, B, C = xBC.tensor_split([inner, inner + state], dim=-1)
+        x = x.unflatten(-1, (-1, self.head_dim))  # [B, L, H, P]
+        dt = F.softplus(dt.float() + direction.dt_bias.float())
+        y = ssd(x, dt, -direction.A_log.float().exp(), B, C)
+        return (y + direction.D.to(x.dtype)[:, None] * x).flatten(2)
+
+
+class Direction(nn.Module):
+    """What one direction has of its own: the filter, and each head's step bias, rate and skip; drawn as in mamba_ssm."""
+
+    def __init__(self, num_filtered: int, num_heads: int, conv_size: int):
+        super().__init__()
+        self.conv1d = nn.Conv1d(num_filtered, num_filtered, conv_size, groups=num_filtered)
+        low, high = (math.log(step) for step in _STEP_RANGE)
+        steps = torch.empty(num_heads).uniform_(low, high).exp().clamp(min=_STEP_FLOOR)
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is the step
+        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(*_RATE_RANGE).log())
+        self.D = nn.Parameter(torch.ones(num_heads))
