@@ -22,10 +22,21 @@ LAYERS = (
     {"surgery"},  # L3
     {"portable", "card"},
     {"activations", "checkpoint"},
-    {"convert", "hub"},
-    {"calibration", "distillation", "finetuning", "sampling", "evaluation", "analysis", "search", "report"},  # L4
+    {"convert", "hub", "store"},
+    {
+        "calibration",
+        "costing",
+        "distillation",
+        "finetuning",
+        "sampling",
+        "evaluation",
+        "analysis",
+        "search",
+        "report",
+    },  # L4
     {"recipe"},  # L5
     {"recipefile"},
+    {"sweep"},
     {"samples", "doctor"},  # L6
     {"display"},
     {"cli"},
