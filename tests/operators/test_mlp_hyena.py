@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from closeness import assert_close
-from grafting.contract import Grid, Site, TokenLayout
+from grafting.contract import Grid, MlpWeights, Site, TokenLayout
 from grafting.errors import HostError
 from grafting.operators import parse_operator
 from grafting.operators.mlp_hyena import MLPHyenaXConfig
@@ -87,6 +87,51 @@ def test_random_start_is_that_of_torch():
     for ours, torchs in zip(mixer.short_filter.parameters(), conv.parameters(), strict=True):
         assert ours.abs().max() <= 0.5
         assert ours.std().item() == pytest.approx(torchs.std().item(), rel=0.2)
+
+
+def host(hidden_dim, activation, *, bias=True):
+    up, down = torch.nn.Linear(DIM, hidden_dim, bias=bias), torch.nn.Linear(hidden_dim, DIM, bias=bias)
+    return MlpWeights((up.weight, up.bias), (down.weight, down.bias), activation)
+
+
+def inherited(weights, filters="shared"):
+    mixer = MLPHyenaXConfig(filters=filters).build(site(Grid(3, 5)))
+    mixer.inherit(weights)
+    return mixer
+
+
+def mlp(x, weights):
+    return torch.nn.functional.linear(
+        weights.activation(torch.nn.functional.linear(x, *weights.up)), *weights.down
+    )
+
+
+@every_choice
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden_dim", [2 * DIM, DIM])
+def test_inherited_parabolas_are_taken_as_they_are(filters, bias, hidden_dim):
+    weights = host(hidden_dim, lambda x: 0.3 + 0.5 * x + 0.4 * x**2, bias=bias)
+    x = torch.randn(2, 15, DIM)
+    assert_close("output", inherited(weights, filters)(x, TokenLayout(Grid(3, 5))), mlp(x, weights), 1e-5)
+
+
+def test_inherited_it_is_close_to_an_mlp_with_room_for_half_of_its_neurons():
+    """On normal tokens, where one channel in two has a strong column; the rest of the error is gelu less its parabola."""
+    weights = host(4 * DIM, torch.nn.functional.gelu)
+    with torch.no_grad():
+        weights.down[0][:, ::2] *= 0.01
+    mixer, x = inherited(weights), torch.randn(64, 15, DIM)
+    want = mlp(x, weights)
+    error = (mixer(x, TokenLayout(Grid(3, 5))) - want).square().mean() / want.var((0, 1)).mean()
+    assert error < 0.01
+
+
+def test_inherited_every_parameter_learns():
+    mixer = inherited(host(4 * DIM, torch.nn.functional.gelu))
+    mixer(torch.randn(2, 15, DIM), TokenLayout(Grid(3, 5))).square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
 
 
 XL = site(Grid(16, 16), dim=1152)
