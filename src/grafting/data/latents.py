@@ -1,0 +1,295 @@
+"""Latents of large data sets in a folder: safetensors shards and a JSON index that says what they are. Reader and writer.
+
+Shards are mapped into memory, so a batch reads the rows that it names and nothing else. A shard holds `latents` (samples
+[n, C, h, w], or the VAE's means and log variances [n, 2C, h, w]) as the VAE gives them, and `labels` [n]; the scale of
+the diffusion model is in the index and is applied as they are read.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DataError
+from ..files import atomic_path, hash_json, sha256_of, write_json
+from ..randomness import sample_noise
+from .subset import read_subset, stratified_subset, subset_sha256
+
+INDEX_NAME = "latents.json"
+
+Stored = Literal["samples", "moments"]
+
+
+class Shard(BaseModel):
+    """A file of an index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    count: PositiveInt
+    bytes: PositiveInt
+    sha256: str
+
+
+class LatentIndex(BaseModel):
+    """What a folder of latents is; items are numbered through its shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str  # the data set and split
+    vae: str
+    scale: PositiveFloat  # multiplies a latent before the diffusion model sees it
+    stored: Stored
+    dtype: str
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # of an item as it is stored
+    num_classes: PositiveInt
+    shards: tuple[Shard, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+
+class LatentsConfig(BaseModel):
+    """Latents in a folder that `write_latents` filled, or a part of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Literal["latents"] = "latents"
+    folder: Path
+    """Folder of the shards and their index."""
+    subset: Path | None = None
+    """A subset file of item numbers; all items when left out."""
+    per_class: PositiveInt | None = None
+    """Instead of a file: this many items of every class, drawn by `seed`."""
+    seed: NonNegativeInt = 0
+    """Of the draw of `per_class`, and of samples from stored means and variances: one for each item, always the same."""
+    verify: bool = True
+    """Compare the SHA-256 of every shard that is read from (about a second a GB); sizes are always compared."""
+
+    def load(self) -> "LatentSet":
+        """The latents, mapped and not read.
+
+        Raises:
+            DataError: the folder, the index or a shard is missing or damaged, or the subset is of another data set.
+        """
+        index = read_index(self.folder)
+        latents = LatentSet(self.folder, index, torch.arange(index.count), seed=self.seed)
+        latents = latents.take(self._chosen(latents))
+        latents.check(hashes=self.verify)
+        return latents
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the data in a run's manifest: hashes of the index and of the chosen items, not where they lie."""
+        latents = self.model_copy(update={"verify": False}).load()  # the index names the hashes that count
+        return {
+            "name": self.name,
+            "sha256": hash_json(latents.index.model_dump(mode="json")),
+            "items_sha256": subset_sha256(tuple(latents.items.tolist())),
+            "count": len(latents),
+            "seed": self.seed,
+        }
+
+    def _chosen(self, latents: "LatentSet") -> Int[Tensor, "m"]:
+        if self.per_class is not None:
+            if self.subset is not None:
+                raise DataError("data names both a subset file and per_class: give one of them")
+            return stratified_subset(latents.labels, per_class=self.per_class, seed=self.seed)
+        if self.subset is None:
+            return latents.items
+        subset, index = read_subset(self.subset), latents.index
+        if subset.source != index.source:
+            raise DataError(
+                f"{self.subset} is a subset of {subset.source!r}, {self.folder} holds {index.source!r}"
+            )
+        numbers = [i for i in subset.ids if isinstance(i, int) and 0 <= i < index.count]
+        if len(numbers) < len(subset.ids):
+            raise DataError(
+                f"{self.subset}: {len(subset.ids) - len(numbers)} of {len(subset.ids)} ids are no item numbers "
+                f"0..{index.count - 1} of {self.folder}"
+            )
+        return torch.tensor(numbers)
+
+
+class LatentSet:
+    """Latents by index, as a diffusion model takes them: scaled, float32.
+
+    Args:
+        items: the numbers, through all shards, of the items of this set.
+        seed: an item's sample from its mean and variance depends on (seed, number) alone.
+    """
+
+    def __init__(self, folder: Path, index: LatentIndex, items: Int[Tensor, "m"], *, seed: int):
+        self.folder, self.index, self.items, self.seed = folder, index, items, seed
+        self._ends = torch.tensor([shard.count for shard in index.shards]).cumsum(0)
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_classes(self) -> int:
+        return self.index.num_classes
+
+    @cached_property
+    def labels(self) -> Int[Tensor, "m"]:
+        """The class of every item of this set."""
+        shards = [self._shard(number)["labels"] for number in range(len(self.index.shards))]
+        return torch.cat(shards).long()[self.items]
+
+    def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]:
+        numbers = self.items[indices]
+        stored = torch.empty(len(numbers), *self.index.shape)
+        labels = torch.empty(len(numbers), dtype=torch.int64)
+        shard_of = torch.searchsorted(self._ends, numbers, right=True)
+        for number in shard_of.unique().tolist():
+            here = shard_of == number
+            rows = numbers[here] - (self._ends[number] - self.index.shards[number].count)
+            tensors = self._shard(number)
+            stored[here], labels[here] = tensors["latents"][rows].float(), tensors["labels"][rows].long()
+        return self.index.scale * self._samples(stored, numbers), labels
+
+    def take(self, indices: Int[Tensor, "m"]) -> "LatentSet":
+        """The set of these items, in this order."""
+        return LatentSet(self.folder, self.index, self.items[indices], seed=self.seed)
+
+    def check(self, *, hashes: bool) -> None:
+        """Raises a DataError that names every shard of this set's items that is missing or not what the index says."""
+        faults = []
+        for number in torch.searchsorted(self._ends, self.items, right=True).unique().tolist():
+            shard = self.index.shards[number]
+            path = self.folder / shard.file
+            if not path.is_file():
+                faults.append(f"{shard.file} is missing")
+            elif path.stat().st_size != shard.bytes:
+                faults.append(
+                    f"{shard.file} is cut short or changed: {path.stat().st_size} bytes, not {shard.bytes}"
+                )
+            elif hashes and sha256_of(path) != shard.sha256:
+                faults.append(f"{shard.file} is damaged: its sha256 is not {shard.sha256[:12]}")
+        if faults:
+            raise DataError("\n  ".join([f"the latents in {self.folder} are not whole:", *faults]))
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            self._open[number] = _map_shard(self.folder / self.index.shards[number].file, self.index)
+        return self._open[number]
+
+    def _samples(self, stored: Tensor, numbers: Tensor) -> Tensor:
+        """Source: the posterior of diffusers' `AutoencoderKL`: mean, then log variance, kept within -30 and 20."""
+        if self.index.stored == "samples":
+            return stored
+        mean, log_variance = stored.chunk(2, dim=1)
+        noise = sample_noise(self.seed, numbers.tolist(), tuple(mean.shape[1:]))
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+
+
+def read_index(folder: Path) -> LatentIndex:
+    """The index of a folder of latents.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise DataError(f"no latents in {folder}: it has no {INDEX_NAME}, which `write_latents` writes last")
+    try:
+        return LatentIndex.model_validate(json.loads(path.read_text()))
+    except (ValidationError, ValueError) as error:
+        raise DataError(f"{path} is not an index of latents: {error}") from error
+
+
+def write_latents(
+    folder: Path,
+    batches: Iterable[tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]],
+    *,
+    source: str,
+    vae: str,
+    scale: float,
+    num_classes: int,
+    stored: Stored = "samples",
+    dtype: torch.dtype = torch.float16,
+    shard_size: int = 2048,
+) -> LatentIndex:
+    """Write batches of unscaled latents (or means and log variances) and labels as shards, and then their index.
+
+    Only `shard_size` items are in memory. A folder with an index is complete.
+
+    Raises:
+        DataError: no items, or a label that is no class.
+        RunError: the folder cannot be written.
+    """
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    shards, shape = [], None
+    for number, (latents, labels) in enumerate(_regrouped(batches, shard_size)):
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise DataError(
+                f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
+            )
+        shape = tuple(latents.shape[1:])
+        path = folder / f"latents-{number:05}.safetensors"
+        tensors = {"latents": latents.to(dtype).contiguous(), "labels": labels.to(torch.int32).contiguous()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary)
+        shards.append(
+            Shard(file=path.name, count=len(labels), bytes=path.stat().st_size, sha256=sha256_of(path))
+        )
+    if shape is None:
+        raise DataError(f"no latents to write to {folder}")
+    index = LatentIndex(
+        source=source,
+        vae=vae,
+        scale=scale,
+        stored=stored,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=shape,
+        num_classes=num_classes,
+        shards=tuple(shards),
+    )
+    write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
+    return index
+
+
+def _regrouped(
+    batches: Iterable[tuple[Tensor, Tensor]], size: int
+) -> Iterator[tuple[Float[Tensor, "n c h w"], Int[Tensor, "n"]]]:
+    """The same items in groups of `size`, the last of what is left."""
+    latents: list[Tensor] = []
+    labels: list[Tensor] = []
+    held = 0
+    for batch_latents, batch_labels in batches:
+        latents.append(batch_latents)
+        labels.append(batch_labels)
+        held += len(batch_labels)
+        while held >= size:
+            whole_latents, whole_labels = torch.cat(latents), torch.cat(labels)
+            yield whole_latents[:size], whole_labels[:size]
+            latents, labels = [whole_latents[size:]], [whole_labels[size:]]
+            held -= size
+    if held:
+        yield torch.cat(latents), torch.cat(labels)
+
+
+def _map_shard(path: Path, index: LatentIndex) -> dict[str, Tensor]:
+    """A shard's tensors, mapped; pages are read as they are touched."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("latents", "labels")}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"the shard {path} is missing or damaged: {error}") from error
+    latents, labels = tensors["latents"], tensors["labels"]
+    found = f"{str(latents.dtype).removeprefix('torch.')} {tuple(latents.shape[1:])}"
+    if found != f"{index.dtype} {index.shape}" or len(latents) != len(labels):
+        raise DataError(
+            f"the shard {path} holds {found} of {len(latents)} items and {len(labels)} labels; "
+            f"its index says {index.dtype} {index.shape}"
+        )
+    return tensors

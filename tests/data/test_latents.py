@@ -1,0 +1,173 @@
+"""Folders of latents: what is written is read, scaled, item by item; damage is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from closeness import assert_close
+from grafting.contract import TrainingData
+from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, write_latents
+from grafting.data.subset import Subset, write_subset
+from grafting.errors import DataError
+
+LATENTS = torch.randn(11, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
+
+
+def write(folder: Path, latents: torch.Tensor = LATENTS, **settings) -> Path:
+    """11 items, given in batches of 4, 4, 3, in shards of 5, 5, 1."""
+    facts = {"source": "toy train", "vae": "toy-vae", "scale": 0.5, "num_classes": 3, "shard_size": 5}
+    batches = zip(latents.split(4), LABELS.split(4), strict=True)
+    write_latents(folder, batches, **facts | settings)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "latents", dtype=torch.float32)
+
+
+def test_items_come_back_scaled_in_any_order_across_shards(folder: Path):
+    latents = LatentsConfig(folder=folder).load()
+    indices = torch.tensor([10, 0, 4, 5, 9, 5])
+    x, labels = latents.batch(indices)
+    assert_close("latents", x, 0.5 * LATENTS[indices], ratio=1e-7)
+    assert torch.equal(labels, LABELS[indices])
+    assert [shard.count for shard in latents.index.shards] == [5, 5, 1]
+    assert isinstance(latents, TrainingData)
+    assert (len(latents), latents.num_classes) == (11, 3)
+
+
+def test_half_precision_by_default(tmp_path: Path):
+    x, _ = LatentsConfig(folder=write(tmp_path)).load().batch(torch.arange(11))
+    assert x.dtype == torch.float32
+    assert_close("latents", x, 0.5 * LATENTS, ratio=1e-3)
+    assert torch.equal(x, 0.5 * LATENTS.half().float())
+
+
+def test_a_shard_is_mapped_when_it_is_first_read(folder: Path):
+    latents = LatentsConfig(folder=folder, verify=False).load()
+    (folder / "latents-00002.safetensors").unlink()
+    latents.batch(torch.arange(10))
+    with pytest.raises(DataError, match=r"latents-00002.safetensors is missing or damaged"):
+        latents.batch(torch.tensor([10]))
+
+
+def test_sample_of_a_mean_and_variance_depends_on_seed_and_item_alone(tmp_path: Path):
+    folder = write(tmp_path, stored="moments", dtype=torch.float32)
+    latents = LatentsConfig(folder=folder).load()
+    x, _ = latents.batch(torch.tensor([7, 2]))
+    assert x.shape == (2, 2, 2, 3)
+    assert torch.equal(x[1:], latents.batch(torch.tensor([2]))[0])
+    part = LatentsConfig(folder=folder, per_class=1).load()
+    assert torch.equal(part.batch(torch.tensor([0]))[0], latents.batch(part.items[:1])[0])
+    other = LatentsConfig(folder=folder, seed=1).load().batch(torch.tensor([7, 2]))[0]
+    assert not torch.equal(x, other)
+
+
+def test_samples_have_the_stored_mean_and_variance(tmp_path: Path):
+    mean, log_variance = torch.full((4000, 1, 1, 1), 3.0), torch.full((4000, 1, 1, 1), 2 * 0.6931472)
+    moments = torch.cat([mean, log_variance], dim=1)
+    facts = {"source": "toy", "vae": "toy", "scale": 0.5, "num_classes": 1, "stored": "moments"}
+    write_latents(tmp_path, [(moments, torch.zeros(4000, dtype=torch.int64))], **facts)
+    x, _ = LatentsConfig(folder=tmp_path).load().batch(torch.arange(4000))
+    assert abs(x.mean().item() - 1.5) < 4 * 1 / 4000**0.5
+    assert abs(x.std().item() - 1) < 0.05
+
+
+def test_subset_by_file_and_by_class(folder: Path, tmp_path: Path):
+    write_subset(tmp_path / "s.json", Subset(source="toy train", num_classes=3, ids=(9, 2, 4)))
+    latents = LatentsConfig(folder=folder, subset=tmp_path / "s.json").load()
+    assert latents.items.tolist() == [9, 2, 4]
+    assert torch.equal(latents.batch(torch.tensor([0]))[0], 0.5 * LATENTS[9:10])
+    assert latents.labels.tolist() == [0, 2, 1]
+    drawn = LatentsConfig(folder=folder, per_class=2).load()
+    assert drawn.labels.bincount().tolist() == [2, 2, 2]
+
+
+def test_description_is_of_the_content(folder: Path, tmp_path: Path):
+    whole = LatentsConfig(folder=folder).describe()
+    assert whole == LatentsConfig(folder=folder.rename(tmp_path / "moved")).describe()
+    assert whole != LatentsConfig(folder=tmp_path / "moved", per_class=3).describe()
+    again = write(tmp_path / "again", dtype=torch.float32, scale=0.25)
+    assert whole["sha256"] != LatentsConfig(folder=again).describe()["sha256"]
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "latents-00001.safetensors is missing"),
+        (_cut, r"latents-00001.safetensors is cut short or changed: \d+ bytes, not \d+"),
+        (_flip, "latents-00001.safetensors is damaged: its sha256 is not"),
+    ],
+)
+def test_damaged_shard_is_named(folder: Path, damage, message: str):
+    damage(folder / "latents-00001.safetensors")
+    with pytest.raises(DataError, match=message):
+        LatentsConfig(folder=folder).load()
+
+
+def test_only_shards_of_the_subset_are_needed(folder: Path, tmp_path: Path):
+    write_subset(tmp_path / "s.json", Subset(source="toy train", num_classes=3, ids=(0, 10)))
+    (folder / "latents-00001.safetensors").unlink()
+    assert len(LatentsConfig(folder=folder, subset=tmp_path / "s.json").load()) == 2
+
+
+def test_shard_of_another_shape(folder: Path):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    (folder / INDEX_NAME).write_text(json.dumps(index | {"shape": [4, 3, 3]}))
+    latents = LatentsConfig(folder=folder).load()
+    with pytest.raises(
+        DataError, match=r"latents-00000.* holds float32 \(4, 2, 3\) .* says float32 \(4, 3, 3\)"
+    ):
+        latents.batch(torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "source", "message"),
+    [
+        ((0, 1), "other", "subset of 'other', .* holds 'toy train'"),
+        ((0, 11), "toy train", r"1 of 2 ids are no item numbers 0\.\.10"),
+        (("a.png",), "toy train", "1 of 1 ids are no item numbers"),
+    ],
+)
+def test_subsets_that_do_not_fit(folder: Path, tmp_path: Path, ids, source: str, message: str):
+    write_subset(tmp_path / "s.json", Subset(source=source, num_classes=3, ids=ids))
+    with pytest.raises(DataError, match=message):
+        LatentsConfig(folder=folder, subset=tmp_path / "s.json").load()
+
+
+def test_subset_file_and_per_class_together(folder: Path):
+    with pytest.raises(DataError, match="both a subset file and per_class"):
+        LatentsConfig(folder=folder, subset=Path("s.json"), per_class=1).load()
+
+
+def test_folders_without_a_sound_index(folder: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=f"no latents in {tmp_path}"):
+        read_index(tmp_path)
+    (folder / INDEX_NAME).write_text('{"source": "toy"}')
+    with pytest.raises(DataError, match=f"{INDEX_NAME} is not an index of latents"):
+        read_index(folder)
+    (folder / INDEX_NAME).write_text("{")
+    with pytest.raises(DataError, match=f"{INDEX_NAME} is not an index of latents"):
+        read_index(folder)
+
+
+def test_writing_stops_without_an_index(tmp_path: Path):
+    with pytest.raises(DataError, match=r"labels are 0\.\.1, found 0\.\.2"):
+        write(tmp_path, num_classes=2)
+    assert not (tmp_path / INDEX_NAME).exists()
+    with pytest.raises(DataError, match="no latents to write"):
+        write_latents(tmp_path, [], source="a", vae="b", scale=1.0, num_classes=1)
