@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from grafting.contract import Grid, Site
+from grafting.contract import BlockCall, Grid, Site
 from grafting.errors import PlanError
 from grafting.operators import operator_configs
-from grafting.plan import Plan, Replace, resolve_blocks
+from grafting.plan import Drop, Merge, Plan, Replace, merged_pairs, operators_of, resolve_blocks
 
 
 def sites(num_blocks: int) -> list[Site]:
@@ -24,6 +24,21 @@ def sites(num_blocks: int) -> list[Site]:
             Site(role="mlp", block=i, path=f"b.{i}.mlp", dim=16, grid=grid, hidden_dim=64),
         )
     ]
+
+
+ONE_STREAM = BlockCall(arguments=("x",), returns=("x",))
+
+
+def whole_blocks(num_blocks: int, *, call: BlockCall = ONE_STREAM, path: str = "b") -> list[Site]:
+    facts = {"role": "block", "dim": 16, "grid": Grid(4, 4), "call": call}
+    return [Site(block=i, path=f"{path}.{i}", **facts) for i in range(num_blocks)]
+
+
+def faults_of(*edits, num_blocks: int = 6, blocks: list[Site] | None = None) -> list[str]:
+    blocks = whole_blocks(num_blocks) if blocks is None else blocks
+    with pytest.raises(PlanError) as caught:
+        Plan(edits=edits).resolve(sites(num_blocks), blocks=blocks)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
 def plan(*edits) -> Plan:
@@ -180,3 +195,128 @@ def test_the_schema_tells_editors_every_operators_settings():
     ]:
         edits = [{"role": "attention", "operator": operator}]
         assert Draft202012Validator(schema).is_valid({"edits": edits}) == valid, operator
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_blocks", "want"),
+    [
+        ("all", 6, [(0, 1), (2, 3), (4, 5)]),
+        ("8-11", 28, [(8, 9), (10, 11)]),
+        ([5, 6, 1, 2], 28, [(1, 2), (5, 6)]),
+        ("1, 2, 4-7", 9, [(1, 2), (4, 5), (6, 7)]),
+    ],
+)
+def test_blocks_are_merged_two_by_two(blocks, num_blocks, want):
+    edits = Plan(edits=[{"edit": "merge", "blocks": blocks}])
+    chosen = edits.resolve(sites(num_blocks), blocks=whole_blocks(num_blocks))
+    assert [(first.block, second.block) for first, second, _ in merged_pairs(chosen)] == want
+    assert not operators_of(chosen)
+
+
+def test_operators_merges_and_drops_go_together():
+    edits = [
+        Merge(blocks="2-3"),
+        {"role": "attention", "blocks": [3, 4], "operator": "linear"},
+        {"edit": "drop", "blocks": [5]},
+        Merge(blocks=[0, 1], start="sum"),
+    ]
+    chosen = Plan(edits=edits).resolve(sites(6), blocks=whole_blocks(6))
+    assert [site.path for site in chosen] == ["b.3.attn", "b.4.attn", "b.0", "b.1", "b.2", "b.3", "b.5"]
+    assert [(a.block, b.block, edit.start) for a, b, edit in merged_pairs(chosen)] == [
+        (0, 1, "sum"),
+        (2, 3, "average"),
+    ]
+    assert [site.path for site in operators_of(chosen)] == ["b.3.attn", "b.4.attn"]
+
+
+def test_an_edit_that_does_not_say_what_it_is_replaces():
+    written = {"role": "mlp", "operator": "mlp"}
+    assert Plan(edits=[written]) == Plan(edits=[Replace(role="mlp", operator="mlp")])
+    with pytest.raises(ValidationError, match="'swap' found .* expected tags: 'replace', 'merge', 'drop'"):
+        Plan(edits=[{"edit": "swap", "blocks": 1}])
+    with pytest.raises(ValidationError, match="role"):
+        Plan(edits=[{"edit": "merge", "role": "mlp"}])
+    with pytest.raises(ValidationError, match="blocks"):
+        Plan(edits=[{"edit": "drop"}])
+
+
+def test_every_fault_of_merges_and_drops_is_listed():
+    assert faults_of(
+        Merge(blocks="0-2"),
+        Merge(blocks=[3, 5]),
+        Drop(blocks=[3, 9]),
+        Merge(blocks=[2, 4]),
+        Merge(blocks=[1, 0]),
+    ) == [
+        "Merge(blocks='0-2'): 3 blocks do not form pairs",
+        "Merge(blocks=(3, 5)): blocks 3 and 5 are not consecutive",
+        "Drop(blocks=(3, 9)): block 3 is named twice",
+        "Drop(blocks=(3, 9)): no block 9",
+        "Merge(blocks=(2, 4)): block 2 is named twice",
+        "Merge(blocks=(2, 4)): blocks 2 and 4 are not consecutive",
+        "Merge(blocks=(1, 0)): block 1 is named twice",
+        "Merge(blocks=(1, 0)): block 0 is named twice",
+        "Merge(blocks=(1, 0)): blocks 1 and 0 are not consecutive",
+    ]
+
+
+def test_a_dropped_block_holds_no_operator():
+    edits = [Replace(role="attention", blocks="4-5", operator="linear"), Drop(blocks=5)]
+    assert faults_of(*edits) == ["block 5 is dropped, but its attention is to be linear"]
+    assert faults_of(Drop(blocks="all"), num_blocks=3) == ["every block is dropped"]
+
+
+def test_what_the_host_says_of_its_blocks_is_honoured():
+    two_streams = BlockCall(arguments=("x", "text"), returns=("text", "x"))
+    joint = whole_blocks(2, call=two_streams)
+    assert faults_of(Merge(), num_blocks=2, blocks=joint) == [
+        "Merge(blocks='all'): blocks 0 and 1 give text and x: only one tensor of tokens can be merged"
+    ]
+    single = [*whole_blocks(1, path="double"), *whole_blocks(2, path="single")[1:]]
+    assert faults_of(Merge(), num_blocks=2, blocks=single) == [
+        "Merge(blocks='all'): blocks 0 and 1 are of different kinds (double and single)"
+    ]
+    head = Site(
+        role="block", block=0, path="b.0", dim=16, grid=Grid(4, 4), call=ONE_STREAM, fixed="the head reads it"
+    )
+    assert faults_of(Drop(blocks=[0]), blocks=[head, *whole_blocks(6)[1:]]) == [
+        "Drop(blocks=(0,)): block 0 cannot be edited: the head reads it"
+    ]
+    assert faults_of(Drop(blocks=[1]), blocks=[]) == [
+        "Drop(blocks=(1,)): the host does not declare how block 1 is called"
+    ]
+
+
+def test_outputs_do_not_start_as_a_sum():
+    with pytest.raises(ValidationError, match="start: sum goes with of: updates"):
+        Merge(start="sum", of="outputs")
+
+
+def test_restructuring_survives_json_and_is_no_part_of_the_control():
+    edits = (
+        Merge(blocks="0-3", start="sum"),
+        Drop(blocks=[5]),
+        Replace(role="mlp", blocks=4, operator="mlp"),
+    )
+    original = Plan(edits=edits)
+    assert Plan.model_validate_json(original.model_dump_json()) == original
+    control = original.randomised()
+    assert control.edits[:2] == edits[:2]
+    assert control.edits[2].operator.init == "random"
+
+
+@pytest.mark.parametrize(
+    ("edit", "valid"),
+    [
+        ({"edit": "merge"}, True),
+        ({"edit": "merge", "blocks": "8-11", "start": "sum"}, True),
+        ({"edit": "merge", "role": "mlp"}, False),
+        ({"blocks": "8-11"}, False),
+        ({"edit": "drop", "blocks": [5]}, True),
+        ({"edit": "drop"}, False),
+        ({"edit": "replace", "role": "mlp", "operator": "mlp"}, True),
+        ({"edit": "swap", "role": "mlp", "operator": "mlp"}, False),
+    ],
+)
+def test_the_schema_tells_edits_apart(edit, valid):
+    assert Draft202012Validator(Plan.model_json_schema()).is_valid({"edits": [edit]}) == valid

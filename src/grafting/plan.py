@@ -227,6 +227,11 @@ class Plan(BaseModel):
         return Plan(edits=tuple(_randomised(edit) for edit in self.edits))
 
 
+def operators_of(chosen: Mapping[Site, Choice]) -> dict[Site, OperatorConfig]:
+    """The operators of a resolved plan."""
+    return {site: choice for site, choice in chosen.items() if isinstance(choice, OperatorConfig)}
+
+
 def merged_pairs(chosen: Mapping[Site, Choice]) -> list[tuple[Site, Site, Merge]]:
     """The pairs of blocks that a resolved plan merges."""
     merged = [(site, edit) for site, edit in chosen.items() if isinstance(edit, Merge)]
@@ -290,8 +295,8 @@ def _left_without_block(chosen: Mapping[Site, Choice], num_blocks: int) -> list[
     dropped = {site.block for site, edit in chosen.items() if isinstance(edit, Drop)}
     faults = [
         f"block {site.block} is dropped, but its {site.role} is to be {operator.name}"
-        for site, operator in chosen.items()
-        if isinstance(operator, OperatorConfig) and site.block in dropped
+        for site, operator in operators_of(chosen).items()
+        if site.block in dropped
     ]
     return [*faults, "every block is dropped"] if len(dropped) == num_blocks else faults
 

@@ -79,6 +79,21 @@ def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[S
     )
 
 
+def paths_after(sites: Sequence[Site], chosen: Mapping[Site, Choice]) -> dict[Site, str]:
+    """Where the modules of sites stand once `chosen` is grafted; those of dropped blocks are left out."""
+    dropped = {site.block for site, edit in chosen.items() if isinstance(edit, Drop)}
+    moved = {
+        site.block: (f"{site.path}.", f"{pair[0].path}.branches.{branch}.")
+        for *pair, _ in merged_pairs(chosen)
+        for branch, site in enumerate(pair)
+    }
+    return {
+        site: site.path.replace(*moved[site.block], 1) if site.block in moved else site.path
+        for site in sites
+        if site.block not in dropped
+    }
+
+
 @dataclass(frozen=True)
 class Graft:
     """What a graft did: the modules that it placed and those that it took out, by path."""
@@ -188,10 +203,9 @@ def _passage(host: Host, site: Site) -> "Passage":
 
 
 def _track(operators: Operators, host: Host, model: nn.Module) -> None:
-    tracker = host.track_layout(model) if operators else None
     for module in (module for operator in operators.values() for module in operator.modules()):
         if _is_operator(module):
-            module.tracker = tracker
+            module.tracker = host.track_layout(model)
 
 
 def _is_operator(module: nn.Module) -> "TypeGuard[KernelAttention | MixerAdapter | MergedBlocks | Passage]":

@@ -192,9 +192,11 @@ class ParallelBlocks(nn.ModuleList):
         self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]
     ) -> Float[Tensor, "n b l d"] | list[Float[Tensor, "b l d"]]:
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(_is_plain, self)):
-            weights = [side_by_side(parameters) for parameters in self._parameters_by_name()]
-            if all(weight is not None for weight in weights):
-                return _batched_updates(x, c, self[0].attn.num_heads, *weights)
+            found = map(side_by_side, self._parameters_by_name())
+            weights = [weight for weight in found if weight is not None]
+            if len(weights) == 2 * len(_linears(self[0])):
+                first: Any = self[0]
+                return _batched_updates(x, c, weights, num_heads=first.attn.num_heads)
         return [block(x, c) - x for block in self]
 
     def _parameters_by_name(self) -> Iterator[tuple[nn.Parameter, ...]]:
@@ -224,17 +226,17 @@ class ParallelBlocks(nn.ModuleList):
         self._lay_side_by_side()
 
 
-def _linears(block: nn.Module) -> tuple[nn.Linear, ...]:
+def _linears(block: Any) -> tuple[nn.Linear, ...]:
     return block.adaLN_modulation[1], block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
 
 
-def _is_plain(block: nn.Module) -> bool:
+def _is_plain(block: Any) -> bool:
     """Whether a block is as it was made: no other modules inside, and no hooks that a batched pass would not call."""
     return (
         type(block) is DiTBlock
         and type(block.attn) is Attention
         and type(block.mlp) is Mlp
-        and all(type(linear) is nn.Linear for linear in _linears(block))
+        and all(type(linear) is nn.Linear and linear.bias is not None for linear in _linears(block))
         and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
     )
 
@@ -255,8 +257,9 @@ def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
 def _batched_updates(
     x: Float[Tensor, "b l d"],
     c: Float[Tensor, "b d"],
+    weights: Sequence[Tensor],
+    *,
     num_heads: int,
-    *weights: Tensor,
 ) -> Float[Tensor, "n b l d"]:
     """What blocks with these weights [n, out, in] and biases [n, out] add to x, as `DiTBlock.forward` does one by one."""
     modulation, modulation_bias, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
