@@ -22,6 +22,7 @@ LAYERS = (
     {"surgery"},  # L3
     {"portable", "card"},
     {"activations", "checkpoint"},
+    {"diffusersfolder"},
     {"convert", "hub", "store"},
     {
         "calibration",

@@ -15,6 +15,8 @@ from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, 
 from grafting.plan import Plan
 from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton
 from grafting.recipefile import load_recipe
+from grafting.store import OperatorStore
+from grafting.surgery import build_operators
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -271,3 +273,59 @@ def test_recipes_in_the_repository_are_valid(path):
 def test_quickstart_fits_the_bundled_model():
     job = prepare(load_recipe(ROOT / "recipes" / "testbed" / "quickstart.yaml"))
     assert [site.block for site in job.chosen] == [1, 3, 5, 7]
+
+
+def test_runs_with_one_store_fit_each_site_once(tmp_path):
+    """Half of the sites first, then all: the second run fits the rest, and both equal runs of their own."""
+    store = OperatorStore(tmp_path / "store")
+    half, whole = TINY["plan"], [TINY["plan"][0] | {"blocks": "all"}]
+    seen = []
+    for name, plan in (("half", half), ("whole", whole)):
+        recipe = _recipe(plan=plan)
+        run(recipe, tmp_path / name, until="distill", store=store, on_step=lambda _, step: seen.append(step))
+        run(recipe, tmp_path / f"{name}-alone", until="distill")
+        shared, alone = (
+            load_tensors(tmp_path / folder / "distill" / "operators.safetensors")
+            for folder in (name, f"{name}-alone")
+        )
+        assert shared.keys() == alone.keys()
+        assert all(torch.equal(shared[key], alone[key]) for key in alone)
+    losses = [[key for key in step.values if key.startswith("loss/")] for step in seen]
+    assert {tuple(keys) for keys in losses if keys} == {("loss/blocks.1.attn",), ("loss/blocks.0.attn",)}
+
+
+def test_a_store_tells_starts_and_settings_apart(tmp_path):
+    store, steps = OperatorStore(tmp_path / "store"), []
+    changes = [{}, {"seed": 1}, {"distill": TINY["distill"] | {"lr": 1e-3}}, {"calibrate": {"samples": 8}}, {}]
+    for number, change in enumerate(changes):
+        seen = []
+        run(
+            _recipe(**change),
+            tmp_path / str(number),
+            until="distill",
+            store=store,
+            on_step=lambda name, step, seen=seen: seen.append(name),
+        )
+        steps.append("distill" in seen)
+    assert steps == [True, True, True, True, False]
+
+
+def test_calibration_comes_before_stage_1_and_is_the_inherited_row(tmp_path):
+    changes = {
+        "plan": [{"role": "mlp", "blocks": "all", "operator": {"name": "mlp", "ratio": 2}}],
+        "calibrate": {"samples": 64, "batch_size": 32},
+        "distill": None,
+        "finetune": None,
+        "rows": ["inherited"],
+    }
+    seen = []
+    run(_recipe(**changes), tmp_path / "run", on_step=lambda stage, step: seen.append(stage))
+    assert seen[0] == "calibrate"
+    calibrated = load_tensors(tmp_path / "run" / "calibrate" / "operators.safetensors")
+    job = prepare(_recipe(**changes))
+    built = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
+    assert {path: operator.state_dict().keys() for path, operator in built.items()} == {
+        path: {key.removeprefix(f"{path}.") for key in calibrated if key.startswith(f"{path}.")} for path in built
+    }
+    path = "blocks.0.mlp.mixer.fc2.weight"
+    assert not torch.equal(calibrated[path], built["blocks.0.mlp"].state_dict()["mixer.fc2.weight"])

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
 from torch import nn
 
+from .calibration import CalibrateConfig, calibrate
 from .checkpoint import (
     WEIGHTS_NAME,
     load_model,
@@ -42,13 +43,14 @@ from .evaluation import Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
-from .metrics.cost import count_parameters, role_flops
+from .metrics.cost import count_parameters, model_cost, role_flops
 from .metrics.features import ModuleNetwork
-from .plan import Plan, Replace, fault_list
+from .plan import Choice, Edit, Plan, fault_list
 from .report import write_report
 from .runfolder import RunFolder
 from .sampling import SamplingConfig, check_sampling, sample
-from .surgery import Operators, build_operators, graft, place, resolve
+from .store import OperatorStore
+from .surgery import Operators, build_operators, graft, grafted, place, resolve
 
 OnStep = Callable[[str, Step], None]
 Row = Literal["pretrained", "random", "inherited", "distilled", "finetuned"]
@@ -78,10 +80,12 @@ class Recipe(BaseModel):
     description: str = ""
     source: str | FreshModel = "testbed"
     """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
-    plan: tuple[Replace, ...] = ()
+    plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
     data: DataConfig
     """What stages 1 and 2 train on."""
+    calibrate: CalibrateConfig | None = None
+    """Fit in closed form, before stage 1, what of the operators can be; left out, they start as they are built."""
     distill: DistillConfig | None = None
     """Stage 1; left out, operators go to stage 2 as they are built."""
     finetune: FinetuneConfig | None = None
@@ -100,15 +104,23 @@ class Recipe(BaseModel):
         return Plan(edits=self.plan)
 
 
-def run(recipe: Recipe, folder: Path, *, until: str = "report", on_step: OnStep | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    until: str = "report",
+    on_step: OnStep | None = None,
+    store: OperatorStore | None = None,
+) -> Path:
     """Carry out a recipe in `folder`, up to stage `until`, and return the folder.
 
-    `on_step` is called with the stage's name and each of its steps.
+    `on_step` is called with the stage's name and each of its steps. Operators that another run with the same store has
+    fitted, at the same site from the same start, are taken from there.
 
     Raises:
         GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
     """
-    job = prepare(recipe)
+    job = prepare(recipe, store=store)
     run_folder = _open(job, folder)
     for name, stage in STAGES.items():
         stage(job, run_folder, on_step or _ignore)
@@ -125,13 +137,14 @@ class Job:
     model: nn.Module
     host: Host
     facts: ClassConditional
-    chosen: dict[Site, OperatorConfig]
+    chosen: dict[Site, Choice]
     data: TrainingData
     identity: dict[str, Any]  # hashes of the model, plan and data
     diffusion: Diffusion
+    store: OperatorStore | None = None
 
 
-def prepare(recipe: Recipe) -> Job:
+def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
     """Load what a recipe names and check that everything fits, without writing anything."""
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
@@ -152,7 +165,7 @@ def prepare(recipe: Recipe) -> Job:
         "seed": recipe.seed,
         "data": recipe.data.describe(),
     }
-    return Job(recipe, model.to(default_device()), host, facts, chosen, data, identity, Diffusion())
+    return Job(recipe, model.to(default_device()), host, facts, chosen, data, identity, Diffusion(), store)
 
 
 def _check_data(data: TrainingData, facts: ClassConditional) -> None:
@@ -237,42 +250,92 @@ def _open(job: Job, folder: Path) -> RunFolder:
     return run_folder
 
 
+def _calibrate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
+    config = job.recipe.calibrate
+    if config is None or not job.chosen:
+        return
+    with run_folder.stage("calibrate", [job.identity, config.model_dump(mode="json")]) as stage:
+        if stage.done:
+            return
+        operators = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
+        steps = calibrate(
+            job.model, operators, job.data, config, predict=job.host.predict, diffusion=job.diffusion
+        )
+        for step in stage.follow(steps, save_every=None):
+            on_step("calibrate", step)
+        save_operators(stage.folder / "operators.safetensors", operators)
+        stage.outputs = [stage.folder / "operators.safetensors"]
+
+
 def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.distill
     if config is None or not job.chosen:
         return
-    with run_folder.stage("distill", [job.identity, config.model_dump(mode="json")]) as stage:
+    with run_folder.stage("distill", _distill_inputs(job)) as stage:
         if stage.done:
             return
-        operators = _new_operators(job)
-        steps = distill(
-            job.model,
-            operators,
-            job.data,
-            config,
-            roles={site.path: site.role for site in job.chosen},
-            predict=job.host.predict,
-            diffusion=job.diffusion,
-            cache_folder=stage.folder / "cache",
-            state=stage.load_state(),
-        )
-        for step in stage.follow(steps, save_every=job.recipe.save_every):
-            on_step("distill", step)
+        operators, state = _starting_operators(job, run_folder), stage.load_state()
+        # what another run has added to the store since this stage began is fitted here all the same
+        to_fit = set(state["operators"]) if state else _not_in_store(job, operators)
+        fitted = {path: operator for path, operator in operators.items() if path in to_fit}
+        if job.store is not None:
+            for path in operators.keys() - to_fit:
+                job.store.load(_store_key(job, path), operators[path])
+        if fitted:
+            steps = distill(
+                job.model,
+                fitted,
+                job.data,
+                config,
+                roles={site.path: site.role for site in job.chosen},
+                predict=job.host.predict,
+                diffusion=job.diffusion,
+                cache_folder=stage.folder / "cache",
+                state=state,
+            )
+            for step in stage.follow(steps, save_every=job.recipe.save_every):
+                on_step("distill", step)
         shutil.rmtree(stage.folder / "cache", ignore_errors=True)
+        if job.store is not None:
+            for path, operator in fitted.items():
+                job.store.save(_store_key(job, path), operator)
         save_operators(stage.folder / "operators.safetensors", operators)
         stage.outputs = [stage.folder / "operators.safetensors"]
+
+
+def _not_in_store(job: Job, operators: Operators) -> set[str]:
+    """The sites that are left to fit."""
+    store = job.store
+    return {path for path in operators if store is None or not store.holds(_store_key(job, path))}
+
+
+def _store_key(job: Job, path: str) -> list[Any]:
+    """All that a fitted operator depends on: its site's part of the plan, or all of it where sites see each other."""
+    assert job.recipe.distill is not None
+    inputs = _distill_inputs(job)
+    if job.recipe.distill.inputs == "teacher":
+        (operator,) = (config for site, config in job.chosen.items() if site.path == path)
+        inputs[0] = inputs[0] | {"plan": operator.model_dump(mode="json")}
+    return [path, *inputs]
+
+
+def _distill_inputs(job: Job) -> list[Any]:
+    recipe = job.recipe
+    assert recipe.distill is not None
+    calibration = [recipe.calibrate.model_dump(mode="json")] if recipe.calibrate else []
+    return [job.identity, recipe.distill.model_dump(mode="json"), *calibration]
 
 
 def _finetune(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.finetune
     if config is None:
         return
-    inputs = [job.identity, config.model_dump(mode="json"), _distilled_fingerprint(job, run_folder)]
+    inputs = [job.identity, config.model_dump(mode="json"), _fitted_fingerprint(job, run_folder)]
     with run_folder.stage("finetune", inputs) as stage:
         if stage.done:
             return
         model = copy.deepcopy(job.model)
-        record = place(model, _distilled_operators(job, run_folder))
+        record = place(model, _fitted_operators(job, run_folder))
         steps = finetune(
             model,
             job.data,
@@ -292,7 +355,7 @@ def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.sample
     if config is None:
         return
-    for row in _rows(job):
+    for row in rows_of(job):
         inputs = [_row_identity(job, run_folder, row), config.model_dump(mode="json")]
         with run_folder.stage(f"samples/{row}", inputs) as stage:
             if stage.done:
@@ -339,7 +402,7 @@ def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.sample
     if config is None:
         return
-    rows = _rows(job)
+    rows = rows_of(job)
     fingerprints = {row: run_folder.stage_outputs(f"samples/{row}") for row in rows}
     network = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
     reference = Reference.load(bundled_reference_path(), network)
@@ -387,6 +450,7 @@ def _report(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
 
 
 STAGES: dict[str, Callable[[Job, RunFolder, OnStep], None]] = {
+    "calibrate": _calibrate,
     "distill": _distill,
     "finetune": _finetune,
     "sample": _sample,
@@ -399,7 +463,7 @@ def _ignore(stage: str, step: Step) -> None:
     """What `run` does with steps when nobody follows them."""
 
 
-def _rows(job: Job) -> list[Row]:
+def rows_of(job: Job) -> list[Row]:
     """The recipe's rows that exist: a row needs its stage."""
     recipe = job.recipe
     exists = {
@@ -412,11 +476,66 @@ def _rows(job: Job) -> list[Row]:
     return [row for row in recipe.rows if exists[row]]
 
 
+def row_fingerprint(job: Job, row: Row) -> str:
+    """A hash of all that a row's figures depend on, known before anything is run."""
+    recipe = job.recipe
+    if row == "pretrained":
+        depends = ["source", job.identity["source"]]
+    else:
+        used = {"random": 0, "inherited": 1, "distilled": 2, "finetuned": 3}[row]
+        stages = [recipe.calibrate, recipe.distill, recipe.finetune][:used]
+        depends = [job.identity | {"plan": _essence(recipe.edits)}, row, _essence(stages)]
+    return hash_json([*depends, _essence(recipe.sample)])
+
+
+def _essence(value: Any) -> Any:
+    """Settings as JSON without those that have their defaults, so that a new setting of the library changes no hash."""
+    if isinstance(value, BaseModel):
+        fields = {key: (getattr(value, key), field) for key, field in type(value).model_fields.items()}
+        return {k: _essence(v) for k, (v, field) in fields.items() if k == "name" or v != field.default}
+    return [_essence(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class TrainingFlops(NamedTuple):
+    """FLOPs: of the training that led to a model, and of one image's forward pass through it and through its source."""
+
+    training: int
+    model: int
+    base: int
+
+
+def training_flops(job: Job, row: Row) -> TrainingFlops:
+    """What it took to make a row's model. A backward pass counts as two forward passes."""
+    recipe, sites = job.recipe, job.host.sites(job.model)
+    grid = sites[0].grid
+
+    def inputs() -> dict[str, Any]:
+        return job.host.example(job.model, rows=grid.rows, cols=grid.cols, batch_size=1)
+
+    base = model_cost(job.model, sites, {}, inputs).flops
+    if row == "pretrained":
+        return TrainingFlops(0, base, base)
+    with grafted(job.model, build_operators(job.model, recipe.edits, seed=recipe.seed)) as model:
+        cost = model_cost(model, sites, job.chosen, inputs)
+    new = sum(site.flops.total for site in cost.sites if site.operator is not None)
+    training = 0
+    if recipe.calibrate and job.chosen and row not in ("random",):
+        training += recipe.calibrate.samples * (base + new)
+    if recipe.distill and job.chosen and row in ("distilled", "finetuned"):
+        training += recipe.distill.steps * recipe.distill.batch_size * (base + 3 * new)
+    if recipe.finetune and row == "finetuned":
+        teacher = base if recipe.finetune.output_weight else 0
+        training += recipe.finetune.steps * recipe.finetune.batch_size * (3 * cost.flops + teacher)
+    return TrainingFlops(training, cost.flops, base)
+
+
 def _row_identity(job: Job, run_folder: RunFolder, row: Row) -> list[Any]:
     """All that a row's model depends on."""
     base = [job.identity["grafting"], job.identity["source"]]
     grafted = [*base, job.identity["plan"], job.identity["seed"], row]
     outputs = {"distilled": "distill", "finetuned": "finetune"}
+    if job.recipe.calibrate:
+        outputs["inherited"] = "calibrate"
     if row == "pretrained":
         return base
     return [*grafted, run_folder.stage_outputs(outputs[row])] if row in outputs else grafted
@@ -432,24 +551,29 @@ def _row_model(job: Job, run_folder: RunFolder, row: Row) -> nn.Module:
     if row == "random":
         graft(model, job.recipe.edits.randomised(), seed=job.recipe.seed)
     elif row == "inherited":
-        graft(model, job.recipe.edits, seed=job.recipe.seed)
+        place(model, _starting_operators(job, run_folder))
     else:
-        place(model, _distilled_operators(job, run_folder))
+        place(model, _fitted_operators(job, run_folder))
     return model.eval()
 
 
-def _new_operators(job: Job) -> Operators:
-    return build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
-
-
-def _distilled_operators(job: Job, run_folder: RunFolder) -> Operators:
-    """The operators as stage 1 left them, or as they are built when there is no stage 1."""
-    operators = _new_operators(job)
-    if job.recipe.distill and operators:
-        path = run_folder.path / "distill" / "operators.safetensors"
-        load_operators(path, operators)
+def _starting_operators(job: Job, run_folder: RunFolder) -> Operators:
+    """The operators before any step: as they are built, or as calibration left them."""
+    operators = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
+    if job.recipe.calibrate and operators:
+        load_operators(run_folder.path / "calibrate" / "operators.safetensors", operators)
     return operators
 
 
-def _distilled_fingerprint(job: Job, run_folder: RunFolder) -> dict[str, str] | None:
-    return run_folder.stage_outputs("distill") if job.recipe.distill and job.chosen else None
+def _fitted_operators(job: Job, run_folder: RunFolder) -> Operators:
+    """The operators that stage 2 begins with: as stage 1 left them, or as they start when there is no stage 1."""
+    operators = _starting_operators(job, run_folder)
+    if job.recipe.distill and operators:
+        load_operators(run_folder.path / "distill" / "operators.safetensors", operators)
+    return operators
+
+
+def _fitted_fingerprint(job: Job, run_folder: RunFolder) -> dict[str, str] | None:
+    """The hashes of the files that `_fitted_operators` reads last; None if it reads none."""
+    stages = [name for name in ("distill", "calibrate") if getattr(job.recipe, name)]
+    return run_folder.stage_outputs(stages[0]) if stages and job.chosen else None

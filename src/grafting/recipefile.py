@@ -17,17 +17,30 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
     """
-    settings = _read_yaml(path)
+    return parse_recipe(read_settings(path), source=str(path))
+
+
+def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
+    """The recipe that settings describe.
+
+    Raises:
+        RecipeError: they have faults (all are listed); `source` says where they stand.
+    """
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        faults = [f"{_where(e['loc'])}: {_what(e)}" for e in error.errors()]
-        raise RecipeError(fault_list(faults, str(path))) from error
+        raise RecipeError(fault_list(faults_of(error), source)) from error
     except GraftingError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        raise RecipeError(f"{source}: {error}") from error
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def faults_of(error: ValidationError) -> list[str]:
+    """Each fault with its path in the file."""
+    return [f"{_where(e['loc'])}: {_what(e)}" for e in error.errors()]
+
+
+def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a YAML file, those of its `base:` included. Raises as `load_recipe`, unchecked otherwise."""
     if not path.is_file():
         raise RecipeError(f"no recipe file {path}")
     if path.resolve() in seen:
@@ -44,13 +57,13 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = settings.pop("base")
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base names one file, found {base!r}")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), settings)
+    return merge(read_settings(path.parent / base, (*seen, path.resolve())), settings)
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes`; mappings merge, everything else is replaced."""
     nested = {
-        key: _merge(base[key], value)
+        key: merge(base[key], value)
         for key, value in changes.items()
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
@@ -58,6 +71,9 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _where(location: tuple[int | str, ...]) -> str:
+    if location[:1] == ("plan",):
+        # after an edit's number pydantic names its kind, which is no key of the file
+        location = (*location[:2], *location[3:])
     return ".".join(map(str, location)) or "recipe"
 
 

@@ -143,15 +143,15 @@ class Stage:
         with atomic_path(self._state_path) as temporary:
             torch.save(state, temporary)
 
-    def follow(self, steps: Iterator[Step], *, save_every: int) -> Iterator[Step]:
-        """Passes a stage's steps on, logging each and saving the state after every `save_every` steps."""
+    def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
+        """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never."""
         self.folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         for step in steps:
             line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
             with self._log_path.open("a") as log:
                 log.write(json.dumps(line) + "\n")
-            if step.done % save_every == 0 and step.done:
+            if save_every and step.done and step.done % save_every == 0:
                 self.save_state(step.state())
             yield step
 

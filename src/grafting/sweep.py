@@ -1,0 +1,254 @@
+"""A sweep: many recipes that differ in a few settings, as one file; carried out one by one into one table.
+
+A sweep is a recipe's settings (or a `base:`) and grids of changes to them. Runs share what they have in common: fitted
+operators of equal sites, and lines of the table that were measured before. The table is kept up to date as lines come, so a
+killed sweep goes on where it was, and lines measured on another machine need not be measured again.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints, ValidationError
+
+from .errors import RecipeError, RunError
+from .files import write_bytes, write_json
+from .plan import fault_list
+from .recipe import Job, OnStep, Recipe, Row, prepare, row_fingerprint, rows_of, run, training_flops
+from .recipefile import faults_of, merge, parse_recipe, read_settings
+from .store import OperatorStore
+
+Label = str | int | float
+Changes = dict[str, JsonValue]
+
+_FIGURES = ("frechet", "frechet_low", "frechet_high", "agreement", "precision", "recall")
+
+
+class SweepGrid(BaseModel):
+    """All combinations of some axes; each value of an axis is a label of the table and changes to the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    labels: dict[str, Label] = {}
+    """Columns of the table that are the same for the whole grid."""
+    changes: Changes = {}
+    """Changes to the sweep's settings, made first. Keys may be paths: `plan.0.blocks: odd`."""
+    axes: dict[str, dict[Label, Changes]] = {}
+    """Column -> label -> changes; the first axis varies slowest, and its changes are made first."""
+
+
+class Sweep(BaseModel):
+    """Many recipes as data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    description: str = ""
+    settings: dict[str, JsonValue]
+    """What all recipes share, as in a recipe file; `base:` was merged in."""
+    grids: Annotated[tuple[SweepGrid, ...], Field(min_length=1)]
+    pretraining_images: PositiveInt | None = None
+    """Images that the source was pretrained on, counted with repetition: the unit of `compute_share`."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe of a sweep, and what the table calls it."""
+
+    labels: dict[str, Label]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(label) for label in self.labels.values())
+
+
+def load_sweep(path: Path) -> Sweep:
+    """The sweep in a YAML file: `name`, `grids`, and the settings of a recipe or a `base:` that has them.
+
+    Raises:
+        RecipeError: the file cannot be read, or has faults (all are listed).
+    """
+    settings = read_settings(path)
+    own = {key: settings.pop(key) for key in set(Sweep.model_fields) - {"settings"} if key in settings}
+    try:
+        sweep = Sweep.model_validate(own | {"settings": settings})
+    except ValidationError as error:
+        raise RecipeError(fault_list(faults_of(error), str(path))) from error
+    points(sweep)
+    return sweep
+
+
+def points(sweep: Sweep) -> list[Point]:
+    """Every recipe of a sweep, in its order.
+
+    Raises:
+        RecipeError: lists the faults of all recipes, or labels that name two of them.
+    """
+    found, faults = [], []
+    for grid in sweep.grids:
+        for labels, changes in _combinations(grid):
+            settings: dict[str, Any] = dict(sweep.settings)
+            try:
+                for change in changes:
+                    settings = _changed(settings, change)
+                name = "-".join(map(str, labels.values()))
+                recipe = parse_recipe(settings | {"name": f"{sweep.name}-{name}"}, source=name)
+            except RecipeError as error:
+                faults.append(str(error))
+            else:
+                found.append(Point(labels, recipe))
+    names = [point.name for point in found]
+    faults += [f"{name}: two recipes have these labels" for name in set(names) if names.count(name) > 1]
+    if faults:
+        raise RecipeError(fault_list(faults, f"sweep {sweep.name}"))
+    return found
+
+
+def run_sweep(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    table: Path,
+    only: Mapping[str, str] | None = None,
+    rows: Sequence[Row] | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[Point]:
+    """Carry out the recipes of a sweep, each in a folder of its own, and yield each when its lines are in the table.
+
+    Args:
+        folder: of the runs, and of the operators that they share.
+        table: a path without ending; `.json` (which is read first), `.csv` and `.md` are kept up to date.
+        only: labels that a recipe must have, to run a part of the sweep.
+        rows: measure these rows only, for now.
+
+    Raises:
+        RecipeError: no recipe has those labels. GraftingError: as `recipe.run`.
+    """
+    chosen = [point for point in points(sweep) if _matches(point, only or {})]
+    if not chosen:
+        raise RecipeError(f"no recipe of sweep {sweep.name} has {_in_words(only or {})}")
+    store = OperatorStore(folder / "operators")
+    for point in chosen:
+        recipe = point.recipe
+        if rows is not None:
+            recipe = recipe.model_copy(update={"rows": tuple(row for row in recipe.rows if row in rows)})
+        job = prepare(recipe)
+        known = {line["fingerprint"] for line in read_table(table)}
+        if any(row_fingerprint(job, row) not in known for row in rows_of(job)):
+            run(recipe, folder / point.name, on_step=on_step, store=store)
+            measured = json.loads((folder / point.name / "metrics.json").read_text())
+            lines = [_line(sweep, point, job, row) for row in measured]
+            write_table(table, _in_order(sweep, [*read_table(table), *lines]))
+        yield point
+
+
+def read_table(table: Path) -> list[dict[str, Any]]:
+    """The lines measured so far.
+
+    Raises:
+        RunError: the file is something else.
+    """
+    path = table.with_suffix(".json")
+    if not path.is_file():
+        return []
+    try:
+        lines = json.loads(path.read_text())
+    except ValueError:
+        lines = None
+    if not (isinstance(lines, list) and all("fingerprint" in line for line in lines)):
+        raise RunError(f"{path} is not the table of a sweep: name another with --table")
+    return lines
+
+
+def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The lines as JSON, and without their protocols as CSV and Markdown."""
+    write_json(table.with_suffix(".json"), lines)
+    columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
+    cells = [[_cell(line.get(column)) for column in columns] for line in lines]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *cells])
+    write_bytes(table.with_suffix(".csv"), text.getvalue().encode())
+    rule = ["---"] * len(columns)
+    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *cells])
+    write_bytes(table.with_suffix(".md"), (markdown + "\n").encode())
+
+
+_NOT_SHOWN = frozenset({"fingerprint", "protocol", "notes"})
+
+
+def _combinations(grid: SweepGrid) -> Iterator[tuple[dict[str, Label], list[Changes]]]:
+    for values in product(*(axis.items() for axis in grid.axes.values())):
+        labels = dict(zip(grid.axes, (label for label, _ in values), strict=True))
+        yield grid.labels | labels, [grid.changes, *(changes for _, changes in values)]
+
+
+def _changed(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """Settings with changes: whole keys merge as a recipe does with its base, paths change what they name."""
+    whole = {key: value for key, value in changes.items() if "." not in key}
+    changed = json.loads(json.dumps(merge(settings, whole)))
+    for path in changes.keys() - whole.keys():
+        *parents, last = path.split(".")
+        place = changed
+        try:
+            for key in parents:
+                place = place[_key(place, key)]
+            place[_key(place, last)] = changes[path]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise RecipeError(f"{path}: the settings have no such place") from None
+    return changed
+
+
+def _key(place: Any, key: str) -> str | int:
+    return int(key) if isinstance(place, list) else key
+
+
+def _matches(point: Point, only: Mapping[str, str]) -> bool:
+    return all(str(point.labels.get(column)) == label for column, label in only.items())
+
+
+def _in_words(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{column}={label}" for column, label in labels.items())
+
+
+def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the table: labels, row, figures, costs, and the protocol."""
+    row = measured["name"]
+    flops = training_flops(job, row)
+    return {
+        **point.labels,
+        "stage": row,
+        **{key: measured[key] for key in _FIGURES},
+        "params": measured["params"],
+        "compute_share": sweep.pretraining_images
+        and round(flops.training / (sweep.pretraining_images * 3 * flops.base), 5),
+        "model_flops": flops.model,
+        "num_images": measured["num_images"],
+        "fingerprint": row_fingerprint(job, row),
+        "protocol": measured["protocol"],
+    }
+
+
+def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines in the sweep's order, the later of two with the same labels and stage; strangers come last."""
+    places = {point.name: place for place, point in enumerate(points(sweep))}
+    columns = list(dict.fromkeys(column for point in points(sweep) for column in point.labels))
+
+    def name(line: Mapping[str, Any]) -> str:
+        return "-".join(str(line[column]) for column in columns if column in line)
+
+    stages = get_args(Row)
+    latest = {(name(line), line["stage"]): line for line in lines}
+    order = sorted(latest, key=lambda key: (places.get(key[0], len(places)), stages.index(key[1])))
+    return [latest[key] for key in order]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
