@@ -6,9 +6,12 @@ diffusers folder. What is missing, unexpected, misshapen, truncated, edited, mad
 of an operator is an error that names it.
 """
 
+import argparse
 import hashlib
 import json
+import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,7 @@ def save_model(
     plan: Plan,
     *,
     base: Base | None = None,
+    origin: Mapping[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
@@ -89,6 +93,7 @@ def save_model(
 
     Args:
         base: the pretrained model that it was made from, for the record.
+        origin: what its weights were read from and what was done to them, for the record.
         metadata: written into the weights file.
 
     Raises:
@@ -98,7 +103,7 @@ def save_model(
     _clear(folder)
     save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
     record = Record.of(model, plan, base=base)
-    return [_write_config(folder, model, record, weights=weights), weights]
+    return [_write_config(folder, model, record, weights=weights, origin=origin), weights]
 
 
 def save_delta(folder: Path, model: nn.Module, plan: Plan, base: Base) -> list[Path]:
@@ -208,6 +213,25 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
+def read_pickle(path: Path) -> dict[str, Any]:
+    """What a torch file holds, of tensors and plain values alone: nothing in it is run.
+
+    Raises:
+        CheckpointError: no such file, it is truncated, or it holds other objects.
+    """
+    try:
+        # DiT's training script keeps its arguments beside the weights, as a plain bag of settings
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no file {path}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is truncated, or no torch file of tensors alone: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
 def save_operators(path: Path, operators: Operators) -> None:
     """Write operators, that stand in no model yet, as one safetensors file with the names of a grafted model."""
     save_tensors(
@@ -299,14 +323,23 @@ def _clear(folder: Path) -> None:
 
 
 def _write_config(
-    folder: Path, model: nn.Module, record: Record, *, weights: Path, delta: dict[str, Any] | None = None
+    folder: Path,
+    model: nn.Module,
+    record: Record,
+    *,
+    weights: Path,
+    delta: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the card, and last the config, whose hashes cover the weights and the config itself."""
     name, settings = host_of(model).model_class.__name__, settings_of(model)
-    described: dict[str, Any] = {"_class_name": name, **settings}
+    # keys with an underscore are passed over by diffusers
+    noted = {} if origin is None else {"_origin": dict(origin)}
+    described: dict[str, Any] = {"_class_name": name, **noted, **settings}
     if record.plan.edits:
         described = {
             "_class_name": PREFIX + name,
+            **noted,
             **settings,
             "grafting": {
                 **record.model_dump(mode="json"),

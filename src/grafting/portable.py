@@ -2,6 +2,7 @@
 
 For the model class `X` of every host there is `GraftedX`, made when it is first asked for: `X` with one more setting,
 `grafting`, that says which operators stand where. diffusers finds it by its name in this module, beside `ModelMixin`.
+It imports no module because a folder names it: `import grafting.portable` comes before a pipeline's `from_pretrained`.
 """
 
 import inspect
@@ -125,7 +126,9 @@ def with_plan(model: nn.Module, plan: Plan, *, base: Base | None = None) -> nn.M
     """
     record = Record.of(model, plan, base=base).model_dump(mode="json")
     made = grafted_class(host_of(model).model_class)(**settings_of(model), grafting=record)
-    made.to(device=model.device, dtype=model.dtype).load_state_dict(model.state_dict(), assign=True)
+    if made.dtype != model.dtype:
+        made.to(model.dtype)  # for buffers that no state dict holds
+    made.to(model.device).load_state_dict(model.state_dict(), assign=True)
     for name, parameter in model.named_parameters():
         made.get_parameter(name).requires_grad_(parameter.requires_grad)
     return made.train(model.training)
