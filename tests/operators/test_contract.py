@@ -18,10 +18,13 @@ from grafting.operators import operator_configs, parse_operator
 
 MORE_SETTINGS = {
     "hyena-se": [{"kernel_size": 3, "geometry": "2d"}],
+    "hybrid": [{"first": "softmax", "second": {"name": "linear", "conv": 3}}],
     "linear": [{"conv": 3}, {"conv": 5, "feature_map": "softmax"}],
     "mamba2": [{"state_dim": 5, "head_dim": 4, "expand": 1, "conv_size": 1}],
     "mha": [{"num_heads": 2}],
     "mlp": [{"ratio": 1.5}],
+    "mlp-hyena-x": [{"kernel_size": 3, "filters": "per-token"}],
+    "ttt": [{"window": 1}],
     "window-1d": [{"window": 1}],
     "window-2d": [{"radius": 2, "border": "shifted"}],
 }
