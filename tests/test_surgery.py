@@ -1,21 +1,32 @@
 """What surgery promises beyond the contract of hosts: all or nothing, and no silent change of what attention means."""
 
+import copy
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from closeness import assert_close
+from grafting.checkpoint import save_model
 from grafting.contract import Grid, Kernel
 from grafting.errors import HostError, PlanError
 from grafting.hosts import Call, LayoutTracker, hosts
+from grafting.models.dit import DiT
 from grafting.operators.softmax import Softmax, SoftmaxConfig
-from grafting.plan import Plan, Replace
+from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import (
     KernelAttention,
+    MergedBlocks,
     MixerAdapter,
+    Passage,
     build_operators,
     graft,
     grafted,
+    paths_after,
     place,
     resolve,
 )
@@ -190,6 +201,207 @@ def test_resolve_gives_the_operator_of_every_site(model):
         ("blocks.0.mlp", "mlp"),
         ("blocks.1.attn", "linear"),
     ]
+
+
+def branches(model, inputs, pair=(0, 1)):
+    """What two blocks of a model give for one input, and that input."""
+    given = []
+    handle = model.blocks[pair[0]].register_forward_pre_hook(lambda _, args: given.append(args))
+    with torch.no_grad():
+        model(**inputs)
+        handle.remove()
+        x, c = given[0]
+        return x, c, model.blocks[pair[0]](x, c), model.blocks[pair[1]](x, c)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"start": "average"}, lambda x, first, second: (first + second) / 2),
+        ({"start": "average", "of": "outputs"}, lambda x, first, second: (first + second) / 2),
+        ({"start": "sum"}, lambda x, first, second: first + second - x),
+    ],
+)
+def test_a_pair_starts_as_what_its_edit_says(model, inputs, settings, want):
+    x, c, first, second = branches(model, inputs)
+    pair = build_operators(model, Plan(edits=[Merge(blocks="0-1", **settings)]))["blocks.0"]
+    got = pair(x, c)
+    assert got.requires_grad
+    assert_close("one by one", got, want(x, first, second), 2e-7)
+    with torch.no_grad():
+        assert_close("as one pass", pair(x, c), want(x, first, second), 1e-6)
+
+
+def test_a_trained_merge_is_a_linear_map_of_both_updates(model, inputs):
+    x, c, first, second = branches(model, inputs)
+    pair = build_operators(model, Plan(edits=[Merge(blocks="0-1")]))["blocks.0"]
+    with torch.no_grad():
+        for parameter in pair.merge.parameters():
+            parameter.normal_()
+        w_1, w_2 = pair.merge.weight.chunk(2, dim=1)
+        want = x + (first - x) @ w_1.T + (second - x) @ w_2.T + pair.merge.bias
+        assert_close("updates", pair(x, c), want, 1e-6)
+        pair.of_outputs = True
+        want = first @ w_1.T + second @ w_2.T + pair.merge.bias
+        assert_close("outputs", pair(x, c), want, 1e-6)
+
+
+def test_half_as_deep_is_as_large_as_published():
+    """712.3M parameters (arXiv:2506.05340, depth to width)."""
+    with torch.device("meta"):
+        model = DiT.from_preset("DiT-XL/2")
+        record = graft(model, Plan(edits=[Merge()]))
+    assert sum(p.numel() for p in model.parameters()) == 712_304_672
+    assert sum(isinstance(block, MergedBlocks) for block in model.blocks) == 14
+    merges = [name for name in record.new_parameters if ".merge." in name]
+    assert len(merges) == 28
+
+
+def test_state_dicts_of_merged_and_dropped_blocks(model):
+    names = set(model.state_dict())
+    graft(model, Plan(edits=[Merge(blocks="0-1"), Drop(blocks=[2])]))
+    kept = {name for name in names if not name.startswith("blocks.")}
+    parts = {name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")}
+    branches = {f"blocks.0.branches.{i}.{part}" for i in (0, 1) for part in parts}
+    merge = {"blocks.0.merge.weight", "blocks.0.merge.bias"}
+    assert set(model.state_dict()) == kept | branches | merge
+
+
+def test_operators_of_a_merged_block_stand_in_its_branch(model, inputs):
+    edits = [
+        Merge(blocks="1-2"),
+        Replace(role="attention", blocks=[0, 2], operator={"name": "window-2d", "radius": 1}),
+        Replace(role="mlp", blocks=[1], operator={"name": "mlp", "ratio": 3}),
+    ]
+    alone = build_operators(model, Plan(edits=edits[1:]))
+    record = graft(model, Plan(edits=edits))
+    assert list(record.operators) == ["blocks.0.attn", "blocks.1", "blocks.2"]
+    pair = record.operators["blocks.1"]
+    inside = {"blocks.1.mlp": pair.branches[0].mlp, "blocks.2.attn": pair.branches[1].attn}
+    for path, operator in inside.items():
+        assert operator.tracker is LayoutTracker.of(model)
+        states = alone[path].state_dict(), operator.state_dict()
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    model(**inputs)
+    assert LayoutTracker.of(model).layout.grid == Grid(8, 8)
+
+
+def test_where_sites_stand_after_a_graft(model):
+    edits = Plan(
+        edits=[Merge(blocks="0-1"), Drop(blocks=2), Replace(role="mlp", blocks=1, operator={"name": "mlp"})]
+    )
+    sites = HOST.sites(model)
+    after = paths_after(sites, resolve(model, edits))
+    graft(model, edits)
+    assert [site.block for site in after] == [0, 0, 1, 1]
+    assert [type(model.get_submodule(path)).__name__ for path in after.values()] == [
+        "Attention",
+        "Mlp",
+        "Attention",
+        "MixerAdapter",
+    ]
+    assert paths_after(sites, {}) == {site: site.path for site in sites}
+
+
+def test_a_restructured_model_takes_no_second_plan(model):
+    for edits in (Plan(edits=[Merge(blocks="0-1")]), Plan(edits=[Drop(blocks=1)])):
+        record = graft(model, edits)
+        with pytest.raises(PlanError, match="has merged or dropped blocks, .* undo that graft first"):
+            graft(model, plan(("attention", 2, "linear")))
+        record.undo()
+    graft(model, plan(("attention", 1, "linear")))
+    with pytest.raises(PlanError, match="block 1 already holds an operator; undo that graft first"):
+        graft(model, Plan(edits=[Drop(blocks=1)]))
+
+
+def test_a_faulty_restructuring_changes_nothing(model):
+    before = snapshot(model)
+    with pytest.raises(PlanError) as caught:
+        graft(model, Plan(edits=[Merge(), Drop(blocks=[7]), *plan(("attention", 9, "linear")).edits]))
+    assert str(caught.value).splitlines() == [
+        "3 faults in plan for host 'dit' (blocks 0..2)",
+        "  Merge(blocks='all'): 3 blocks do not form pairs",
+        "  Drop(blocks=(7,)): no block 7",
+        "  Replace(role='attention', blocks=9, operator='linear'): no block 9",
+    ]
+    assert unchanged(model, before)
+
+
+def test_a_dropped_block_is_as_one_that_adds_nothing(model, inputs):
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in silent.blocks[1].adaLN_modulation.parameters():
+            parameter.zero_()
+        record = graft(model, Plan(edits=[Drop(blocks=1)]))
+        assert torch.equal(model(**inputs), silent(**inputs))
+    assert isinstance(model.blocks[1], Passage)
+    assert not record.new_parameters
+    assert not [name for name in model.state_dict() if name.startswith("blocks.1.")]
+
+
+def test_two_restructured_models_do_not_disturb_each_other(model, inputs):
+    edits = Plan(
+        edits=[
+            Merge(blocks="0-1"),
+            Replace(role="attention", operator={"name": "window-2d", "radius": 1}),
+        ]
+    )
+    other, other_inputs = HOST.tiny().eval(), HOST.example(model, rows=4, cols=3, batch_size=1)
+    for each in (model, other):
+        graft(each, edits)
+    alone, other_alone = model(**inputs), other(**other_inputs)
+    assert torch.equal(model(**inputs), alone)
+    assert torch.equal(other(**other_inputs), other_alone)
+    assert LayoutTracker.of(model).layout.grid == Grid(8, 8)
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+import torch
+from grafting.checkpoint import load_model
+from safetensors.torch import load_file, save_file
+
+model, plan = load_model(Path(sys.argv[1]))
+inputs = load_file(sys.argv[2])
+with torch.no_grad():
+    save_file({"output": model(**inputs)}, sys.argv[3])
+print(*(type(block).__name__ for block in model.blocks))
+"""
+
+
+def test_a_restructured_model_loads_in_another_process(inputs, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = DiT(input_size=16, in_channels=1, hidden_size=32, depth=6, num_heads=2, num_classes=10).eval()
+    edits = Plan(
+        edits=[
+            Merge(blocks="2-5"),
+            Drop(blocks=[0]),
+            Replace(role="attention", blocks=[1, 3], operator="hyena-x"),
+        ]
+    )
+    graft(model, edits)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        want = model(**inputs)
+    save_model(tmp_path / "model", model, edits)
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    files = [str(tmp_path / name) for name in ("model", "inputs.safetensors", "output.safetensors")]
+    process = subprocess.run(
+        [sys.executable, "-c", _LOAD, *files], capture_output=True, text=True, env=os.environ
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split() == [
+        "Passage",
+        "DiTBlock",
+        "MergedBlocks",
+        "Passage",
+        "MergedBlocks",
+        "Passage",
+    ]
+    assert_close("output", load_file(files[2])["output"], want, 1e-6)
 
 
 class Attention(nn.Module):

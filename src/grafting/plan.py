@@ -204,7 +204,7 @@ class Plan(BaseModel):
                 if site is None:
                     faults.append(f"{edit}: {_missing(block, num_blocks, role)}")
                 elif site in chosen:
-                    faults.append(f"{edit}: {_twice(site)}")
+                    faults.append(f"{edit}: {words_of(site)} is named twice")
                 elif isinstance(edit, Replace):
                     chosen[site] = edit.operator
                     misfits = _misfits(edit.operator, site, mixer_roles)
@@ -240,6 +240,11 @@ def merged_pairs(chosen: Mapping[Site, Choice]) -> list[tuple[Site, Site, Merge]
     ]
 
 
+def words_of(site: Site) -> str:
+    """A site as messages name it."""
+    return f"block {site.block}" if site.role == "block" else f"the {site.role} of block {site.block}"
+
+
 def fault_list(faults: Sequence[str], where: str) -> str:
     """One message of all distinct faults."""
     distinct = list(dict.fromkeys(faults))
@@ -258,10 +263,6 @@ def _missing(block: int, num_blocks: int, role: str) -> str:
     if role == "block":
         return f"the host does not declare how block {block} is called"
     return f"block {block} has no replaceable {role}"
-
-
-def _twice(site: Site) -> str:
-    return f"{'' if site.role == 'block' else f'the {site.role} of '}block {site.block} is named twice"
 
 
 def _unpaired(numbers: Sequence[int], blocks: Mapping[int, Site]) -> list[str]:

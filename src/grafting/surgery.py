@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .contract import BlockCall, Kernel, Mixer, OperatorConfig, Site
 from .errors import HostError, PlanError
 from .hosts import Call, Host, LayoutTracker, host_of
-from .plan import Choice, Drop, Merge, Plan, fault_list, merged_pairs
+from .plan import Choice, Drop, Merge, Plan, fault_list, merged_pairs, words_of
 from .randomness import seeded
 
 Operators = dict[str, nn.Module]
@@ -153,7 +153,7 @@ def _check_whole(model: nn.Module) -> None:
 
 def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
     faults = [
-        f"the {site.role} of block {site.block} already holds an operator; undo that graft first"
+        f"{words_of(site)} already holds an operator; undo that graft first"
         for site in chosen
         if any(map(_is_operator, model.get_submodule(site.path).modules()))
     ]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from closeness import assert_close
+from grafting.checkpoint import load_model, save_model
 from grafting.contract import Grid
 from grafting.errors import HostError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
-from grafting.plan import Plan, Replace
+from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import KernelAttention, graft, resolve
 
 HOSTS = hosts()
@@ -31,6 +32,20 @@ OPERATORS = [
     ("mlp", {"name": "mlp", "ratio": 3}),
     ("mlp", {"name": "mlp", "init": "random"}),
 ]
+RESTRUCTURINGS = {
+    "merge": Plan(edits=(Merge(blocks=[0, 1]),)),
+    "drop": Plan(edits=(Drop(blocks=[0]),)),
+    "drop the last but one": Plan(edits=(Drop(blocks=1),)),
+    "merge with an operator inside": Plan(
+        edits=(Merge(blocks=[0, 1]), Replace(role="attention", blocks=1, operator="linear"))
+    ),
+    "drop and an operator": Plan(
+        edits=(
+            Drop(blocks=[0]),
+            Replace(role="attention", blocks=1, operator={"name": "window-2d", "radius": 1}),
+        )
+    ),
+}
 PLACES = [(host, role, operator) for host in HOSTS for role, operator in OPERATORS]
 
 
@@ -242,6 +257,101 @@ def test_undo_restores_the_model_exactly(host, model, inputs):
     assert torch.equal(run(model, inputs), output)
 
 
+def test_blocks_are_declared_as_they_are_called(host, model, inputs):
+    """Each gets its declared tokens in their places or by name, and returns them in the declared order."""
+    blocks = host.blocks(model)
+    assert [site.block for site in blocks] == list(range(len({s.block for s in host.sites(model)})))
+    for site in blocks:
+        seen = []
+        block = model.get_submodule(site.path)
+        handle = block.register_forward_hook(lambda _, *call, seen=seen: seen.append(call), with_kwargs=True)
+        run(model, inputs)
+        handle.remove()
+        ((args, kwargs, output),) = seen
+        given = dict(zip(site.call.arguments, args, strict=False)) | kwargs
+        outputs = [output] if isinstance(output, Tensor) else output
+        assert [t.shape for t in outputs] == [given[name].shape for name in site.call.returns]
+        assert {t.shape[-1] for t in outputs} == {site.dim}
+
+
+@pytest.fixture(params=RESTRUCTURINGS)
+def restructuring(request, host):
+    edits = RESTRUCTURINGS[request.param]
+    if host.name == "flux" and any(isinstance(edit, Merge) for edit in edits.edits):
+        with pytest.raises(
+            PlanError, match="blocks 0 and 1 give encoder_hidden_states and hidden_states: only one"
+        ):
+            graft(host.tiny(), edits)
+        pytest.skip("blocks with two streams are not merged")
+    return edits
+
+
+def test_restructured_models_run_forward_and_backward(host, model, inputs, restructuring):
+    with torch.no_grad():
+        before = run(model, inputs)
+    record = graft(model, restructuring)
+    output, gradient = gradients(model, inputs)
+    assert output.shape == before.shape
+    assert not torch.allclose(output, before, rtol=1e-2)
+    assert gradient.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g.isfinite().all() for g in gradient.values())
+    assert record.new_parameters == {
+        n for path in record.operators for n, _ in model.named_parameters() if n.startswith(f"{path}.")
+    }
+    with torch.no_grad():
+        assert_close("without gradients", run(model, inputs), output, 1e-5)
+
+
+def test_restructured_models_are_undone_exactly(host, model, inputs, restructuring):
+    state, modules = dict(model.state_dict(keep_vars=True)), dict(model.named_modules())
+    output = run(model, inputs)
+    record = graft(model, restructuring)
+    with torch.no_grad():
+        for name in record.new_parameters:
+            model.get_parameter(name).zero_()
+    record.undo()
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[name] is tensor for name, tensor in state.items())
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert not model._forward_pre_hooks
+    assert torch.equal(run(model, inputs), output)
+
+
+def test_restructured_models_are_saved_and_loaded(host, model, inputs, restructuring, tmp_path):
+    record = graft(model, restructuring)
+    with torch.no_grad():
+        for name in record.new_parameters:
+            model.get_parameter(name).add_(0.01)
+    save_model(tmp_path, model, restructuring)
+    loaded, plan_read = load_model(tmp_path)
+    assert plan_read == restructuring
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_restructured_models_take_gradient_checkpointing(host, model, inputs, restructuring):
+    graft(model, restructuring)
+    output, gradient = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    again, again_gradient = gradients(model, inputs)
+    assert torch.equal(output, again)
+    assert all(torch.equal(g, again_gradient[name]) for name, g in gradient.items())
+
+
+def test_a_copy_of_a_restructured_model_is_independent(host, model, inputs, restructuring):
+    graft(model, restructuring)
+    with torch.no_grad():
+        before = run(model, inputs)
+        twin = copy.deepcopy(model)
+        assert torch.equal(run(twin, inputs), before)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert torch.equal(run(model, inputs), before)
+        assert not torch.equal(run(twin, inputs), before)
+
+
 def test_attention_that_is_not_sdpa_is_an_error(host, model, inputs, monkeypatch):
     graft(model, plan("softmax", blocks=0))
     path = host.sites(model)[0].path
@@ -257,7 +367,7 @@ import sys
 import torch
 from grafting.contract import Grid
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
+from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import graft
 
 torch.manual_seed(0)
@@ -268,6 +378,8 @@ edits = [("attention", "even", "window-2d"), ("attention", "odd", "hyena-x" if h
 edits += [("mlp", 0, "mlp")] if host.calls else []
 edits = [Replace(role=role, blocks=blocks, operator=operator) for role, blocks, operator in edits]
 model = host.tiny().eval()
+if sys.argv[2] == "restructured":
+    edits = [Merge(blocks=[0, 1]), edits[1]] if host.calls else [Drop(blocks=0), edits[1]]
 graft(model, Plan(edits=edits), host=host)
 inputs = host.example(model, rows=4, cols=6, batch_size=2)
 
@@ -284,14 +396,18 @@ for _ in range(2):  # with and without a layout from an earlier pass
     got, gradients = forward_backward(model)
 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(gradients, want_gradients, rtol=1e-3, atol=1e-5)
+with torch.no_grad():
+    output = model(**inputs)
+    torch.testing.assert_close(output if isinstance(output, torch.Tensor) else output.sample, want, rtol=1e-4, atol=1e-5)
 """
 
 
 @pytest.mark.slow
-def test_compiles_whole(host):
+@pytest.mark.parametrize("edits", ["operators", "restructured"])
+def test_compiles_whole(host, edits):
     """In a process of its own: beartype, which checks shapes in tests, cannot be compiled."""
     process = subprocess.run(
-        [sys.executable, "-c", _COMPILE, host.name],
+        [sys.executable, "-c", _COMPILE, host.name, edits],
         env=os.environ | {"JAXTYPING_DISABLE": "1"},
         capture_output=True,
         text=True,
