@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-# chunks whose states are carried on by one matrix product; more of them are taken in groups of this many
-_GROUP = 16
+# chunks that are worked on at once and recomputed in the backward pass, in memory that stays in the caches
+_CHUNKS_AT_ONCE = 16
 
 
 def ssd(
@@ -35,24 +36,15 @@ def ssd(
         C: the direction in which it reads.
         chunk_size: tokens in a chunk; changes speed and memory only.
     """
-    length, dtype = x.shape[1], x.dtype
-    chunk_size = min(chunk_size, length)
-    # autocast would round the states to the inputs' dtype
-    with torch.autocast(x.device.type, enabled=False):
-        written, dt, A, B, C = _in_float32(x, dt, A, B, C)
-        written = _chunked(written * dt[..., None], chunk_size)  # [B, chunks, Q, H, P]
-        B, C = _chunked(B, chunk_size), _chunked(C, chunk_size)  # [B, chunks, Q, N]
-        log_decay = _chunked(dt * A, chunk_size).transpose(2, 3).cumsum(-1)  # [B, chunks, H, Q]
-
-        weights = (C @ B.mT)[:, :, None] * _decays(log_decay)  # [B, chunks, H, Q, Q]
-        inside = (weights @ written.transpose(2, 3)).transpose(2, 3)
-
-        to_end = (log_decay[..., -1:] - log_decay).exp().transpose(2, 3)[..., None]  # [B, chunks, Q, H, 1]
-        states = (B.mT @ (written * to_end).flatten(3)).unflatten(3, x.shape[2:])  # [B, chunks, N, H, P]
-        states = _carried(states.permute(0, 3, 1, 2, 4), log_decay[..., -1].transpose(1, 2))
-        read = C @ states.permute(0, 2, 3, 1, 4).flatten(3)  # [B, chunks, Q, H * P]
-        before = read.unflatten(3, x.shape[2:]) * log_decay.exp().transpose(2, 3)[..., None]
-        return (inside + before).flatten(1, 2)[:, :length].to(dtype)
+    state = x.new_zeros(x.shape[0], x.shape[2], B.shape[2], x.shape[3], dtype=_at_least_float32(x.dtype))
+    parts = [t.split(_CHUNKS_AT_ONCE * chunk_size, dim=1) for t in (x, dt, B, C)]
+    outputs = []
+    for x, dt, B, C in zip(*parts, strict=True):
+        y, state = checkpoint(
+            _scan_part, x, dt, A, B, C, state, chunk_size, use_reentrant=False, preserve_rng_state=False
+        )
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
 
 
 def ssd_reference(
@@ -74,15 +66,46 @@ def ssd_reference(
     return torch.stack(tokens, dim=1).to(dtype)
 
 
+def _scan_part(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`ssd` of some tokens from the state [B, H, N, P] before them, and the state after them."""
+    length, dtype, heads = x.shape[1], x.dtype, x.shape[2:]
+    chunk_size = min(chunk_size, length)
+    # autocast would round the states to the inputs' dtype
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = _in_float32(x, dt, A, B, C)
+        x = _chunked(x * dt[..., None], chunk_size)  # [B, chunks, Q, H, P]
+        B, C = _chunked(B, chunk_size), _chunked(C, chunk_size)  # [B, chunks, Q, N]
+        log_decay = _chunked(dt * A, chunk_size).transpose(2, 3).cumsum(-1)  # [B, chunks, H, Q]
+
+        weights = (C @ B.mT)[:, :, None] * _decays(log_decay)  # [B, chunks, H, Q, Q]
+        inside = (weights @ x.transpose(2, 3)).transpose(2, 3)
+
+        to_end = (log_decay[..., -1:] - log_decay).exp().transpose(2, 3)[..., None]  # [B, chunks, Q, H, 1]
+        written = (B.mT @ (x * to_end).flatten(3)).unflatten(3, heads).permute(0, 3, 1, 2, 4)
+        written = torch.cat([state[:, :, None], written], dim=2)  # [B, H, 1 + chunks, N, P]
+        over_chunks = F.pad(log_decay[..., -1].transpose(1, 2).cumsum(-1), (1, 0))
+        states = (_decays(over_chunks) @ written.flatten(3)).unflatten(3, written.shape[3:])
+
+        read = C @ states[:, :, :-1].permute(0, 2, 3, 1, 4).flatten(3)  # [B, chunks, Q, H * P]
+        before = read.unflatten(3, heads) * log_decay.exp().transpose(2, 3)[..., None]
+        return (inside + before).flatten(1, 2)[:, :length].to(dtype), states[:, :, -1]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _in_float32(*tensors: Tensor) -> list[Tensor]:
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return [t.to(_at_least_float32(t.dtype)) for t in tensors]
 
 
-def _chunked(x: Tensor, size: int, dim: int = 1) -> Tensor:
-    """`dim` split into chunks, the last one filled up with zeros: such tokens write nothing and decay nothing."""
-    missing = -x.shape[dim] % size
-    padded = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x
-    return padded.unflatten(dim, (-1, size))
+def _chunked(x: Tensor, size: int) -> Tensor:
+    """Tokens in chunks, the last one filled up with zeros: such tokens write nothing and decay nothing."""
+    missing = -x.shape[1] % size
+    padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
+    return padded.unflatten(1, (-1, size))
 
 
 def _decays(log_decay: Float[Tensor, "*dims q"]) -> Float[Tensor, "*dims q q"]:
@@ -95,32 +118,3 @@ def _decays(log_decay: Float[Tensor, "*dims q"]) -> Float[Tensor, "*dims q q"]:
     future = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
     sums = log_decay[..., :, None] - log_decay[..., None, :]
     return sums.masked_fill_(future, -torch.inf).exp_()
-
-
-def _carried(
-    states: Float[Tensor, "b heads c n p"], log_decay: Float[Tensor, "b heads c"]
-) -> Float[Tensor, "b heads c n p"]:
-    """The state before each chunk, from what each adds to it and by how much each lets it decay.
-
-    Many chunks are gathered in groups and carried on in the same way from group to group: linear work, few steps.
-    """
-    num_chunks = states.shape[2]
-    if num_chunks > _GROUP:
-        return _carried_in_groups(states, log_decay)
-    running = log_decay.cumsum(-1)
-    decays = _decays(running)[..., :-1, :-1]  # of chunk j before chunk i + 1
-    carried = (decays @ states[:, :, :-1].flatten(3)).unflatten(3, states.shape[3:])
-    return F.pad(carried, (0, 0, 0, 0, 1, 0))
-
-
-def _carried_in_groups(states: Tensor, log_decay: Tensor) -> Tensor:
-    num_chunks, (num_channels) = states.shape[2], states.shape[3:]
-    states = _chunked(states, _GROUP, dim=2).flatten(4)  # [B, H, groups, 16, N * P]
-    running = _chunked(log_decay, _GROUP, dim=2).cumsum(-1)
-    sums = _decays(running) @ states  # of a group's chunks up to each, itself included
-    before_group = _carried(sums[..., -1, :].unflatten(3, num_channels), running[..., -1]).flatten(3)[
-        ..., None, :
-    ]
-    after = sums + running.exp()[..., None] * before_group
-    carried = torch.cat([before_group, after[..., :-1, :]], dim=3)
-    return carried.flatten(2, 3)[:, :, :num_chunks].unflatten(3, num_channels)

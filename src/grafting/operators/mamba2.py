@@ -152,20 +152,25 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
-        gate, tokens = self.in_proj(x).tensor_split([self.inner_dim], dim=-1)
+        projected = self.in_proj(x)
+        gate, tokens = projected.split([self.inner_dim, projected.shape[-1] - self.inner_dim], dim=-1)
         y = self._scan(tokens, self)
         if self.bidirectional:
             back = self._scan(tokens.flip(1), self if self.reverse is None else self.reverse)
             y = (y + back.flip(1)) / 2
         return self.out_proj(self.norm(y * F.silu(gate)))
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.out_proj
+
     def _scan(self, tokens: Tensor, direction: "Mamba2 | Direction") -> Tensor:
         """Filter and scan of x, B, C, dt in the order in which they stand, with one direction's parameters."""
         inner, state = self.inner_dim, self.state_dim
-        xBC, dt = tokens.tensor_split([inner + 2 * state], dim=-1)
+        xBC, dt = tokens.split([inner + 2 * state, inner // self.head_dim], dim=-1)
         conv = direction.conv1d
         xBC = F.silu(depthwise_1d(xBC, conv.weight, conv.bias, before=conv.kernel_size[0] - 1))
-        x, B, C = xBC.tensor_split([inner, inner + state], dim=-1)
+        x, B, C = xBC.split([inner, state, state], dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))  # [B, L, H, P]
         dt = F.softplus(dt.float() + direction.dt_bias.float())
         y = ssd(x, dt, -direction.A_log.float().exp(), B, C)
