@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import published
 from closeness import assert_close
 from grafting.checkpoint import load
-from grafting.convert import LAYOUTS, Facts, convert
+from grafting.convert import LAYOUTS, Facts, convert_weights
 from grafting.errors import CheckpointError
 from grafting.plan import Plan
 from grafting.portable import Base
@@ -95,7 +95,7 @@ def saved(tmp_path, tensors, key="ema"):
 
 
 def converted(tmp_path, tensors, facts=FACTS):
-    convert(saved(tmp_path, tensors), tmp_path / "out", facts)
+    convert_weights(saved(tmp_path, tensors), tmp_path / "out", facts)
     return load(tmp_path / "out")
 
 
@@ -163,7 +163,7 @@ def test_the_base_mlp_may_have_another_ratio(tmp_path):
 
 @pytest.mark.parametrize("key", ["ema", "model", None])
 def test_the_original_is_read_with_and_without_a_key(tmp_path, key):
-    convert(saved(tmp_path, ORIGINAL, key), tmp_path / "out", GOLDEN_FACTS)
+    convert_weights(saved(tmp_path, ORIGINAL, key), tmp_path / "out", GOLDEN_FACTS)
     model, plan = load(tmp_path / "out")
     assert plan == Plan()
     with torch.no_grad():
@@ -177,12 +177,12 @@ def test_the_original_is_read_with_and_without_a_key(tmp_path, key):
 def test_training_checkpoints_and_safetensors_are_read(tmp_path):
     whole = {"model": {}, "ema": ORIGINAL, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(whole, tmp_path / "0400000.pt")
-    convert(tmp_path / "0400000.pt", tmp_path / "a", GOLDEN_FACTS)
+    convert_weights(tmp_path / "0400000.pt", tmp_path / "a", GOLDEN_FACTS)
     save_file(ORIGINAL, tmp_path / "dit.safetensors")
-    convert(tmp_path / "dit.safetensors", tmp_path / "b", GOLDEN_FACTS)
+    convert_weights(tmp_path / "dit.safetensors", tmp_path / "b", GOLDEN_FACTS)
     (tmp_path / "hub").mkdir()
     (tmp_path / "0400000.pt").rename(tmp_path / "hub" / "model.pt")
-    convert(tmp_path / "hub", tmp_path / "c", GOLDEN_FACTS)
+    convert_weights(tmp_path / "hub", tmp_path / "c", GOLDEN_FACTS)
     for folder in "abc":
         assert torch.equal(load(tmp_path / folder)[0].pos_embed, ORIGINAL["pos_embed"])
 
@@ -202,7 +202,7 @@ def test_the_published_size_needs_no_facts(tmp_path):
         shapes |= linears(**{f"blocks.{i}.adaLN_modulation.1": (6 * width, width)})
         shapes |= linears(**{f"blocks.{i}.mlp.fc1": (4608, width), f"blocks.{i}.mlp.fc2": (width, 4608)})
     source = saved(tmp_path, {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
-    model, plan, _ = convert(source, tmp_path / "out")
+    model, plan, _ = convert_weights(source, tmp_path / "out")
     assert model.config.num_heads == 16
     assert (model.config.num_classes, model.config.input_size, model.config.depth) == (1000, 32, 2)
     assert [edit.operator.name for edit in plan.edits] == ["hyena-x", "window-1d"]
@@ -220,7 +220,7 @@ def test_the_base_and_origin_are_recorded(tmp_path):
 
 def refused(tmp_path, tensors, facts=FACTS):
     with pytest.raises(CheckpointError) as error:
-        convert(saved(tmp_path, tensors), tmp_path / "out", facts)
+        convert_weights(saved(tmp_path, tensors), tmp_path / "out", facts)
     assert not (tmp_path / "out").exists()
     return str(error.value)
 
@@ -292,19 +292,19 @@ class Runs:
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"ema": Runs()}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="no torch file of tensors alone"):
-        convert(tmp_path / "model.pt", tmp_path / "out")
+        convert_weights(tmp_path / "model.pt", tmp_path / "out")
 
 
 def test_files_that_hold_no_state_dict_are_refused(tmp_path):
     for content, words in (([1], "holds a list, expected a state dict"), ({"a": 1}, "holds no state dict")):
         torch.save(content, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match=words):
-            convert(tmp_path / "model.pt", tmp_path / "out")
+            convert_weights(tmp_path / "model.pt", tmp_path / "out")
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(CheckpointError, match="is truncated, or no torch file"):
-        convert(tmp_path / "model.pt", tmp_path / "out")
+        convert_weights(tmp_path / "model.pt", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no file .*lost.pt"):
-        convert(tmp_path / "lost.pt", tmp_path / "out")
+        convert_weights(tmp_path / "lost.pt", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="should hold one weights file .* found none"):
-        convert(tmp_path / "empty", tmp_path / "out")
+        convert_weights(tmp_path / "empty", tmp_path / "out")

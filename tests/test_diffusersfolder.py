@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from closeness import assert_close
 from grafting.checkpoint import load
-from grafting.convert import convert
+from grafting.convert import convert_weights
 from grafting.diffusersfolder import export_diffusers, original_embeddings, to_diffusers
 from grafting.errors import CheckpointError, HostError
 from grafting.models import DiT
@@ -48,7 +48,7 @@ def test_a_diffusers_folder_becomes_the_original(tmp_path, original, kind):
     theirs.load_state_dict(to_diffusers(original).state_dict())
     folder = tmp_path / "theirs" / "transformer" if kind == "pipeline" else tmp_path / "theirs"
     theirs.save_pretrained(folder, safe_serialization=kind != "bin")
-    convert(tmp_path / "theirs", tmp_path / "out")
+    convert_weights(tmp_path / "theirs", tmp_path / "out")
     model, plan = load(tmp_path / "out")
     assert plan == Plan()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_an_exported_folder_has_the_originals_outputs(tmp_path, original):
         assert_close(f"output at t = {step}", got[i], GOLDEN["forward.output"][i], 1e-5)
     note = json.loads((tmp_path / "config.json").read_text())["_grafting"]
     assert "downscale_freq_shift = 0" in note["time_embedding"]
-    convert(tmp_path, tmp_path / "back")
+    convert_weights(tmp_path, tmp_path / "back")
     back, _ = load(tmp_path / "back")
     for name, tensor in original.state_dict().items():
         # positions are computed anew, in float64
@@ -96,11 +96,11 @@ def test_diffusers_folders_that_are_not_the_published_dit_are_refused(tmp_path, 
     with pytest.raises(
         CheckpointError, match="blocks have embedders of their own.*\n.*blocks.1.norm1.emb.class_emb"
     ):
-        convert(tmp_path, tmp_path / "out")
+        convert_weights(tmp_path, tmp_path / "out")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"activation_fn": "geglu"}))
     with pytest.raises(CheckpointError, match="activation_fn is 'geglu', expected 'gelu-approximate'"):
-        convert(tmp_path, tmp_path / "out")
+        convert_weights(tmp_path, tmp_path / "out")
 
 
 def test_load_says_how_to_read_a_diffusers_folder(tmp_path, original):

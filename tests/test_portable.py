@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import grafting.portable
 import tinypipeline
+from closeness import assert_close
 from grafting.checkpoint import INDEX_NAME, WEIGHTS_NAME, load, save_model
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts

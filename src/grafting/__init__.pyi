@@ -1,6 +1,9 @@
 """The public names, each from the module that defines it; `__init__.py` imports that module when the name is first used."""
 
+from .checkpoint import load as load
 from .checkpoint import load_model as load_model
+from .checkpoint import merge_delta as merge_delta
+from .checkpoint import save_delta as save_delta
 from .checkpoint import save_model as save_model
 from .contract import AttentionWeights as AttentionWeights
 from .contract import ClassConditional as ClassConditional
@@ -15,6 +18,8 @@ from .contract import Site as Site
 from .contract import Step as Step
 from .contract import TokenLayout as TokenLayout
 from .contract import TrainingData as TrainingData
+from .convert import Facts as Facts
+from .convert import convert_weights as convert_weights
 from .data import BundledSubsetConfig as BundledSubsetConfig
 from .data import FashionMnistConfig as FashionMnistConfig
 from .data import ImageFolderConfig as ImageFolderConfig
@@ -24,6 +29,8 @@ from .data.bundled import CLASSIFIER_NAME as CLASSIFIER_NAME
 from .data.bundled import bundled_classifier as bundled_classifier
 from .data.bundled import bundled_reference_path as bundled_reference_path
 from .data.bundled import testbed_model_folder as testbed_model_folder
+from .diffusersfolder import export_diffusers as export_diffusers
+from .diffusersfolder import original_embeddings as original_embeddings
 from .diffusion import Diffusion as Diffusion
 from .distillation import DistillConfig as DistillConfig
 from .distillation import distill as distill
@@ -49,6 +56,7 @@ from .finetuning import finetune as finetune
 from .hosts import Call as Call
 from .hosts import Host as Host
 from .hosts import host_of as host_of
+from .hub import push_to_hub as push_to_hub
 from .metrics.features import FeatureNetwork as FeatureNetwork
 from .metrics.features import Features as Features
 from .metrics.features import ModuleNetwork as ModuleNetwork
@@ -58,6 +66,8 @@ from .operators import operator_configs as operator_configs
 from .operators import parse_operator as parse_operator
 from .plan import Plan as Plan
 from .plan import Replace as Replace
+from .portable import Base as Base
+from .portable import with_plan as with_plan
 from .recipe import FreshModel as FreshModel
 from .recipe import Recipe as Recipe
 from .recipe import run as run

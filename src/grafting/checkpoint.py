@@ -11,7 +11,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 DELTA_NAME = "delta.safetensors"
 
+MODEL_FILES = ("*.json", "*.safetensors", "README.md")
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -59,19 +61,21 @@ def load(
     return load_model(find_model(source, revision=revision), dtype=dtype, base=base)
 
 
-def find_model(source: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of the model that a name stands for, downloaded if it is on the Hub. Raises as `load`."""
+def find_model(
+    source: str | Path, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES
+) -> Path:
+    """The folder of the model that a name stands for, downloaded if it is on the Hub. Raises as `load`.
+
+    Args:
+        patterns: the files that are downloaded.
+    """
     if source == "testbed":
         return testbed_model_folder()
     folder = Path(source)
     if folder.exists() or not _HUB_NAME.fullmatch(str(source)):
         return folder / "model" if (folder / "manifest.json").is_file() else folder
     try:
-        return Path(
-            snapshot_download(
-                str(source), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
-            )
-        )
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"no model in {source}: it does not exist, and the Hub does not give it: {error}"
@@ -294,7 +298,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> type[nn.Module]:
+def _model_class(folder: Path, config: dict[str, Any]) -> Any:
     """The class of a folder's model before any graft."""
     name = config["_class_name"].removeprefix(PREFIX)
     # stops at the first match: naming a class of diffusers imports it, which takes seconds
@@ -411,5 +415,5 @@ def _hash_of(tensor: Tensor) -> str:
     """The SHA-256, in hex, of a tensor's type, shape and values."""
     values = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
-    digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .checkpoint import load_strictly, load_tensors, read_pickle, save_model
-from .contract import Role
+from .checkpoint import find_model, load_strictly, load_tensors, read_pickle, save_model
 from .diffusersfolder import diffusers_folder, read_diffusers
 from .errors import CheckpointError, PlanError
 from .files import sha256_of
@@ -33,8 +32,11 @@ PUBLISHED_WIDTH = 1152
 PUBLISHED_WINDOW = 4
 PUBLISHED_NUM_CLASSES = 1000
 
+# what is downloaded of a repository: a torch file, or diffusers' transformer alone
+PUBLISHED_FILES = ("*.pt", "config.json", "diffusion_pytorch_model*", "transformer/*")
+
 _PUBLISHED_HEADS = {preset["hidden_size"]: preset["num_heads"] for preset in DIT_PRESETS.values()}
-_MODULES: dict[str, Role] = {"attn": "attention", "mlp": "mlp"}
+_MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": "mlp"}
 _PLACE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(.+)")
 
 
@@ -73,26 +75,35 @@ class Layout:
     `settings` are those of the operator's config, or None where the module is the host's own.
     """
 
-    role: Role
+    role: Literal["attention", "mlp"]
     operator: str
     tensors: Mapping[str, str]
     settings: Callable[["Shapes", Facts], dict[str, Any] | None]
 
 
-def convert(source: Path, folder: Path, facts: Facts | None = None) -> Published:
-    """Write the published weights of a file or folder as a folder that `load` opens; returns what was read.
+def convert_weights(
+    source: str | Path, folder: Path, facts: Facts | None = None, *, revision: str | None = None
+) -> Published:
+    """Write published weights as a folder that `load` opens; returns what was read.
+
+    Args:
+        source: a file, a folder, or `owner/name` on the Hub.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         CheckpointError: they are of no known layout; lists what was expected, what was found and which option to give.
     """
-    published = read_published(source, facts or Facts())
-    base = None if facts is None else facts.base
-    save_model(folder, published.model, published.plan, base=base, origin=published.origin)
-    return published
+    facts = facts or Facts()
+    found = find_model(source, revision=revision, patterns=PUBLISHED_FILES)
+    model, plan, origin = read_published(found, facts)
+    if not Path(source).exists():
+        origin |= {"hub": str(source), "revision": found.name}
+    save_model(folder, model, plan, base=facts.base, origin=origin)
+    return Published(model, plan, origin)
 
 
 def read_published(source: Path, facts: Facts) -> Published:
-    """The model of published weights, in eval mode, its plan and its origin. Raises as `convert`."""
+    """The model of published weights, in eval mode, its plan and its origin. Raises as `convert_weights`."""
     folder = diffusers_folder(source)
     if folder is not None:
         tensors, config, origin = read_diffusers(folder)
@@ -128,19 +139,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def recognise(
     tensors: Mapping[str, Tensor], facts: Facts, *, source: str
 ) -> tuple[dict[str, Any], Plan, dict[str, Tensor]]:
-    """DiT's settings, the plan, and the tensors under the names of the grafted model. Raises as `convert`."""
+    """DiT's settings, the plan, and the tensors under the names of the grafted model. Raises as `convert_weights`."""
     config, faults = _sizes(tensors, facts, source=source)
     if facts.window is None and config["hidden_size"] == PUBLISHED_WIDTH:
         facts = facts.model_copy(update={"window": PUBLISHED_WINDOW})
-    modules: dict[tuple[int, str], dict[str, Tensor]] = {
-        (i, module): {} for i in range(config["depth"]) for module in _MODULES
-    }
-    renamed = {}
-    for name, tensor in tensors.items():
-        if match := _PLACE.fullmatch(name):
-            modules[int(match[1]), match[2]][match[3]] = tensor
-        else:
-            renamed[name] = tensor
+    modules, renamed = _by_module(tensors, config["depth"])
     unknown, chosen = defaultdict(list), defaultdict(list)
     for (block, module), own in modules.items():
         layout = next(
@@ -168,6 +171,22 @@ def recognise(
         for (role, operator), blocks in chosen.items()
     ]
     return config, Plan(edits=tuple(edits)), renamed
+
+
+def _by_module(
+    tensors: Mapping[str, Tensor], depth: int
+) -> tuple[dict[tuple[int, str], dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each block's attention and MLP, by (block, module), and all others."""
+    modules: dict[tuple[int, str], dict[str, Tensor]] = {
+        (i, module): {} for i in range(depth) for module in _MODULES
+    }
+    others = {}
+    for name, tensor in tensors.items():
+        if match := _PLACE.fullmatch(name):
+            modules[int(match[1]), match[2]][match[3]] = tensor
+        else:
+            others[name] = tensor
+    return modules, others
 
 
 def _sizes(tensors: Mapping[str, Tensor], facts: Facts, *, source: str) -> tuple[dict[str, Any], list[str]]:

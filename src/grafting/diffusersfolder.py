@@ -74,7 +74,7 @@ def export_diffusers(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def to_diffusers(model: nn.Module) -> nn.Module:
+def to_diffusers(model: nn.Module) -> Any:
     """diffusers' `DiTTransformer2DModel` with a native DiT's weights and outputs. Raises as `export_diffusers`."""
     from diffusers import DiTTransformer2DModel
 
@@ -92,7 +92,7 @@ def to_diffusers(model: nn.Module) -> nn.Module:
         raise CheckpointError(
             f"an mlp_ratio of {config.mlp_ratio} is none that {_DIFFUSERS_CLASS} has: its is 4"
         )
-    made = DiTTransformer2DModel(
+    made: Any = DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.hidden_size // config.num_heads,
         in_channels=config.in_channels,
@@ -107,7 +107,7 @@ def to_diffusers(model: nn.Module) -> nn.Module:
     return original_embeddings(made).eval()
 
 
-def _ungrafted_names(model: DiT) -> set[str]:
+def _ungrafted_names(model: nn.Module) -> set[str]:
     with torch.device("meta"):
         return set(DiT(**settings_of(model)).state_dict())
 
@@ -203,9 +203,9 @@ def _from_diffusers_names(tensors: Mapping[str, Tensor], depth: int, *, source: 
         for ours, theirs in _BLOCK.items():
             take(f"{prefix}.{theirs}", f"blocks.{block}.{ours}")
         for kind in ("weight", "bias"):
-            parts = [left.pop(f"{prefix}.{part}.{kind}", None) for part in _QKV]
-            if all(part is not None for part in parts):
-                native[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+            names = [f"{prefix}.{part}.{kind}" for part in _QKV]
+            if all(name in left for name in names):
+                native[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([left.pop(name) for name in names])
     if faults:
         raise CheckpointError(
             "\n  ".join(

@@ -70,20 +70,20 @@ class Record(BaseModel):
         if record.host not in hosts():
             raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")
         installed = {name: config.version for name, config in operator_configs().items()}
-        faults = [
+        others = [
             f"operator {name!r} of version {version}; installed is version {installed.get(name)}"
             for name, version in record.operator_versions.items()
             if installed.get(name) != version
         ]
-        if faults:
+        if others:
             raise CheckpointError(
-                f"{source} was saved with {', '.join(faults)}: its weights mean another thing"
+                f"{source} was saved with {', '.join(others)}: its weights mean another thing"
             )
         return record
 
 
 @cache
-def grafted_class(base: type[nn.Module]) -> type[nn.Module]:
+def grafted_class(base: type[Any]) -> type[Any]:
     """The class `GraftedX` of a host's model class `X`: its settings and `grafting`, a `Record` as JSON."""
 
     def initialise(self: Any, *args: Any, grafting: Mapping[str, Any], **settings: Any) -> None:
@@ -125,10 +125,12 @@ def with_plan(model: nn.Module, plan: Plan, *, base: Base | None = None) -> nn.M
         PlanError, RuntimeError: the model was not grafted with this plan.
     """
     record = Record.of(model, plan, base=base).model_dump(mode="json")
-    made = grafted_class(host_of(model).model_class)(**settings_of(model), grafting=record)
-    if made.dtype != model.dtype:
-        made.to(model.dtype)  # for buffers that no state dict holds
-    made.to(model.device).load_state_dict(model.state_dict(), assign=True)
+    model_class: Any = host_of(model).model_class
+    made = grafted_class(model_class)(**settings_of(model), grafting=record)
+    reference = next(model.parameters())
+    if made.dtype != reference.dtype:
+        made.to(reference.dtype)  # for buffers that no state dict holds
+    made.to(reference.device).load_state_dict(model.state_dict(), assign=True)
     for name, parameter in model.named_parameters():
         made.get_parameter(name).requires_grad_(parameter.requires_grad)
     return made.train(model.training)
@@ -143,6 +145,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith(PREFIX):
         # stops at the first match: naming a class of diffusers imports it, which takes seconds
         for host in hosts().values():
-            if name == f"{PREFIX}{host.model_class.__name__}":
-                return grafted_class(host.model_class)
+            base: Any = host.model_class
+            if name == f"{PREFIX}{base.__name__}":
+                return grafted_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
