@@ -11,7 +11,7 @@ from grafting.distillation import DistillConfig, distill
 from grafting.errors import TrainingError
 from grafting.functional.losses import regression_loss
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
+from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import build_operators
 from toydata import noise_images
 
@@ -114,6 +114,121 @@ def test_fixed_samples_on_disk(tmp_path):
     for path in whole:
         for a, b in zip(whole[path].parameters(), resumed[path].parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+MERGED = Plan(
+    edits=(
+        Merge(blocks="1-2"),
+        Replace(role="attention", blocks=[0, 2], operator={"name": "softmax", "projections": "random"}),
+    )
+)
+
+
+def _merged(plan=MERGED):
+    torch.manual_seed(3)
+    teacher = HOST.tiny().eval()
+    return teacher, build_operators(teacher, plan)
+
+
+def _run_merged(teacher, operators, **settings):
+    """Roles as a recipe gives them: of every site and block that the plan names."""
+    paths = ("blocks.0.attn", "blocks.2.attn", "blocks.1", "blocks.2")
+    roles = {path: "attention" if "attn" in path else "block" for path in paths}
+    config = DistillConfig(**{"steps": 6, "batch_size": 8, "holdout": 16, "holdout_every": 3} | settings)
+    return distill(
+        teacher,
+        operators,
+        noise_images(64, size=16),
+        config,
+        roles=roles,
+        predict=HOST.predict,
+        diffusion=Diffusion(),
+    )
+
+
+def test_a_merged_pair_is_fitted_to_what_its_blocks_gave_in_sequence():
+    """Measured by hand: the teacher's second output for the first one's input."""
+    teacher, operators = _merged(Plan(edits=(Merge(blocks="1-2", start="sum"),)))
+    seen = []
+    handles = [
+        teacher.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args)),
+        teacher.blocks[2].register_forward_hook(lambda _, args, output: seen.append(output)),
+    ]
+    values = next(_run_merged(teacher, operators, batch_size=16)).values
+    for handle in handles:
+        handle.remove()
+    assert values.keys() == {"holdout_loss/blocks.1", "r2/blocks.1"}
+    (args, want) = seen
+    with torch.no_grad():
+        got = operators["blocks.1"](*args)
+    assert_close("loss", torch.tensor(values["holdout_loss/blocks.1"]), (got - want).abs().mean(), 1e-5)
+    error = (got - want).double().square().sum()
+    variance = (want - want.mean((0, 1))).double().square().sum()
+    assert values["r2/blocks.1"] == pytest.approx(1 - (error / variance).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_pairs_and_single_sites_learn_together(inputs):
+    teacher, operators = _merged()
+    weights = {n: t.clone() for n, t in teacher.state_dict().items()}
+    initial = copy.deepcopy(operators)
+    steps = list(_run_merged(teacher, operators, inputs=inputs, steps=40, lr=3e-3, holdout_every=40))
+    assert all(torch.equal(weights[n], t) for n, t in teacher.state_dict().items())
+    assert steps[1].values.keys() == {"loss/blocks.0.attn", "loss/blocks.1"}
+    for path in ("blocks.0.attn", "blocks.1"):
+        name = f"holdout_loss/{path}"
+        assert steps[-1].values[name] < 0.9 * steps[0].values[name]
+        for (name, new), old in zip(
+            operators[path].named_parameters(), initial[path].parameters(), strict=True
+        ):
+            assert not torch.equal(new, old), f"{path}.{name}"
+    assert type(teacher.blocks[2]).__name__ == "DiTBlock"
+
+
+def test_a_students_pair_gets_the_students_input():
+    teacher, operators = _merged()
+    losses = [
+        next(_run_merged(teacher, operators, inputs=inputs)).values["holdout_loss/blocks.1"]
+        for inputs in ("teacher", "student")
+    ]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def test_dropped_blocks_have_nothing_to_fit():
+    plan = Plan(edits=(Drop(blocks=[1]), *MERGED.edits[1:]))
+    teacher, operators = _merged(plan)
+    steps = list(_run_merged(teacher, operators, inputs="student", steps=1))
+    assert steps[0].values.keys() == {
+        f"{value}/blocks.{i}.attn" for value in ("holdout_loss", "r2") for i in (0, 2)
+    }
+
+
+def test_merged_pairs_resume_and_replay_exactly(tmp_path):
+    def steps(operators, teacher, folder, **more):
+        config = DistillConfig(steps=4, batch_size=6, holdout=16, cache_samples=12)
+        return distill(
+            teacher,
+            operators,
+            noise_images(64, size=16),
+            config,
+            roles=dict.fromkeys(operators, "block"),
+            predict=HOST.predict,
+            diffusion=Diffusion(),
+            cache_folder=tmp_path / folder,
+            **more,
+        )
+
+    plan = Plan(edits=MERGED.edits[:1])
+    teacher, whole = _merged(plan)
+    list(steps(whole, teacher, "a"))
+    # tokens, condition and the second block's output
+    assert sorted(p.name for p in (tmp_path / "a").glob("*.bin")) == [f"blocks.1.{i}.bin" for i in range(3)]
+    teacher, part = _merged(plan)
+    state = next(copy.deepcopy(s.state()) for s in steps(part, teacher, "b") if s.done == 2)
+    teacher, resumed = _merged(plan)
+    list(steps(resumed, teacher, "b", state=state))
+    for a, b in zip(whole["blocks.1"].parameters(), resumed["blocks.1"].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_fixed_samples_need_the_teachers_inputs():

@@ -180,7 +180,8 @@ def test_the_schema_tells_editors_every_operators_settings():
     operator = schema["$defs"]["Replace"]["properties"]["operator"]
     names, settings = operator["anyOf"]
     assert names["enum"] == list(operator_configs())
-    described = settings["oneOf"]
+    # an operator that holds operators is described once, and referred to
+    described = [schema["$defs"][d["$ref"].split("/")[-1]] if "$ref" in d else d for d in settings["oneOf"]]
     assert [d["properties"]["name"]["const"] for d in described] == names["enum"]
     by_name = dict(zip(names["enum"], described, strict=True))
     assert by_name["window-1d"]["properties"]["window"]["exclusiveMinimum"] == 0

@@ -1,13 +1,16 @@
 """The native DiT against recorded outputs of the original code, and what the original does not promise."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from closeness import assert_close
-from grafting.models.dit import DIT_PRESETS, DiT, LabelEmbedder
+from grafting.hosts._host import randomise
+from grafting.models.dit import DIT_PRESETS, DiT, DiTBlock, LabelEmbedder, ParallelBlocks, side_by_side
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "dit.safetensors")
 WEIGHTS = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}
@@ -204,3 +207,99 @@ def test_bfloat16_stays_close(model):
     got = model.bfloat16()(x.bfloat16(), t, y)
     assert got.dtype == torch.bfloat16
     assert_close("bf16", got, want, 5e-2)
+
+
+@pytest.fixture
+def parallel() -> ParallelBlocks:
+    return randomise(ParallelBlocks([DiTBlock(48, 4, 4.0) for _ in range(3)]), std=0.2)
+
+
+def tokens(batch_size: int = 2):
+    return torch.randn(batch_size, 7, 48), torch.randn(batch_size, 48)
+
+
+def check_one_pass(parallel: ParallelBlocks, *, one_pass: bool = True, ratio: float = 1e-5) -> None:
+    """Without gradients it gives what the blocks give one by one, as one tensor or not."""
+    parameter = next(parallel.parameters())
+    x, c = (a.to(parameter) for a in tokens())
+    want = torch.stack([block(x, c) - x for block in parallel]).detach()
+    with torch.no_grad():
+        got = parallel(x, c)
+    assert isinstance(got, torch.Tensor) == one_pass
+    assert_close("updates", torch.stack(list(got)), want, ratio)
+
+
+def test_parallel_blocks_are_one_pass_without_gradients(parallel):
+    check_one_pass(parallel)
+    assert isinstance(parallel(*tokens()), list)
+    with torch.inference_mode():
+        x, c = tokens(batch_size=1)
+        assert_close("inference mode", parallel(x, c)[1], parallel[1](x, c) - x, 1e-5)
+
+
+def test_the_pass_reads_the_weights_that_there_are(parallel):
+    """Whatever changed them: an optimizer, a loaded state, a copy behind autograd's back, one gone and one come."""
+    changes = [
+        lambda: torch.optim.SGD(parallel.parameters(), lr=0.1).step(),
+        lambda: parallel.load_state_dict({n: t + 0.1 for n, t in parallel.state_dict().items()}),
+        lambda: parallel[1].mlp.fc1.weight.data.copy_(torch.randn(192, 48)),
+        lambda: parallel[2].attn.qkv.bias.data.fill_(0.3),
+    ]
+    sum(update.square().sum() for update in parallel(*tokens())).backward()
+    for change in changes:
+        change()
+        check_one_pass(parallel)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda blocks: setattr(blocks[1].attn.qkv, "weight", nn.Parameter(torch.randn(144, 48))),
+        lambda blocks: setattr(blocks[0].mlp.fc2.weight, "data", torch.randn(48, 192)),
+        lambda blocks: setattr(blocks[0].mlp, "fc2", nn.Sequential(nn.Linear(192, 48), nn.Tanh())),
+        lambda blocks: setattr(blocks[2], "attn", nn.Linear(48, 48)),
+        lambda blocks: blocks[1].attn.register_forward_hook(lambda _, args, output: 2 * output),
+        lambda blocks: blocks.load_state_dict(
+            {n: t.clone() for n, t in blocks.state_dict().items()}, assign=True
+        ),
+    ],
+    ids=["parameter", "data", "layer", "attention", "hook", "assigned"],
+)
+def test_what_is_not_plain_runs_one_by_one(parallel, replace):
+    replace(parallel)
+    check_one_pass(parallel, one_pass=False)
+
+
+def test_copies_and_conversions_lay_their_weights_side_by_side_again(parallel):
+    before = {n: t.clone() for n, t in parallel.state_dict().items()}
+    twin = copy.deepcopy(parallel)
+    check_one_pass(twin)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[n], t) for n, t in parallel.state_dict().items())
+    check_one_pass(parallel.double(), ratio=1e-10)
+    check_one_pass(parallel.bfloat16(), ratio=5e-2)
+
+
+def test_the_pass_under_autocast(parallel):
+    x, c = tokens()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = parallel(x, c), [block(x, c) - x for block in parallel]
+    assert_close("autocast", torch.stack(list(got)), torch.stack(want), 3e-2)
+
+
+def test_only_neighbours_in_one_memory_are_side_by_side():
+    together = torch.randn(3, 4, 5)
+    got = side_by_side([*together])
+    assert got.data_ptr() == together.data_ptr()
+    assert torch.equal(got, together)
+    assert torch.equal(side_by_side([together[1], together[2]]), together[1:])
+    for apart in (
+        [together[1], together[0]],
+        [together[0], together[2]],
+        [together[0], together[1].clone()],
+        [together[0].T, together[1].T],
+        [together[0], together[1, :2]],
+    ):
+        assert side_by_side(apart) is None
