@@ -24,7 +24,7 @@ from grafting.errors import CheckpointError, HostError, RunError
 from grafting.files import hash_json, sha256_of
 from grafting.hosts import hosts
 from grafting.operators import operator_configs
-from grafting.plan import Plan, Replace
+from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.portable import Base
 from grafting.surgery import build_operators, graft
 
@@ -283,6 +283,32 @@ def test_a_delta_holds_what_its_base_has_not_got(delta):
     loaded, plan = load_model(folder)
     assert plan == PLAN
     assert torch.equal(loaded(**_example()), model(**_example()))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("dit", Merge(blocks=[0, 1])),
+        ("dit", Drop(blocks=[1])),
+        ("pixart", Merge(blocks=[0, 1])),
+        ("flux", Drop(blocks=[1])),
+    ],
+    ids=str,
+)
+def test_restructured_models_come_back_whole_and_as_deltas(tmp_path, name, edit):
+    host = hosts()[name]
+    plan = Plan(edits=(edit,))
+    save_model(tmp_path / "base", host.tiny(), Plan())
+    model, _ = load_model(tmp_path / "base")
+    graft(model, plan)
+    save_model(tmp_path / "full", model, plan)
+    save_delta(tmp_path / "delta", model, plan, Base(id=str(tmp_path / "base")))
+    example = host.example(model, rows=4, cols=6, batch_size=2)
+    want = model.eval()(**example)[0]
+    for folder in ("full", "delta"):
+        assert torch.equal(load_model(tmp_path / folder)[0](**example)[0], want)
+    # blocks that moved are borrowed: only what is new is stored
+    assert all(".merge." in name for name in load_file(tmp_path / "delta" / DELTA_NAME))
 
 
 def test_a_delta_of_the_testbed_is_small(tmp_path):

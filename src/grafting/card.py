@@ -58,7 +58,7 @@ def model_card(
     grafting = config["grafting"]
     sections = [
         _header(grafting),
-        f"# {name}\n\nA `{config['_class_name']}`: a pretrained diffusion transformer in which operators were replaced "
+        f"# {name}\n\nA `{config['_class_name']}`: a pretrained diffusion transformer, edited "
         "with [grafting](https://arxiv.org/abs/2506.05340).",
         f"## Plan\n\n{_plan(grafting)}",
         f"## Base\n\n{_base(grafting)}",

@@ -110,11 +110,16 @@ def save_model(
     return [_write_config(folder, model, record, weights=weights, origin=origin), weights]
 
 
-def save_delta(folder: Path, model: nn.Module, plan: Plan, base: Base) -> list[Path]:
+def save_delta(
+    folder: Path, model: nn.Module, plan: Plan, base: Base, *, source: str | Path | None = None
+) -> list[Path]:
     """Write only those tensors of a model that its base has not got; returns the files.
 
     A tensor of the base is known by its content, whatever its name: an attention that stands inside an operator, or a
     block that moved, is borrowed all the same.
+
+    Args:
+        source: where the base is, if not where it says.
 
     Raises:
         CheckpointError: the base cannot be loaded.
@@ -122,7 +127,8 @@ def save_delta(folder: Path, model: nn.Module, plan: Plan, base: Base) -> list[P
     """
     tensors = model.state_dict()
     dtype = next(model.parameters()).dtype
-    names = {_hash_of(t): name for name, t in _base_tensors(base, dtype=dtype).items()}
+    found = base if source is None else Base(id=str(source))
+    names = {_hash_of(t): name for name, t in _base_tensors(found, dtype=dtype).items()}
     hashes = {name: _hash_of(tensor) for name, tensor in tensors.items()}
     borrowed = {name: names[digest] for name, digest in hashes.items() if digest in names}
     weights = folder / DELTA_NAME
