@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from grafting.contract import BlockCall, Grid, Site
 from grafting.errors import PlanError
-from grafting.operators import operator_configs
+from grafting.operators import PRESETS, operator_configs
 from grafting.plan import Drop, Merge, Plan, Replace, merged_pairs, operators_of, resolve_blocks
 
 

@@ -23,7 +23,7 @@ from pydantic.json_schema import JsonSchemaValue
 
 from .contract import KernelConfig, OperatorConfig, Role, Site
 from .errors import PlanError
-from .operators import operator_configs, parse_operator
+from .operators import PRESETS, operator_configs, parse_operator
 
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*([1-9]\d*))?)?")
 _EVERY = re.compile(r"every\s+(\d+)\s+of\s+(\d+)")
@@ -64,7 +64,7 @@ def _check_blocks(blocks: "str | int | tuple[int, ...]") -> "str | int | tuple[i
 
 
 class _OperatorSchema:
-    """For editors: an operator is one of the names, or the settings of one of them."""
+    """For editors: an operator is one of the names, presets included, or the settings of one operator."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -72,7 +72,7 @@ class _OperatorSchema:
         settings = [handler(config.__pydantic_core_schema__) for config in configs.values()]
         return {
             "anyOf": [
-                {"type": "string", "enum": list(configs)},
+                {"type": "string", "enum": [*configs, *PRESETS]},
                 {"type": "object", "required": ["name"], "oneOf": settings},
             ]
         }

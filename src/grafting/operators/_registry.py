@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import OperatorConfig
+from ._presets import PRESETS
 
 
 @cache
@@ -29,18 +30,24 @@ def operator_configs() -> dict[str, type[OperatorConfig]]:
 def parse_operator(value: Any) -> OperatorConfig:
     """An operator's config from what a recipe says of it: a name, or a mapping with `name` and its settings.
 
+    A name alone may also be that of a preset.
+
     Raises:
         ValueError: no such operator, or (pydantic's subclass of it) settings that do not fit; names what is allowed.
     """
     if isinstance(value, OperatorConfig):
         return value
-    settings = {"name": value} if isinstance(value, str) else value
+    settings = PRESETS.get(value, {"name": value}) if isinstance(value, str) else value
     if not isinstance(settings, dict) or "name" not in settings:
         raise ValueError(f"an operator is a name, or a mapping with a name; found {value!r}")
-    configs = operator_configs()
-    if settings["name"] not in configs:
-        raise ValueError(f"no operator {settings['name']!r}; there are {', '.join(configs)}")
-    return configs[settings["name"]].model_validate(settings)
+    configs, name = operator_configs(), settings["name"]
+    if name in PRESETS:
+        raise ValueError(f"{name!r} is a preset, which takes no settings: it stands for {PRESETS[name]}")
+    if name not in configs:
+        raise ValueError(
+            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
+        )
+    return configs[name].model_validate(settings)
 
 
 def _own_configs() -> list[type[OperatorConfig]]:
