@@ -179,16 +179,19 @@ def test_the_schema_tells_editors_every_operators_settings():
     schema = Plan.model_json_schema()
     operator = schema["$defs"]["Replace"]["properties"]["operator"]
     names, settings = operator["anyOf"]
-    assert names["enum"] == list(operator_configs())
+    assert names["enum"] == [*operator_configs(), *PRESETS]
     # an operator that holds operators is described once, and referred to
     described = [schema["$defs"][d["$ref"].split("/")[-1]] if "$ref" in d else d for d in settings["oneOf"]]
-    assert [d["properties"]["name"]["const"] for d in described] == names["enum"]
-    by_name = dict(zip(names["enum"], described, strict=True))
+    by_name = {d["properties"]["name"]["const"]: d for d in described}
+    assert list(by_name) == list(operator_configs())
     assert by_name["window-1d"]["properties"]["window"]["exclusiveMinimum"] == 0
     assert "Image tokens seen" in by_name["window-1d"]["properties"]["window"]["description"]
     for operator, valid in [
         ("hyena-x", True),
         ("hyena-z", False),
+        ("swa", True),
+        ({"name": "swa", "window": 2}, False),
+        ({"name": "hybrid", "first": {"name": "window-1d", "window": 0}}, False),
         ({"name": "window-1d", "window": 2}, True),
         ({"name": "window-1d", "window": 0}, False),
         ({"name": "linear", "window": 2}, False),
