@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from closeness import assert_close
 from grafting.contract import Grid, Site, TokenLayout
-from grafting.functional.ttt import ttt_reference
+from grafting.functional.ttt import key_norm, ttt_reference
 from grafting.operators import parse_operator
 from grafting.operators.ttt import TTTConfig
 
@@ -77,6 +77,13 @@ def test_a_constant_added_to_all_keys_changes_nothing():
     kernel, (q, k, v) = TTTConfig().build(site(Grid(5, 7))), inputs(35)
     layout = TokenLayout(Grid(5, 7))
     assert_close("output", kernel(q, k + 5, v, layout), kernel(q, k, v, layout), 1e-4)
+
+
+def test_starts_as_linear_attention_with_features_of_silu():
+    kernel, (q, k, v) = TTTConfig().build(site(Grid(5, 7))), inputs(35)
+    assert_close("rows", kernel.w1 @ kernel.w1.mT, torch.eye(HEAD_DIM).expand(HEADS, -1, -1), 1e-5)
+    weights = F.silu(q @ kernel.w1) @ F.silu(key_norm(k) @ kernel.w1).mT  # [B, H, L, L]
+    assert_close("output", kernel(q, k, v, TokenLayout(Grid(5, 7))), weights @ v / 35 / 2, 1e-5)
 
 
 def test_at_the_start_every_parameter_learns():
