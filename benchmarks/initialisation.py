@@ -55,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("path", type=Path, help="the JSON file of the rows")
     parser.add_argument(
-        "--markdown", action="store_true", help="print the rows of the file as a table, run nothing"
+        "--markdown", action="store_true", help="print these settings' rows as a table, run nothing"
     )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)

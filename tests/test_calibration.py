@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from closeness import assert_close
+from grafting.activations import shuffled, visiting
 from grafting.calibration import CalibrateConfig, _OutputFit, calibrate
+from grafting.data import bundled
 from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
 from grafting.hosts import hosts
+from grafting.models.dit import DiT
 from grafting.plan import Plan, Replace
 from grafting.surgery import build_operators
 from toydata import noise_images
@@ -143,6 +146,57 @@ def test_the_teacher_is_left_as_it_was():
     assert not any(m._forward_hooks for m in modules)
     assert [m for m in modules if m._forward_pre_hooks] == [teacher]  # of the layout
     assert all(p.grad is None and p.requires_grad for o in operators.values() for p in o.parameters())
+
+
+def _testbed(operator, *, randomised=False, blocks=(1,)):
+    teacher = DiT.from_pretrained(bundled.testbed_model_folder()).eval()
+    plan = Plan(edits=(Replace(role="mlp", blocks=list(blocks), operator=operator),))
+    return teacher, build_operators(teacher, plan.randomised() if randomised else plan)
+
+
+def _calls(teacher, operators):
+    """What the sites are called with and give, for images that calibration has not seen."""
+    calls = {}
+    modules = {path: teacher.get_submodule(path) for path in operators}
+    x, labels = bundled.bundled_subset().batch(shuffled(6000, 0)[:8])
+    x_t = Diffusion().add_noise(x, torch.randn(x.shape), torch.arange(0, 1000, 125))
+    with torch.no_grad(), visiting(modules, lambda path, *call: calls.update({path: call})):
+        teacher(x_t, torch.arange(0, 1000, 125), labels)
+    return calls
+
+
+def test_a_wider_mlp_of_the_testbed_is_exact_before_and_after():
+    teacher, operators = _testbed({"name": "mlp", "ratio": 6})
+    calls = _calls(teacher, operators)
+    for path, (args, kwargs, want) in calls.items():
+        assert_close(path, operators[path](*args, **kwargs), want, 1e-6)
+    config = CalibrateConfig(samples=16, batch_size=16)
+    list(
+        calibrate(
+            teacher, operators, bundled.bundled_subset(), config, predict=HOST.predict, diffusion=Diffusion()
+        )
+    )
+    for path, (args, kwargs, want) in calls.items():
+        assert_close(path, operators[path](*args, **kwargs), want, 1e-5)
+
+
+def test_a_narrower_mlp_of_the_testbed_starts_with_little_error():
+    """On unseen images: a fifth of that of the host's strongest neurons, and a twentieth of the variance."""
+    teacher, built = _testbed({"name": "mlp", "ratio": 3})
+    operators = copy.deepcopy(built)
+    config = CalibrateConfig(samples=128)
+    list(
+        calibrate(
+            teacher, built, bundled.bundled_subset(), config, predict=HOST.predict, diffusion=Diffusion()
+        )
+    )
+    for path, (args, _, want) in _calls(teacher, built).items():
+        fitted, inherited = (
+            (want - mlp.mixer(args[0], built[path].tracker.layout)).square().mean()
+            for mlp in (built[path], operators[path])
+        )
+        assert fitted < 0.2 * inherited
+        assert fitted < 0.05 * want.flatten(0, 1).var(dim=0).mean()
 
 
 class _Watched:

@@ -51,6 +51,23 @@ def test_narrower_it_keeps_the_strongest_neurons():
     assert_close("output", mixer(x, LAYOUT), host(x), 1e-2)
 
 
+def test_it_takes_the_neurons_that_it_is_told_to_take():
+    host, x = Mlp(12, 48), torch.randn(2, 15, 12)
+    mixer = inherited(2.0, host)
+    kept = torch.arange(10, 34)
+    mixer.inherit_neurons(weights_of(host), kept)
+    assert mixer.num_inherited_neurons == 24
+    hidden = torch.nn.functional.gelu(host.fc1(x), approximate="tanh")[..., kept]
+    want = torch.nn.functional.linear(hidden, host.fc2.weight[:, kept], host.fc2.bias)
+    assert_close("output", mixer(x, LAYOUT), want, 1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "num"), [(2.0, 24), (4.0, 48), (6.0, 48)])
+def test_it_knows_how_many_neurons_it_took(ratio, num):
+    assert MLPConfig(ratio=ratio).build(SITE).num_inherited_neurons == 0
+    assert inherited(ratio, Mlp(12, 48)).num_inherited_neurons == num
+
+
 def test_strength_is_the_product_of_both_norms():
     up = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
     down = torch.tensor([[0.1, 9.0, 1.0], [0.0, 0.0, 1.0]])
