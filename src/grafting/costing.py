@@ -16,7 +16,7 @@ from .errors import PlanError
 from .hosts import host_of
 from .metrics.cost import ModelCost, SiteCost, changes, model_cost
 from .metrics.latency import peak_memory, time_forward
-from .plan import Plan, fault_list
+from .plan import Merge, Plan, fault_list
 from .surgery import build_operators, grafted, resolve
 
 
@@ -72,8 +72,8 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
     Raises:
         PlanError: the plan does not fit the model, or an operator does not fit this grid.
     """
-    host, (sites, chosen, gone) = host_of(model), _sites(model, plan, grid)
-    grid = sites[0].grid
+    host, (sites, chosen) = host_of(model), _sites(model, plan, grid)
+    grid = grid or host.sites(model)[0].grid
 
     def inputs() -> dict[str, Any]:
         return host.example(model, rows=grid.rows, cols=grid.cols, batch_size=1)
@@ -82,8 +82,7 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
     with next(model.parameters()).device:
         operators = build_operators(model, plan)
     with grafted(model, operators):
-        standing = [site for site in sites if site.block not in gone]
-        after = model_cost(model, standing, chosen, inputs)
+        after = model_cost(model, sites, chosen, inputs)
     return PlanCost(grid, before, after)
 
 
@@ -95,44 +94,40 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
     Args:
         model: with weights, on the device to measure; their values do not matter.
     """
-    host, (sites, _, gone) = host_of(model), _sites(model, plan, grid)
-    device, grid = next(model.parameters()).device, sites[0].grid
+    host, (sites, _) = host_of(model), _sites(model, plan, grid)
+    device, grid = next(model.parameters()).device, grid or host.sites(model)[0].grid
     example = host.example(model, rows=grid.rows, cols=grid.cols, batch_size=1)
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in example.items()}
-    paths = [site.path for site in sites if site.block not in gone]
     operators = build_operators(model, plan)
+    with grafted(model, operators):
+        standing = {path for path, _ in model.named_modules()}
+        peak_after = peak_memory(model, inputs)
+    paths = [site.path for site in sites if site.path in standing]
     before, after = [], []
     for _ in range(1 + repeats):
         before.append(time_forward(model, paths, inputs))
         with grafted(model, operators):
             after.append(time_forward(model, paths, inputs))
-    peak = peak_memory(model, inputs)
-    with grafted(model, operators):
-        peaks = (peak, peak_memory(model, inputs))
     pairs = list(zip(before, after, strict=True))[1:]
     return Measured(
         ms={
             path: (median(b[path] for b, _ in pairs), median(a[path] for _, a in pairs)) for path in before[0]
         },
         speedup=median(b[""] / a[""] for b, a in pairs),
-        peak_bytes=peaks,
+        peak_bytes=(peak_memory(model, inputs), peak_after),
     )
 
 
-def _sites(
-    model: nn.Module, plan: Plan, grid: Grid | None
-) -> tuple[list[Site], dict[Site, OperatorConfig], frozenset[int]]:
-    """The sites to tell apart, on this grid; which operators stand at them; and the blocks that are dropped.
+def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site], dict[Site, OperatorConfig]]:
+    """The sites to tell apart, on this grid: all but those in merged blocks; and which operators stand at them.
 
     Raises:
         PlanError: lists which operators do not fit this grid.
     """
     host = host_of(model)
     chosen = resolve(model, plan)
-    restructured = {
-        site.block: edit.edit for site, edit in chosen.items() if not isinstance(edit, OperatorConfig)
-    }
-    native = [site for site in host.sites(model) if restructured.get(site.block) != "merge"]
+    merged = {site.block for site, edit in chosen.items() if isinstance(edit, Merge)}
+    native = [site for site in host.sites(model) if site.block not in merged]
     sites = {site: replace(site, grid=grid or site.grid) for site in native}
     operators = {sites[s]: o for s, o in chosen.items() if s in sites and isinstance(o, OperatorConfig)}
     faults = [
@@ -143,7 +138,7 @@ def _sites(
     if faults:
         rows, cols = (grid.rows, grid.cols) if grid else (0, 0)
         raise PlanError(fault_list(faults, f"plan on a grid of {rows} x {cols} tokens"))
-    return list(sites.values()), operators, frozenset(restructured)
+    return list(sites.values()), operators
 
 
 def _site_json(before: SiteCost, after: SiteCost | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Operators declare their own FLOPs; all else of a model is counted in one forward
 and no values, so the weights need not be at hand. Everything is for one image and forward pass, in float32.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,16 +95,19 @@ class ModelCost:
 def model_cost(
     model: nn.Module,
     sites: Sequence[Site],
-    chosen: Mapping[Site, OperatorConfig],
+    chosen: Mapping[Site, Any],
     inputs: Callable[[], Mapping[str, Any]],
 ) -> ModelCost:
     """The cost of a model on any device, `meta` included.
 
     Args:
-        sites: the places to tell apart, with the grid of the inputs.
-        chosen: which operators stand at them.
+        sites: the places to tell apart, with the grid of the inputs. One that a model with merged or dropped blocks no
+            longer has is left out: its work, if there is any, is part of the rest of the model.
+        chosen: which operators stand at them; what it says of other sites does not matter.
         inputs: makes the arguments of a forward pass of one image.
     """
+    paths = {path for path, _ in model.named_modules()}
+    sites = [site for site in sites if site.path in paths]
     passed = dry_run(model, [site.path for site in sites], inputs)
     costs = tuple(
         SiteCost(
@@ -168,8 +172,8 @@ def dry_run(
     """What the modules at `paths`, and under "" all that is outside them, do in a forward pass that computes nothing.
 
     What a tensor keeps for the backward pass belongs to the part that keeps it first; parameters are not counted.
-    Attention counts as the fused kernel of the CPU, which keeps no scores. FLOPs are those that torch counts: what
-    kernels do on padding is counted, pointwise work is not.
+    Attention is the CPU's fused kernel, which keeps no scores. FLOPs are those that torch counts, and a softmax's: what
+    kernels do on padding is counted, other pointwise work is not.
     """
     parts = {path: Passed() for path in ("", *paths)}
     kept: dict[int, Any] = {}  # storages, held so that no other gets their address
@@ -194,7 +198,8 @@ def dry_run(
 
 
 def _fused_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    """From shapes; with 2 for each score's softmax, as operators declare it, where torch counts the products only."""
+    return sdpa_flop_count(query, key, value) + 2 * math.prod(query[:-1]) * key[-2]
 
 
 # torch counts the fused attention of CUDA only
