@@ -8,6 +8,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -16,8 +17,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .display import follow, metrics_table, plain_table, say, show_diagnosis, show_evaluation
-from .errors import DataError, GraftingError, HostError, PlanError
+from .display import follow, metrics_table, plain_table, say, show_cost, show_diagnosis, show_evaluation
+from .errors import DataError, GraftingError, HostError, PlanError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from .contract import OperatorConfig, Site
     from .plan import Plan
     from .recipe import Job
+    from .sweep import Point
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
-StageName = Literal["distill", "finetune", "sample", "evaluate", "report"]
+StageName = Literal["calibrate", "distill", "finetune", "sample", "evaluate", "report"]
 
-_RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune"})
+_RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep"})
 
 # lines that go to a file or another program are cut at no terminal's edge
 out = Console(width=None if sys.stdout.isatty() else 200)
@@ -67,7 +69,10 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="[cyan]testbed[/], a model folder, or the folder of a run.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="[cyan]testbed[/], a folder of a model or run, or owner/name on the Hub."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder. [dim]By default runs/NAME.[/]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -165,6 +170,60 @@ def _run(recipe_path: Path, folder: Path | None, until: StageName = "report") ->
     say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep, as YAML.")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="The runs' folder. [dim]By default runs/NAME.[/]")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="The table, a path without ending. [dim]By default table, in the runs' folder.[/]"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=LABEL", help="Run a part; may be given again.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Measure these rows only, for now: such as finetuned,distilled.")
+    ] = None,
+    machines: Annotated[
+        bool, typer.Option("--ray", help="Spread the runs over a Ray cluster that shares this file system.")
+    ] = False,
+) -> None:
+    """Carry out many recipes and collect one table: JSON, CSV and Markdown. Lines that it has are not measured again.
+
+    [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
+    """
+    from .sweep import load_sweep, run_sweep, run_sweep_on_ray
+
+    loaded = load_sweep(file)
+    folder = out_folder or Path("runs") / loaded.name
+    table = table or folder / "table"
+    part = {"only": dict(map(_parse_label, only or [])), "rows": rows.split(",") if rows else None}
+
+    @contextmanager
+    def following(point: "Point") -> Iterator[Any]:
+        say(out, point.name)
+        with follow(out) as on_step:
+            yield on_step
+
+    say(out, f"Sweep {loaded.name}, in {folder}")
+    if machines:
+        for point in run_sweep_on_ray(loaded, folder, table=table, **part):
+            say(out, f"{point.name}: done")
+    else:
+        for _ in run_sweep(loaded, folder, table=table, following=following, **part):
+            pass
+    say(out, f"Table: {table.with_suffix('.md')}")
+
+
+def _parse_label(text: str) -> tuple[str, str]:
+    column, found, label = text.partition("=")
+    if not found:
+        raise RecipeError(f"--only takes COLUMN=LABEL, found {text!r}")
+    return column, label
+
+
 def recipes_folder() -> Path:
     """The recipes that come with the package, or lie beside its source."""
     package = Path(__file__).parent
@@ -246,6 +305,59 @@ def _stages_in_words(job: "Job") -> dict[str, str]:
 
 
 @app.command()
+def cost(
+    recipe: RecipeFile,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            "--grid",
+            "--resolution",
+            metavar="ROWSxCOLS",
+            help="Image tokens. [dim]By default the model's native grid.[/]",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also measure time and peak memory here, with random weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe's plan changes in cost, an image and forward pass; neither weights nor data are needed.
+
+    FLOPs, parameters and the activations kept for training (float32), of every site and of the whole model. The first two
+    lines of changes are those of Table 4 of the paper, over all operators of the edited roles.
+
+    [dim]$ grafting cost my-recipe.yaml --grid 64x64[/]
+    """
+    from .contract import Grid
+    from .costing import measure_plan, plan_cost
+    from .devices import default_device
+    from .recipe import load_source, skeleton
+    from .recipefile import load_recipe
+
+    loaded = load_recipe(recipe)
+    tokens = Grid(*_parse_grid(grid)) if grid else None
+    counted = plan_cost(skeleton(loaded.source), loaded.edits, grid=tokens)
+    facts = {"recipe": loaded.name, **counted.to_json(), "measured": None}
+    if measure:
+        source = loaded.source
+        if not isinstance(source, str):
+            source = source.model_copy(update={"weights": None})
+        model = load_source(source)[0].eval().to(default_device())
+        facts["measured"] = measure_plan(model, loaded.edits, grid=tokens).to_json()
+    if as_json:
+        _print_json(facts)
+    else:
+        show_cost(out, facts)
+
+
+def _parse_grid(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(f"--grid is rows x columns of tokens, such as 64x64; found {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+@app.command()
 def sites(model: Model, as_json: Json = False) -> None:
     """List a model's sites: the places where an operator can be replaced.
 
@@ -290,11 +402,11 @@ def operators(
     name: Annotated[str | None, typer.Argument(help="An operator, to see its settings.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the operators, or one operator's settings.
+    """List the operators, or one operator's settings; presets are names for an operator with some settings.
 
     [dim]$ grafting operators hyena-x[/]
     """
-    from .operators import operator_configs
+    from .operators import PRESETS, operator_configs
 
     configs = operator_configs()
     if name is None:
@@ -306,9 +418,19 @@ def operators(
         else:
             rows = [[entry["name"], ", ".join(entry["roles"]), entry["summary"]] for entry in listed]
             out.print(plain_table(["operator", "replaces", "what it is"], rows))
+            presets = [[preset, _settings_in_words(settings)] for preset, settings in PRESETS.items()]
+            out.print(plain_table(["preset", "stands for"], presets))
+        return
+    if name in PRESETS:
+        if as_json:
+            _print_json(PRESETS[name])
+        else:
+            say(out, f"{name}: {_settings_in_words(PRESETS[name])}")
         return
     if name not in configs:
-        raise PlanError(f"no operator {name!r}; there are {', '.join(configs)}")
+        raise PlanError(
+            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
+        )
     schema = configs[name].model_json_schema()
     if as_json:
         _print_json(schema)
@@ -320,6 +442,10 @@ def operators(
         for key, s in settings.items()
     ]
     out.print(plain_table(["setting", "type", "default", "what it is"], rows))
+
+
+def _settings_in_words(operator: dict[str, Any]) -> str:
+    return ", ".join([operator["name"], *(f"{k}: {v}" for k, v in operator.items() if k != "name")])
 
 
 def _summary_of(config: "type[OperatorConfig]") -> str:
@@ -501,6 +627,88 @@ def recipe_schema() -> dict[str, Any]:
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A weights file (.pt, .safetensors), a folder of diffusers' DiT, or owner/name on the Hub.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the model folder is written.")],
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads. [dim]Known for published widths.[/]")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes without the null label. [dim]Known for ImageNet.[/]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens on each side, of window attention. [dim]4 as published.[/]")
+    ] = None,
+    mlp_ratio: Annotated[float, typer.Option(help="Hidden width over width of the base's MLP.")] = 4.0,
+    base: Annotated[str | None, typer.Option(help="The model that was grafted, for the record.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the base's weights, for the record.")] = None,
+    to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="What is written.")] = "grafting",
+) -> None:
+    """Read published DiT weights, grafted or not, by what they hold, and write a model folder.
+
+    [dim]$ grafting convert model.pt dit-hyena-x[/]
+    """
+    from .convert import PublishedFacts, convert_weights, read_published
+    from .diffusersfolder import export_diffusers
+    from .portable import Base
+
+    made_from = None if base is None else Base(id=base, licence=licence)
+    facts = PublishedFacts(
+        num_heads=num_heads, num_classes=num_classes, window=window, mlp_ratio=mlp_ratio, base=made_from
+    )
+    if to == "diffusers":
+        is_file = Path(source).is_file()
+        loaded = read_published(Path(source), facts).model if is_file else open_model(source)[0]
+        say(out, f"diffusers folder: {export_diffusers(loaded, folder)}")
+        return
+    converted = convert_weights(source, folder, facts)
+    edits = [[edit.role, edit.operator.name, str(edit.blocks)] for edit in converted.plan.edits]
+    if edits:
+        out.print(plain_table(["role", "operator", "blocks"], edits))
+    say(out, f"Read as {converted.origin['format']}, {'grafted' if edits else 'not grafted'}: {folder}")
+
+
+@app.command()
+def merge(
+    delta: Annotated[
+        str, typer.Argument(metavar="DELTA", help="A delta: a folder, or owner/name on the Hub.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the whole model is written.")],
+    base: Annotated[str | None, typer.Option(help="Where its base is, if not where the delta says.")] = None,
+) -> None:
+    """Make a delta whole: write the model that it and its base are, which then needs no base.
+
+    [dim]$ grafting merge my-delta my-model[/]
+    """
+    from .checkpoint import find_model, merge_delta
+
+    merge_delta(find_model(delta), folder, base=base)
+    say(out, f"Model: {folder}")
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, or the folder of a run.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Check a grafted model's folder, write its card, and upload both to the Hugging Face Hub.
+
+    [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
+    """
+    from .checkpoint import find_model
+    from .hub import push_to_hub
+
+    say(out, f"Uploaded: {push_to_hub(find_model(model), repo, private=not public)}")
+
+
+@app.command()
 def doctor(
     full: Annotated[bool, typer.Option("--full", help="Also try torch.compile; can take a minute.")] = False,
     as_json: Json = False,
@@ -526,11 +734,9 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     Raises:
         CheckpointError, DataError: there is none, or it is damaged.
     """
-    from .checkpoint import load_model
-    from .data.bundled import testbed_model_folder
+    from .checkpoint import load
 
-    folder = testbed_model_folder() if name == "testbed" else Path(name)
-    return load_model(folder / "model" if (folder / "manifest.json").is_file() else folder)
+    return load(name)
 
 
 def _faults_of(error: Any) -> str:

@@ -8,15 +8,16 @@ killed sweep goes on where it was, and lines measured on another machine need no
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
-from .errors import RecipeError, RunError
+from .errors import MissingBackend, RecipeError, RunError
 from .files import write_bytes, write_json
 from .plan import fault_list
 from .recipe import Job, OnStep, Recipe, Row, prepare, row_fingerprint, rows_of, run, training_flops
@@ -24,7 +25,7 @@ from .recipefile import faults_of, merge, parse_recipe, read_settings
 from .store import OperatorStore
 
 Label = str | int | float
-Changes = dict[str, JsonValue]
+Changes = dict[str, Any]
 
 _FIGURES = ("frechet", "frechet_low", "frechet_high", "agreement", "precision", "recall")
 
@@ -49,7 +50,7 @@ class Sweep(BaseModel):
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
     description: str = ""
-    settings: dict[str, JsonValue]
+    settings: dict[str, Any]
     """What all recipes share, as in a recipe file; `base:` was merged in."""
     grids: Annotated[tuple[SweepGrid, ...], Field(min_length=1)]
     pretraining_images: PositiveInt | None = None
@@ -116,36 +117,80 @@ def run_sweep(
     *,
     table: Path,
     only: Mapping[str, str] | None = None,
-    rows: Sequence[Row] | None = None,
-    on_step: OnStep | None = None,
+    rows: Sequence[str] | None = None,
+    following: Callable[[Point], AbstractContextManager[OnStep | None]] | None = None,
 ) -> Iterator[Point]:
-    """Carry out the recipes of a sweep, each in a folder of its own, and yield each when its lines are in the table.
+    """Carry out the recipes of a sweep one by one, and yield each when its lines are in the table.
 
     Args:
-        folder: of the runs, and of the operators that they share.
+        folder: of the runs, each in a folder of its own, and of the operators that they share.
         table: a path without ending; `.json` (which is read first), `.csv` and `.md` are kept up to date.
         only: labels that a recipe must have, to run a part of the sweep.
         rows: measure these rows only, for now.
+        following: opened around each run; gives what is called with its steps.
 
     Raises:
-        RecipeError: no recipe has those labels. GraftingError: as `recipe.run`.
+        RecipeError: no recipe has those labels, or no such row. GraftingError: as `recipe.run`.
     """
-    chosen = [point for point in points(sweep) if _matches(point, only or {})]
-    if not chosen:
-        raise RecipeError(f"no recipe of sweep {sweep.name} has {_in_words(only or {})}")
-    store = OperatorStore(folder / "operators")
-    for point in chosen:
-        recipe = point.recipe
-        if rows is not None:
-            recipe = recipe.model_copy(update={"rows": tuple(row for row in recipe.rows if row in rows)})
-        job = prepare(recipe)
-        known = {line["fingerprint"] for line in read_table(table)}
-        if any(row_fingerprint(job, row) not in known for row in rows_of(job)):
-            run(recipe, folder / point.name, on_step=on_step, store=store)
-            measured = json.loads((folder / point.name / "metrics.json").read_text())
-            lines = [_line(sweep, point, job, row) for row in measured]
-            write_table(table, _in_order(sweep, [*read_table(table), *lines]))
+    for point in _chosen(sweep, only or {}, rows):
+        with following(point) if following else nullcontext() as on_step:
+            lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)
+        _add(sweep, table, lines)
         yield point
+
+
+def run_sweep_on_ray(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    table: Path,
+    only: Mapping[str, str] | None = None,
+    rows: Sequence[str] | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+) -> Iterator[Point]:
+    """The same on all machines of a Ray cluster, which must share the file system; a recipe takes `cpus` and `gpus`.
+
+    Raises:
+        MissingBackend: Ray is not installed. RecipeError, GraftingError: as `run_sweep`.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingBackend("a sweep over machines needs Ray: pip install 'grafting[ray]'") from error
+    chosen = {point.name: point for point in _chosen(sweep, only or {}, rows)}
+    ray.init(ignore_reinit_error=True)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
+    known = _known(table)
+    waiting = {
+        remote.remote(sweep, point, folder.absolute(), known=known, rows=rows): point
+        for point in chosen.values()
+    }
+    while waiting:
+        (finished,), _ = ray.wait(list(waiting), num_returns=1)
+        _add(sweep, table, ray.get(finished))
+        yield waiting.pop(finished)
+
+
+def measure(
+    sweep: Sweep,
+    point: Point,
+    folder: Path,
+    *,
+    known: frozenset[str] = frozenset(),
+    rows: Sequence[str] | None = None,
+    on_step: OnStep | None = None,
+) -> list[dict[str, Any]]:
+    """Carry out one recipe of a sweep, unless the fingerprints of its lines are all `known`; returns its lines."""
+    recipe = point.recipe
+    if rows is not None:
+        recipe = recipe.model_copy(update={"rows": tuple(row for row in recipe.rows if row in rows)})
+    job = prepare(recipe)
+    if known.issuperset(row_fingerprint(job, row) for row in rows_of(job)):
+        return []
+    run(recipe, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
+    measured = json.loads((folder / point.name / "metrics.json").read_text())
+    return [_line(sweep, point, job, row) for row in measured]
 
 
 def read_table(table: Path) -> list[dict[str, Any]]:
@@ -208,12 +253,30 @@ def _key(place: Any, key: str) -> str | int:
     return int(key) if isinstance(place, list) else key
 
 
-def _matches(point: Point, only: Mapping[str, str]) -> bool:
-    return all(str(point.labels.get(column)) == label for column, label in only.items())
+def _chosen(sweep: Sweep, only: Mapping[str, str], rows: Sequence[str] | None) -> list[Point]:
+    unknown = [row for row in rows or () if row not in get_args(Row)]
+    if unknown:
+        raise RecipeError(f"no rows {', '.join(unknown)}; there are {', '.join(get_args(Row))}")
+    everything = points(sweep)
+    chosen = [
+        point
+        for point in everything
+        if all(str(point.labels.get(column)) == label for column, label in only.items())
+    ]
+    if not chosen:
+        asked = ", ".join(f"{column}={label}" for column, label in only.items())
+        names = "\n  ".join(f"{point.name}: {point.labels}" for point in everything)
+        raise RecipeError(f"no recipe of sweep {sweep.name} has {asked}; there are\n  {names}")
+    return chosen
 
 
-def _in_words(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{column}={label}" for column, label in labels.items())
+def _known(table: Path) -> frozenset[str]:
+    return frozenset(line["fingerprint"] for line in read_table(table))
+
+
+def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]]) -> None:
+    # read again: another process may have added lines of another part of the sweep
+    write_table(table, _in_order(sweep, [*read_table(table), *lines]))
 
 
 def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> dict[str, Any]:

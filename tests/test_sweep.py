@@ -1,0 +1,176 @@
+"""A sweep makes its recipes, shares what they have in common, resumes from its table, and says what is wrong with it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from grafting.cli import app
+from grafting.errors import MissingBackend, RecipeError, RunError
+from grafting.recipe import prepare, row_fingerprint, training_flops
+from grafting.sweep import load_sweep, measure, points, read_table, run_sweep, run_sweep_on_ray
+from test_recipe import TINY
+
+SWEEP = {
+    "name": "tiny-sweep",
+    **{key: value for key, value in TINY.items() if key not in ("name", "plan")},
+    "distill": TINY["distill"] | {"steps": 2},
+    "finetune": TINY["finetune"] | {"steps": 2, "output_weight": 1.0},
+    "rows": ["distilled", "finetuned"],
+    "pretraining_images": 1000,
+    "grids": [
+        {"labels": {"design": "none", "ratio": 0}, "changes": {"rows": ["pretrained", "finetuned"]}},
+        {
+            "changes": {"plan": [{"role": "attention", "operator": "hyena-x"}]},
+            "axes": {
+                "design": {"hyena-x": {}, "window": {"plan.0.operator": {"name": "window-1d", "window": 2}}},
+                "ratio": {50: {"plan.0.blocks": "odd"}, 100: {"plan.0.blocks": "all"}},
+            },
+        },
+    ],
+}
+
+
+def write(folder: Path, **changes) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(SWEEP | changes, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep = load_sweep(write(folder))
+    names = [point.name for point in run_sweep(sweep, folder / "runs", table=folder / "table")]
+    return folder, sweep, names
+
+
+def test_grids_become_recipes_in_order(finished):
+    _, sweep, names = finished
+    assert names == ["none-0", "hyena-x-50", "hyena-x-100", "window-50", "window-100"]
+    assert [point.name for point in points(sweep)] == names
+    last = points(sweep)[-1].recipe
+    assert last.name == "tiny-sweep-window-100"
+    assert last.plan[0].blocks == "all"
+    assert last.plan[0].operator.window == 2
+    assert last.finetune.output_weight == 1.0
+
+
+def test_the_table_has_a_line_for_each_row(finished):
+    folder, _, names = finished
+    lines = read_table(folder / "table")
+    assert [(f"{line['design']}-{line['ratio']}", line["stage"]) for line in lines] == [
+        (name, stage)
+        for name in names
+        for stage in (("pretrained" if name == "none-0" else "distilled"), "finetuned")
+    ]
+    assert all(line["frechet_low"] <= line["frechet"] <= line["frechet_high"] for line in lines)
+    assert len({json.dumps(line["protocol"]) for line in lines}) == 1
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["frechet"]) for row in rows] == [
+        pytest.approx(line["frechet"], rel=1e-3) for line in lines
+    ]
+    assert (folder / "table.md").read_text().count("\n") == len(lines) + 2
+
+
+def test_compute_is_counted_in_units_of_the_pretraining(finished):
+    folder, sweep, _ = finished
+    shares = {
+        (line["design"], line["ratio"], line["stage"]): line["compute_share"]
+        for line in read_table(folder / "table")
+    }
+    assert shares["none", 0, "pretrained"] == 0
+    # two steps of four images, forward and backward, and the teacher's forward: 8 * (3 + 1) of 3 * 1000
+    assert shares["none", 0, "finetuned"] == pytest.approx(8 * 4 / 3000, rel=1e-3)
+    assert 0 < shares["window", 50, "distilled"] < shares["window", 100, "distilled"]
+    job = prepare(points(sweep)[2].recipe)
+    flops = training_flops(job, "finetuned")
+    stage_1 = training_flops(job, "distilled").training
+    assert flops.training - stage_1 == 8 * (3 * flops.model + flops.base)
+
+
+def test_half_the_sites_are_fitted_once(finished):
+    folder, _, _ = finished
+    steps = [
+        json.loads(line) for line in (folder / "runs/hyena-x-100/distill/log.jsonl").read_text().splitlines()
+    ]
+    assert {key for step in steps for key in step if key.startswith("loss/")} == {"loss/blocks.0.attn"}
+    assert len(list((folder / "runs/operators").glob("*.safetensors"))) == 4
+
+
+def test_lines_in_the_table_are_not_measured_again(finished, tmp_path):
+    folder, sweep, _ = finished
+    (tmp_path / "table.json").write_text((folder / "table.json").read_text())
+    assert len(list(run_sweep(sweep, tmp_path / "runs", table=tmp_path / "table"))) == 5
+    assert not (tmp_path / "runs").exists()
+    changed = load_sweep(write(tmp_path, finetune=SWEEP["finetune"] | {"steps": 3}))
+    job, before = (prepare(points(s)[1].recipe) for s in (changed, sweep))
+    assert row_fingerprint(job, "distilled") == row_fingerprint(before, "distilled")
+    assert row_fingerprint(job, "finetuned") != row_fingerprint(before, "finetuned")
+
+
+def test_a_part_of_it(finished, tmp_path):
+    _, sweep, _ = finished
+    part = {"only": {"design": "window", "ratio": "50"}, "rows": ["distilled"]}
+    (point,) = run_sweep(sweep, tmp_path / "runs", table=tmp_path / "table", **part)
+    assert point.name == "window-50"
+    assert [line["stage"] for line in read_table(tmp_path / "table")] == ["distilled"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grids": []}, "grids: .*at least 1 item"),
+        ({"grids": [{"labels": {"a": 1}, "changes": {"distil": {}}}]}, "in 1\n  distil: unknown key"),
+        (
+            {"grids": [{"labels": {"a": 1}, "changes": {"plan.0.blocks": 1}}]},
+            "plan.0.blocks: .*no such place",
+        ),
+        ({"grids": [{"labels": {"a": 1}}, {"labels": {"a": 1}}]}, "1: two recipes have these labels"),
+        ({"grids": [{"label": {"a": 1}}]}, "grids.0.label: unknown key"),
+    ],
+)
+def test_faults_are_found_at_loading(tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load_sweep(write(tmp_path, **changes))
+
+
+def test_what_is_asked_must_be_there(finished, tmp_path):
+    _, sweep, _ = finished
+    with pytest.raises(RecipeError, match=r"has design=mamba; there are\n  none-0"):
+        list(run_sweep(sweep, tmp_path, table=tmp_path / "table", only={"design": "mamba"}))
+    with pytest.raises(RecipeError, match="no rows tuned; there are pretrained"):
+        list(run_sweep(sweep, tmp_path, table=tmp_path / "table", rows=["tuned"]))
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(RunError, match="not the table of a sweep"):
+        list(run_sweep(sweep, tmp_path, table=tmp_path / "table"))
+
+
+def test_command_line(finished, tmp_path):
+    folder, _, _ = finished
+    (tmp_path / "table.json").write_text((folder / "table.json").read_text())
+    arguments = ["sweep", folder / "sweep.yaml", "--out", tmp_path / "runs", "--table", tmp_path / "table"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--only", "design=window"])
+    assert result.exit_code == 0, result.output
+    assert f"Table: {tmp_path / 'table.md'}" in result.output
+    wrong = CliRunner().invoke(app, [*map(str, arguments), "--only", "window"])
+    assert wrong.exit_code == 1
+    assert "--only takes COLUMN=LABEL" in wrong.output
+
+
+def test_ray_is_asked_for_by_name(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(MissingBackend, match=r"pip install 'grafting\[ray\]'"):
+        list(run_sweep_on_ray(finished[1], tmp_path, table=tmp_path / "table"))
+
+
+def test_a_point_measured_alone_gives_the_same_lines(finished, tmp_path):
+    """What a Ray worker does: nothing of it depends on the runs before."""
+    folder, sweep, _ = finished
+    (line,) = measure(sweep, points(sweep)[3], tmp_path, rows=["distilled"])
+    (same,) = (x for x in read_table(folder / "table") if x["fingerprint"] == line["fingerprint"])
+    assert line == same
