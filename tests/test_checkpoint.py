@@ -139,7 +139,7 @@ def test_half_written(folder):
 
 def test_no_config(folder):
     (folder / CONFIG_NAME).unlink()
-    with pytest.raises(CheckpointError, match=r"it has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"it has no config\.json: half-written, or published weights"):
         load_model(folder)
 
 
@@ -216,6 +216,24 @@ def test_another_version_of_an_operator_is_refused(folder, monkeypatch):
 def test_every_operator_has_a_version():
     assert OperatorConfig.version == 1
     assert all(config.version >= 1 for config in operator_configs().values())
+
+
+def test_folders_from_before_versions_are_of_version_1(folder, monkeypatch):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    for added in ("operator_versions", "config_sha256", "base"):
+        del config["grafting"][added]
+    (folder / CONFIG_NAME).write_text(json.dumps(config | {"_class_name": "DiT"}))
+    assert load_model(folder)[1] == PLAN
+    monkeypatch.setattr(operator_configs()["hyena-x"], "version", 2)
+    with pytest.raises(CheckpointError, match="operator 'hyena-x' of version 1; installed is version 2"):
+        load_model(folder)
+
+
+def test_the_base_stays_on_record(folder, tmp_path):
+    model, plan = load_model(folder)
+    save_model(tmp_path / "first", model, plan, base=Base(id="testbed", licence="Apache-2.0"))
+    save_model(tmp_path / "second", load_model(tmp_path / "first")[0], plan)
+    assert load_model(tmp_path / "second")[0].config.grafting["base"]["licence"] == "Apache-2.0"
 
 
 def test_an_unknown_operator_is_refused(folder):

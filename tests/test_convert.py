@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 import published
 from closeness import assert_close
 from grafting.checkpoint import load
-from grafting.convert import LAYOUTS, Facts, convert_weights
+from grafting.convert import LAYOUTS, PublishedFacts, convert_weights
 from grafting.errors import CheckpointError
 from grafting.plan import Plan
 from grafting.portable import Base
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}
-GOLDEN_FACTS = Facts(num_heads=4, num_classes=10)
+GOLDEN_FACTS = PublishedFacts(num_heads=4, num_classes=10)
 
 D, SIDE, PATCH, CHANNELS = 16, 4, 2, 3
 TOKENS = SIDE**2
-FACTS = Facts(num_heads=published.HEADS, num_classes=7, window=4)
+FACTS = PublishedFacts(num_heads=published.HEADS, num_classes=7, window=4)
 
 
 def linears(**shapes):
@@ -226,7 +226,9 @@ def refused(tmp_path, tensors, facts=FACTS):
 
 
 def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
-    message = refused(tmp_path, tensors_of(("window-1d", ""), ("", ""), ("window-1d", ""))[0], Facts())
+    message = refused(
+        tmp_path, tensors_of(("window-1d", ""), ("", ""), ("window-1d", ""))[0], PublishedFacts()
+    )
     assert "3 faults" in message
     assert (
         "width 16 is no published one (384: 6, 768: 12, 1024: 16, 1152: 16 heads): give --num-heads"
@@ -243,7 +245,7 @@ def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
 
 
 def test_facts_that_do_not_fit_are_refused(tmp_path):
-    message = refused(tmp_path, tensors_of(("", ""))[0], Facts(num_heads=3, num_classes=5))
+    message = refused(tmp_path, tensors_of(("", ""))[0], PublishedFacts(num_heads=3, num_classes=5))
     assert "width 16 is not a multiple of 3 heads: give another --num-heads" in message
     assert "a table of 8 labels is not that of 5 classes: give another --num-classes" in message
 

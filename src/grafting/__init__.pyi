@@ -18,7 +18,7 @@ from .contract import Site as Site
 from .contract import Step as Step
 from .contract import TokenLayout as TokenLayout
 from .contract import TrainingData as TrainingData
-from .convert import Facts as Facts
+from .convert import PublishedFacts as PublishedFacts
 from .convert import convert_weights as convert_weights
 from .data import BundledSubsetConfig as BundledSubsetConfig
 from .data import FashionMnistConfig as FashionMnistConfig

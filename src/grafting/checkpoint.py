@@ -289,9 +289,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         if folder.is_file():
-            found = "it is a file; asked is a folder of config.json and safetensors (pickles are not read)"
+            found = (
+                "it is a file; asked is a folder of config.json and safetensors (pickles are not read); `grafting convert` "
+                "makes one of published weights"
+            )
         elif folder.is_dir():
-            found = f"it has no {CONFIG_NAME} (half-written?)"
+            found = (
+                f"it has no {CONFIG_NAME}: half-written, or published weights, which `grafting convert` reads"
+            )
         else:
             found = "it does not exist"
         raise CheckpointError(f"no model in {folder}: {found}")

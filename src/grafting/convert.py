@@ -40,7 +40,7 @@ _MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": 
 _PLACE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(.+)")
 
 
-class Facts(BaseModel):
+class PublishedFacts(BaseModel):
     """What tensors cannot tell. What is left out is known for the published widths, and asked for at others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -78,11 +78,11 @@ class Layout:
     role: Literal["attention", "mlp"]
     operator: str
     tensors: Mapping[str, str]
-    settings: Callable[["Shapes", Facts], dict[str, Any] | None]
+    settings: Callable[["Shapes", PublishedFacts], dict[str, Any] | None]
 
 
 def convert_weights(
-    source: str | Path, folder: Path, facts: Facts | None = None, *, revision: str | None = None
+    source: str | Path, folder: Path, facts: PublishedFacts | None = None, *, revision: str | None = None
 ) -> Published:
     """Write published weights as a folder that `load` opens; returns what was read.
 
@@ -93,7 +93,7 @@ def convert_weights(
     Raises:
         CheckpointError: they are of no known layout; lists what was expected, what was found and which option to give.
     """
-    facts = facts or Facts()
+    facts = facts or PublishedFacts()
     found = find_model(source, revision=revision, patterns=PUBLISHED_FILES)
     model, plan, origin = read_published(found, facts)
     if not Path(source).exists():
@@ -102,7 +102,7 @@ def convert_weights(
     return Published(model, plan, origin)
 
 
-def read_published(source: Path, facts: Facts) -> Published:
+def read_published(source: Path, facts: PublishedFacts) -> Published:
     """The model of published weights, in eval mode, its plan and its origin. Raises as `convert_weights`."""
     folder = diffusers_folder(source)
     if folder is not None:
@@ -137,7 +137,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def recognise(
-    tensors: Mapping[str, Tensor], facts: Facts, *, source: str
+    tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
 ) -> tuple[dict[str, Any], Plan, dict[str, Tensor]]:
     """DiT's settings, the plan, and the tensors under the names of the grafted model. Raises as `convert_weights`."""
     config, faults = _sizes(tensors, facts, source=source)
@@ -189,7 +189,9 @@ def _by_module(
     return modules, others
 
 
-def _sizes(tensors: Mapping[str, Tensor], facts: Facts, *, source: str) -> tuple[dict[str, Any], list[str]]:
+def _sizes(
+    tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
+) -> tuple[dict[str, Any], list[str]]:
     """DiT's settings as its outer tensors show them, and what is wrong with them."""
     ranks = {
         "x_embedder.proj.weight": 4,
@@ -252,16 +254,16 @@ def _linears(prefix: str, *names: str, **renamed: str) -> dict[str, str]:
     return {f"{a}.{kind}": f"{prefix}{b}.{kind}" for a, b in pairs.items() for kind in ("weight", "bias")}
 
 
-def _hyena(shapes: Shapes, facts: Facts) -> dict[str, Any]:
+def _hyena(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
     filters = (shapes[name] for name in ("short_filter.weight", "inner_filter.weight") if name in shapes)
     return {"kernel_size": next(filters)[-1], "geometry": facts.geometry, "init": "random"}
 
 
-def _window(shapes: Shapes, facts: Facts) -> dict[str, Any]:
+def _window(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
     return {"window": facts.window, "projections": "random"}
 
 
-def _mamba2(shapes: Shapes, facts: Facts) -> dict[str, Any]:
+def _mamba2(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
     (width, inner), (heads,) = shapes["out_proj.weight"], shapes["D"]
     filtered, _, taps = shapes["conv1d.weight"]
     return {
@@ -274,14 +276,14 @@ def _mamba2(shapes: Shapes, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _mlp(shapes: Shapes, facts: Facts) -> dict[str, Any] | None:
+def _mlp(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any] | None:
     hidden, width = shapes["fc1.weight"]
     if hidden == int(facts.mlp_ratio * width):
         return None
     return {"ratio": _ratio(hidden, width), "init": "random"}
 
 
-def _mlp_hyena(shapes: Shapes, facts: Facts) -> dict[str, Any]:
+def _mlp_hyena(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
     num_filters, _, taps = shapes["short_filter.weight"]
     return {
         "kernel_size": taps,
@@ -290,7 +292,7 @@ def _mlp_hyena(shapes: Shapes, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _own(shapes: Shapes, facts: Facts) -> None:
+def _own(shapes: Shapes, facts: PublishedFacts) -> None:
     """The host's own module: no operator."""
 
 

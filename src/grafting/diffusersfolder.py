@@ -3,7 +3,11 @@
 diffusers' class computes other time embeddings than the original, with which the published weights were trained: its
 frequencies are 10000^(-i/127), the original's 10000^(-i/128), and its norms before the MLP have eps 1e-5, the original's
 1e-6. What is read here has the original's. What is written has the eps in its config; the frequencies are no setting of
-the class, so `original_embeddings` sets them on a model, and a written folder says so in its config.
+the class, so `original_embeddings` sets them on a model, and a written folder says so in its config. Other weights cannot
+make up for them: the best linear map from one embedding's features to the other's is 26 % off over the 1000 steps.
+
+Measured on the recorded outputs of the original (`tests/golden`), relative error at steps 0, 100, 500, 999: what is read
+here, and what is written here with `original_embeddings`, at most 3e-7; diffusers' class as it is 1e-6, 0.12, 0.17, 0.26.
 """
 
 import json

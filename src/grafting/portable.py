@@ -50,9 +50,11 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, *, base: Base | None = None) -> "Record":
-        """The record of a model that was grafted with this plan."""
+        """The record of a model that was grafted with this plan; its base is the one on record if none is given."""
         operators = [edit.operator for edit in plan.edits if isinstance(edit, Replace)]
         versions = {operator.name: operator.version for operator in operators}
+        recorded = model.config.get("grafting", {}).get("base")
+        base = Base(**recorded) if base is None and recorded else base
         return cls(host=host_of(model).name, plan=plan, operator_versions=versions, base=base)
 
     @classmethod
@@ -70,9 +72,11 @@ class Record(BaseModel):
         if record.host not in hosts():
             raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")
         installed = {name: config.version for name, config in operator_configs().items()}
+        names = [edit.operator.name for edit in record.plan.edits if isinstance(edit, Replace)]
+        saved = dict.fromkeys(names, 1) | record.operator_versions
         others = [
             f"operator {name!r} of version {version}; installed is version {installed.get(name)}"
-            for name, version in record.operator_versions.items()
+            for name, version in saved.items()
             if installed.get(name) != version
         ]
         if others:
