@@ -40,6 +40,7 @@ COMMANDS = [
     "distill",
     "finetune",
     "check",
+    "cost",
     "sites",
     "operators",
     "sample",

@@ -167,6 +167,49 @@ def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
         say(console, f"Note: {note}")
 
 
+def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
+    """What a plan does to a model's cost, as JSON: its sites, its changes, the whole model, and what was measured."""
+    from .report._words import amount
+
+    def arrow(pair: Mapping[str, Any]) -> str:
+        before, after = amount(pair["before"]), amount(pair["after"])
+        return before if before == after else f"{before} → {after}"
+
+    rows = [
+        [
+            site["block"],
+            site["role"],
+            site["operator"] or "",
+            *(arrow(site[name]) for name in ("flops", "params", "saved_bytes")),
+        ]
+        for site in facts["sites"]
+    ]
+    console.print(plain_table(["block", "role", "operator", "FLOPs", "params", "bytes kept"], rows))
+    say(console, f"An image of {facts['grid'][0]} x {facts['grid'][1]} tokens, one forward pass in float32")
+    names = {"flops": "FLOPs", "params": "parameters", "saved_bytes": "bytes kept for the backward pass"}
+    for name, title in names.items():
+        say(
+            console,
+            f"Model, {title}: {arrow(facts['model'][name])} ({facts[f'model_{name}_delta_pct']:+.2f} %)",
+        )
+    titles = {
+        "flops_op": "operator FLOPs as in Table 4",
+        "flops_ft": "projection and featurizer FLOPs as in Table 4",
+        "flops": "all FLOPs",
+        "params": "parameters",
+        "saved_bytes": "bytes kept",
+    }
+    for name, title in titles.items():
+        say(console, f"All operators of the edited roles, {title}: {facts[f'{name}_delta_pct']:+.2f} %")
+    if measured := facts["measured"]:
+        ms = measured["ms"]
+        say(
+            console,
+            f"Measured: {ms['before']:.4g} → {ms['after']:.4g} ms, {measured['speedup']:.2f}x as fast, "
+            f"peak {arrow(measured['peak_bytes'])}B beside weights",
+        )
+
+
 def show_diagnosis(console: Console, found: "Diagnosis") -> None:
     """What this machine can do, a line each, and the optional packages."""
     facts = {
