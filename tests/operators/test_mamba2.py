@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from closeness import assert_close
-from grafting.contract import Grid, Site, TokenLayout
+from grafting.contract import AttentionWeights, Grid, Site, TokenLayout
 from grafting.functional.ssd import ssd_reference
 from grafting.operators import parse_operator
 from grafting.operators.mamba2 import Mamba2Config
@@ -173,6 +173,50 @@ def test_a_width_that_does_not_fit_is_a_fault():
     assert Mamba2Config(direction="causal", weights="separate").faults(site()) == [
         "weights: separate is for two directions, and direction: causal has one; use weights: shared"
     ]
+
+
+def host_weights(*, bias=True):
+    shape = (DIM, DIM)
+    return AttentionWeights(
+        *((torch.randn(shape) / DIM**0.5, torch.randn(DIM) if bias else None) for _ in range(4))
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"weights": "separate"}, {"direction": "causal"}, {"expand": 4}], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_inherits_an_average_of_the_hosts_values(settings, bias):
+    """Where all tokens are alike there is nothing to mix: the output lies along the host's out(v)."""
+    mixer, weights = Mamba2Config(**settings).build(site()), host_weights(bias=bias)
+    mixer.inherit(weights)
+    x = torch.randn(32, 1, DIM).expand(32, LAYOUT.num_tokens, DIM)
+    values = F.linear(x, weights.v[0], weights.v[1])
+    want = F.linear(values, weights.out[0])
+    similarity = F.cosine_similarity(mixer(x, LAYOUT), want, dim=-1)
+    # at random it is 0; at this width the gates' random part shows
+    assert similarity.mean() > 0.6
+
+
+def test_inherited_output_follows_the_gates_at_no_size():
+    """The same z for all channels is taken out by the norm: halving it changes little."""
+    mixer = Mamba2Config().build(site())
+    mixer.inherit(host_weights())
+    x = torch.randn(4, LAYOUT.num_tokens, DIM)
+    before = mixer(x, LAYOUT)
+    with torch.no_grad():
+        mixer.in_proj.weight[: 2 * DIM] /= 2
+    assert F.cosine_similarity(before, mixer(x, LAYOUT), dim=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize("settings", [{"state_dim": 64}, {"expand": 1, "head_dim": 8}], ids=str)
+def test_more_state_than_directions_and_a_single_copy_inherit_too(settings):
+    mixer = Mamba2Config(**settings).build(site())
+    mixer.inherit(host_weights())
+    x = torch.randn(2, LAYOUT.num_tokens, DIM)
+    for gradient in torch.autograd.grad(mixer(x, LAYOUT).square().sum(), list(mixer.parameters())):
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 0
 
 
 def test_published_changes_of_cost():

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import Mixer, MixerConfig, Role, Site, TokenLayout
+from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
 from ..functional.conv import depthwise_1d
 from ..functional.ssd import ssd
 
@@ -26,6 +26,15 @@ _STEP_RANGE = (1e-3, 0.1)
 _STEP_FLOOR = 1e-4
 _RATE_RANGE = (1.0, 16.0)
 _NORM_EPS = 1e-5
+
+# of what is inherited, for inputs of unit variance: spread before silu of values, of gates, of B and C around their bias
+_VALUE_SPREAD = 0.3
+_GATE_SPREAD = 2.0  # of what all channels share; each adds its random row
+_STATE_SPREAD = 0.3
+# a token's own share beside the scan's, and the size of averaged values over that of v
+_OWN_SHARE = 2.0
+_SHRINK = 0.5
+_SILU_OF_ONE = 1 / (1 + math.exp(-1))
 
 
 class Mamba2Config(MixerConfig):
@@ -73,7 +82,7 @@ class Mamba2Config(MixerConfig):
     def mixing_flops(self, site: Site) -> int:
         """The recurrence in each direction: decay, write and read of a state, 5 N a channel, and the skip; then the gate.
 
-        In chunks the same is done with more multiplications, of matrices.
+        In chunks of 32 tokens the same is done with as many, in products of matrices.
         """
         scan = (5 * self.state_dim + 2) * self._num_directions
         return site.num_tokens * self._inner_dim(site) * (scan + 1)
@@ -164,6 +173,55 @@ class Mamba2(Mixer):
     def output_layer(self) -> nn.Linear:
         return self.out_proj
 
+    @torch.no_grad()
+    def inherit(self, weights: AttentionWeights | MlpWeights) -> None:
+        """Start as a fixed attention that decays with distance: out(v averaged over neighbours near and far).
+
+        Copies of v, small enough that silu is linear, are summed in states whose reads and writes are close to constant:
+        B and C have a bias, and around it the leading directions of the host's q^T k, all heads together, since there is
+        one group. Rates are 1 and steps take over the random rates, so that heads see from one token to a thousand and
+        none is louder. Copies of v are gated in turn by silu(z) and silu(-z), with much the same z for all channels: their sum
+        is positive, and the norm takes its size out. The filter starts as the identity, and the bias of the host's output
+        is lost: there is none here. With `expand` 1 gates stay random.
+
+        Measured on three blocks of the testbed's DiT (64 tokens), squared error over the variance of the attention's
+        output, at the start and after 100 steps of L1 fit at batch 8: this rule 0.93 and, with the gates' random part drawn
+        from a normal distribution, 0.24; mamba_ssm's random start 2.57 and 0.26; q, k, v and out in the places of
+        C, B, x and out, averaged over heads, 3.30 and 0.25.
+        """
+        assert isinstance(weights, AttentionWeights)
+        inner, state = self.inner_dim, self.state_dim
+        (q, _), (k, _), (v, v_bias), (out, _) = (
+            (w.float(), None if bias is None else bias.float()) for w, bias in weights
+        )
+        copies = inner // len(v)
+        gate, values, write, read, _ = self.in_proj.weight.split(
+            [inner, inner, state, state, inner // self.head_dim]
+        )
+        size = v.norm(dim=1).mean()
+        values.copy_(_VALUE_SPREAD / size * v.repeat(copies, 1))
+        left, _, right = torch.linalg.svd(q.mT @ k)
+        for rows, directions in ((read, left.mT), (write, right)):
+            rows.zero_()
+            rows[: len(directions)] = _STATE_SPREAD * directions[:state]
+        if copies > 1:
+            signs = torch.ones(copies, device=gate.device)
+            signs[1::2] = -1
+            rows = _GATE_SPREAD * F.normalize(gate[0].float(), dim=0) + gate[: len(v)].float()
+            gate.copy_(signs.repeat_interleave(len(v))[:, None] * rows.repeat(copies, 1))
+        self.out_proj.weight.copy_(out.repeat(1, copies) * (math.sqrt(2) / copies))
+        self.norm.weight.fill_(_SHRINK * size)
+        for direction in (self, self.reverse) if self.reverse is not None else (self,):
+            direction.conv1d.weight.zero_()[..., -1] = 1
+            direction.conv1d.bias.fill_(1)
+            direction.conv1d.bias[:inner] = (
+                0 if v_bias is None else _VALUE_SPREAD / size * v_bias.repeat(copies)
+            )
+            steps = F.softplus(direction.dt_bias.float()) * direction.A_log.float().exp()
+            direction.dt_bias.copy_(_inverse_softplus(steps))
+            direction.A_log.zero_()
+            direction.D.fill_(_OWN_SHARE * state * _SILU_OF_ONE**2)
+
     def _scan(self, tokens: Tensor, direction: "Mamba2 | Direction") -> Tensor:
         """Filter and scan of x, B, C, dt in the order in which they stand, with one direction's parameters."""
         inner, state = self.inner_dim, self.state_dim
@@ -185,6 +243,10 @@ class Direction(nn.Module):
         self.conv1d = nn.Conv1d(num_filtered, num_filtered, conv_size, groups=num_filtered)
         low, high = (math.log(step) for step in _STEP_RANGE)
         steps = torch.empty(num_heads).uniform_(low, high).exp().clamp(min=_STEP_FLOOR)
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is the step
+        self.dt_bias = nn.Parameter(_inverse_softplus(steps))
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(*_RATE_RANGE).log())
         self.D = nn.Parameter(torch.ones(num_heads))
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
