@@ -213,10 +213,10 @@ class Mamba2(Mixer):
         self.norm.weight.fill_(_SHRINK * size)
         for direction in (self, self.reverse) if self.reverse is not None else (self,):
             direction.conv1d.weight.zero_()[..., -1] = 1
-            direction.conv1d.bias.fill_(1)
-            direction.conv1d.bias[:inner] = (
-                0 if v_bias is None else _VALUE_SPREAD / size * v_bias.repeat(copies)
-            )
+            bias = direction.conv1d.bias
+            assert bias is not None
+            bias.fill_(1)
+            bias[:inner] = 0 if v_bias is None else _VALUE_SPREAD / size * v_bias.repeat(copies)
             steps = F.softplus(direction.dt_bias.float()) * direction.A_log.float().exp()
             direction.dt_bias.copy_(_inverse_softplus(steps))
             direction.A_log.zero_()
