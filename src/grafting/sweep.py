@@ -22,6 +22,7 @@ from .files import write_bytes, write_json
 from .plan import fault_list
 from .recipe import Job, OnStep, Recipe, Row, prepare, row_fingerprint, rows_of, run, training_flops
 from .recipefile import faults_of, merge, parse_recipe, read_settings
+from .report import write_sweep_picture
 from .store import OperatorStore
 
 Label = str | int | float
@@ -124,7 +125,7 @@ def run_sweep(
 
     Args:
         folder: of the runs, each in a folder of its own, and of the operators that they share.
-        table: a path without ending; `.json` (which is read first), `.csv` and `.md` are kept up to date.
+        table: a path without ending; `.json` (which is read first), `.csv`, `.md` and `.svg` are kept up to date.
         only: labels that a recipe must have, to run a part of the sweep.
         rows: measure these rows only, for now.
         following: opened around each run; gives what is called with its steps.
@@ -212,7 +213,7 @@ def read_table(table: Path) -> list[dict[str, Any]]:
 
 
 def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """The lines as JSON, and without their protocols as CSV and Markdown."""
+    """The lines as JSON, without their protocols as CSV and Markdown, and as a picture."""
     write_json(table.with_suffix(".json"), lines)
     columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
     cells = [[_cell(line.get(column)) for column in columns] for line in lines]
@@ -222,6 +223,7 @@ def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     rule = ["---"] * len(columns)
     markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *cells])
     write_bytes(table.with_suffix(".md"), (markdown + "\n").encode())
+    write_sweep_picture(table.with_suffix(".svg"), lines)
 
 
 _NOT_SHOWN = frozenset({"fingerprint", "protocol", "notes"})

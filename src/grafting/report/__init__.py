@@ -2,3 +2,4 @@
 
 from ._images import write_grid as write_grid
 from ._page import write_report as write_report
+from ._sweep import write_sweep_picture as write_sweep_picture
