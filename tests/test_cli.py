@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from grafting import cli, recipe
 from grafting.errors import RunError
-from grafting.operators import operator_configs
+from grafting.operators import PRESETS, operator_configs
 
 # a model of two blocks, 16 tokens; ten images are the fewest that can be measured
 RECIPE = {
@@ -181,7 +181,17 @@ def test_every_setting_of_an_operator_is_shown(name: str):
 
 
 def test_unknown_operator():
-    assert "there are hyena-se, hyena-x" in fails("operators", "hyena-z")
+    said = fails("operators", "hyena-z")
+    assert "there are hybrid, hyena-se, hyena-x" in said
+    assert "the presets hyena-se-published" in said
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_listed_and_spelt_out(name: str):
+    spelt_out = call("operators", name).output
+    assert spelt_out.startswith(f"{name}: {PRESETS[name]['name']}, ")
+    assert name in call("operators").output
+    assert json.loads(call("operators", name, "--json").output) == PRESETS[name]
 
 
 def test_the_schema_in_the_repository_is_current(tmp_path: Path):
