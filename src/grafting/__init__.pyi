@@ -1,5 +1,7 @@
 """The public names, each from the module that defines it; `__init__.py` imports that module when the name is first used."""
 
+from .calibration import CalibrateConfig as CalibrateConfig
+from .calibration import calibrate as calibrate
 from .checkpoint import load as load
 from .checkpoint import load_model as load_model
 from .checkpoint import merge_delta as merge_delta
@@ -64,6 +66,8 @@ from .models import DIT_PRESETS as DIT_PRESETS
 from .models import DiT as DiT
 from .operators import operator_configs as operator_configs
 from .operators import parse_operator as parse_operator
+from .plan import Drop as Drop
+from .plan import Merge as Merge
 from .plan import Plan as Plan
 from .plan import Replace as Replace
 from .portable import Base as Base
@@ -74,12 +78,17 @@ from .recipe import run as run
 from .recipefile import load_recipe as load_recipe
 from .report import write_grid as write_grid
 from .report import write_report as write_report
+from .report import write_sweep_picture as write_sweep_picture
 from .sampling import Batch as Batch
 from .sampling import SamplingConfig as SamplingConfig
 from .sampling import sample as sample
+from .store import OperatorStore as OperatorStore
 from .surgery import Graft as Graft
 from .surgery import Operators as Operators
 from .surgery import build_operators as build_operators
 from .surgery import graft as graft
 from .surgery import grafted as grafted
 from .surgery import place as place
+from .sweep import Sweep as Sweep
+from .sweep import load_sweep as load_sweep
+from .sweep import run_sweep as run_sweep
