@@ -7,7 +7,7 @@ Source: arXiv:2212.09748; layout and initialisation as in facebookresearch/DiT `
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -180,50 +180,92 @@ class ParallelBlocks(nn.ModuleList):
     """DiT blocks that get one input: gives what each adds to its tokens, [n, B, L, D] or one by one.
 
     Without gradients, plain blocks run as one batched pass. It reads the weights of all blocks as one tensor without a
-    copy that could grow old: parameters of one name lie side by side in memory, and stay the blocks' own. Where that is
-    not so any more (a parameter or a layer was replaced), blocks run one after the other.
+    copy that could grow old: parameters of one name lie side by side in memory, and stay the blocks' own. `eval()` and
+    moves to a device or dtype see to that. Where it is not so (a parameter or a layer was replaced since, or has a hook),
+    blocks run one after the other.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]):
         super().__init__(blocks)
-        self._lay_side_by_side()
+        self._prepare()
 
     def forward(
         self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]
     ) -> Float[Tensor, "n b l d"] | list[Float[Tensor, "b l d"]]:
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(_is_plain, self)):
-            found = map(side_by_side, self._parameters_by_name())
-            weights = [weight for weight in found if weight is not None]
-            if len(weights) == 2 * len(_linears(self[0])):
-                first: Any = self[0]
-                return _batched_updates(x, c, weights, num_heads=first.attn.num_heads)
-        return [block(x, c) - x for block in self]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._one_pass:
+            return [block(x, c) - x for block in self]
+        if not self._one_pass.holds():
+            return [block(x, c) - x for block in self]
+        return self._one_pass(x, c)
 
-    def _parameters_by_name(self) -> Iterator[tuple[nn.Parameter, ...]]:
-        """The parameters of all blocks that have one name, layer by layer, weight before bias."""
-        for layers in zip(*map(_linears, self), strict=True):
-            yield tuple(layer.weight for layer in layers)
-            yield tuple(layer.bias for layer in layers)
-
-    @torch.no_grad()
-    def _lay_side_by_side(self) -> None:
-        if not all(map(_is_plain, self)):
-            return
-        for parameters in self._parameters_by_name():
-            if side_by_side(parameters) is None and not parameters[0].is_meta:
-                for parameter, row in zip(parameters, torch.stack(parameters), strict=True):
-                    parameter.data = row
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ParallelBlocks":
-        """Moves to a device or dtype, which gives each parameter memory of its own, as torch's RNNs do."""
-        super()._apply(fn, recurse)
-        self._lay_side_by_side()
+    def train(self, mode: bool = True) -> "ParallelBlocks":
+        super().train(mode)
+        if not mode:
+            self._prepare()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ParallelBlocks":
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        self._one_pass = _OnePass(list(self)) if all(map(_is_plain, self)) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_one_pass": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, whose parameters have memory of their own."""
+        """A copy: its parameters have memory of their own."""
         super().__setstate__(state)
-        self._lay_side_by_side()
+        self._prepare()
+
+
+class _OnePass:
+    """Plain DiT blocks on one input as one batched pass over weights that lie side by side; it lays them so."""
+
+    def __init__(self, blocks: Sequence[Any]):
+        self.num_heads = blocks[0].attn.num_heads
+        by_name = [
+            parameters
+            for layers in zip(*map(_linears, blocks), strict=True)
+            for parameters in (tuple(x.weight for x in layers), tuple(x.bias for x in layers))
+        ]
+        self.weights = [_laid_side_by_side(parameters) for parameters in by_name]
+        self._modules = [module for block in blocks for module in block.modules()]
+        self._parameters = [p for parameters in by_name for p in parameters]
+        self._tables = [table for m in self._modules for table in (m._modules, m._parameters)]
+        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        # modules, parameters and their memory are all held here, so nothing new can have their ids or addresses
+        self._contents = self._found()
+
+    def holds(self) -> bool:
+        """Whether blocks and weights are still those that were laid out, with no hooks that a pass would not call."""
+        return self._found() == self._contents and not any(self._hooks)
+
+    def _found(self) -> tuple[list[int], list[int]]:
+        """Which modules and parameters the blocks hold, and where in memory the parameters lie."""
+        items = [id(item) for table in self._tables for item in table.values()]
+        return items, [p.data_ptr() for p in self._parameters]
+
+    def __call__(self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "n b l d"]:
+        """As `DiTBlock.forward` does it one by one, less x."""
+        modulation, modulation_bias, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = (
+            self.weights
+        )
+        n, (b, length, dim) = len(qkv), x.shape
+        made = F.linear(F.silu(c), modulation.flatten(0, 1), modulation_bias.flatten())  # [B, n 6 D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = made.view(b, n, 6, 1, dim).permute(2, 1, 0, 3, 4)
+        y = torch.addcmul(shift_1, F.layer_norm(x, (dim,), eps=1e-6), 1 + scale_1)  # [n, B, L, D]
+        y = torch.baddbmm(qkv_bias[:, None], y.reshape(n, b * length, dim), qkv.mT)
+        q, k, v = y.view(n * b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [n B, L, H, K]
+        y = torch.baddbmm(proj_bias[:, None], y.reshape(n, b * length, dim), proj.mT)
+        update = gate_1 * y.view(n, b, length, dim)
+        y = torch.addcmul(shift_2, F.layer_norm(x + update, (dim,), eps=1e-6), 1 + scale_2)
+        y = torch.baddbmm(fc1_bias[:, None], y.reshape(n, b * length, dim), fc1.mT)
+        y = torch.baddbmm(fc2_bias[:, None], F.gelu(y, approximate="tanh"), fc2.mT)
+        return torch.addcmul(update, gate_2, y.view(n, b, length, dim))
 
 
 def _linears(block: Any) -> tuple[nn.Linear, ...]:
@@ -231,14 +273,26 @@ def _linears(block: Any) -> tuple[nn.Linear, ...]:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a block is as it was made: no other modules inside, and no hooks that a batched pass would not call."""
+    """Whether a block is as it was made, in memory of its own."""
     return (
         type(block) is DiTBlock
         and type(block.attn) is Attention
         and type(block.mlp) is Mlp
-        and all(type(linear) is nn.Linear and linear.bias is not None for linear in _linears(block))
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+        and all(type(linear) is nn.Linear for linear in _linears(block))
+        and all(type(p) is nn.Parameter and not p.is_meta for p in block.parameters())
+        and len(list(block.parameters())) == 2 * len(_linears(block))
     )
+
+
+@torch.no_grad()
+def _laid_side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Parameters of one shape as one tensor [n, ...], moved into one memory where they are not yet."""
+    together = side_by_side(parameters)
+    if together is None:
+        together = torch.stack([p.detach() for p in parameters])
+        for parameter, row in zip(parameters, together, strict=True):
+            parameter.data = row
+    return together
 
 
 def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
@@ -252,30 +306,6 @@ def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
     if end > first.untyped_storage().nbytes():
         return None
     return first.detach().as_strided((len(parameters), *first.shape), (size, *first.stride()))
-
-
-def _batched_updates(
-    x: Float[Tensor, "b l d"],
-    c: Float[Tensor, "b d"],
-    weights: Sequence[Tensor],
-    *,
-    num_heads: int,
-) -> Float[Tensor, "n b l d"]:
-    """What blocks with these weights [n, out, in] and biases [n, out] add to x, as `DiTBlock.forward` does one by one."""
-    modulation, modulation_bias, qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
-    n, (b, length, dim) = len(qkv), x.shape
-    made = F.linear(F.silu(c), modulation.flatten(0, 1), modulation_bias.flatten())  # [B, n 6 D]
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = made.view(b, n, 6, 1, dim).permute(2, 1, 0, 3, 4)
-    y = modulate(F.layer_norm(x, (dim,), eps=1e-6), shift_1, scale_1)  # [n, B, L, D]
-    y = torch.baddbmm(qkv_bias[:, None], y.reshape(n, b * length, dim), qkv.mT)
-    q, k, v = y.view(n * b, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [n B, L, H, K]
-    y = torch.baddbmm(proj_bias[:, None], y.reshape(n, b * length, dim), proj.mT)
-    update = gate_1 * y.view(n, b, length, dim)
-    y = modulate(F.layer_norm(x + update, (dim,), eps=1e-6), shift_2, scale_2)
-    y = torch.baddbmm(fc1_bias[:, None], y.reshape(n, b * length, dim), fc1.mT)
-    y = torch.baddbmm(fc2_bias[:, None], F.gelu(y, approximate="tanh"), fc2.mT)
-    return update + gate_2 * y.view(n, b, length, dim)
 
 
 class PatchEmbedder(nn.Module):
