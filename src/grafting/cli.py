@@ -199,7 +199,7 @@ def sweep(
     loaded = load_sweep(file)
     folder = out_folder or Path("runs") / loaded.name
     table = table or folder / "table"
-    part = {"only": dict(map(_parse_label, only or [])), "rows": rows.split(",") if rows else None}
+    labels, chosen = dict(map(_parse_label, only or [])), rows.split(",") if rows else None
 
     @contextmanager
     def following(point: "Point") -> Iterator[Any]:
@@ -209,10 +209,10 @@ def sweep(
 
     say(out, f"Sweep {loaded.name}, in {folder}")
     if machines:
-        for point in run_sweep_on_ray(loaded, folder, table=table, **part):
+        for point in run_sweep_on_ray(loaded, folder, table=table, only=labels, rows=chosen):
             say(out, f"{point.name}: done")
     else:
-        for _ in run_sweep(loaded, folder, table=table, following=following, **part):
+        for _ in run_sweep(loaded, folder, table=table, only=labels, rows=chosen, following=following):
             pass
     say(out, f"Table: {table.with_suffix('.md')}")
 

@@ -32,7 +32,7 @@ from .checkpoint import (
     save_operators,
     save_tensors,
 )
-from .contract import ClassConditional, OperatorConfig, Site, Step, TrainingData
+from .contract import ClassConditional, Site, Step, TrainingData
 from .data import DataConfig
 from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
 from .devices import default_device
@@ -46,6 +46,7 @@ from .hosts import Host, host_of, hosts
 from .metrics.cost import count_parameters, model_cost, role_flops
 from .metrics.features import ModuleNetwork
 from .plan import Choice, Edit, Plan, fault_list
+from .portable import Base
 from .report import write_report
 from .runfolder import RunFolder
 from .sampling import SamplingConfig, check_sampling, sample
@@ -348,7 +349,9 @@ def _finetune(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
         )
         for step in stage.follow(steps, save_every=job.recipe.save_every):
             on_step("finetune", step)
-        stage.outputs = save_model(run_folder.path / "model", model, job.recipe.edits)
+        source = job.recipe.source
+        base = Base(id=source) if isinstance(source, str) else None
+        stage.outputs = save_model(run_folder.path / "model", model, job.recipe.edits, base=base)
 
 
 def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
@@ -519,8 +522,9 @@ def training_flops(job: Job, row: Row) -> TrainingFlops:
         cost = model_cost(model, sites, job.chosen, inputs)
     new = sum(site.flops.total for site in cost.sites if site.operator is not None)
     training = 0
-    if recipe.calibrate and job.chosen and row not in ("random",):
-        training += recipe.calibrate.samples * (base + new)
+    if recipe.calibrate and job.chosen and row != "random":
+        # an MLP narrower than the host's takes a second pass
+        training += 2 * recipe.calibrate.samples * (base + new)
     if recipe.distill and job.chosen and row in ("distilled", "finetuned"):
         training += recipe.distill.steps * recipe.distill.batch_size * (base + 3 * new)
     if recipe.finetune and row == "finetuned":
