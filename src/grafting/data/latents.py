@@ -234,7 +234,8 @@ def write_latents(
             raise DataError(
                 f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
             )
-        shape = tuple(latents.shape[1:])
+        channels, height, width = latents.shape[1:]
+        shape = (channels, height, width)
         path = folder / f"latents-{number:05}.safetensors"
         tensors = {"latents": latents.to(dtype).contiguous(), "labels": labels.to(torch.int32).contiguous()}
         with atomic_path(path) as temporary:
