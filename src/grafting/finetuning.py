@@ -43,6 +43,8 @@ class FinetuneConfig(BaseModel):
     warmup_steps: NonNegativeInt = 1000
     cooldown_steps: NonNegativeInt = 0
     """Last steps, in which the learning rate falls linearly to zero."""
+    halve_at: tuple[PositiveInt, ...] = ()
+    """Steps from which on the learning rate is half of what it was."""
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: PositiveFloat = 10.0
@@ -121,7 +123,11 @@ def finetune(
     student.train()
     for step in range(first, config.steps):
         lr = config.lr * learning_rate_factor(
-            step, steps=config.steps, warmup_steps=config.warmup_steps, cooldown_steps=config.cooldown_steps
+            step,
+            steps=config.steps,
+            warmup_steps=config.warmup_steps,
+            cooldown_steps=config.cooldown_steps,
+            halve_at=config.halve_at,
         )
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -182,7 +182,10 @@ def measure(
     rows: Sequence[str] | None = None,
     on_step: OnStep | None = None,
 ) -> list[dict[str, Any]]:
-    """Carry out one recipe of a sweep, unless the fingerprints of its lines are all `known`; returns its lines."""
+    """Carry out one recipe of a sweep, unless the fingerprints of its lines are all `known`; returns its lines.
+
+    A recipe that samples no images has none.
+    """
     recipe = point.recipe
     if rows is not None:
         recipe = recipe.model_copy(update={"rows": tuple(row for row in recipe.rows if row in rows)})
@@ -190,6 +193,8 @@ def measure(
     if known.issuperset(row_fingerprint(job, row) for row in rows_of(job)):
         return []
     run(recipe, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
+    if recipe.sample is None:
+        return []
     measured = json.loads((folder / point.name / "metrics.json").read_text())
     return [_line(sweep, point, job, row) for row in measured]
 
