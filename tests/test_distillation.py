@@ -295,3 +295,26 @@ def test_losses():
     assert_close("normalised", normalised, torch.tensor(6 / 104), 1e-6)
     masked = regression_loss(prediction, target, "l1", outlier_threshold=1.5)
     assert masked.item() == 1.5
+
+
+def test_trains_on_as_many_images_as_asked():
+    """The images seen over some epochs, told by their labels' places in a set where each image is its own class."""
+    teacher, operators = _setup({"name": "softmax", "projections": "random"}, blocks=[0])
+    seen = set()
+
+    class Recorded:
+        num_classes = 10
+
+        def __len__(self):
+            return 64
+
+        def batch(self, indices):
+            seen.update(indices.tolist())
+            return noise_images(64, size=16).batch(indices)
+
+    config = DistillConfig(steps=8, batch_size=8, images=24, holdout=16, holdout_every=100)
+    settings = {"roles": {"blocks.0.attn": "attention"}, "predict": HOST.predict, "diffusion": Diffusion()}
+    list(distill(teacher, operators, Recorded(), config, **settings))
+    assert len(seen) == 24 + 16
+    with pytest.raises(TrainingError, match="train on 49 images, but the data has 64.*48 are left"):
+        list(_run(teacher, operators, images=49))

@@ -64,6 +64,8 @@ class DistillConfig(BaseModel):
     cache_samples: PositiveInt | None = None
     """Train on this many noised samples, fixed, with the teacher's activations on disk (the paper: 8,000); by default
     every step sees fresh noise and nothing is written."""
+    images: PositiveInt | None = None
+    """Train on this many images (the paper: 8,000), with fresh noise at every step; by default on all but the held out."""
     holdout: PositiveInt = 256
     """Images kept out of training, on which loss and R^2 are measured."""
     holdout_every: PositiveInt = 100
@@ -336,8 +338,14 @@ def _split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
         raise TrainingError(
             f"stage 1 holds out {config.holdout} images, but the data has {num_items}: lower `holdout`"
         )
-    order = shuffled(num_items, config.seed)
-    return order[config.holdout :], order[: config.holdout]
+    rest = num_items - config.holdout
+    if config.images is not None and config.images > rest:
+        raise TrainingError(
+            f"stage 1 is to train on {config.images} images, but the data has {num_items}, of which "
+            f"{config.holdout} are held out: {rest} are left"
+        )
+    held_out, train = shuffled(num_items, config.seed).split([config.holdout, rest])
+    return train[: config.images], held_out
 
 
 def _tensors(output: Any) -> list[Tensor]:
