@@ -13,7 +13,7 @@ import yaml
 from grafting.checkpoint import load_tensors, save_model
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
 from grafting.plan import Plan
-from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton
+from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton, training_flops
 from grafting.recipefile import load_recipe
 from grafting.store import OperatorStore
 from grafting.surgery import build_operators
@@ -329,3 +329,37 @@ def test_calibration_comes_before_stage_1_and_is_the_inherited_row(tmp_path):
     }
     path = "blocks.0.mlp.mixer.fc2.weight"
     assert not torch.equal(calibrated[path], built["blocks.0.mlp"].state_dict()["mixer.fc2.weight"])
+
+
+def test_restructured_models_run_from_end_to_end(tmp_path):
+    """A pair with an operator inside, and a block that is dropped, in one plan."""
+    source = TINY["source"] | {"config": TINY["source"]["config"] | {"depth": 4}}
+    plan = [
+        {"edit": "merge", "blocks": [0, 1]},
+        {"role": "attention", "blocks": [1], "operator": "hyena-x"},
+        {"edit": "drop", "blocks": [2]},
+    ]
+    recipe = _recipe(source=source, plan=plan, rows=["pretrained", "inherited", "finetuned"])
+    run(recipe, tmp_path / "run")
+    log = (tmp_path / "run" / "distill" / "log.jsonl").read_text().splitlines()
+    assert {key for key in json.loads(log[1]) if key.startswith("loss/")} == {"loss/blocks.0"}
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "metrics.json").read_text())}
+    assert rows["finetuned"]["attention_flops"] < rows["pretrained"]["attention_flops"]
+    sites = json.loads((tmp_path / "run" / "plan.json").read_text())["sites"]
+    assert [(s["block"], s["operator"]["name"]) for s in sites if s["role"] == "block" and s["operator"]] == [
+        (0, "merge"),
+        (1, "merge"),
+        (2, "drop"),
+    ]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "2 of 4 blocks merged in pairs and 1 of 4 blocks dropped" in report
+    assert "blocks 0 and 1, merged" in report
+    job = prepare(recipe)
+    assert training_flops(job, "finetuned").model < training_flops(job, "pretrained").model
+
+
+def test_a_plan_that_only_drops_has_nothing_to_fit(tmp_path):
+    run(_recipe(plan=[{"edit": "drop", "blocks": [1]}]), tmp_path / "run")
+    assert not (tmp_path / "run" / "distill").exists()
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [row["name"] for row in rows] == ["pretrained", "random", "inherited", "finetuned"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .contract import OperatorConfig, Site
-    from .plan import Plan
+    from .plan import Choice, Plan
     from .recipe import Job
     from .sweep import Point
 
@@ -263,9 +263,11 @@ def check(recipe: RecipeFile, as_json: Json = False) -> None:
 def _summary(job: "Job") -> dict[str, Any]:
     """What a recipe does to its model, as data."""
     from .metrics.cost import count_parameters, role_flops
-    from .surgery import build_operators, grafted
+    from .plan import operators_of
+    from .surgery import build_operators, grafted, paths_after
 
     sites = job.host.sites(job.model)
+    standing = list(paths_after(sites, job.chosen))
     before = count_parameters(job.model)
     with grafted(job.model, build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)) as model:
         after = count_parameters(model)
@@ -273,11 +275,11 @@ def _summary(job: "Job") -> dict[str, Any]:
         "recipe": job.recipe.name,
         "host": job.host.name,
         "num_sites": len(sites),
-        "edits": [_site_facts(site, operator) for site, operator in job.chosen.items()],
+        "edits": [_site_facts(site, choice) for site, choice in job.chosen.items()],
         "params": {"before": before, "after": after},
         "attention_flops": {
             "before": role_flops(sites, {}, "attention").total,
-            "after": role_flops(sites, job.chosen, "attention").total,
+            "after": role_flops(standing, operators_of(job.chosen), "attention").total,
         },
         "stages": _stages_in_words(job),
     }
@@ -364,12 +366,12 @@ def sites(model: Model, as_json: Json = False) -> None:
     [dim]$ grafting sites testbed[/]
     """
     from .hosts import host_of
+    from .surgery import resolve
 
     loaded, plan = open_model(model)
-    host = host_of(loaded)
-    found = host.sites(loaded)
-    chosen = plan.resolve(found)
-    facts = [_site_facts(site, chosen.get(site)) for site in found]
+    host, chosen = host_of(loaded), resolve(loaded, plan)
+    blocks = [site for site in host.blocks(loaded) if site in chosen]
+    facts = [_site_facts(site, chosen.get(site)) for site in (*host.sites(loaded), *blocks)]
     if as_json:
         _print_json({"host": host.name, "sites": facts})
         return
@@ -384,7 +386,9 @@ def sites(model: Model, as_json: Json = False) -> None:
     out.print(plain_table(headings, rows))
 
 
-def _site_facts(site: "Site", operator: "OperatorConfig | None") -> dict[str, Any]:
+def _site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
+    from .plan import describe_choice
+
     return {
         "block": site.block,
         "role": site.role,
@@ -393,7 +397,7 @@ def _site_facts(site: "Site", operator: "OperatorConfig | None") -> dict[str, An
         "num_heads": site.num_heads or None,
         "hidden_dim": site.hidden_dim or None,
         "num_tokens": site.num_tokens,
-        "operator": operator.model_dump(mode="json") if operator else None,
+        "operator": describe_choice(choice),
     }
 
 

@@ -16,7 +16,7 @@ from .errors import PlanError
 from .hosts import host_of
 from .metrics.cost import ModelCost, SiteCost, changes, model_cost
 from .metrics.latency import peak_memory, time_forward
-from .plan import Merge, Plan, fault_list
+from .plan import Drop, Merge, Plan, fault_list
 from .surgery import build_operators, grafted, resolve
 
 
@@ -64,7 +64,7 @@ class Measured:
 def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> PlanCost:
     """The cost of a model before and after a plan; the model, on any device, is unchanged.
 
-    Sites inside merged blocks are part of the whole model only: a pair is another module.
+    Sites inside merged blocks are part of the whole model only: a pair is another module. Dropped blocks cost nothing.
 
     Args:
         grid: image tokens; by default the model's native grid.
@@ -119,15 +119,15 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
 
 
 def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site], dict[Site, OperatorConfig]]:
-    """The sites to tell apart, on this grid: all but those in merged blocks; and which operators stand at them.
+    """The sites to tell apart, on this grid: all but those in merged and dropped blocks; and which operators stand at them.
 
     Raises:
         PlanError: lists which operators do not fit this grid.
     """
     host = host_of(model)
     chosen = resolve(model, plan)
-    merged = {site.block for site, edit in chosen.items() if isinstance(edit, Merge)}
-    native = [site for site in host.sites(model) if site.block not in merged]
+    gone = {site.block for site, edit in chosen.items() if isinstance(edit, Merge | Drop)}
+    native = [site for site in host.sites(model) if site.block not in gone]
     sites = {site: replace(site, grid=grid or site.grid) for site in native}
     operators = {sites[s]: o for s, o in chosen.items() if s in sites and isinstance(o, OperatorConfig)}
     faults = [

@@ -232,6 +232,16 @@ def operators_of(chosen: Mapping[Site, Choice]) -> dict[Site, OperatorConfig]:
     return {site: choice for site, choice in chosen.items() if isinstance(choice, OperatorConfig)}
 
 
+def describe_choice(choice: Choice | None) -> dict[str, Any] | None:
+    """What a plan puts at a site, as JSON with a `name`: an operator's, `merge` or `drop`."""
+    if choice is None:
+        return None
+    if isinstance(choice, OperatorConfig):
+        return choice.model_dump(mode="json")
+    settings = choice.model_dump(mode="json", exclude={"edit", "blocks"})
+    return {"name": choice.edit, **settings}
+
+
 def merged_pairs(chosen: Mapping[Site, Choice]) -> list[tuple[Site, Site, Merge]]:
     """The pairs of blocks that a resolved plan merges."""
     merged = [(site, edit) for site, edit in chosen.items() if isinstance(edit, Merge)]

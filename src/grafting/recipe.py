@@ -33,6 +33,7 @@ from .checkpoint import (
     save_tensors,
 )
 from .contract import ClassConditional, Site, Step, TrainingData
+from .costing import plan_cost
 from .data import DataConfig
 from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
 from .devices import default_device
@@ -43,15 +44,15 @@ from .evaluation import Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
-from .metrics.cost import count_parameters, model_cost, role_flops
+from .metrics.cost import count_parameters, role_flops
 from .metrics.features import ModuleNetwork
-from .plan import Choice, Edit, Plan, fault_list
+from .plan import Choice, Drop, Edit, Merge, Plan, describe_choice, fault_list, operators_of
 from .portable import Base
 from .report import write_report
 from .runfolder import RunFolder
 from .sampling import SamplingConfig, check_sampling, sample
 from .store import OperatorStore
-from .surgery import Operators, build_operators, graft, grafted, place, resolve
+from .surgery import Operators, build_operators, graft, paths_after, place, resolve
 
 OnStep = Callable[[str, Step], None]
 Row = Literal["pretrained", "random", "inherited", "distilled", "finetuned"]
@@ -227,14 +228,15 @@ def _check_config(model: nn.Module, source: FreshModel) -> None:
 
 def _open(job: Job, folder: Path) -> RunFolder:
     run_folder = RunFolder(folder, recipe_name=job.recipe.name)
+    restructured = any(site.role == "block" for site in job.chosen)
     sites = [
         {
             "block": site.block,
             "role": site.role,
             "path": site.path,
-            "operator": job.chosen[site].model_dump(mode="json") if site in job.chosen else None,
+            "operator": describe_choice(job.chosen.get(site)),
         }
-        for site in job.host.sites(job.model)
+        for site in (*job.host.sites(job.model), *(job.host.blocks(job.model) if restructured else ()))
     ]
     plan = job.recipe.edits.model_dump(mode="json")
     described = job.recipe.model_dump(mode="json", exclude_none=True)
@@ -270,7 +272,7 @@ def _calibrate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
 
 def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.distill
-    if config is None or not job.chosen:
+    if config is None or not _is_fitted(job):
         return
     with run_folder.stage("distill", _distill_inputs(job)) as stage:
         if stage.done:
@@ -304,6 +306,11 @@ def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
         stage.outputs = [stage.folder / "operators.safetensors"]
 
 
+def _is_fitted(job: Job) -> bool:
+    """Whether the plan has anything for stage 1; where blocks are dropped there is nothing to fit."""
+    return any(not isinstance(choice, Drop) for choice in job.chosen.values())
+
+
 def _not_in_store(job: Job, operators: Operators) -> set[str]:
     """The sites that are left to fit."""
     store = job.store
@@ -314,7 +321,8 @@ def _store_key(job: Job, path: str) -> list[Any]:
     """All that a fitted operator depends on: its site's part of the plan, or all of it where sites see each other."""
     assert job.recipe.distill is not None
     inputs = _distill_inputs(job)
-    if job.recipe.distill.inputs == "teacher":
+    in_pairs = any(isinstance(choice, Merge) for choice in job.chosen.values())
+    if job.recipe.distill.inputs == "teacher" and not in_pairs:
         (operator,) = (config for site, config in job.chosen.items() if site.path == path)
         inputs[0] = inputs[0] | {"plan": operator.model_dump(mode="json")}
     return [path, *inputs]
@@ -439,7 +447,9 @@ def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
     folder = run_folder.path / "samples" / row
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     times = sorted(line["ms_per_image"] for line in log)
-    flops = role_flops(job.host.sites(job.model), {} if row == "pretrained" else job.chosen, "attention")
+    chosen = {} if row == "pretrained" else job.chosen
+    standing = list(paths_after(job.host.sites(job.model), chosen))
+    flops = role_flops(standing, operators_of(chosen), "attention")
     return {
         "params": json.loads((folder / "model.json").read_text())["params"],
         "attention_flops": flops.total,
@@ -473,7 +483,7 @@ def rows_of(job: Job) -> list[Row]:
         "pretrained": True,
         "random": bool(job.chosen),
         "inherited": bool(job.chosen),
-        "distilled": bool(job.chosen and recipe.distill),
+        "distilled": bool(_is_fitted(job) and recipe.distill),
         "finetuned": bool(recipe.finetune),
     }
     return [row for row in recipe.rows if exists[row]]
@@ -491,11 +501,16 @@ def row_fingerprint(job: Job, row: Row) -> str:
     return hash_json([*depends, _essence(recipe.sample)])
 
 
+def _names(key: str, value: Any) -> bool:
+    """Whether a setting says what its owner is, though it has its default."""
+    return key == "name" or (key == "edit" and value != "replace")
+
+
 def _essence(value: Any) -> Any:
     """Settings as JSON without those that have their defaults, so that a new setting of the library changes no hash."""
     if isinstance(value, BaseModel):
         fields = {key: (getattr(value, key), field) for key, field in type(value).model_fields.items()}
-        return {k: _essence(v) for k, (v, field) in fields.items() if k == "name" or v != field.default}
+        return {k: _essence(v) for k, (v, field) in fields.items() if _names(k, v) or v != field.default}
     return [_essence(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -509,18 +524,13 @@ class TrainingFlops(NamedTuple):
 
 def training_flops(job: Job, row: Row) -> TrainingFlops:
     """What it took to make a row's model. A backward pass counts as two forward passes."""
-    recipe, sites = job.recipe, job.host.sites(job.model)
-    grid = sites[0].grid
-
-    def inputs() -> dict[str, Any]:
-        return job.host.example(job.model, rows=grid.rows, cols=grid.cols, batch_size=1)
-
-    base = model_cost(job.model, sites, {}, inputs).flops
+    recipe, cost = job.recipe, plan_cost(job.model, job.recipe.edits)
+    base, model = cost.before.flops, cost.after.flops
     if row == "pretrained":
         return TrainingFlops(0, base, base)
-    with grafted(job.model, build_operators(job.model, recipe.edits, seed=recipe.seed)) as model:
-        cost = model_cost(model, sites, job.chosen, inputs)
-    new = sum(site.flops.total for site in cost.sites if site.operator is not None)
+    # a merged pair is fitted whole, and pairs are not told from the rest of the model
+    merged = any(isinstance(choice, Merge) for choice in job.chosen.values())
+    new = model if merged else sum(site.flops.total for site in cost.after.sites if site.operator is not None)
     training = 0
     if recipe.calibrate and job.chosen and row != "random":
         # an MLP narrower than the host's takes a second pass
@@ -529,8 +539,8 @@ def training_flops(job: Job, row: Row) -> TrainingFlops:
         training += recipe.distill.steps * recipe.distill.batch_size * (base + 3 * new)
     if recipe.finetune and row == "finetuned":
         teacher = base if recipe.finetune.output_weight else 0
-        training += recipe.finetune.steps * recipe.finetune.batch_size * (3 * cost.flops + teacher)
-    return TrainingFlops(training, cost.flops, base)
+        training += recipe.finetune.steps * recipe.finetune.batch_size * (3 * model + teacher)
+    return TrainingFlops(training, model, base)
 
 
 def _row_identity(job: Job, run_folder: RunFolder, row: Row) -> list[Any]:
@@ -572,7 +582,7 @@ def _starting_operators(job: Job, run_folder: RunFolder) -> Operators:
 def _fitted_operators(job: Job, run_folder: RunFolder) -> Operators:
     """The operators that stage 2 begins with: as stage 1 left them, or as they start when there is no stage 1."""
     operators = _starting_operators(job, run_folder)
-    if job.recipe.distill and operators:
+    if job.recipe.distill and _is_fitted(job):
         load_operators(run_folder.path / "distill" / "operators.safetensors", operators)
     return operators
 
@@ -580,4 +590,4 @@ def _fitted_operators(job: Job, run_folder: RunFolder) -> Operators:
 def _fitted_fingerprint(job: Job, run_folder: RunFolder) -> dict[str, str] | None:
     """The hashes of the files that `_fitted_operators` reads last; None if it reads none."""
     stages = [name for name in ("distill", "calibrate") if getattr(job.recipe, name)]
-    return run_folder.stage_outputs(stages[0]) if stages and job.chosen else None
+    return run_folder.stage_outputs(stages[0]) if stages and _is_fitted(job) else None

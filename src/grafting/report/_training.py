@@ -24,7 +24,7 @@ def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]
     paths = _logged_paths(log)
     if not paths:
         return None
-    names = {site["path"]: f"block {site['block']}, {site['role']}" for site in sites}
+    names = {site["path"]: _site_name(site) for site in sites}
     operators = {site["path"]: (site["operator"] or {}).get("name", "") for site in sites}
     training = {path: _series(log, f"loss/{path}") for path in paths}
     held_out = {path: _series(log, f"holdout_loss/{path}") for path in paths}
@@ -46,6 +46,12 @@ def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]
         for path in paths
     ]
     return {"charts": charts, "logarithmic": log_axis, "fits": fits, "last": log[-1].get("step")}
+
+
+def _site_name(site: Mapping[str, Any]) -> str:
+    if site["role"] == "block":
+        return f"blocks {site['block']} and {site['block'] + 1}, merged"
+    return f"block {site['block']}, {site['role']}"
 
 
 def _logged_paths(log: Sequence[Mapping[str, Any]]) -> list[str]:

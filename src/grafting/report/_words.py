@@ -103,6 +103,9 @@ def replaced(sites: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _replaced_of_role(role: str, names: Counter[str], num_sites: int) -> str:
+    if role == "block":
+        done = {"merge": "merged in pairs", "drop": "dropped"}
+        return " and ".join(f"{count} of {num_sites} blocks {done[name]}" for name, count in names.items())
     chosen = f"{names.total()} of {num_sites} {role} operators replaced by "
     if len(names) == 1:
         return chosen + next(iter(names))
