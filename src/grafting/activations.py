@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .contract import Predict, TrainingData
+from .devices import mixed_precision
 from .diffusion import NUM_STEPS, Diffusion
 from .files import write_json
 from .randomness import generator, seeded
@@ -167,7 +168,7 @@ def run_noised(
         t = torch.randint(0, NUM_STEPS, (len(x),), generator=draw)
         x, labels, noise, t = (a.to(device) for a in (x, labels, noise, t))
         x_t = diffusion.add_noise(x, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with mixed_precision(device, precision):
             predict(teacher, x_t, t, labels)
 
 

@@ -1,9 +1,52 @@
-"""Where work runs."""
+"""Where work runs, and in which precision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+# up to here float32 is faster than bfloat16, forward and backward (PyTorch 2.13, head dim 32: 3.0x at 64 tokens, 1.4x at
+# 256, 0.9x at 1,024)
+_FEW_TOKENS = 512
 
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+@contextmanager
+def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Inside, models run in `precision`: bf16 is autocast, fp32 is as they are.
+
+    On a CPU, attention over few tokens that will be differentiated runs in float32 all the same: the backward pass of its
+    fused attention is slow in bfloat16.
+    """
+    enabled = precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        if enabled and device.type == "cpu":
+            with _Float32Attention():
+                yield
+        else:
+            yield
+
+
+class _Float32Attention(TorchFunctionMode):
+    """Runs `scaled_dot_product_attention` over few tokens in float32, where gradients are wanted."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        names = ("query", "key", "value")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        query = given["query"]
+        if query.dtype != torch.bfloat16 or query.shape[-2] > _FEW_TOKENS:
+            return func(*args, **kwargs)
+        options = {name: value for name, value in given.items() if name not in names}
+        with torch.autocast("cpu", enabled=False):
+            return func(*(given[n].float() for n in names), *args[3:], **options).to(query.dtype)

@@ -25,6 +25,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from .contract import Predict, Step, TrainingData
+from .devices import mixed_precision
 from .diffusion import NUM_STEPS, Diffusion
 from .errors import TrainingError
 from .functional.schedule import learning_rate_factor
@@ -91,9 +92,7 @@ def finetune(
     trained = _select_parameters(model, config.trainable, new_parameters)
     accelerator = Accelerator()
     # not Accelerate's own autocast: its precision is fixed once a process, and a sweep runs many recipes in one
-    autocast = partial(
-        torch.autocast, accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-    )
+    autocast = partial(mixed_precision, accelerator.device, config.precision)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
