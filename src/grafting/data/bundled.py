@@ -27,7 +27,7 @@ class BundledSubsetConfig(ImageSource):
 
     name: Literal["testbed-subset"] = "testbed-subset"
 
-    def load(self) -> ImageSet:
+    def read(self) -> ImageSet:
         return bundled_subset()
 
 

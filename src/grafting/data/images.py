@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from ..errors import DataError
+from .subset import stratified_subset
 
 FASHION_MNIST_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -68,14 +69,27 @@ class ImageSource(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
+    per_class: PositiveInt | None = None
+    """Of every class this many images only, drawn by seed 0; all when left out."""
 
     @abstractmethod
-    def load(self) -> ImageSet:
+    def read(self) -> ImageSet:
         """All images, in memory.
 
         Raises:
             DataError: something is missing or damaged.
         """
+
+    def load(self) -> ImageSet:
+        """The images that are asked for, in memory.
+
+        Raises:
+            DataError: something is missing or damaged, or a class has too few images.
+        """
+        images = self.read()
+        if self.per_class is None:
+            return images
+        return images.take(stratified_subset(images.labels, per_class=self.per_class, seed=0))
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data in a run's manifest: the content's hash and not where it lies.
@@ -96,7 +110,7 @@ class FashionMnistConfig(ImageSource):
     split: Literal["train", "test"] = "train"
     """The 60,000 training images or the 10,000 test images."""
 
-    def load(self) -> ImageSet:
+    def read(self) -> ImageSet:
         return read_fashion_mnist(self.folder, train=self.split == "train")
 
 
@@ -111,7 +125,7 @@ class ImageFolderConfig(ImageSource):
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour; files are converted."""
 
-    def load(self) -> ImageSet:
+    def read(self) -> ImageSet:
         return read_image_folder(self.folder, size=self.size, channels=self.channels)
 
 
