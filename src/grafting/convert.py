@@ -165,7 +165,11 @@ def recognise(
         if json.loads(operator).get("window", 1) is None
     ]
     if faults:
-        raise CheckpointError("\n  ".join([f"{source} cannot be converted: {len(faults)} faults", *faults]))
+        raise CheckpointError(
+            "\n  ".join(
+                [f"{source} cannot be converted: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults]
+            )
+        )
     edits = [
         Replace(role=role, blocks=tuple(blocks), operator=json.loads(operator))
         for (role, operator), blocks in chosen.items()
