@@ -42,6 +42,7 @@ COMMANDS = [
     "check",
     "cost",
     "sites",
+    "locality",
     "operators",
     "sample",
     "evaluate",

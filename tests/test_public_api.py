@@ -37,6 +37,7 @@ PROMISED = [
     "ImageFolderConfig",
     "Kernel",
     "KernelConfig",
+    "Locality",
     "Merge",
     "MissingBackend",
     "Mixer",
@@ -73,6 +74,7 @@ PROMISED = [
     "load_recipe",
     "load_sweep",
     "merge_delta",
+    "noised_locality",
     "operator_configs",
     "place",
     "ratio",
@@ -81,6 +83,7 @@ PROMISED = [
     "sample",
     "save_delta",
     "save_model",
+    "watching_locality",
     "write_grid",
     "write_report",
 ]

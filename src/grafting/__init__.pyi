@@ -1,5 +1,8 @@
 """The public names, each from the module that defines it; `__init__.py` imports that module when the name is first used."""
 
+from .analysis.locality import Locality as Locality
+from .analysis.locality import noised_locality as noised_locality
+from .analysis.locality import watching_locality as watching_locality
 from .calibration import CalibrateConfig as CalibrateConfig
 from .calibration import calibrate as calibrate
 from .checkpoint import load as load

@@ -23,6 +23,7 @@ from .errors import DataError, GraftingError, HostError, PlanError, RecipeError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .analysis import Locality
     from .contract import OperatorConfig, Site
     from .plan import Choice, Plan
     from .recipe import Job
@@ -399,6 +400,127 @@ def _site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
         "num_tokens": site.num_tokens,
         "operator": describe_choice(choice),
     }
+
+
+@app.command()
+def locality(
+    model: Model,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,K,...",
+            help="Tokens on each side. [dim]By default a 32nd, a 16th and an eighth of the tokens.[/]",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to measure on.")] = 250,
+    steps: Annotated[int, typer.Option(help="Calls of the model an image.")] = 50,
+    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.5,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,
+    noised: Annotated[
+        bool,
+        typer.Option("--noised", help="On noised images of the testbed's subset instead, one pass each."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how local each attention is: its share inside bands of the raster order, and inside a 3 x 3 square.
+
+    By the paper's protocol: while images are drawn by DDIM with guidance. What the widest band holds most and least of are
+    the halves `top-local` and `low-local` of the choice of layers.
+
+    [dim]$ grafting locality testbed --bands 2,4,8[/]
+    """
+    from .devices import default_device
+
+    wanted = None if bands is None else _parse_bands(bands)
+    loaded = open_model(model)[0].eval().to(default_device())
+    if noised:
+        found = _locality_of_noised(loaded, images=images, seed=seed)
+        protocol = f"{images} noised images, steps evenly spread"
+    else:
+        found = _locality_of_samples(loaded, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed)
+        protocol = f"{images} images drawn by ddim with {steps} steps, cfg scale {cfg_scale:g}"
+    wanted, half = wanted or found.default_bands, len(found.sites) // 2
+    lists = {
+        "band": max(wanted),
+        "top_local": found.top_local(half, band=max(wanted)),
+        "low_local": found.low_local(half, band=max(wanted)),
+    }
+    facts = {**found.to_json(bands=wanted), "protocol": protocol, "lists": lists}
+    if as_json:
+        _print_json(facts)
+        return
+    rows = [
+        [name, *(f"{share:.3f}" for share in (*entry["bands"].values(), entry["windows"][1]))]
+        for name, entry in (
+            *((str(site["block"]), site) for site in facts["sites"]),
+            ("uniform", facts["uniform"]),
+        )
+    ]
+    out.print(plain_table(["block", *(f"L_{k}" for k in wanted), "3 x 3"], rows))
+    say(out, f"{protocol}: {found.num_maps} maps a block, {found.grid.rows} x {found.grid.cols} tokens")
+    say(
+        out,
+        f"Most local half: {lists['top_local']}, least local half: {lists['low_local']} (by L_{lists['band']})",
+    )
+
+
+def _parse_bands(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(f"--bands is numbers of tokens, such as 2,4,8; found {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _locality_of_samples(
+    model: "nn.Module", *, images: int, steps: int, cfg_scale: float, seed: int
+) -> "Locality":
+    """Measured while images are drawn, as the paper does."""
+    from .analysis import watching_locality
+    from .contract import Step
+    from .hosts import host_of
+    from .sampling import SamplingConfig
+    from .sampling import sample as draw
+
+    host = host_of(model)
+    facts = host.class_conditional(model)
+    if facts is None:
+        raise HostError(
+            f"host {host.name!r} draws nothing from class labels: run its pipeline within grafting.watching_locality"
+        )
+    is_of_pixels = facts.shape[0] in (1, 3)
+    config = SamplingConfig(
+        sampler="ddim",
+        steps=steps,
+        cfg_scale=cfg_scale,
+        guided_channels=None if is_of_pixels else 3,  # of latents, as DiT's published samples
+        clip=is_of_pixels,
+        num_images=images,
+        batch_size=min(images, 50),
+        seed=seed,
+    )
+    done = 0
+    with watching_locality(model) as result, follow(err) as on_step:
+        for batch in draw(model, config, predict=host.predict, **facts._asdict()):
+            done += len(batch.labels)
+            on_step("sample", Step(done=done, total=images))
+    return result()
+
+
+def _locality_of_noised(model: "nn.Module", *, images: int, seed: int) -> "Locality":
+    """Measured on noised images of the bundled subset."""
+    from .analysis import noised_locality
+    from .data.bundled import bundled_subset
+    from .diffusion import Diffusion
+    from .hosts import host_of
+
+    host = host_of(model)
+    facts = host.class_conditional(model)
+    if facts is None or facts.shape != (1, 32, 32):
+        takes = "no class labels" if facts is None else f"images of {list(facts.shape)}"
+        raise HostError(f"--noised has the testbed's images, of [1, 32, 32]; this model takes {takes}")
+    return noised_locality(
+        model, bundled_subset(), predict=host.predict, diffusion=Diffusion(), samples=images, seed=seed
+    )
 
 
 @app.command()
