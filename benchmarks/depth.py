@@ -1,11 +1,12 @@
-"""How much faster a forward pass is when each pair of sequential blocks runs side by side, at batch 1 on one CPU thread.
+"""How much faster a forward pass is when each pair of sequential blocks runs side by side, at batch 1 on the CPU.
 
-    python benchmarks/depth.py [--json]
+    python benchmarks/depth.py [--threads 2] [--json]
 
 The model as it was, the same with all pairs merged, and merged with the branches run one after the other are timed in turn,
 again and again, and medians are compared: a machine that slows down for a while slows all. Models: the bundled testbed
 model, and DiT-XL/2 at a quarter of its width and depth on a grid of 16 x 16 tokens. A merged pair does the work of its
-blocks and 1/12 more, so on one thread there is only overhead to save. Exit status 1 when the goal is missed.
+blocks and 1/12 more: on one thread there is only overhead to save, on two the branches also keep both busy. Exit status 1
+when the goal is missed.
 """
 
 import argparse
@@ -45,9 +46,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows instead of a table")
+    parser.add_argument("--threads", type=int, help="CPU threads (default torch's choice)")
     parser.add_argument("--repeats", type=int, default=51, help="timed passes of each (default 51)")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = [
         compare("testbed", load_model(testbed_model_folder())[0], repeats=args.repeats),

@@ -2,8 +2,8 @@
 
 A kernel stands inside a copy of the host's attention module, whose call of `scaled_dot_product_attention` it answers;
 a mixer stands behind an adapter with the host's calling convention. A merged pair stands in the place of its first
-block; where a block is no more, a module passes the tokens on, so that all others keep their numbers. Everything is checked and built before anything is
-edited, so a failed graft leaves the model as it was.
+block; where a block is no more, a module passes the tokens on, so that all others keep their numbers. Everything is
+checked and built before anything is edited, so a failed graft leaves the model as it was.
 """
 
 import copy
