@@ -159,14 +159,15 @@ def run_sweep_on_ray(
         import ray
     except ImportError as error:
         raise MissingBackend("a sweep over machines needs Ray: pip install 'grafting[ray]'") from error
-    chosen = {point.name: point for point in _chosen(sweep, only or {}, rows)}
-    ray.init(ignore_reinit_error=True)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(measure)
+    chosen = _chosen(sweep, only or {}, rows)
     known = _known(table)
-    waiting = {
-        remote.remote(sweep, point, folder.absolute(), known=known, rows=rows): point
-        for point in chosen.values()
-    }
+
+    def task(point: Point) -> list[dict[str, Any]]:
+        return measure(sweep, point, folder.absolute(), known=known, rows=rows)
+
+    ray.init(ignore_reinit_error=True)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(task)
+    waiting = {remote.remote(point): point for point in chosen}
     while waiting:
         (finished,), _ = ray.wait(list(waiting), num_returns=1)
         _add(sweep, table, ray.get(finished))
