@@ -17,7 +17,10 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
     """
-    return parse_recipe(read_settings(path), source=str(path))
+    settings = read_settings(path)
+    if "grids" in settings:
+        raise RecipeError(f"{path} holds many recipes: grafting sweep {path}")
+    return parse_recipe(settings, source=str(path))
 
 
 def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
