@@ -297,7 +297,13 @@ def test_runs_with_one_store_fit_each_site_once(tmp_path):
 
 def test_a_store_tells_starts_and_settings_apart(tmp_path):
     store, steps = OperatorStore(tmp_path / "store"), []
-    changes = [{}, {"seed": 1}, {"distill": TINY["distill"] | {"lr": 1e-3}}, {"calibrate": {"samples": 8}}, {}]
+    changes = [
+        {},
+        {"seed": 1},
+        {"distill": TINY["distill"] | {"lr": 1e-3}},
+        {"calibrate": {"samples": 8}},
+        {},
+    ]
     for number, change in enumerate(changes):
         seen = []
         run(
@@ -326,7 +332,8 @@ def test_calibration_comes_before_stage_1_and_is_the_inherited_row(tmp_path):
     job = prepare(_recipe(**changes))
     built = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
     assert {path: operator.state_dict().keys() for path, operator in built.items()} == {
-        path: {key.removeprefix(f"{path}.") for key in calibrated if key.startswith(f"{path}.")} for path in built
+        path: {key.removeprefix(f"{path}.") for key in calibrated if key.startswith(f"{path}.")}
+        for path in built
     }
     path = "blocks.0.mlp.mixer.fc2.weight"
     assert not torch.equal(calibrated[path], built["blocks.0.mlp"].state_dict()["mixer.fc2.weight"])
