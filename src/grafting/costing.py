@@ -81,8 +81,9 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
     before = model_cost(model, sites, {}, inputs)
     with next(model.parameters()).device:
         operators = build_operators(model, plan)
+    dropped = {site.block for site, edit in resolve(model, plan).items() if isinstance(edit, Drop)}
     with grafted(model, operators):
-        after = model_cost(model, sites, chosen, inputs)
+        after = model_cost(model, [site for site in sites if site.block not in dropped], chosen, inputs)
     return PlanCost(grid, before, after)
 
 
@@ -119,15 +120,15 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
 
 
 def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site], dict[Site, OperatorConfig]]:
-    """The sites to tell apart, on this grid: all but those in merged and dropped blocks; and which operators stand at them.
+    """The sites to tell apart, on this grid: all but those in merged blocks; and which operators stand at them.
 
     Raises:
         PlanError: lists which operators do not fit this grid.
     """
     host = host_of(model)
     chosen = resolve(model, plan)
-    gone = {site.block for site, edit in chosen.items() if isinstance(edit, Merge | Drop)}
-    native = [site for site in host.sites(model) if site.block not in gone]
+    merged = {site.block for site, edit in chosen.items() if isinstance(edit, Merge)}
+    native = [site for site in host.sites(model) if site.block not in merged]
     sites = {site: replace(site, grid=grid or site.grid) for site in native}
     operators = {sites[s]: o for s, o in chosen.items() if s in sites and isinstance(o, OperatorConfig)}
     faults = [
