@@ -8,15 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .errors import RunError
+from .parallel import local_rank
+
 # up to here float32 is faster than bfloat16, forward and backward (PyTorch 2.13, head dim 32: 3.0x at 64 tokens, 1.4x at
 # 256, 0.9x at 1,024)
 _FEW_TOKENS = 512
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU. Of several processes each gets the accelerator of its own number.
+
+    Raises:
+        RunError: a machine has more processes than accelerators.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    if accelerator is None or local_rank() is None:
+        return accelerator or torch.device("cpu")
+    number, count = local_rank() or 0, torch.accelerator.device_count()
+    if number >= count:
+        raise RunError(
+            f"process {number} of this machine finds {count} {accelerator.type} devices: start one process a device"
+        )
+    return torch.device(accelerator.type, number)
 
 
 @contextmanager
