@@ -91,11 +91,11 @@ def test_help_of_every_command_has_an_example(command: str):
 
 def test_help_lists_every_command():
     listed = re.findall(r"^│ (\w+) ", call("--help").output, flags=re.MULTILINE)
-    assert [name for name in listed if name in COMMANDS] == COMMANDS
+    assert set(COMMANDS) <= set(listed)
 
 
 def test_stages_of_until_are_those_of_a_run():
-    assert get_args(cli.StageName) == tuple(recipe.STAGES)
+    assert get_args(cli.run.StageName) == tuple(recipe.STAGES)
 
 
 def test_version():
@@ -378,7 +378,7 @@ def test_doctor_prints_json():
 
 
 def test_recipes_are_found_beside_the_source():
-    assert (cli.recipes_folder() / "testbed" / "quickstart.yaml").is_file()
+    assert (cli.run.recipes_folder() / "testbed" / "quickstart.yaml").is_file()
 
 
 def test_threads_are_torchs(monkeypatch: pytest.MonkeyPatch):

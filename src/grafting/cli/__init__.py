@@ -1,0 +1,102 @@
+"""The command line `grafting`: each command reads its arguments, calls the library once, and shows what came of it.
+
+torch and diffusers take seconds to import, so commands import what they need themselves; `--help` waits for nothing.
+What a user can cause ends in one message and exit code 1; wrong usage is 2, an interruption 130.
+"""
+
+import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import GraftingError
+from . import inspection, run, samples, weights
+from ._shared import err
+
+_RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep"})
+
+
+class _Commands(TyperGroup):
+    """The commands, whose errors become one message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            goes_on = ctx.invoked_subcommand in _RESUMABLE
+            again = " The same command goes on from what was saved." if goes_on else ""
+            err.print(f"\nInterrupted.{again}")
+            raise typer.Exit(130) from None
+        except GraftingError as error:
+            _fail(str(error), debug=ctx.params["debug"])
+        except ValueError as error:
+            from pydantic import ValidationError
+
+            if not isinstance(error, ValidationError):
+                raise
+            _fail(_faults_of(error), debug=ctx.params["debug"])
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for group in (run, inspection, samples, weights):
+    app.add_typer(group.app)
+
+
+def main() -> None:
+    """The entry point `grafting`."""
+    app()
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"grafting {version('grafting')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _global_options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. By default torch's choice.")
+    ] = None,
+) -> None:
+    """Edit pretrained diffusion transformers: replace operators, distill, finetune, measure.
+
+    Start with [bold]grafting quickstart[/]; [bold]grafting COMMAND --help[/] has an example of each.
+    """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _faults_of(error: Any) -> str:
+    """Every fault of pydantic's error, a line each."""
+    lines = [
+        f"{'.'.join(map(str, e['loc'])) or error.title}: {e['msg'].removeprefix('Value error, ')}, found {e['input']!r}"
+        for e in error.errors()
+    ]
+    return "\n  ".join([f"these settings cannot be used ({error.title}):", *lines])
+
+
+def _fail(message: str, *, debug: bool) -> NoReturn:
+    """Ends the command with one message, while an error is handled."""
+    if debug:
+        traceback.print_exc()
+    # not through rich: it would wrap lines and read brackets as markup
+    print(f"Error: {message}", file=sys.stderr)
+    raise typer.Exit(1) from None

@@ -1,0 +1,43 @@
+"""What several commands share: where they print, how they name a recipe, a model or a folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..plan import Plan
+
+# lines that go to a file or another program are cut at no terminal's edge
+out = Console(width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="[cyan]testbed[/], a folder of a model or run, or owner/name on the Hub."
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder. [dim]By default runs/NAME.[/]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def open_model(name: str) -> "tuple[nn.Module, Plan]":
+    """The model that a command line names, and the plan it was grafted with.
+
+    Raises:
+        CheckpointError, DataError: there is none, or it is damaged.
+    """
+    from ..checkpoint import load
+
+    return load(name)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,432 @@
+"""Commands that look and say: at recipes, models, operators, costs and this machine. They change nothing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..display import follow, plain_table, say, show_cost, show_diagnosis
+from ..errors import DataError, HostError, PlanError
+from ._shared import Json, Model, RecipeFile, err, open_model, out, print_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..analysis import Locality
+    from ..contract import OperatorConfig, Site
+    from ..plan import Choice
+    from ..recipe import Job
+
+app = typer.Typer()
+
+
+@app.command()
+def check(recipe: RecipeFile, as_json: Json = False) -> None:
+    """Check a recipe against its model and data without writing anything, and say what it would do.
+
+    [dim]$ grafting check my-recipe.yaml[/]
+    """
+    from ..recipe import prepare
+    from ..recipefile import load_recipe
+
+    summary = _summary(prepare(load_recipe(recipe)))
+    if as_json:
+        print_json(summary)
+        return
+    edits = [[e["block"], e["role"], e["path"], e["operator"]["name"]] for e in summary["edits"]]
+    if edits:
+        out.print(plain_table(["block", "role", "path", "operator"], edits))
+    say(out, f"{len(edits)} of {summary['num_sites']} sites are edited")
+    for what in ("params", "attention_flops"):
+        before, after = summary[what]["before"], summary[what]["after"]
+        change = f" ({after / before - 1:+.1%})" if before else ""
+        say(
+            out,
+            f"{what.replace('_', ' ').replace('flops', 'FLOPs an image')}: {before:,} to {after:,}{change}",
+        )
+    for stage, words in summary["stages"].items():
+        say(out, f"{stage}: {words}")
+    say(out, "The recipe is sound.")
+
+
+def _summary(job: "Job") -> dict[str, Any]:
+    """What a recipe does to its model, as data."""
+    from ..metrics.cost import count_parameters, role_flops
+    from ..plan import operators_of
+    from ..surgery import build_operators, grafted, paths_after
+
+    sites = job.host.sites(job.model)
+    standing = list(paths_after(sites, job.chosen))
+    before = count_parameters(job.model)
+    with grafted(job.model, build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)) as model:
+        after = count_parameters(model)
+    return {
+        "recipe": job.recipe.name,
+        "host": job.host.name,
+        "num_sites": len(sites),
+        "edits": [_site_facts(site, choice) for site, choice in job.chosen.items()],
+        "params": {"before": before, "after": after},
+        "attention_flops": {
+            "before": role_flops(sites, {}, "attention").total,
+            "after": role_flops(standing, operators_of(job.chosen), "attention").total,
+        },
+        "stages": _stages_in_words(job),
+    }
+
+
+def _stages_in_words(job: "Job") -> dict[str, str]:
+    recipe, words = job.recipe, {}
+    if recipe.distill and job.chosen:
+        held_out = recipe.distill.holdout
+        words["distill"] = (
+            f"{recipe.distill.steps} steps of {recipe.distill.batch_size} images, "
+            f"{len(job.data) - held_out} to train on and {held_out} held out"
+        )
+    if recipe.finetune:
+        words["finetune"] = (
+            f"{recipe.finetune.steps} steps of {recipe.finetune.batch_size} of {len(job.data)} images"
+        )
+    if recipe.sample:
+        config = recipe.sample
+        words["sample"] = (
+            f"{config.num_images} images of each model, {config.sampler} with {config.steps} steps, "
+            f"cfg scale {config.cfg_scale:g}"
+        )
+    return words
+
+
+@app.command()
+def cost(
+    recipe: RecipeFile,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            "--grid",
+            "--resolution",
+            metavar="ROWSxCOLS",
+            help="Image tokens. [dim]By default the model's native grid.[/]",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also measure time and peak memory here, with random weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe's plan changes in cost, an image and forward pass; neither weights nor data are needed.
+
+    FLOPs, parameters and the activations kept for training (float32), of every site and of the whole model. The first two
+    lines of changes are those of Table 4 of the paper, over all operators of the edited roles.
+
+    [dim]$ grafting cost my-recipe.yaml --grid 64x64[/]
+    """
+    from ..contract import Grid
+    from ..costing import measure_plan, plan_cost
+    from ..devices import default_device
+    from ..recipe import load_source, skeleton
+    from ..recipefile import load_recipe
+
+    loaded = load_recipe(recipe)
+    tokens = Grid(*_parse_grid(grid)) if grid else None
+    counted = plan_cost(skeleton(loaded.source), loaded.edits, grid=tokens)
+    facts = {"recipe": loaded.name, **counted.to_json(), "measured": None}
+    if measure:
+        source = loaded.source
+        if not isinstance(source, str):
+            source = source.model_copy(update={"weights": None})
+        model = load_source(source)[0].eval().to(default_device())
+        facts["measured"] = measure_plan(model, loaded.edits, grid=tokens).to_json()
+    if as_json:
+        print_json(facts)
+    else:
+        show_cost(out, facts)
+
+
+def _parse_grid(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(f"--grid is rows x columns of tokens, such as 64x64; found {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+@app.command()
+def sites(model: Model, as_json: Json = False) -> None:
+    """List a model's sites: the places where an operator can be replaced.
+
+    [dim]$ grafting sites testbed[/]
+    """
+    from ..hosts import host_of
+    from ..surgery import resolve
+
+    loaded, plan = open_model(model)
+    host, chosen = host_of(loaded), resolve(loaded, plan)
+    blocks = [site for site in host.blocks(loaded) if site in chosen]
+    facts = [_site_facts(site, chosen.get(site)) for site in (*host.sites(loaded), *blocks)]
+    if as_json:
+        print_json({"host": host.name, "sites": facts})
+        return
+    headings = ["block", "role", "path", "dim", "heads", "hidden", "tokens", "operator"]
+    rows = [
+        [
+            *(f[key] for key in ("block", "role", "path", "dim", "num_heads", "hidden_dim", "num_tokens")),
+            f["operator"]["name"] if f["operator"] else "the host's own",
+        ]
+        for f in facts
+    ]
+    out.print(plain_table(headings, rows))
+
+
+def _site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
+    from ..plan import describe_choice
+
+    return {
+        "block": site.block,
+        "role": site.role,
+        "path": site.path,
+        "dim": site.dim,
+        "num_heads": site.num_heads or None,
+        "hidden_dim": site.hidden_dim or None,
+        "num_tokens": site.num_tokens,
+        "operator": describe_choice(choice),
+    }
+
+
+@app.command()
+def locality(
+    model: Model,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,K,...",
+            help="Tokens on each side. [dim]By default a 32nd, a 16th and an eighth of the tokens.[/]",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to measure on.")] = 250,
+    steps: Annotated[int, typer.Option(help="Calls of the model an image.")] = 50,
+    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.5,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,
+    noised: Annotated[
+        bool,
+        typer.Option("--noised", help="On noised images of the testbed's subset instead, one pass each."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how local each attention is: its share inside bands of the raster order, and inside a 3 x 3 square.
+
+    By the paper's protocol: while images are drawn by DDIM with guidance. What the widest band holds most and least of are
+    the halves `top-local` and `low-local` of the choice of layers.
+
+    [dim]$ grafting locality testbed --bands 2,4,8[/]
+    """
+    from ..devices import default_device
+
+    wanted = None if bands is None else _parse_bands(bands)
+    loaded = open_model(model)[0].eval().to(default_device())
+    if noised:
+        found = _locality_of_noised(loaded, images=images, seed=seed)
+        protocol = f"{images} noised images, steps evenly spread"
+    else:
+        found = _locality_of_samples(loaded, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed)
+        protocol = f"{images} images drawn by ddim with {steps} steps, cfg scale {cfg_scale:g}"
+    wanted, half = wanted or found.default_bands, len(found.sites) // 2
+    lists = {
+        "band": max(wanted),
+        "top_local": found.top_local(half, band=max(wanted)),
+        "low_local": found.low_local(half, band=max(wanted)),
+    }
+    facts = {**found.to_json(bands=wanted), "protocol": protocol, "lists": lists}
+    if as_json:
+        print_json(facts)
+        return
+    rows = [
+        [name, *(f"{share:.3f}" for share in (*entry["bands"].values(), entry["windows"][1]))]
+        for name, entry in (
+            *((str(site["block"]), site) for site in facts["sites"]),
+            ("uniform", facts["uniform"]),
+        )
+    ]
+    out.print(plain_table(["block", *(f"L_{k}" for k in wanted), "3 x 3"], rows))
+    say(out, f"{protocol}: {found.num_maps} maps a block, {found.grid.rows} x {found.grid.cols} tokens")
+    say(
+        out,
+        f"Most local half: {lists['top_local']}, least local half: {lists['low_local']} (by L_{lists['band']})",
+    )
+
+
+def _parse_bands(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(f"--bands is numbers of tokens, such as 2,4,8; found {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _locality_of_samples(
+    model: "nn.Module", *, images: int, steps: int, cfg_scale: float, seed: int
+) -> "Locality":
+    """Measured while images are drawn, as the paper does."""
+    from ..analysis import watching_locality
+    from ..contract import Step
+    from ..hosts import host_of
+    from ..sampling import SamplingConfig
+    from ..sampling import sample as draw
+
+    host = host_of(model)
+    facts = host.class_conditional(model)
+    if facts is None:
+        raise HostError(
+            f"host {host.name!r} draws nothing from class labels: run its pipeline within grafting.watching_locality"
+        )
+    is_of_pixels = facts.shape[0] in (1, 3)
+    config = SamplingConfig(
+        sampler="ddim",
+        steps=steps,
+        cfg_scale=cfg_scale,
+        guided_channels=None if is_of_pixels else 3,  # of latents, as DiT's published samples
+        clip=is_of_pixels,
+        num_images=images,
+        batch_size=min(images, 50),
+        seed=seed,
+    )
+    done = 0
+    with watching_locality(model) as result, follow(err) as on_step:
+        for batch in draw(model, config, predict=host.predict, **facts._asdict()):
+            done += len(batch.labels)
+            on_step("sample", Step(done=done, total=images))
+    return result()
+
+
+def _locality_of_noised(model: "nn.Module", *, images: int, seed: int) -> "Locality":
+    """Measured on noised images of the bundled subset."""
+    from ..analysis import noised_locality
+    from ..data.bundled import bundled_subset
+    from ..diffusion import Diffusion
+    from ..hosts import host_of
+
+    host = host_of(model)
+    facts = host.class_conditional(model)
+    if facts is None or facts.shape != (1, 32, 32):
+        takes = "no class labels" if facts is None else f"images of {list(facts.shape)}"
+        raise HostError(f"--noised has the testbed's images, of [1, 32, 32]; this model takes {takes}")
+    return noised_locality(
+        model, bundled_subset(), predict=host.predict, diffusion=Diffusion(), samples=images, seed=seed
+    )
+
+
+@app.command()
+def operators(
+    name: Annotated[str | None, typer.Argument(help="An operator, to see its settings.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the operators, or one operator's settings; presets are names for an operator with some settings.
+
+    [dim]$ grafting operators hyena-x[/]
+    """
+    from ..operators import PRESETS, operator_configs
+
+    configs = operator_configs()
+    if name is None:
+        listed = [
+            {"name": n, "roles": sorted(c.roles), "summary": _summary_of(c)} for n, c in configs.items()
+        ]
+        if as_json:
+            print_json(listed)
+        else:
+            rows = [[entry["name"], ", ".join(entry["roles"]), entry["summary"]] for entry in listed]
+            out.print(plain_table(["operator", "replaces", "what it is"], rows))
+            presets = [[preset, _settings_in_words(settings)] for preset, settings in PRESETS.items()]
+            out.print(plain_table(["preset", "stands for"], presets))
+        return
+    if name in PRESETS:
+        if as_json:
+            print_json(PRESETS[name])
+        else:
+            say(out, f"{name}: {_settings_in_words(PRESETS[name])}")
+        return
+    if name not in configs:
+        raise PlanError(
+            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
+        )
+    schema = configs[name].model_json_schema()
+    if as_json:
+        print_json(schema)
+        return
+    say(out, f"{name}: {schema['description']}\nReplaces: {', '.join(sorted(configs[name].roles))}\n")
+    settings = {key: value for key, value in schema["properties"].items() if key != "name"}
+    rows = [
+        [key, _type_of(s), s.get("default", "required"), s.get("description", "")]
+        for key, s in settings.items()
+    ]
+    out.print(plain_table(["setting", "type", "default", "what it is"], rows))
+
+
+def _settings_in_words(operator: dict[str, Any]) -> str:
+    return ", ".join([operator["name"], *(f"{k}: {v}" for k, v in operator.items() if k != "name")])
+
+
+def _summary_of(config: "type[OperatorConfig]") -> str:
+    return (config.__doc__ or "").strip().partition("\n")[0]
+
+
+def _type_of(setting: dict[str, Any]) -> str:
+    """A setting's type and bounds in words, from its JSON Schema."""
+    if "enum" in setting:
+        return " | ".join(map(str, setting["enum"]))
+    if "anyOf" in setting:
+        return " | ".join(_type_of(choice) for choice in setting["anyOf"])
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {setting[key]:g}" for key, sign in signs.items() if key in setting]
+    return " ".join([setting.get("type", "any"), *bounds])
+
+
+@app.command()
+def schema(
+    out_file: Annotated[Path | None, typer.Option("--out", help="A file; by default it is printed.")] = None,
+) -> None:
+    """Write the JSON Schema of recipes, with which editors complete and check them.
+
+    [dim]$ grafting schema --out recipe.schema.json[/]
+
+    Then begin a recipe with [dim]# yaml-language-server: $schema=recipe.schema.json[/]
+    """
+    from ..files import write_json
+
+    if out_file is None:
+        print_json(recipe_schema())
+        return
+    write_json(out_file, recipe_schema())
+    say(out, f"Schema: {out_file}")
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file, which may also name a `base` that has what it leaves out."""
+    from ..recipe import Recipe
+
+    schema = Recipe.model_json_schema()
+    required = schema.pop("required")
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "A recipe file whose settings this one changes.",
+    }
+    return schema | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "anyOf": [{"required": required}, {"required": ["base"]}],
+    }
+
+
+@app.command()
+def doctor(
+    full: Annotated[bool, typer.Option("--full", help="Also try torch.compile; can take a minute.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do, and what is missing with the line that installs it.
+
+    [dim]$ grafting doctor[/]
+    """
+    from ..doctor import examine
+
+    found = examine(full=full)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        show_diagnosis(out, found)
+    if found.problems:
+        raise typer.Exit(1)

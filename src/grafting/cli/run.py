@@ -1,0 +1,155 @@
+"""Commands that carry out recipes: a run, a part of it, or a sweep of many."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..display import follow, metrics_table, say
+from ..errors import RecipeError
+from ._shared import Out, RecipeFile, out
+
+if TYPE_CHECKING:
+    from ..sweep import Point
+
+# what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
+StageName = Literal["calibrate", "distill", "finetune", "sample", "evaluate", "report"]
+
+app = typer.Typer()
+
+
+@app.command()
+def quickstart(
+    out_folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/quickstart"),
+) -> None:
+    """Graft the bundled diffusion transformer, from a pretrained model to a report, in some minutes.
+
+    Half of its attention becomes gated convolution (Hyena-X), is fitted to what it replaced, finetuned, and measured.
+
+    [dim]$ grafting quickstart[/]
+    """
+    _run(recipes_folder() / "testbed" / "quickstart.yaml", out_folder)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out_folder: Out = None,
+    until: Annotated[StageName, typer.Option(help="The last stage to carry out.")] = "report",
+) -> None:
+    """Carry out a recipe; what is done already is not done again.
+
+    [dim]$ grafting run my-recipe.yaml --until distill[/]
+    """
+    _run(recipe, out_folder, until)
+
+
+@app.command()
+def distill(recipe: RecipeFile, out_folder: Out = None) -> None:
+    """Carry out a recipe's stage 1: fit the new operators to the old ones' activations.
+
+    [dim]$ grafting distill my-recipe.yaml[/]
+    """
+    _run(recipe, out_folder, "distill")
+
+
+@app.command()
+def finetune(recipe: RecipeFile, out_folder: Out = None) -> None:
+    """Carry out a recipe up to stage 2: train the grafted model end to end.
+
+    [dim]$ grafting finetune my-recipe.yaml --out runs/second-try[/]
+    """
+    _run(recipe, out_folder, "finetune")
+
+
+def _run(recipe_path: Path, folder: Path | None, until: StageName = "report") -> None:
+    from ..recipe import run as run_recipe
+    from ..recipefile import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    folder = folder or Path("runs") / recipe.name
+    say(out, f"Recipe {recipe.name}, in {folder}")
+    with follow(out) as on_step:
+        run_recipe(recipe, folder, until=until, on_step=on_step)
+    if until in ("evaluate", "report") and (folder / "metrics.json").is_file():
+        out.print(metrics_table(json.loads((folder / "metrics.json").read_text())))
+    results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
+    result = folder / results.get(until, "report.html")
+    say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep, as YAML.")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="The runs' folder. [dim]By default runs/NAME.[/]")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="The table, a path without ending. [dim]By default table, in the runs' folder.[/]"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=LABEL", help="Run a part; may be given again.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Measure these rows only, for now: such as finetuned,distilled.")
+    ] = None,
+    machines: Annotated[
+        bool, typer.Option("--ray", help="Spread the runs over a Ray cluster that shares this file system.")
+    ] = False,
+) -> None:
+    """Carry out many recipes and collect one table: JSON, CSV and Markdown. Lines that it has are not measured again.
+
+    [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
+    """
+    from ..sweep import load_sweep, run_sweep, run_sweep_on_ray
+
+    loaded = load_sweep(file)
+    folder = out_folder or Path("runs") / loaded.name
+    table = table or folder / "table"
+    labels, chosen = dict(map(_parse_label, only or [])), rows.split(",") if rows else None
+
+    @contextmanager
+    def following(point: "Point") -> Iterator[Any]:
+        say(out, point.name)
+        with follow(out) as on_step:
+            yield on_step
+
+    say(out, f"Sweep {loaded.name}, in {folder}")
+    if machines:
+        for point in run_sweep_on_ray(loaded, folder, table=table, only=labels, rows=chosen):
+            say(out, f"{point.name}: done")
+    else:
+        for _ in run_sweep(loaded, folder, table=table, only=labels, rows=chosen, following=following):
+            pass
+    say(out, f"Table: {table.with_suffix('.md')}")
+
+
+def _parse_label(text: str) -> tuple[str, str]:
+    column, found, label = text.partition("=")
+    if not found:
+        raise RecipeError(f"--only takes COLUMN=LABEL, found {text!r}")
+    return column, label
+
+
+def recipes_folder() -> Path:
+    """The recipes that come with the package, or lie beside its source."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parents[1] / "recipes"
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+) -> None:
+    """Write a run's report anew, from what its folder holds: one HTML file that needs nothing else.
+
+    [dim]$ grafting report runs/quickstart[/]
+    """
+    from ..report import write_report
+
+    say(out, f"Report: {write_report(run_folder)}")

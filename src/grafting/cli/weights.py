@@ -1,0 +1,93 @@
+"""Commands for weights: read published ones, make a delta whole, upload a model."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..display import plain_table, say
+from ._shared import open_model, out
+
+app = typer.Typer()
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A weights file (.pt, .safetensors), a folder of diffusers' DiT, or owner/name on the Hub.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the model folder is written.")],
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads. [dim]Known for published widths.[/]")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes without the null label. [dim]Known for ImageNet.[/]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens on each side, of window attention. [dim]4 as published.[/]")
+    ] = None,
+    mlp_ratio: Annotated[float, typer.Option(help="Hidden width over width of the base's MLP.")] = 4.0,
+    base: Annotated[str | None, typer.Option(help="The model that was grafted, for the record.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the base's weights, for the record.")] = None,
+    to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="What is written.")] = "grafting",
+) -> None:
+    """Read published DiT weights, grafted or not, by what they hold, and write a model folder.
+
+    [dim]$ grafting convert model.pt dit-hyena-x[/]
+    """
+    from ..convert import PublishedFacts, convert_weights, read_published
+    from ..diffusersfolder import export_diffusers
+    from ..portable import Base
+
+    made_from = None if base is None else Base(id=base, licence=licence)
+    facts = PublishedFacts(
+        num_heads=num_heads, num_classes=num_classes, window=window, mlp_ratio=mlp_ratio, base=made_from
+    )
+    if to == "diffusers":
+        is_file = Path(source).is_file()
+        loaded = read_published(Path(source), facts).model if is_file else open_model(source)[0]
+        say(out, f"diffusers folder: {export_diffusers(loaded, folder)}")
+        return
+    converted = convert_weights(source, folder, facts)
+    edits = [[edit.role, edit.operator.name, str(edit.blocks)] for edit in converted.plan.edits]
+    if edits:
+        out.print(plain_table(["role", "operator", "blocks"], edits))
+    say(out, f"Read as {converted.origin['format']}, {'grafted' if edits else 'not grafted'}: {folder}")
+
+
+@app.command()
+def merge(
+    delta: Annotated[
+        str, typer.Argument(metavar="DELTA", help="A delta: a folder, or owner/name on the Hub.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the whole model is written.")],
+    base: Annotated[str | None, typer.Option(help="Where its base is, if not where the delta says.")] = None,
+) -> None:
+    """Make a delta whole: write the model that it and its base are, which then needs no base.
+
+    [dim]$ grafting merge my-delta my-model[/]
+    """
+    from ..checkpoint import find_model, merge_delta
+
+    merge_delta(find_model(delta), folder, base=base)
+    say(out, f"Model: {folder}")
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, or the folder of a run.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Check a grafted model's folder, write its card, and upload both to the Hugging Face Hub.
+
+    [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
+    """
+    from ..checkpoint import find_model
+    from ..hub import push_to_hub
+
+    say(out, f"Uploaded: {push_to_hub(find_model(model), repo, private=not public)}")
