@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafting.randomness import batch_indices, generator, sample_noise, seeded
+from grafting.randomness import _mixed, batch_indices, generator, item_noise, sample_noise, seeded
 
 
 def draw(*entropy: int) -> torch.Tensor:
@@ -79,3 +79,31 @@ def test_seeded_restores_the_generator_after_an_error():
     with pytest.raises(KeyError):
         fail_inside()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_is_cut_from_the_shuffles_of_its_epochs():
+    orders = [torch.randperm(7, generator=generator(3, epoch, 1)) for epoch in range(4)]
+    assert torch.equal(batch_indices(7, 10, 1, 3), torch.cat(orders)[10:20])
+    batch_indices(7, 10, 1, 3).zero_()  # what is kept between steps cannot be written to
+    assert torch.equal(batch_indices(7, 7, 2, 3), orders[2])
+
+
+def test_noise_of_an_item_does_not_depend_on_its_batch():
+    items = torch.tensor([5, 0, 1_281_166, 5])
+    noise = item_noise(3, items, (2, 4, 4))
+    assert torch.equal(noise[2:3], item_noise(3, items[2:3], (2, 4, 4)))
+    assert torch.equal(noise[0], noise[3])
+    assert not torch.equal(noise[:1], item_noise(4, items[:1], (2, 4, 4)))
+    assert torch.equal(item_noise(0, items[:0], (2, 4, 4)), torch.empty(0, 2, 4, 4))
+
+
+def test_noise_of_items_is_standard_normal_and_independent():
+    noise = item_noise(0, torch.arange(200), (1, 10, 10))
+    assert noise.mean().abs() < 0.03
+    assert (noise.std() - 1).abs() < 0.03
+    assert noise.flatten(1).corrcoef().fill_diagonal_(0).abs().max() < 0.5
+
+
+def test_no_two_items_share_their_noise():
+    assert len(_mixed(torch.arange(2**21)).unique()) == 2**21
+    assert len(item_noise(0, torch.arange(5000), (16,))[:, 0].unique()) > 4990

@@ -5,6 +5,7 @@ Sample i draws from `generator(seed, i)`; training step s from `seeded(seed, s)`
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,14 +23,46 @@ def sample_noise(seed: int, indices: list[int], shape: tuple[int, ...]) -> Tenso
     return torch.stack([torch.randn(shape, generator=generator(seed, i)) for i in indices])
 
 
+def item_noise(seed: int, items: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise [B, *shape] of many stored items; row j depends on (seed, items[j]) alone.
+
+    Almost twice as fast as `sample_noise`, whose numbers it does not give. No two items have the same noise: torch's
+    generator keeps 32 bits of its seed, and these are a bijection of the item's number, shifted by a hash of `seed`.
+    """
+    stream, shift = torch.Generator(), generator(seed, 3).initial_seed()
+    noise = torch.empty(len(items), *shape)
+    for row, state in zip(noise.unbind(), (_mixed(items) + shift & 0xFFFFFFFF).tolist(), strict=True):
+        row.normal_(generator=stream.manual_seed(state))
+    return noise
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Whole numbers below 2^32, each to another one, scattered.
+
+    Source: the last step of MurmurHash3 (`fmix32`, public domain).
+    """
+    x = numbers ^ numbers >> 16
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
+    x = x ^ x >> 13
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
 def batch_indices(num_items: int, batch_size: int, step: int, seed: int) -> Tensor:
     """The items [batch_size] of training step `step`: epochs of seeded shuffles, cut into batches without a remainder."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // num_items
-    orders = {e: torch.randperm(num_items, generator=generator(seed, e, 1)) for e in epochs.unique().tolist()}
-    return torch.stack(
-        [orders[e][p % num_items] for e, p in zip(epochs.tolist(), positions.tolist(), strict=True)]
+    first, end = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // num_items, (end - 1) // num_items + 1)
+    starts = {epoch: epoch * num_items for epoch in epochs}
+    return torch.cat(
+        [_epoch_order(num_items, e, seed)[max(first - start, 0) : end - start] for e, start in starts.items()]
     )
+
+
+# an order of ImageNet is 10 MB and takes 20 ms to draw, and a step needs one or two
+@lru_cache(maxsize=4)
+def _epoch_order(num_items: int, epoch: int, seed: int) -> Tensor:
+    """All items in the order of an epoch; kept for the next step, so not to be written to."""
+    return torch.randperm(num_items, generator=generator(seed, epoch, 1))
 
 
 @contextmanager
