@@ -15,11 +15,11 @@ ROOT = Path(grafting.__file__).parent
 LAYERS = (
     {"errors"},  # L0
     {"parallel"},
-    {"contract", "devices", "files", "randomness"},
+    {"contract", "devices", "files", "interruption", "randomness"},
     {"functional"},
     {"models"},
     {"operators", "hosts", "metrics", "data", "diffusion", "runfolder"},  # L1
-    {"plan"},  # L2
+    {"plan", "noising", "guard"},  # L2
     {"surgery"},  # L3
     {"portable", "card"},
     {"activations", "checkpoint"},
@@ -31,15 +31,18 @@ LAYERS = (
         "distillation",
         "finetuning",
         "sampling",
+        "decoding",
         "evaluation",
         "analysis",
         "search",
         "report",
     },  # L4
+    {"samples"},
+    {"drawing"},
     {"recipe"},  # L5
     {"recipefile"},
     {"sweep"},
-    {"samples", "doctor"},  # L6
+    {"doctor"},  # L6
     {"display"},
     {"cli"},
     {"__main__", "__init__"},

@@ -40,7 +40,7 @@ def sample(
     from ..devices import default_device
     from ..hosts import host_of
     from ..report import write_grid
-    from ..samples import write_samples
+    from ..samples import origin_of, write_samples
     from ..sampling import SamplingConfig
 
     config = SamplingConfig.model_validate(
@@ -67,7 +67,9 @@ def sample(
         )
     batches = list(_draw(loaded.to(default_device()), config, host.predict, facts))
     images, labels_drawn = (torch.cat(part) for part in zip(*batches, strict=True))
-    write_samples(out_file, images, labels_drawn, config)
+    write_samples(
+        out_file, [(images, labels_drawn)], num_images=num, shape=images.shape[1:], origin=origin_of(config)
+    )
     scale = 2 if images.shape[-1] <= 64 else 1
     sheet = write_grid(images.numpy(), out_file.with_suffix(".png"), scale=scale)
     say(out, f"{len(images)} images: {out_file}, {sheet}")
