@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import GraftingError
-from . import inspection, run, samples, weights
+from . import data, inspection, run, samples, weights
 from ._shared import err
 
 _RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep"})
@@ -50,6 +50,7 @@ app = typer.Typer(
 
 for group in (run, inspection, samples, weights):
     app.add_typer(group.app)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:
