@@ -1,19 +1,25 @@
 """A run's folder skips what is done, starts anew what changed, and refuses what is not its own."""
 
+import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
 from grafting.contract import Step
-from grafting.errors import CheckpointError, RunError
-from grafting.runfolder import RunFolder
+from grafting.errors import CheckpointError, FaultWarning, RunError
+from grafting.files import sha256_of
+from grafting.runfolder import RunFolder, read_log
 
 
 def _carry_out(folder, inputs, content="result"):
     """One stage with one output; returns whether it had work to do."""
-    run = RunFolder(folder, recipe_name="r")
-    with run.stage("s", inputs) as stage:
+    with RunFolder(folder, recipe_name="r") as run, run.stage("s", inputs) as stage:
         if stage.done:
             return False
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -27,18 +33,20 @@ def test_done_stage_is_skipped_until_its_inputs_or_outputs_change(tmp_path):
     assert not _carry_out(tmp_path, {"lr": 1})
     assert _carry_out(tmp_path, {"lr": 2})
     assert not _carry_out(tmp_path, {"lr": 2})
-    (tmp_path / "s" / "output").write_text("tampered")
-    assert _carry_out(tmp_path, {"lr": 2})
-    (tmp_path / "s" / "output").unlink()
-    assert _carry_out(tmp_path, {"lr": 2})
+    for damage in (lambda path: path.write_text("tampered"), lambda path: path.unlink()):
+        damage(tmp_path / "s" / "output")
+        with pytest.warns(FaultWarning, match="s is done again"):
+            assert _carry_out(tmp_path, {"lr": 2})
 
 
 def test_stage_that_fails_is_not_done(tmp_path):
-    run = RunFolder(tmp_path, recipe_name="r")
-    with pytest.raises(ZeroDivisionError), run.stage("s", 1):
+    with RunFolder(tmp_path, recipe_name="r") as run, pytest.raises(ZeroDivisionError), run.stage("s", 1):
         1 / 0  # noqa: B018
-    with pytest.raises(RunError, match="stage s .* is not done"):
-        RunFolder(tmp_path, recipe_name="r").stage_outputs("s")
+    with (
+        RunFolder(tmp_path, recipe_name="r") as run,
+        pytest.raises(RunError, match="stage s .* is not done"),
+    ):
+        run.stage_outputs("s")
 
 
 def _steps(first, last):
@@ -52,37 +60,166 @@ def _steps(first, last):
 
 
 def test_state_and_log_continue_where_the_state_was_saved(tmp_path):
-    run = RunFolder(tmp_path, recipe_name="r")
-    with pytest.raises(KeyboardInterrupt), run.stage("s", 1) as stage:
+    with (
+        RunFolder(tmp_path, recipe_name="r") as run,
+        pytest.raises(KeyboardInterrupt),
+        run.stage("s", 1) as stage,
+    ):
         assert stage.load_state() is None
         for step in stage.follow(_steps(0, 10), save_every=3):
             if step.done == 8:
                 raise KeyboardInterrupt
-    run = RunFolder(tmp_path, recipe_name="r")
-    with run.stage("s", 1) as stage:
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
         state = stage.load_state()
         assert state["step"] == 6
         list(stage.follow(_steps(6, 10), save_every=3))
     logged = [json.loads(line)["step"] for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, 11))
-    assert not (tmp_path / "s" / "state.pt").exists()
+    assert not (tmp_path / "s" / "states").exists()
 
 
-def test_changed_inputs_discard_the_state(tmp_path):
-    with RunFolder(tmp_path, recipe_name="r").stage("s", 1) as stage:
-        list(stage.follow(_steps(0, 3), save_every=1))
-        assert (tmp_path / "s" / "state.pt").exists()
-        stage.done = True  # leave the block without recording it as done
-    with RunFolder(tmp_path, recipe_name="r").stage("s", 2) as stage:
+def test_changed_inputs_discard_the_states(tmp_path):
+    _interrupted(tmp_path)
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 2) as stage:
         assert stage.load_state() is None
 
 
-def test_damaged_state_is_named(tmp_path):
-    with RunFolder(tmp_path, recipe_name="r").stage("s", 1) as stage:
-        stage.folder.mkdir()
-        (stage.folder / "state.pt").write_bytes(b"PK\x03\x04 half a file")
-        with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+def _interrupted(folder, steps=10, save_every=2):
+    """A run that ended between stages' steps, with the states that it left, oldest first."""
+    with (
+        RunFolder(folder, recipe_name="r") as run,
+        pytest.raises(KeyboardInterrupt),
+        run.stage("s", 1) as stage,
+    ):
+        stage.load_state()
+        for step in stage.follow(_steps(0, steps), save_every=save_every):
+            if step.done == steps:
+                raise KeyboardInterrupt
+    return sorted((folder / "s" / "states").iterdir())
+
+
+def _resumed(folder):
+    """The state that a run goes on from."""
+    with RunFolder(folder, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True  # leave the block without recording it as done
+        return stage.load_state()
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_the_last_two_states_are_kept_with_their_checksums(tmp_path):
+    states = _interrupted(tmp_path)
+    assert [state.name for state in states] == ["0000000008", "0000000010"]
+    for state in states:
+        digest, name = (state / "SHA256SUMS").read_text().split()
+        assert (name, digest) == ("state.pt", sha256_of(state / "state.pt"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "sums", "add"])
+def test_of_a_damaged_state_the_older_takes_the_place(tmp_path, damage):
+    newest = _interrupted(tmp_path)[-1]
+    if damage == "flip":
+        _flip_a_bit(newest / "state.pt")
+    elif damage == "cut":
+        os.truncate(newest / "state.pt", 100)
+    elif damage == "remove":
+        (newest / "state.pt").unlink()
+    elif damage == "sums":
+        _flip_a_bit(newest / "SHA256SUMS")
+    else:
+        (newest / "more").write_text("x")
+    with pytest.warns(FaultWarning, match=r"0000000010 is damaged: .*\. Going on from step 8"):
+        state = _resumed(tmp_path)
+    assert state["step"] == 8
+    logged = [line["step"] for line in read_log(tmp_path / "s" / "log.jsonl")]
+    assert logged == list(range(1, 9))
+
+
+def test_when_all_states_are_damaged_it_is_said_how_to_start_anew(tmp_path):
+    for state in _interrupted(tmp_path):
+        _flip_a_bit(state / "state.pt")
+    with pytest.raises(
+        CheckpointError, match=r"10 is damaged.*08 is damaged.*Delete .*/s/states to start"
+    ) as error:
+        _resumed(tmp_path)
+    assert "state.pt does not agree with its checksum" in str(error.value)
+    shutil.rmtree(tmp_path / "s" / "states")
+    assert _resumed(tmp_path) is None
+
+
+def test_a_state_of_a_step_that_is_undone_does_not_outlive_its_return(tmp_path):
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        for step in (2, 4, 6, 4):
+            stage.save_state({"step": step}, step)
+        assert [int(f.name) for f in sorted((tmp_path / "s" / "states").iterdir())] == [4]
+    assert _resumed(tmp_path) == {"step": 4}
+
+
+class _Shards:
+    """A state that writes itself: a file for each process."""
+
+    def save(self, folder):
+        (folder / "0.shard").write_bytes(b"zero")
+        (folder / "1.shard").write_bytes(b"one")
+
+
+def test_a_state_that_writes_itself_is_kept_and_checked_like_any_other(tmp_path):
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        for step in (1, 2, 3):
+            stage.save_state(_Shards(), step)
+    folder = _resumed(tmp_path)
+    assert folder == tmp_path / "s" / "states" / "0000000003"
+    assert (folder / "1.shard").read_bytes() == b"one"
+    _flip_a_bit(folder / "1.shard")
+    with pytest.warns(FaultWarning, match=r"1\.shard does not agree with its checksum"):
+        assert _resumed(tmp_path).name == "0000000002"
+
+
+class _Half:
+    """One process's half of a state that two write."""
+
+    def __init__(self, rank, meet):
+        self.rank, self.meet = rank, meet
+
+    def save(self, folder):
+        self.meet()  # as a collective save does
+        (folder / f"{self.rank}.shard").write_text(str(self.rank))
+        self.meet()
+
+
+def test_two_processes_fill_one_state_and_only_the_main_one_writes_the_rest(tmp_path):
+    meet = threading.Barrier(2, timeout=30)
+    seen = {}
+
+    def work(rank):
+        run = RunFolder(tmp_path, recipe_name="r", writes=rank == 0, barrier=meet.wait)
+        with run, run.stage("s", 1) as stage:
             stage.load_state()
+            states = (
+                dataclasses.replace(step, state=lambda: _Half(rank, meet.wait)) for step in _steps(0, 4)
+            )
+            list(stage.follow(states, save_every=4))
+            seen[rank] = (
+                sorted(p.name for p in (tmp_path / "s" / "states" / "0000000004").iterdir())
+                if rank == 0
+                else None
+            )
+        seen[rank, "outputs"] = run.stage_outputs("s")
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen[0] == ["0.shard", "1.shard", "SHA256SUMS"]
+    assert seen[0, "outputs"] == seen[1, "outputs"] == {}
+    assert [line["step"] for line in read_log(tmp_path / "s" / "log.jsonl")] == [1, 2, 3, 4]
 
 
 def test_pickle_with_code_is_not_executed(tmp_path):
@@ -90,12 +227,106 @@ def test_pickle_with_code_is_not_executed(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
-    with RunFolder(tmp_path, recipe_name="r").stage("s", 1) as stage:
-        stage.folder.mkdir()
-        torch.save({"step": 1, "model": Evil()}, stage.folder / "state.pt")
-        with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
-            stage.load_state()
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        stage.save_state({"step": 1, "model": Evil()}, 1)
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        _resumed(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"recipe": "r"}', "[]", None])
+def test_of_a_damaged_manifest_the_older_takes_the_place(tmp_path, content):
+    _carry_out(tmp_path, 1)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if content is None:
+        path.unlink()
+    elif "recipe" in content:
+        path.write_text(json.dumps(manifest | {"recipe": "other"}))
+    else:
+        path.write_text(content)
+    with pytest.warns(FaultWarning, match=r"manifest\.json .*; manifest\.previous\.json is used"):
+        assert _carry_out(tmp_path, 1)
+    assert not _carry_out(tmp_path, 1)
+
+
+def test_when_both_manifests_are_damaged_it_is_said_how_to_start_anew(tmp_path):
+    _carry_out(tmp_path, 1)
+    for name in ("manifest.json", "manifest.previous.json"):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(
+        RunError, match=r"manifest\.json is not JSON.*previous\.json is not JSON.*delete both"
+    ):
+        RunFolder(tmp_path, recipe_name="r")
+    assert (tmp_path / "s" / "output").read_text() == "result"
+
+
+def test_damaged_output_is_named(tmp_path):
+    _carry_out(tmp_path, 1)
+    _flip_a_bit(tmp_path / "s" / "output")
+    with pytest.warns(FaultWarning, match=r"s/output: missing, or not as it was made; s is done again"):
+        assert _carry_out(tmp_path, 1)
+
+
+def test_damaged_line_of_a_log_is_named_and_left_out(tmp_path):
+    _interrupted(tmp_path)
+    path = tmp_path / "s" / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_bytes("".join([lines[0], "{\n", lines[2][:5] + "\n", *lines[3:]]).encode() + b"\xff\xfe")
+    with pytest.warns(FaultWarning, match=r"log\.jsonl, line [23] is damaged"):
+        assert [line["step"] for line in read_log(path)] == [1, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_log_of_a_stage_without_states_starts_anew(tmp_path):
+    for _ in range(2):
+        with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+            stage.done = True
+            list(stage.follow(_steps(0, 3), save_every=None))
+    assert [line["step"] for line in read_log(tmp_path / "s" / "log.jsonl")] == [1, 2, 3]
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from grafting.runfolder import RunFolder\n"
+        f"run = RunFolder(Path({str(tmp_path)!r}), recipe_name='r'); print('open', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        message = (
+            rf"another run is at work in .* \(process {process.pid} on .+\): wait for its end, or .* --out"
+        )
+        with pytest.raises(RunError, match=message):
+            RunFolder(tmp_path, recipe_name="r")
+        process.kill()
+    RunFolder(tmp_path, recipe_name="r").close()
+
+
+def test_two_runs_in_one_process_are_refused_too(tmp_path):
+    with RunFolder(tmp_path, recipe_name="r"), pytest.raises(RunError, match="another run is at work"):
+        RunFolder(tmp_path, recipe_name="r")
+    RunFolder(tmp_path, recipe_name="r").close()
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    _carry_out(tmp_path, 1)
+    (tmp_path / "s" / ".output.1234.partial").write_text("half")
+    (tmp_path / "s" / "states" / ".0000000002.partial").mkdir(parents=True)
+    assert not _carry_out(tmp_path, 1)
+    assert not [*tmp_path.rglob("*.partial")]
+
+
+def test_machines_are_on_record_and_change_nothing(tmp_path, monkeypatch):
+    for host, threads in (("a", 1), ("b", 8), ("b", 8)):
+        monkeypatch.setattr("platform.node", lambda host=host: host)
+        monkeypatch.setattr("time.time", lambda: -1.0)
+        with RunFolder(tmp_path, recipe_name="r") as run:
+            run.describe_machine({"device": "cpu", "threads": threads})
+        _carry_out(tmp_path, 1)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["machine"] == {"host": "b", "device": "cpu", "threads": 8}
+    assert [m["host"] for m in manifest["machines"]] == ["a", "b"]
+    assert not _carry_out(tmp_path, 1)
 
 
 def test_folder_of_another_recipe(tmp_path):

@@ -7,6 +7,7 @@ images are `b c h w`. This file holds no behaviour of its own.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -228,6 +229,7 @@ class ClassConditional(NamedTuple):
     shape: tuple[int, int, int]  # channels, height, width of an image or latent
     num_classes: int
     null_label: int | None  # the label that stands for no class; None if the model was trained without one
+    label_dropout: float = 0.0  # share of labels that training replaces by the null label
 
 
 # calls a model on noised inputs [B, C, H, W], steps [B] and a condition (for a class-conditional host: labels [B])
@@ -248,6 +250,13 @@ class TrainingData(Protocol):
         ...
 
 
+@runtime_checkable
+class FolderState(Protocol):
+    """A state that writes itself into a folder, such as one whose tensors lie on several processes."""
+
+    def save(self, folder: Path) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What a stage tells its caller after each step; `state()` is all that it needs to go on from here."""
@@ -255,4 +264,4 @@ class Step:
     done: int
     total: int
     values: dict[str, float] = field(default_factory=dict)
-    state: Callable[[], dict[str, Any]] = dict
+    state: Callable[[], dict[str, Any] | FolderState] = dict

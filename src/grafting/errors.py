@@ -42,3 +42,7 @@ class TrainingError(GraftingError):
 
 class MissingBackend(GraftingError):
     """An optional package is needed: names it and the line that installs it."""
+
+
+class FaultWarning(UserWarning):
+    """Something on disk is damaged and an older good state is used; the command line prints it as one line."""

@@ -1,14 +1,20 @@
-"""Files that are whole or absent: atomic writes, hashes, and the errors of full or read-only disks in one sentence."""
+"""Files and folders that are whole or absent: atomic writes, hashes, and the errors of full or read-only disks in one
+sentence.
+"""
 
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+
+SUMS_NAME = "SHA256SUMS"
 
 
 @contextmanager
@@ -19,19 +25,85 @@ def atomic_path(path: Path) -> Iterator[Path]:
         RunError: the disk is full or the folder cannot be written to; `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; becomes `path`, with the checksums of its files, when the block ends well.
+
+    Its name depends on `path` alone, so that several processes can fill it together.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written to; nothing is left of it.
+    """
+    temporary = partial_folder(path)
+    with disk_errors(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            names = _files_in(temporary)
+            sums = "".join(f"{sha256_of(temporary / name)}  {name}\n" for name in names)
+            (temporary / SUMS_NAME).write_text(sums)
+            for file in (*names, SUMS_NAME, "."):
+                _sync(temporary / file)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def partial_folder(path: Path) -> Path:
+    """Where `atomic_folder` fills a folder."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def folder_faults(path: Path) -> list[str]:
+    """What of a folder that `atomic_folder` made is not as it was written, in words; empty if all of it is."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
+        lines = (path / SUMS_NAME).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError):
+        return [f"{SUMS_NAME} is missing or damaged"]
+    found = set(_files_in(path)) - {SUMS_NAME}
+    return [
+        *(f"{name} is missing" for name in sums.keys() - found),
+        *(f"{name} is not of this folder" for name in found - sums.keys()),
+        *(
+            f"{name} does not agree with its checksum"
+            for name in sorted(sums.keys() & found)
+            if sha256_of(path / name) != sums[name]
+        ),
+    ]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Inside, a disk that is full or cannot be written to is one sentence about `path`.
+
+    Raises:
+        RunError: in the place of an OSError, also one that a library in Rust reports by its number.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; what was there is unchanged"
+            f"cannot write {path}: {cause.strerror or cause}; what was there is unchanged"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -54,6 +126,18 @@ def sha256_of(path: Path) -> str:
 def hash_json(value: Any) -> str:
     """The SHA-256, in hex, of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """The error of the operating system that an error is or tells of."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _umask() -> int:

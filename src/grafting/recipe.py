@@ -123,11 +123,11 @@ def run(
         GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
     """
     job = prepare(recipe, store=store)
-    run_folder = _open(job, folder)
-    for name, stage in STAGES.items():
-        stage(job, run_folder, on_step or _ignore)
-        if name == until:
-            break
+    with _open(job, folder) as run_folder:
+        for name, stage in STAGES.items():
+            stage(job, run_folder, on_step or _ignore)
+            if name == until:
+                break
     return folder
 
 

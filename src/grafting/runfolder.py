@@ -1,69 +1,162 @@
-"""A run's folder: which stages are done, from which inputs, with which outputs; and the state to resume one from.
+"""A run's folder: which stages are done, from which inputs, with which outputs; and the states to resume one from.
 
 A stage is skipped when its inputs' hash and its outputs' hashes agree with the manifest. A stage whose inputs changed
 starts anew, and so does everything that reads its outputs.
+
+What a fault may leave behind is found by checksums and named: of the manifest and of a stage's states there are two, so
+that the older serves when the newer is damaged. One process at a time holds the folder, by a lock of the operating system
+that ends with the process, however it ends. Nothing depends on the clock or on the machine.
 """
 
+import fcntl
+import io
 import json
+import os
 import pickle
+import platform
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from .contract import Step
-from .errors import CheckpointError, RunError
-from .files import atomic_path, hash_json, sha256_of, write_bytes, write_json
+from .contract import FolderState, Step
+from .errors import CheckpointError, FaultWarning, RunError
+from .files import (
+    atomic_folder,
+    disk_errors,
+    folder_faults,
+    hash_json,
+    partial_folder,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
+from .interruption import Interrupted, deferred
 
 FORMAT = 1
+STATE_NAME = "state.pt"
+NUM_STATES = 2
 
 
 class RunFolder:
-    """The folder of one run, which belongs to the recipe of one name.
+    """The folder of one run, which belongs to the recipe of one name; held, until it is closed, by this process.
+
+    Args:
+        writes: whether this is the process that writes. Of a run's processes one does; the others read what it wrote.
+        barrier: returns when every process of the run has called it.
+        anyone: whether a thing is so on any process of the run; every process calls it.
 
     Raises:
-        RunError: the folder belongs to another recipe, or holds something else than a run.
+        RunError: the folder belongs to another recipe, holds something else than a run, or another process is at work
+            in it.
     """
 
-    def __init__(self, path: Path, *, recipe_name: str):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        recipe_name: str,
+        writes: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+        anyone: Callable[[bool], bool] = bool,
+    ):
         self.path = path
+        self.writes = writes
+        self.barrier = barrier
+        self.anyone = anyone
+        self._recipe_name = recipe_name
         self._manifest_path = path / "manifest.json"
-        self._manifest = self._read(recipe_name)
+        self._manifest: dict[str, Any] = {}
+        if writes:
+            self._refuse_strangers()
+            self._lock = _Lock(path)
+            self._manifest = self._read()
+            self._clear_partial()
 
-    def _read(self, recipe_name: str) -> dict[str, Any]:
-        if not self._manifest_path.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
-                raise RunError(
-                    f"{self.path} exists and is not the folder of a run: name another, or empty it"
-                )
-            return {"format": FORMAT, "recipe": recipe_name, "stages": {}}
-        try:
-            manifest = json.loads(self._manifest_path.read_text())
-        except ValueError as error:
-            raise RunError(f"{self._manifest_path} is not JSON: {error}") from error
-        if manifest.get("recipe") != recipe_name:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self.writes:
+            self._lock.release()
+
+    @property
+    def _previous_path(self) -> Path:
+        return self._manifest_path.with_suffix(".previous.json")
+
+    @property
+    def _is_run(self) -> bool:
+        return self._manifest_path.is_file() or self._previous_path.is_file()
+
+    def _refuse_strangers(self) -> None:
+        path = self.path
+        if not self._is_run and path.exists() and (not path.is_dir() or any(path.glob("[!.]*"))):
+            raise RunError(f"{path} exists and is not the folder of a run: name another, or empty it")
+
+    def _clear_partial(self) -> None:
+        """Removes what a killed run was writing."""
+        for path in [*self.path.rglob(".*.partial")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        if not self._is_run:
+            return {"format": FORMAT, "recipe": self._recipe_name, "stages": {}}
+        manifest = self._newest_manifest()
+        if manifest.get("recipe") != self._recipe_name:
             raise RunError(
-                f"{self.path} belongs to recipe {manifest.get('recipe')!r}, asked was {recipe_name!r}: "
+                f"{self.path} belongs to recipe {manifest.get('recipe')!r}, asked was {self._recipe_name!r}: "
                 "name another folder with --out"
             )
         if manifest.get("format") != FORMAT:
             raise RunError(f"{self.path} is a run of format {manifest.get('format')}, this is {FORMAT}")
         return manifest
 
+    def _newest_manifest(self) -> dict[str, Any]:
+        faults = []
+        for path in (self._manifest_path, self._previous_path):
+            try:
+                manifest = _read_manifest(path)
+            except RunError as error:
+                faults.append(str(error))
+                continue
+            if faults:
+                _warn(f"{faults[0]}; {path.name} is used, which is one change older")
+            return manifest
+        raise RunError(
+            f"{'; '.join(faults)}. Name another folder, or delete both: all stages then start anew"
+        )
+
     @contextmanager
     def stage(self, name: str, inputs: Any) -> "Iterator[Stage]":
         """Opens a stage with all that its outputs depend on, as JSON; records it as done when the block ends well."""
+        self.barrier()
         stage = Stage(self, name, hash_json(inputs))
+        self.barrier()
         started = time.monotonic()
         yield stage
-        if not stage.done:
+        self.barrier()
+        if not stage.done and self.writes:
             stage.record(seconds=time.monotonic() - started)
+        self.barrier()
 
     def entry(self, name: str) -> dict[str, Any]:
+        """What is on record of a stage; empty if nothing is."""
+        if not self.writes:
+            self._manifest = self._read()
         return self._manifest["stages"].get(name, {})
 
     def stage_outputs(self, name: str) -> dict[str, str]:
@@ -74,17 +167,26 @@ class RunFolder:
         return entry["outputs"]
 
     def describe_machine(self, facts: dict[str, Any]) -> None:
-        """Keep facts of the machine beside the stages' times; nothing depends on them."""
-        self._manifest["machine"] = facts
-        write_json(self._manifest_path, self._manifest)
+        """Keep facts of the machine beside the stages' times, and those of earlier machines; nothing depends on them."""
+        facts = {"host": platform.node(), **facts}
+        machines = [m for m in self._manifest.get("machines", []) if m != facts]
+        self._manifest |= {"machine": facts, "machines": [*machines, facts]}
+        self._write()
 
     def write_entry(self, name: str, entry: dict[str, Any]) -> None:
         self._manifest["stages"][name] = entry
-        write_json(self._manifest_path, self._manifest)
+        self._write()
+
+    def _write(self) -> None:
+        if not self.writes:
+            return
+        if self._manifest_path.is_file() and not _damage_of(self._manifest_path):
+            write_bytes(self._previous_path, self._manifest_path.read_bytes())
+        write_json(self._manifest_path, self._manifest | {"sha256": hash_json(self._manifest)})
 
 
 class Stage:
-    """One stage of a run: its folder, its saved state, its log, and the files that it declares as outputs."""
+    """One stage of a run: its folder, its saved states, its log, and the files that it declares as outputs."""
 
     def __init__(self, run: RunFolder, name: str, inputs: str):
         self._run = run
@@ -92,23 +194,31 @@ class Stage:
         self.inputs = inputs
         self.folder = run.path / name
         self.outputs: list[Path] = []
+        self._states = self.folder / "states"
+        self._log_path = self.folder / "log.jsonl"
+        self._first_step: int | None = None
         entry = run.entry(name)
         if entry.get("inputs") != inputs:
             self._start_anew()
         self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
-        self._state_path = self.folder / "state.pt"
-        self._log_path = self.folder / "log.jsonl"
 
     def _start_anew(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._run.write_entry(self.name, {"inputs": self.inputs, "done": False})
+        if self._run.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._run.write_entry(self.name, {"inputs": self.inputs, "done": False})
 
     def _intact(self, entry: dict[str, Any]) -> bool:
         files = {self._run.path / name: digest for name, digest in entry["outputs"].items()}
-        return all(path.is_file() and sha256_of(path) == digest for path, digest in files.items())
+        damaged = [
+            path for path, digest in files.items() if not (path.is_file() and sha256_of(path) == digest)
+        ]
+        if damaged:
+            names = ", ".join(map(str, damaged))
+            _warn(f"{names}: missing, or not as it was made; {self.name} is done again")
+        return not damaged
 
     def record(self, *, seconds: float) -> None:
-        """Note in the manifest that the stage is done; its state is no longer needed."""
+        """Note in the manifest that the stage is done; its states are no longer needed."""
         previous = self._run.entry(self.name).get("seconds", 0.0)
         outputs = {str(path.relative_to(self._run.path)): sha256_of(path) for path in self.outputs}
         entry = {
@@ -118,45 +228,200 @@ class Stage:
             "outputs": outputs,
         }
         self._run.write_entry(self.name, entry)
-        self._state_path.unlink(missing_ok=True)
+        shutil.rmtree(self._states, ignore_errors=True)
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The state to resume from, or None to start; cuts the log back to it.
+    def load_state(self) -> Any:
+        """The newest whole state to resume from, or None to start; cuts the log back to it.
+
+        A dict as it was saved, or the folder of a state that wrote itself. Of a damaged state the older one takes the place, with a warning.
 
         Raises:
-            CheckpointError: the state file is damaged.
+            CheckpointError: there are states, all of them damaged; says how to start the stage anew.
         """
-        if not self._state_path.is_file():
-            self._log_path.unlink(missing_ok=True)
-            return None
-        try:
-            state = torch.load(self._state_path, weights_only=True, map_location="cpu")
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{self._state_path} is damaged: {error}. Delete it to start the stage anew"
-            ) from error
-        self._cut_log(state["step"])
-        return state
+        faults: list[str] = []
+        for folder in reversed(self._state_folders()):
+            try:
+                state = _read_state(folder)
+            except CheckpointError as error:
+                faults.append(str(error))
+                continue
+            if faults:
+                _warn(f"{'; '.join(faults)}. Going on from step {int(folder.name)}")
+            self._begin(int(folder.name))
+            return state
+        if faults:
+            raise CheckpointError(f"{'; '.join(faults)}. Delete {self._states} to start the stage anew")
+        self._begin(None)
+        return None
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Replace the saved state, atomically."""
-        with atomic_path(self._state_path) as temporary:
-            torch.save(state, temporary)
+    def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
+        """Keep the state after a step, atomically and with its checksums, and of older ones the last.
+
+        A state that writes itself is asked to on every process, into the same folder.
+        """
+        path = self._states / f"{step:010d}"
+        if not self._run.writes:
+            if isinstance(state, FolderState):
+                state.save(partial_folder(path))
+            return
+        with atomic_folder(path) as folder:
+            if isinstance(state, FolderState):
+                state.save(folder)
+            else:
+                _save(state, folder / STATE_NAME)
+        # after a return to an older state, those that it undid are of no use
+        kept = [folder for folder in self._state_folders() if folder.name <= path.name][-NUM_STATES:]
+        for folder in self._state_folders():
+            if folder not in kept:
+                shutil.rmtree(folder)
 
     def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
-        """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        for step in steps:
-            line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
-            with self._log_path.open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            if save_every and step.done and step.done % save_every == 0:
-                self.save_state(step.state())
-            yield step
+        """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
 
-    def _cut_log(self, last_step: int) -> None:
+        Raises:
+            Interrupted: a signal came, which the program catches; the state after the last step is saved.
+            RunError: the log or a state cannot be written.
+        """
+        if self._first_step is None:
+            self._begin(None)
+        started = time.monotonic()
+        with deferred() as signal_caught:
+            for step in steps:
+                line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
+                self._log(line)
+                stop = bool(save_every) and self._run.anyone(signal_caught() is not None)
+                if save_every and step.done and (stop or step.done % save_every == 0):
+                    self.save_state(step.state(), step.done)
+                if stop or signal_caught() is not None:
+                    raise Interrupted(signal_caught() or signal.SIGTERM)
+                yield step
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self._run.writes:
+            with disk_errors(self._log_path), self._log_path.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def _begin(self, step: int | None) -> None:
+        """Bring the log to where the stage goes on after a step, or starts."""
+        self._first_step = step or 0
+        if not self._run.writes:
+            return
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if step is None:
+                self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
-            lines = self._log_path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-            write_bytes(self._log_path, "".join(kept).encode())
+            kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
+            write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def _state_folders(self) -> list[Path]:
+        return sorted(self._states.glob("[!.]*"))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps of a log; lines that are damaged are left out with a warning, and one cut off at the end without."""
+    *whole, _ = path.read_text(errors="replace").split("\n")
+    steps = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            step = json.loads(line)
+        except ValueError:
+            step = None
+        if isinstance(step, dict) and isinstance(step.get("step"), int):
+            steps.append(step)
+        else:
+            _warn(f"{path}, line {number} is damaged and left out")
+    return steps
+
+
+class _Lock:
+    """The right to work in a folder: an flock, which the operating system takes back when the process ends."""
+
+    def __init__(self, folder: Path):
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            self.release()
+            raise RunError(
+                f"another run is at work in {folder} ({holder}): wait for its end, or name another folder with --out"
+            ) from None
+        except OSError as error:
+            _warn(f"{folder} cannot be locked ({error.strerror}): see that no other run uses it")
+        with disk_errors(folder):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FaultWarning, stacklevel=3)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    fault = _damage_of(path)
+    if fault:
+        raise RunError(fault)
+    manifest = json.loads(path.read_text())
+    return {key: value for key, value in manifest.items() if key != "sha256"}
+
+
+def _damage_of(path: Path) -> str:
+    """What is wrong with a manifest file; empty if it is whole."""
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except ValueError as error:
+        return f"{path} is not JSON: {error}"
+    if not isinstance(manifest, dict):
+        return f"{path} is not a manifest"
+    digest = manifest.pop("sha256", None)
+    # a manifest of before there were checksums has none
+    return "" if digest in (None, hash_json(manifest)) else f"{path} does not agree with its checksum"
+
+
+class _Watched(io.BufferedWriter):
+    """A file to write to that remembers why a write failed, which torch does not tell."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    file = _Watched(path)
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise file.error or error from None
+    finally:
+        file.close()
+
+
+def _read_state(folder: Path) -> dict[str, Any] | Path:
+    """A state as it was saved, or its folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    faults = folder_faults(folder)
+    if faults:
+        raise CheckpointError(f"{folder} is damaged: {', '.join(faults)}")
+    path = folder / STATE_NAME
+    if not path.is_file():
+        return folder
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

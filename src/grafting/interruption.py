@@ -1,0 +1,67 @@
+"""SIGTERM and SIGINT, taken as a wish to stop: whoever works in steps finishes the one it is at, saves, and ends.
+
+The command line catches the signals; where nobody does, as in a notebook, Python's own rules hold.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to stop. Like its base it is no `Exception`, so that nobody handles it by accident."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal ended: 143 for SIGTERM, 130 for SIGINT."""
+        return 128 + self.signum
+
+
+class _Wish:
+    """The signal that came while it could wait, and how many ask that it waits; one a process, as signals are."""
+
+    signum: int | None = None
+    waiting: int = 0
+
+
+@contextmanager
+def catching_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT raise `Interrupted`: at once, or where `deferred` is in force when its user is ready.
+
+    A second signal does not wait. Does nothing outside of the main thread, where signals cannot be caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {signum: signal.signal(signum, _handle) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        _Wish.signum = None
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int | None]]:
+    """Inside, a caught signal waits; what is yielded says which one came, if any."""
+    _Wish.waiting += 1
+    try:
+        yield lambda: _Wish.signum
+    finally:
+        _Wish.waiting -= 1
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    if _Wish.waiting and _Wish.signum is None:
+        _Wish.signum = signum
+        return
+    raise Interrupted(signum)
