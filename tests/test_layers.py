@@ -24,11 +24,12 @@ LAYERS = (
     {"portable", "card"},
     {"activations", "checkpoint"},
     {"diffusersfolder"},
-    {"convert", "hub", "store"},
+    {"autoencoder", "convert", "hub", "store"},
     {
         "calibration",
         "costing",
         "distillation",
+        "encoding",
         "finetuning",
         "sampling",
         "decoding",
