@@ -1,6 +1,7 @@
 """Folders of latents: what is written is read, scaled, item by item; damage is named."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,29 @@ def test_half_precision_by_default(tmp_path: Path):
     assert torch.equal(x, 0.5 * LATENTS.half().float())
 
 
-def test_a_shard_is_mapped_when_it_is_first_read(folder: Path):
+def test_a_shard_is_opened_when_it_is_read(folder: Path):
     latents = LatentsConfig(folder=folder, verify=False).load()
     (folder / "latents-00002.safetensors").unlink()
     latents.batch(torch.arange(10))
     with pytest.raises(DataError, match=r"latents-00002.safetensors is missing or damaged"):
         latents.batch(torch.tensor([10]))
+
+
+def test_a_shard_that_is_cut_while_it_is_in_use_is_named(folder: Path):
+    latents = LatentsConfig(folder=folder).load()
+    latents.batch(torch.arange(11))
+    # what remains holds no labels, which are known by now, and not the last of the latents
+    os.truncate(
+        folder / "latents-00001.safetensors", (folder / "latents-00001.safetensors").stat().st_size - 28
+    )
+    latents.batch(torch.arange(9))
+    with pytest.raises(DataError, match=r"latents-00001.safetensors is missing or damaged: it ends 8 bytes"):
+        latents.batch(torch.tensor([9]))
+
+
+def test_brain_floats_come_back(tmp_path: Path):
+    x, _ = LatentsConfig(folder=write(tmp_path, dtype=torch.bfloat16)).load().batch(torch.arange(11))
+    assert torch.equal(x, 0.5 * LATENTS.bfloat16().float())
 
 
 def test_sample_of_a_mean_and_variance_depends_on_seed_and_item_alone(tmp_path: Path):
@@ -130,7 +148,8 @@ def test_shard_of_another_shape(folder: Path):
     (folder / INDEX_NAME).write_text(json.dumps(index | {"shape": [4, 3, 3]}))
     latents = LatentsConfig(folder=folder).load()
     with pytest.raises(
-        DataError, match=r"latents-00000.* holds float32 \(4, 2, 3\) .* says float32 \(4, 3, 3\)"
+        DataError,
+        match=r"latents-00000.* holds latents F32 \(5, 4, 2, 3\), .* says latents F32 \(5, 4, 3, 3\)",
     ):
         latents.batch(torch.tensor([0]))
 

@@ -1,26 +1,27 @@
 """Latents of large data sets in a folder: safetensors shards and a JSON index that says what they are. Reader and writer.
 
-Shards are mapped into memory, so a batch reads the rows that it names and nothing else. A shard holds `latents` (samples
-[n, C, h, w], or the VAE's means and log variances [n, 2C, h, w]) as the VAE gives them, and `labels` [n]; the scale of
-the diffusion model is in the index and is applied as they are read.
+A batch reads the rows that it names and nothing else. A shard holds `latents` (samples [n, C, h, w], or the VAE's means and
+log variances [n, 2C, h, w]) as the VAE gives them, and `labels` [n]; the scale of the diffusion model is in the index and is
+applied as they are read.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError
 from ..files import atomic_path, hash_json, sha256_of, write_json
-from ..randomness import sample_noise
+from ..randomness import item_noise
+from .shards import ShardFile
 from .subset import read_subset, stratified_subset, subset_sha256
 
 INDEX_NAME = "latents.json"
@@ -76,7 +77,7 @@ class LatentsConfig(BaseModel):
     """Compare the SHA-256 of every shard that is read from (about a second a GB); sizes are always compared."""
 
     def load(self) -> "LatentSet":
-        """The latents, mapped and not read.
+        """The latents, of which nothing but labels is read.
 
         Raises:
             DataError: the folder, the index or a shard is missing or damaged, or the subset is of another data set.
@@ -129,8 +130,13 @@ class LatentSet:
 
     def __init__(self, folder: Path, index: LatentIndex, items: Int[Tensor, "m"], *, seed: int):
         self.folder, self.index, self.items, self.seed = folder, index, items, seed
-        self._ends = torch.tensor([shard.count for shard in index.shards]).cumsum(0)
-        self._open: dict[int, dict[str, Tensor]] = {}
+        counts = torch.tensor([shard.count for shard in index.shards])
+        self._ends = counts.cumsum(0)
+        self._starts = self._ends - counts
+        self._shards = [
+            ShardFile(folder / shard.file, count=shard.count, dtype=index.dtype, shape=index.shape)
+            for shard in index.shards
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -142,20 +148,32 @@ class LatentSet:
     @cached_property
     def labels(self) -> Int[Tensor, "m"]:
         """The class of every item of this set."""
-        shards = [self._shard(number)["labels"] for number in range(len(self.index.shards))]
-        return torch.cat(shards).long()[self.items]
+        labels = torch.empty(len(self.items), dtype=torch.int64)
+        for shard, rows, places in self._by_shard(self.items):
+            labels[places] = shard.labels[rows]
+        return labels
 
     def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]:
+        """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
+
+        Raises:
+            DataError: a shard is missing or damaged.
+        """
         numbers = self.items[indices]
-        stored = torch.empty(len(numbers), *self.index.shape)
+        stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
         labels = torch.empty(len(numbers), dtype=torch.int64)
+        for shard, rows, places in self._by_shard(numbers):
+            shard.read(rows, stored, places)
+            labels[places] = shard.labels[rows]
+        return self._samples(stored.float(), numbers).mul_(self.index.scale), labels
+
+    def _by_shard(self, numbers: Tensor) -> Iterator[tuple[ShardFile, list[int], list[int]]]:
+        """Each shard that holds some of these items, their rows in it, and their places among `numbers`."""
         shard_of = torch.searchsorted(self._ends, numbers, right=True)
-        for number in shard_of.unique().tolist():
-            here = shard_of == number
-            rows = numbers[here] - (self._ends[number] - self.index.shards[number].count)
-            tensors = self._shard(number)
-            stored[here], labels[here] = tensors["latents"][rows].float(), tensors["labels"][rows].long()
-        return self.index.scale * self._samples(stored, numbers), labels
+        rows, order = (numbers - self._starts[shard_of]).tolist(), shard_of.argsort().tolist()
+        for number, group in groupby(order, key=shard_of.tolist().__getitem__):
+            places = list(group)
+            yield self._shards[number], [rows[place] for place in places], places
 
     def take(self, indices: Int[Tensor, "m"]) -> "LatentSet":
         """The set of these items, in this order."""
@@ -178,18 +196,16 @@ class LatentSet:
         if faults:
             raise DataError("\n  ".join([f"the latents in {self.folder} are not whole:", *faults]))
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self._open:
-            self._open[number] = _map_shard(self.folder / self.index.shards[number].file, self.index)
-        return self._open[number]
-
     def _samples(self, stored: Tensor, numbers: Tensor) -> Tensor:
-        """Source: the posterior of diffusers' `AutoencoderKL`: mean, then log variance, kept within -30 and 20."""
+        """The latents of what is stored, which is overwritten.
+
+        Source: the posterior of diffusers' `AutoencoderKL`: mean, then log variance, kept within -30 and 20.
+        """
         if self.index.stored == "samples":
             return stored
         mean, log_variance = stored.chunk(2, dim=1)
-        noise = sample_noise(self.seed, numbers.tolist(), tuple(mean.shape[1:]))
-        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        deviation = log_variance.clamp_(-30, 20).mul_(0.5).exp_()
+        return deviation.mul_(item_noise(self.seed, numbers, tuple(mean.shape[1:]))).add_(mean)
 
 
 def read_index(folder: Path) -> LatentIndex:
@@ -277,20 +293,3 @@ def _regrouped(
             held -= size
     if held:
         yield torch.cat(latents), torch.cat(labels)
-
-
-def _map_shard(path: Path, index: LatentIndex) -> dict[str, Tensor]:
-    """A shard's tensors, mapped; pages are read as they are touched."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("latents", "labels")}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"the shard {path} is missing or damaged: {error}") from error
-    latents, labels = tensors["latents"], tensors["labels"]
-    found = f"{str(latents.dtype).removeprefix('torch.')} {tuple(latents.shape[1:])}"
-    if found != f"{index.dtype} {index.shape}" or len(latents) != len(labels):
-        raise DataError(
-            f"the shard {path} holds {found} of {len(latents)} items and {len(labels)} labels; "
-            f"its index says {index.dtype} {index.shape}"
-        )
-    return tensors
