@@ -45,7 +45,7 @@ def test_moments_and_images_are_those_of_diffusers(tmp_path: Path):
     mean, log_variance = loaded.encode(images).chunk(2, dim=1)
     assert_close("mean", mean, posterior.mean, ratio=1e-6)
     assert_close("log variance", log_variance, posterior.logvar, ratio=1e-6)
-    assert_close("images", loaded.decode(latents), want, ratio=1e-6)
+    assert_close("images", loaded.decode(latents), want, ratio=1e-5)
     assert (loaded.scale, loaded.shift, loaded.factor, loaded.channels) == (0.3611, 0.1159, 16, 4)
     assert (loaded.name, loaded.revision) == ("toy", None)
 
