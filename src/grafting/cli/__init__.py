@@ -1,22 +1,27 @@
 """The command line `grafting`: each command reads its arguments, calls the library once, and shows what came of it.
 
 torch and diffusers take seconds to import, so commands import what they need themselves; `--help` waits for nothing.
-What a user can cause ends in one message and exit code 1; wrong usage is 2, an interruption 130.
+What a user can cause ends in one message and exit code 1; wrong usage is 2, SIGINT 130 and SIGTERM 143.
 """
 
+import signal
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import GraftingError
+from ..errors import FaultWarning, GraftingError
+from ..interruption import Interrupted, catching_signals
 from . import data, inspection, run, samples, weights
 from ._shared import err
 
-_RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep"})
+_RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep", "sample", "data"})
 
 
 class _Commands(TyperGroup):
@@ -24,12 +29,14 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
+            with catching_signals(), _faults_in_a_line():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
             goes_on = ctx.invoked_subcommand in _RESUMABLE
-            again = " The same command goes on from what was saved." if goes_on else ""
-            err.print(f"\nInterrupted.{again}")
-            raise typer.Exit(130) from None
+            again = ": the same command goes on from what was saved" if goes_on else ""
+            err.print(f"\nInterrupted by {signal.Signals(signum).name}{again}.", soft_wrap=True)
+            raise typer.Exit(128 + signum) from None
         except GraftingError as error:
             _fail(str(error), debug=ctx.params["debug"])
         except ValueError as error:
@@ -83,6 +90,30 @@ def _global_options(
         import torch
 
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _faults_in_a_line() -> Iterator[None]:
+    """Shows each `FaultWarning` as one line, without the place in the source that raised it."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, FaultWarning):
+                print(f"Warning: {message}", file=sys.stderr)
+            else:
+                shown(message, category, filename, lineno, file, line)
+
+        warnings.simplefilter("always", FaultWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _faults_of(error: Any) -> str:
