@@ -1,8 +1,8 @@
 """Latents of large data sets in a folder: safetensors shards and a JSON index that says what they are. Reader and writer.
 
 A batch reads the rows that it names and nothing else. A shard holds `latents` (samples [n, C, h, w], or the VAE's means and
-log variances [n, 2C, h, w]) as the VAE gives them, and `labels` [n]; the scale of the diffusion model is in the index and is
-applied as they are read.
+log variances [n, 2C, h, w]) as the VAE gives them, and `labels` [n]; the scale and shift of the diffusion model are in the index
+and are applied as they are read.
 """
 
 import json
@@ -14,7 +14,15 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,6 +48,15 @@ class Shard(BaseModel):
     sha256: str
 
 
+class ItemNames(BaseModel):
+    """The file that names the items, one a line, in their order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    sha256: str
+
+
 class LatentIndex(BaseModel):
     """What a folder of latents is; items are numbered through its shards."""
 
@@ -47,12 +64,21 @@ class LatentIndex(BaseModel):
 
     source: str  # the data set and split
     vae: str
-    scale: PositiveFloat  # multiplies a latent before the diffusion model sees it
+    scale: PositiveFloat  # multiplies a latent, less the shift, before the diffusion model sees it
+    shift: FiniteFloat = 0.0
     stored: Stored
     dtype: str
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # of an item as it is stored
     num_classes: PositiveInt
     shards: tuple[Shard, ...]
+    vae_revision: str | None = None  # the commit on the Hub
+    vae_sha256: str | None = None  # of its config and weights
+    crop_size: PositiveInt | None = None  # of the images, in pixels
+    mirrored: bool = False  # every image is there twice: as it is, and after it mirrored from left to right
+    source_sha256: str | None = None  # of the ids and labels of the images
+    unreadable: NonNegativeInt = 0  # images that are left out
+    notes: str = ""
+    items: ItemNames | None = None
 
     @property
     def count(self) -> int:
@@ -93,7 +119,8 @@ class LatentsConfig(BaseModel):
         latents = self.model_copy(update={"verify": False}).load()  # the index names the hashes that count
         return {
             "name": self.name,
-            "sha256": hash_json(latents.index.model_dump(mode="json")),
+            # without what older indexes do not have, so that their hashes stay
+            "sha256": hash_json(latents.index.model_dump(mode="json", exclude_defaults=True)),
             "items_sha256": subset_sha256(tuple(latents.items.tolist())),
             "count": len(latents),
             "seed": self.seed,
@@ -165,7 +192,7 @@ class LatentSet:
         for shard, rows, places in self._by_shard(numbers):
             shard.read(rows, stored, places)
             labels[places] = shard.labels[rows]
-        return self._samples(stored.float(), numbers).mul_(self.index.scale), labels
+        return self._samples(stored.float(), numbers).sub_(self.index.shift).mul_(self.index.scale), labels
 
     def _by_shard(self, numbers: Tensor) -> Iterator[tuple[ShardFile, list[int], list[int]]]:
         """Each shard that holds some of these items, their rows in it, and their places among `numbers`."""
@@ -223,6 +250,20 @@ def read_index(folder: Path) -> LatentIndex:
         raise DataError(f"{path} is not an index of latents: {error}") from error
 
 
+def read_item_names(folder: Path, index: LatentIndex) -> list[str]:
+    """The name of every item, in their order: of an image its class and file, with ` mirrored` behind it if it is.
+
+    Raises:
+        DataError: the index does not say them, or the file is missing or damaged.
+    """
+    if index.items is None:
+        raise DataError(f"the items in {folder} have no names, only numbers 0..{index.count - 1}")
+    path = folder / index.items.file
+    if not path.is_file() or sha256_of(path) != index.items.sha256:
+        raise DataError(f"{path}, the names of the items, is missing or damaged")
+    return path.read_text().split("\n")[:-1]
+
+
 def write_latents(
     folder: Path,
     batches: Iterable[tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]],
@@ -230,6 +271,7 @@ def write_latents(
     source: str,
     vae: str,
     scale: float,
+    shift: float = 0.0,
     num_classes: int,
     stored: Stored = "samples",
     dtype: torch.dtype = torch.float16,
@@ -265,6 +307,7 @@ def write_latents(
         source=source,
         vae=vae,
         scale=scale,
+        shift=shift,
         stored=stored,
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
