@@ -1,0 +1,155 @@
+"""The loader gives the numbers of reading in place, whatever its threads do, passes errors on, and leaves no thread behind."""
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from grafting.data.loader import Loader
+from grafting.errors import DataError
+from grafting.randomness import batch_indices
+
+
+class Numbers:
+    """Item i is an image full of i, of class i % 3; what was read is on record, and `before` is called each time."""
+
+    num_classes = 3
+
+    def __init__(self, count: int = 20, before: Callable[[torch.Tensor], None] = lambda indices: None):
+        self.count, self.before, self.read = count, before, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.before(indices)
+        self.read.append(indices)
+        return indices.float()[:, None, None, None].expand(-1, 1, 2, 2), indices % 3
+
+
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("grafting-loader")]
+
+
+def items(batch: tuple[torch.Tensor, torch.Tensor]) -> list[int]:
+    x, labels = batch
+    assert torch.equal(labels, x[:, 0, 0, 0].long() % 3)
+    return x[:, 0, 0, 0].long().tolist()
+
+
+@pytest.mark.parametrize(("prefetch", "workers"), [(0, 1), (2, 1), (5, 3)])
+def test_batches_are_those_of_reading_in_place(prefetch: int, workers: int):
+    with Loader(Numbers(), 8, seed=3, steps=9, prefetch=prefetch, workers=workers) as loader:
+        found = [items(batch) for batch in loader.from_step(2)]
+    assert found == [batch_indices(20, 8, step, 3).tolist() for step in range(2, 9)]
+
+
+def test_any_step_may_be_asked_for_next():
+    with Loader(Numbers(), 4, seed=0) as loader:
+        for step in (0, 1, 7, 2, 3, 3, 1000):
+            assert items(loader.at(step)) == batch_indices(20, 4, step, 0).tolist()
+
+
+def test_shares_of_all_processes_are_the_batch():
+    found = []
+    for rank in range(3):
+        with Loader(Numbers(), 6, seed=1, share=(rank, 3)) as loader:
+            found.append(items(loader.at(4)))
+    assert [i for row in zip(*found, strict=True) for i in row] == batch_indices(20, 6, 4, 1).tolist()
+
+
+def test_only_the_items_that_are_trained_on_are_read():
+    chosen = torch.tensor([17, 3, 11])
+    with Loader(Numbers(), 3, seed=1, items=chosen) as loader:
+        assert items(loader.at(0)) == chosen[batch_indices(3, 3, 0, 1)].tolist()
+
+
+def test_nothing_after_the_last_step_is_read():
+    data = Numbers()
+    with Loader(data, 4, seed=0, steps=3, prefetch=5) as loader:
+        assert len(list(loader.from_step(0))) == len(list(loader.from_step(1))) + 1 == 3
+    assert len(data.read) == 5
+
+
+def test_no_more_is_read_ahead_than_was_asked():
+    data = Numbers()
+    with Loader(data, 4, seed=0, prefetch=2) as loader:
+        loader.at(0)
+    assert len(data.read) <= 3
+
+
+def test_the_next_batch_is_read_in_the_meantime():
+    gate = threading.Event()
+    data = Numbers(before=lambda indices: gate.wait(10))
+    with Loader(data, 4, seed=0, prefetch=1) as loader:
+        gate.set()
+        loader.at(0)
+        deadline = time.monotonic() + 10
+        while len(data.read) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        waited = loader.seconds_waited
+        gate.clear()  # from here on nothing new can be read
+        loader.at(1)
+        assert loader.seconds_waited - waited < 5
+        gate.set()
+
+
+def test_waiting_is_counted():
+    with Loader(Numbers(before=lambda indices: time.sleep(0.05)), 4, seed=0, prefetch=0) as loader:
+        assert loader.seconds_waited == 0
+        loader.at(0)
+        loader.at(1)
+        assert loader.seconds_waited > 0.09
+
+
+def test_an_error_is_passed_on_at_its_step_and_the_loader_goes_on():
+    lost = set(batch_indices(20, 4, 2, 0).tolist())
+
+    def fail(indices: torch.Tensor) -> None:
+        if set(indices.tolist()) == lost:
+            raise DataError("the shard latents-00007.safetensors is missing")
+
+    data = Numbers(before=fail)
+    with Loader(data, 4, seed=0) as loader:
+        loader.at(0)
+        loader.at(1)
+        with pytest.raises(DataError, match="latents-00007"):
+            loader.at(2)
+        assert items(loader.at(3)) == batch_indices(20, 4, 3, 0).tolist()
+        data.before = lambda indices: None
+        assert set(items(loader.at(2))) == lost
+    assert not threads()
+
+
+def test_threads_end_with_the_block_whatever_ends_it():
+    with pytest.raises(KeyError), Loader(Numbers(), 4, seed=0, workers=2) as loader:
+        loader.at(0)
+        assert threads()
+        raise KeyError
+    assert not threads()
+
+
+def test_threads_of_a_forgotten_loader_end():
+    loader = Loader(Numbers(), 4, seed=0)
+    loader.at(0)
+    del loader
+    deadline = time.monotonic() + 10
+    while threads() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not threads()
+
+
+@pytest.mark.parametrize(
+    ("data", "share", "message"),
+    [
+        (Numbers(), (0, 3), "a batch of 8 items cannot be shared evenly by 3 processes"),
+        (Numbers(0), (0, 1), "there are no items"),
+    ],
+)
+def test_what_makes_no_batches_is_refused(data: Numbers, share: tuple[int, int], message: str):
+    with pytest.raises(DataError, match=message):
+        Loader(data, 8, seed=0, share=share)
