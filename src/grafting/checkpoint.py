@@ -128,8 +128,8 @@ def save_delta(
     tensors = model.state_dict()
     dtype = next(model.parameters()).dtype
     found = base if source is None else Base(id=str(source))
-    names = {_hash_of(t): name for name, t in _base_tensors(found, dtype=dtype).items()}
-    hashes = {name: _hash_of(tensor) for name, tensor in tensors.items()}
+    names = {tensor_hash(t): name for name, t in _base_tensors(found, dtype=dtype).items()}
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
     borrowed = {name: names[digest] for name, digest in hashes.items() if digest in names}
     weights = folder / DELTA_NAME
     _clear(folder)
@@ -397,7 +397,7 @@ def _borrow(
     faults = [
         f"{name} is missing" if name not in tensors else f"{name} has other values"
         for name, digest in delta["sha256"].items()
-        if name not in tensors or _hash_of(tensors[name]) != digest
+        if name not in tensors or tensor_hash(tensors[name]) != digest
     ]
     if faults:
         more = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
@@ -422,7 +422,7 @@ def _at(base: Base) -> str:
     return "" if base.revision is None else f" at {base.revision}"
 
 
-def _hash_of(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
     """The SHA-256, in hex, of a tensor's type, shape and values."""
     values = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())

@@ -4,24 +4,35 @@ Fitted to the teacher's activations, an operator depends on its own site alone: 
 in several, with the same result.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from .checkpoint import load_strictly, load_tensors, save_tensors
+from .checkpoint import load_strictly, load_tensors, save_tensors, tensor_hash
+from .errors import CheckpointError, FaultWarning
 from .files import hash_json
 
 
 class OperatorStore:
-    """A folder of fitted operators, one file each, named by the hash of their key."""
+    """A folder of fitted operators, one file each, named by the hash of their key, with a checksum inside."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def holds(self, key: Any) -> bool:
-        """Whether an operator was saved under this key (JSON)."""
-        return self._path(key).is_file()
+        """Whether an operator was saved under this key (JSON). One that is damaged is named in a warning, and is not held."""
+        path = self._path(key)
+        if not path.is_file():
+            return False
+        try:
+            _read(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; it is fitted anew", FaultWarning, stacklevel=2)
+            return False
+        return True
 
     def load(self, key: Any, operator: nn.Module) -> None:
         """Fill an operator with what was saved under a key.
@@ -30,11 +41,29 @@ class OperatorStore:
             CheckpointError: there is no such file, or it is damaged or holds another operator.
         """
         path = self._path(key)
-        load_strictly(operator, load_tensors(path), source=str(path))
+        load_strictly(operator, _read(path), source=str(path))
 
     def save(self, key: Any, operator: nn.Module) -> None:
         """Keep an operator; of two runs that save the same one the later wins, and they are equal."""
-        save_tensors(self._path(key), operator.state_dict())
+        tensors = operator.state_dict()
+        save_tensors(self._path(key), tensors, metadata={"sha256": _digest(tensors)})
 
     def _path(self, key: Any) -> Path:
         return self.folder / f"{hash_json(key)}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    tensors = load_tensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            recorded = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    # an operator of before there were checksums has none
+    if recorded not in (None, _digest(tensors)):
+        raise CheckpointError(f"{path} is damaged: it does not agree with its checksum")
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hash_json({name: tensor_hash(tensor) for name, tensor in tensors.items()})

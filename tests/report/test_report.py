@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from grafting import report
-from grafting.errors import RunError
+from grafting.errors import FaultWarning, RunError
 from grafting.report import write_report
 from report.synthetic_run import (
     FIGURES,
@@ -245,6 +245,14 @@ def test_a_last_line_that_was_cut_off_is_left_out(run_folder):
     assert "Over 900 steps." in page_of(run_folder).text
 
 
+def test_a_damaged_line_of_a_log_is_named_and_left_out(run_folder):
+    path = run_folder / "finetune/log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], "nonsense\n", *lines[4:]]))
+    with pytest.warns(FaultWarning, match=r"log\.jsonl, line 4 is damaged and left out"):
+        assert "Over 900 steps." in page_of(run_folder).text
+
+
 @pytest.mark.parametrize(
     ("part", "content", "message"),
     [
@@ -252,7 +260,6 @@ def test_a_last_line_that_was_cut_off_is_left_out(run_folder):
         ("recipe.yaml", "- 1", "should be a mapping, and is a list"),
         ("metrics.json", "{}", "should be a list of rows"),
         ("plan.json", "{", "plan.json cannot be read"),
-        ("finetune/log.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n', "log.jsonl cannot be read"),
         ("samples/random.safetensors", "short", "is not a whole file of samples"),
     ],
 )

@@ -15,6 +15,7 @@ import yaml
 from jaxtyping import Int64, UInt8
 
 from ..errors import RunError
+from ..runfolder import read_log
 
 MODEL_NAMES = ("pretrained", "random", "inherited", "distilled", "finetuned")
 
@@ -101,21 +102,11 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps of a log; a last line that was cut off while being written is left out."""
-    *whole, last = path.read_text().split("\n")
-    steps = [json.loads(line) for line in whole if line.strip()]
-    try:
-        return [*steps, json.loads(last)]
-    except ValueError:
-        return steps
-
-
 _READERS: dict[str, Callable[[Path], Any]] = {
     "recipe.yaml": _read_mapping,
     "plan.json": _read_mapping,
-    "distill/log.jsonl": _read_log,
-    "finetune/log.jsonl": _read_log,
+    "distill/log.jsonl": read_log,
+    "finetune/log.jsonl": read_log,
     "metrics.json": _read_rows,
     "manifest.json": _read_mapping,
 }
