@@ -18,7 +18,7 @@ LAYERS = (
     {"contract", "devices", "files", "interruption", "randomness"},
     {"functional"},
     {"models"},
-    {"operators", "hosts", "metrics", "data", "diffusion", "runfolder"},  # L1
+    {"operators", "hosts", "metrics", "data", "diffusion", "runfolder", "throughput", "tracking"},  # L1
     {"plan", "noising", "guard"},  # L2
     {"surgery"},  # L3
     {"portable", "card"},
@@ -41,7 +41,7 @@ LAYERS = (
     {"samples"},
     {"drawing"},
     {"recipe"},  # L5
-    {"recipefile"},
+    {"recipefile", "forecast"},
     {"sweep"},
     {"doctor"},  # L6
     {"display"},

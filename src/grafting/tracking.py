@@ -1,0 +1,189 @@
+"""Trackers that follow a run beside its own log: TensorBoard, Weights & Biases, trackio.
+
+They are fed with a run's steps alone and change nothing of it; `log.jsonl` in each stage's folder is always written and holds
+the same figures. All of them write into the run's folder and send nothing away, unless the user has asked for that
+(WANDB_MODE=online). A run that goes on goes on under its own id. Nothing of the environment is recorded.
+"""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import parallel
+from .contract import Step
+from .errors import MissingBackend, RunError
+from .files import write_json
+
+FOLDER_NAME = "tracking"
+
+
+class Tracker(Protocol):
+    """Somewhere that figures go."""
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files, a folder for each stage: `tensorboard --logdir RUN/tracking/tensorboard`."""
+
+    def __init__(self, folder: Path, *, name: str, run_id: str, settings: Mapping[str, Any]):
+        self._folder = folder / "tensorboard"
+        self._writers: dict[str, Any] = {}
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if stage not in self._writers:
+            # steps that a killed run logged after its last state are drawn once
+            self._writers[stage] = SummaryWriter(
+                str(self._folder / stage.replace(" ", "-")), purge_step=step, flush_secs=10
+            )
+        for name, value in values.items():
+            self._writers[stage].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `grafting`, offline by default: `wandb sync --append RUN/tracking/wandb/offline-run-*`."""
+
+    def __init__(self, folder: Path, *, name: str, run_id: str, settings: Mapping[str, Any]):
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "grafting"),
+            name=name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=dict(settings),
+            # figures only: no command line, code, console, host facts or use of the machine
+            settings=wandb.Settings(
+                console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True
+            ),
+        )
+        self._stages: set[str] = set()
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        if stage not in self._stages:
+            # each stage counts its own steps, and wandb's may only grow
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
+        self._run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A local dashboard: `TRACKIO_DIR=RUN/tracking/trackio trackio show`."""
+
+    def __init__(self, folder: Path, *, name: str, run_id: str, settings: Mapping[str, Any]):
+        # both are read when trackio is imported
+        os.environ.setdefault("TRACKIO_DIR", str(folder.resolve() / "trackio"))
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        import trackio
+
+        self._run = trackio.init(
+            project="grafting", name=run_id, resume="allow", config=dict(settings), embed=False
+        )
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[..., Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises a MissingBackend that names every tracker that is not installed or not known, if there are any."""
+    unknown = [name for name in names if name not in TRACKERS]
+    missing = [name for name in names if name in TRACKERS and find_spec(name) is None]
+    if unknown:
+        raise MissingBackend(f"no tracker {', '.join(unknown)}; there are {', '.join(TRACKERS)}")
+    if missing:
+        raise MissingBackend(
+            f"not installed: {', '.join(missing)}. pip install 'grafting[track]', or leave out "
+            f"{' '.join(f'--track {name}' for name in missing)}: log.jsonl is always written"
+        )
+
+
+@contextmanager
+def tracking(
+    names: Sequence[str], folder: Path, *, name: str, settings: Mapping[str, Any]
+) -> Iterator[Callable[[str, Step], None]]:
+    """What passes a run's steps on to trackers, which start with the first step and end with the block.
+
+    Of a run's processes the main one tracks.
+
+    Args:
+        folder: the run's.
+        name: what the run is called.
+        settings: the recipe, as JSON.
+
+    Raises:
+        MissingBackend: a tracker is not installed; before any work.
+        RunError: a tracker cannot start.
+    """
+    check_trackers(names)
+    started: list[Tracker] = []
+    with ExitStack() as ending:
+
+        def on_step(stage: str, step: Step) -> None:
+            if not (names and parallel.is_main()):
+                return
+            if not started:
+                for tracker in dict.fromkeys(names):
+                    started.append(_start(tracker, folder / FOLDER_NAME, name, settings))
+                    ending.callback(started[-1].close)
+            values = {key: value for key, value in step.values.items() if _is_figure(value)}
+            for tracker in started:
+                tracker.log(stage, step.done, values)
+
+        yield on_step
+
+
+def run_id_of(folder: Path, name: str) -> str:
+    """The id under which trackers know the run in `folder`: made once, kept in `run.json`."""
+    path = folder / "run.json"
+    if path.is_file():
+        try:
+            return json.loads(path.read_text())["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged: delete it to track on under a new id") from error
+    run_id = f"{name}-{secrets.token_hex(4)}"
+    write_json(path, {"id": run_id})
+    return run_id
+
+
+def _start(tracker: str, folder: Path, name: str, settings: Mapping[str, Any]) -> Tracker:
+    run_id = run_id_of(folder, name)
+    try:
+        return TRACKERS[tracker](folder, name=name, run_id=run_id, settings=settings)
+    except Exception as error:  # whatever a foreign package raises
+        raise RunError(
+            f"{tracker} cannot start: {error}. Leave out --track {tracker}; what is saved is kept"
+        ) from error
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
