@@ -74,7 +74,7 @@ def test_measures_batches_as_they_come(network, reference):
     assert [(step.done, step.total) for step in steps] == [(25, 60), (50, 60), (60, 60)]
 
     result = evaluator.result()
-    pooled, logits = extract(network, x)
+    pooled, logits, _ = extract(network, x)
     assert result.frechet == pytest.approx(
         frechet_distance(FeatureStatistics.of(pooled), reference.statistics), rel=1e-9
     )

@@ -23,7 +23,7 @@ IMAGES = torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4)
 
 
 def test_features_are_plain_float32_rows():
-    pooled, logits = extract(ModuleNetwork(Pools(), "pools"), IMAGES)
+    pooled, logits, _ = extract(ModuleNetwork(Pools(), "pools"), IMAGES)
     assert pooled.shape == (2, 8)
     assert logits.shape == (2, 2)
     assert pooled.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Feature networks behind one interface: 8-bit images in, features (and class logits) out.
+"""Feature networks behind one interface: 8-bit images in, features (class logits, spatial features) out.
 
 Metrics are functions of these features; nothing here or in them knows which network made the features.
 """
@@ -19,6 +19,7 @@ class Features(NamedTuple):
 
     pooled: Float[Tensor, "b f"]
     logits: Float[Tensor, "b k"] | None  # None: the network has no classes
+    spatial: Float[Tensor, "b s"] | None = None  # of an earlier layer, with positions; None: it gives none
 
 
 @runtime_checkable
@@ -43,6 +44,8 @@ class FeatureNetwork(Protocol):
 
 class ModuleNetwork(nn.Module):
     """A feature network from a module whose forward gives (features [B, F], logits [B, K] or None).
+
+    It may give spatial features [B, S] as well, which ADM's suite needs.
 
     The module is put in eval mode, and images are moved to where its weights are.
 
@@ -74,10 +77,11 @@ def extract(network: FeatureNetwork, images: Tensor) -> Features:
             f"functional.pixels.to_uint8 makes them from images in [-1, 1]"
         )
     with torch.no_grad():
-        pooled, logits = network(images)
+        pooled, logits, spatial = network(images)
     return Features(
         _checked(pooled, "features", network, len(images)),
         None if logits is None else _checked(logits, "logits", network, len(images)),
+        None if spatial is None else _checked(spatial, "spatial features", network, len(images)),
     )
 
 

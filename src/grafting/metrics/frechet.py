@@ -6,6 +6,7 @@ Source: arXiv:1706.08500 (FID); Dowson and Landau 1982 (distance of Gaussians).
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..randomness import generator
+
+_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class FeatureStatistics:
         mean = rows.sum(0) / max(len(rows), 1)
         centred = rows - mean
         return cls(len(rows), mean, centred.T @ centred)
+
+    @classmethod
+    def of_many(cls, features: Float[Tensor, "n f"]) -> "FeatureStatistics":
+        """The same, with float64 copies of some thousand rows at a time."""
+        first, *rest = features.split(_ROWS_AT_ONCE)
+        return reduce(cls.update, rest, cls.of(first))
 
     def update(self, features: Float[Tensor, "n f"]) -> "FeatureStatistics":
         """The statistics of these features as well."""
@@ -72,6 +81,13 @@ class FeatureStatistics:
         return cls(int(tensors["count"]), tensors["mean"], tensors["scatter"])
 
 
+class Gaussian(NamedTuple):
+    """Mean and covariance alone, as published files of statistics have them."""
+
+    mean: Float64[Tensor, "f"]
+    covariance: Float64[Tensor, "f f"]
+
+
 class FrechetEstimate(NamedTuple):
     """A Frechet distance, and the interval of its mean over other draws of as many features."""
 
@@ -80,7 +96,7 @@ class FrechetEstimate(NamedTuple):
     high: float
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: FeatureStatistics | Gaussian, b: FeatureStatistics | Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); 0 for equal statistics.
 
     The last trace is the sum of the singular values of A^T B, where C_a = A A^T and C_b = B B^T: real and
@@ -96,7 +112,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def frechet_estimate(
-    features: Float[Tensor, "n f"], reference: FeatureStatistics, *, confidence: float = 0.95
+    features: Float[Tensor, "n f"], reference: FeatureStatistics | Gaussian, *, confidence: float = 0.95
 ) -> FrechetEstimate:
     """The distance of features from a fixed reference, with an interval by the infinitesimal jackknife.
 
@@ -112,26 +128,34 @@ def frechet_estimate(
     Raises:
         ValueError: fewer than two rows in a set, or different numbers of features.
     """
-    statistics = FeatureStatistics.of(features)
+    statistics = FeatureStatistics.of_many(features)
     root_a, root_b = _root(statistics), _root(reference)
     _check_width(statistics, reference)
     _, singular, right = torch.linalg.svd(root_a.T @ root_b, full_matrices=False)
     value = _distance(statistics, reference, singular.sum())
-    centred = features.double() - statistics.mean
     # B W S^-1 W^T B^T is the linear map that transports C_a to C_b; its quadratic form is the trace's derivative
     kept = singular > singular[0] * 1e-10 if len(singular) else singular > 0
-    transported = centred @ (root_b @ right.T[:, kept]) / singular[kept].sqrt()
-    influence = (
-        2 * centred @ (statistics.mean - reference.mean)
-        + centred.square().sum(1)
-        - transported.square().sum(1)
+    transport = (root_b @ right.T[:, kept]) / singular[kept].sqrt()
+    shift = statistics.mean - reference.mean
+    influence = torch.cat(
+        [
+            _influence(rows.double() - statistics.mean, shift, transport)
+            for rows in features.split(_ROWS_AT_ONCE)
+        ]
     )
     error = float(influence.std()) / len(features) ** 0.5
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return FrechetEstimate(value, max(value - reach, 0.0), value + reach)
 
 
-def frechet_bias(features: Float[Tensor, "n f"], reference: FeatureStatistics, *, seed: int = 0) -> float:
+def _influence(centred: Tensor, shift: Tensor, transport: Tensor) -> Tensor:
+    """First-order changes of the distance with rows [n, f], but for a constant."""
+    return 2 * centred @ shift + centred.square().sum(1) - (centred @ transport).square().sum(1)
+
+
+def frechet_bias(
+    features: Float[Tensor, "n f"], reference: FeatureStatistics | Gaussian, *, seed: int = 0
+) -> float:
     """About how much the distance is too high because n is finite: the mean of two random halves, less the whole.
 
     Right as far as the bias falls like 1 / n, which needs n of at least about 4 f. What the reference's own
@@ -144,12 +168,12 @@ def frechet_bias(features: Float[Tensor, "n f"], reference: FeatureStatistics, *
         arXiv:1911.07023 (FID is linear in 1 / n), here with two points instead of fifteen.
     """
     order = torch.randperm(len(features), generator=generator(seed))
-    halves = [FeatureStatistics.of(features[half]) for half in order.tensor_split(2)]
+    halves = [FeatureStatistics.of_many(features[half]) for half in order.tensor_split(2)]
     whole = frechet_distance(halves[0].merge(halves[1]), reference)
     return sum(frechet_distance(half, reference) for half in halves) / 2 - whole
 
 
-def _root(statistics: FeatureStatistics) -> Float64[Tensor, "f rank"]:
+def _root(statistics: FeatureStatistics | Gaussian) -> Float64[Tensor, "f rank"]:
     """R with R R^T = covariance, without the directions in which it is zero up to rounding."""
     variances, directions = torch.linalg.eigh(statistics.covariance)
     floor = variances[-1] * len(variances) * torch.finfo(torch.float64).eps
@@ -157,12 +181,12 @@ def _root(statistics: FeatureStatistics) -> Float64[Tensor, "f rank"]:
     return directions[:, kept] * variances[kept].sqrt()
 
 
-def _distance(a: FeatureStatistics, b: FeatureStatistics, overlap: Tensor) -> float:
+def _distance(a: FeatureStatistics | Gaussian, b: FeatureStatistics | Gaussian, overlap: Tensor) -> float:
     between = (a.mean - b.mean).square().sum()
     # rounding can leave equal statistics a hair below zero
     return max(float(between + a.covariance.trace() + b.covariance.trace() - 2 * overlap), 0.0)
 
 
-def _check_width(a: FeatureStatistics, b: FeatureStatistics) -> None:
+def _check_width(a: FeatureStatistics | Gaussian, b: FeatureStatistics | Gaussian) -> None:
     if len(a.mean) != len(b.mean):
         raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features have no distance")

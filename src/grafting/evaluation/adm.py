@@ -1,0 +1,464 @@
+"""ADM's suite without TensorFlow: FID, sFID, Inception score, precision and recall as tables of ImageNet report them.
+
+The reference is ADM's own file, such as VIRTUAL_imagenet256_labeled.npz, or images alone, or what `AdmReference.save`
+wrote. Pooled features are kept, a row an image; of spatial features only the statistics, so their number costs nothing.
+Any network with spatial features will do, but on other weights than the published ones the figures have other names.
+
+Source: openai/guided-diffusion, evaluations/evaluator.py; arXiv:2105.05233.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt
+from torch import Tensor
+
+from ..contract import Step
+from ..devices import default_device
+from ..errors import CheckpointError, DataError, ProtocolError
+from ..files import sha256_of, write_bytes
+from ..metrics.adm import adm_inception_score, adm_precision_recall
+from ..metrics.features import FeatureNetwork, Features, ModuleNetwork, extract, tensors_sha256
+from ..metrics.frechet import FeatureStatistics, Gaussian, frechet_bias, frechet_distance, frechet_estimate
+from ..metrics.inception import PUBLISHED_SHA256_PREFIX, load_inception
+from ._npz import NpzFile
+from .figures import AdmEvaluation
+from .protocol import AdmConfig, Data, Identity, Protocol
+from .reference import check_made_by, read_reference
+
+INCEPTION_NAME = "inception-2015-12-05"
+UNKNOWN_INCEPTION_NAME = "inception-2015-12-05 with other weights"
+
+_REFERENCE_FORMAT = "grafting-adm-reference-1"
+_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+_IMAGES = "arr_0"
+_PUBLISHED_IMAGES = 50_000
+
+
+class AdmSuite(Data):
+    """What a recipe's `evaluate` says to measure by ADM's suite."""
+
+    suite: Literal["adm"] = "adm"
+    reference: str
+    """An .npz of ADM's, such as VIRTUAL_imagenet256_labeled.npz, or a file that `grafting reference` wrote."""
+    weights: str
+    """pt_inception-2015-12-05-6726825d.pth, or a file in the same layout."""
+    batch_size: PositiveInt = 64
+    """Images a call of the network."""
+
+    def identity(self) -> dict[str, str]:
+        """What the figures depend on, by content.
+
+        Raises:
+            DataError, CheckpointError: a file is missing, or is something else.
+        """
+        check_adm_reference(Path(self.reference))
+        load_inception(Path(self.weights))
+        return {name: sha256_of(Path(getattr(self, name))) for name in ("reference", "weights")}
+
+    def open(self, on_step: Callable[[Step], None] | None = None) -> "tuple[ModuleNetwork, AdmReference]":
+        """The network on the default device, and the reference by it; `on_step` as in `AdmReference.of_npz`."""
+        network = inception_network(Path(self.weights))
+        path = Path(self.reference)
+        return network, open_adm_reference(path, network, batch_size=self.batch_size, on_step=on_step)
+
+
+def inception_network(weights: Path) -> ModuleNetwork:
+    """The network of FID on the default device, named as such if its file is the published one.
+
+    Raises:
+        CheckpointError: no such file, or it does not hold this network's weights.
+    """
+    module = load_inception(weights)
+    published = sha256_of(weights).startswith(PUBLISHED_SHA256_PREFIX)
+    network = ModuleNetwork(module, INCEPTION_NAME if published else UNKNOWN_INCEPTION_NAME)
+    return network.to(default_device())
+
+
+@dataclass(frozen=True)
+class AdmReference:
+    """Statistics of a reference's features, and the features of its images.
+
+    Args:
+        name: what protocols call it.
+        sha256: of the .npz file that it is of, whatever device made the features.
+        network: what made the features.
+        pooled: mean and covariance of pooled features.
+        spatial: of spatial features, positions row by row, channels last.
+        features: pooled features of the file's images; None if it has statistics alone.
+        statistics: whether the statistics stood in the file or are those of its images.
+        spread: where the file has both, the Frechet distances, pooled and spatial, of its images from its statistics.
+            On the published network these are about those of as many real images; else one of the two is not what
+            made the statistics.
+    """
+
+    name: str
+    sha256: str
+    network: Identity
+    pooled: Gaussian
+    spatial: Gaussian
+    features: Float[Tensor, "m f"] | None
+    statistics: Literal["given", "computed"]
+    spread: tuple[float, float] | None
+
+    @classmethod
+    def of_npz(
+        cls,
+        path: Path,
+        network: FeatureNetwork,
+        *,
+        batch_size: int = 64,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> "AdmReference":
+        """The reference of an .npz file, by one call of the network for each `batch_size` of its images.
+
+        `on_step` is called after each of them.
+
+        Raises:
+            DataError: the file is missing or damaged, holds neither, or does not fit the network.
+        """
+        check_adm_reference(path)
+        file = NpzFile(path)
+        gathered = _Gathered()
+        if _IMAGES in file.names:
+            total = file.shape(_IMAGES)[0]
+            for images in file.images(_IMAGES, batch_size):
+                gathered.add(_spatial_features(network, images))
+                if on_step is not None:
+                    on_step(Step(done=gathered.count, total=total))
+        given = set(_STATISTICS) <= file.names
+        if given:
+            pooled, spatial = (
+                Gaussian(file.matrix(mean), file.matrix(covariance))
+                for mean, covariance in (_STATISTICS[:2], _STATISTICS[2:])
+            )
+        else:
+            pooled, spatial = gathered.gaussians()
+        features = gathered.pooled() if gathered.count else None
+        if given and features is not None:
+            _check_width(path, network, features, pooled, "mu")
+            _check_width(path, network, gathered.spatial.mean[None], spatial, "mu_s")
+        spread = None
+        if given and gathered.count > 1:
+            own = gathered.gaussians()
+            spread = frechet_distance(own[0], pooled), frechet_distance(own[1], spatial)
+        return cls(
+            name=path.stem,
+            sha256=sha256_of(path),
+            network=Identity(name=network.name, sha256=network.sha256),
+            pooled=pooled,
+            spatial=spatial,
+            features=features,
+            statistics="given" if given else "computed",
+            spread=spread,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the reference to one safetensors file, atomically: reading it takes no call of the network."""
+        words = {
+            "format": _REFERENCE_FORMAT,
+            "name": self.name,
+            "source_sha256": self.sha256,
+            "network_name": self.network.name,
+            "network_sha256": self.network.sha256,
+            "statistics": self.statistics,
+            "spread": "" if self.spread is None else " ".join(map(repr, self.spread)),
+            "sha256": tensors_sha256(self._tensors()),
+        }
+        write_bytes(path, safetensors.torch.save(self._tensors(), words))
+
+    @classmethod
+    def load(cls, path: Path, network: FeatureNetwork) -> "AdmReference":
+        """What `save` wrote, if that network made its features.
+
+        Raises:
+            CheckpointError: no such file, or it is damaged or something else.
+            ProtocolError: another feature network made it.
+        """
+        words, tensors = read_reference(path, _REFERENCE_FORMAT)
+        if tensors_sha256(tensors) != words["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its content does not have the hash written in it")
+        maker = Identity(name=words["network_name"], sha256=words["network_sha256"])
+        check_made_by(words["name"], maker, network)
+        pooled, spatial = (
+            (float(number) for number in words["spread"].split()) if words["spread"] else (0.0, 0.0)
+        )
+        return cls(
+            name=words["name"],
+            sha256=words["source_sha256"],
+            network=maker,
+            pooled=Gaussian(tensors["pooled.mean"], tensors["pooled.covariance"]),
+            spatial=Gaussian(tensors["spatial.mean"], tensors["spatial.covariance"]),
+            features=tensors.get("features"),
+            statistics="given" if words["statistics"] == "given" else "computed",
+            spread=(pooled, spatial) if words["spread"] else None,
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        moments = {
+            f"{name}.{field}": tensor
+            for name, gaussian in (("pooled", self.pooled), ("spatial", self.spatial))
+            for field, tensor in gaussian._asdict().items()
+        }
+        return moments if self.features is None else moments | {"features": self.features}
+
+
+def open_adm_reference(
+    path: Path,
+    network: FeatureNetwork,
+    *,
+    batch_size: int = 64,
+    on_step: Callable[[Step], None] | None = None,
+) -> AdmReference:
+    """The reference of an .npz file or of a file that `AdmReference.save` wrote. Raises as either does."""
+    if path.suffix == ".npz":
+        return AdmReference.of_npz(path, network, batch_size=batch_size, on_step=on_step)
+    return AdmReference.load(path, network)
+
+
+def check_adm_reference(path: Path) -> None:
+    """Looks at what a reference's file has, without reading much of it.
+
+    Raises:
+        DataError, CheckpointError: it is missing or something else, or its arrays do not belong together.
+    """
+    if path.suffix != ".npz":
+        read_reference(path, _REFERENCE_FORMAT)
+        return
+    file = NpzFile(path)
+    missing = [name for name in _STATISTICS if name not in file.names]
+    faults = []
+    if _IMAGES not in file.names and missing:
+        faults.append(
+            f"it holds {', '.join(sorted(file.names)) or 'nothing'}; a reference is images, {_IMAGES}, "
+            f"or statistics, {', '.join(_STATISTICS)}, or both"
+        )
+    elif 0 < len(missing) < len(_STATISTICS):
+        faults.append(f"of its statistics {', '.join(missing)} are missing")
+    if not missing:
+        shapes = {name: file.shape(name) for name in _STATISTICS}
+        faults += [
+            f"{mean} is {list(shapes[mean])} and {covariance} {list(shapes[covariance])}; [F] and [F, F] fit"
+            for mean, covariance in (_STATISTICS[:2], _STATISTICS[2:])
+            if len(shapes[mean]) != 1 or shapes[covariance] != shapes[mean] * 2
+        ]
+    elif _IMAGES in file.names and (shape := file.shape(_IMAGES))[:1] < (2,):
+        faults.append(f"{_IMAGES} is {list(shape)}; statistics need at least 2 images")
+    if faults:
+        raise DataError(f"{path} cannot be a reference:" + "".join(f"\n  {fault}" for fault in faults))
+
+
+class AdmEvaluator:
+    """Gathers the features of images as they come, and turns them into an `AdmEvaluation`.
+
+    Keeps one float32 row of pooled features and logits an image, on the CPU; of spatial features, their statistics.
+
+    Args:
+        network: makes features, spatial ones among them.
+        reference: what they are measured against.
+        protocol: how the images are made and measured, with an `AdmConfig`; see `Protocol.of`.
+        state: what an earlier evaluator's `state()` returned, to go on from there.
+
+    Raises:
+        ProtocolError: network, reference and protocol do not belong together, or too few images are planned.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        reference: AdmReference,
+        protocol: Protocol,
+        *,
+        state: dict[str, Tensor] | None = None,
+    ):
+        check_made_by(reference.name, reference.network, network)
+        self._config = _check_protocol(network, reference, protocol)
+        self._network, self._reference, self._protocol = network, reference, protocol
+        self._gathered = _Gathered() if state is None else _Gathered.of_state(state)
+
+    @property
+    def protocol(self) -> Protocol:
+        return self._protocol
+
+    @property
+    def num_images(self) -> int:
+        """Images seen so far."""
+        return self._gathered.count
+
+    def update(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Add images [B, C, H, W] of 8 bits; their labels play no part.
+
+        Raises:
+            DataError: images that are not 8-bit, features that are not finite or not as wide as the reference's.
+            ProtocolError: more images than the protocol says.
+        """
+        if self.num_images + len(images) > self._protocol.num_images:
+            raise ProtocolError(
+                f"the protocol says {self._protocol.num_images} images; {self.num_images + len(images)} came"
+            )
+        features = _spatial_features(self._network, images)
+        if not self._gathered.count:
+            _check_width(self._reference.name, self._network, features.pooled, self._reference.pooled, "mu")
+            assert features.spatial is not None
+            _check_width(
+                self._reference.name, self._network, features.spatial, self._reference.spatial, "mu_s"
+            )
+        self._gathered.add(features)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on from here, as tensors."""
+        if not self._gathered.count:
+            raise ProtocolError("no image has been evaluated: sample at least one batch first")
+        return self._gathered.state()
+
+    def result(self) -> AdmEvaluation:
+        """The figures of all images given.
+
+        Raises:
+            ProtocolError: no image came, or fewer than the protocol says.
+        """
+        rows = self.state()
+        if self.num_images != self._protocol.num_images:
+            raise ProtocolError(
+                f"the protocol says {self._protocol.num_images} images; only {self.num_images} came"
+            )
+        features, reference, config = rows["features"], self._reference, self._config
+        frechet = frechet_estimate(features, reference.pooled)
+        # halves thinner than the features are wide no longer follow the 1 / n law
+        bias = frechet_bias(features, reference.pooled) if len(features) >= 4 * features.shape[1] else None
+        precision = recall = None
+        if reference.features is not None:
+            real, generated = (rows.to(default_device()) for rows in (reference.features, features))
+            precision, recall = adm_precision_recall(
+                real, generated, k=config.neighbours, distances=config.distances
+            )
+        return AdmEvaluation(
+            frechet=frechet.value,
+            frechet_low=frechet.low,
+            frechet_high=frechet.high,
+            frechet_bias=bias,
+            spatial_frechet=frechet_distance(self._gathered.spatial, reference.spatial),
+            inception_score=adm_inception_score(rows["logits"], split_size=config.score_split_size),
+            precision=precision,
+            recall=recall,
+            num_images=len(features),
+            notes=tuple(_notes(features, bias, config, reference)),
+            protocol=self._protocol,
+        )
+
+
+class _Gathered:
+    """Rows of pooled features and logits, and the statistics of spatial features."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Tensor]] = []
+        self.spatial = FeatureStatistics.of(torch.empty(0, 0))
+        self.count = 0
+
+    @classmethod
+    def of_state(cls, state: dict[str, Tensor]) -> "_Gathered":
+        gathered = cls()
+        gathered._rows = [{name: state[name] for name in ("features", "logits")}]
+        names = ("count", "mean", "scatter")
+        gathered.spatial = FeatureStatistics.from_tensors({name: state[f"spatial.{name}"] for name in names})
+        gathered.count = len(state["features"])
+        return gathered
+
+    def add(self, features: Features) -> None:
+        assert features.logits is not None
+        assert features.spatial is not None
+        self._rows.append({"features": features.pooled, "logits": features.logits})
+        batch = FeatureStatistics.of(features.spatial)
+        self.spatial = self.spatial.merge(batch) if self.count else batch
+        self.count += len(features.pooled)
+
+    def pooled(self) -> Tensor:
+        return torch.cat([rows["features"] for rows in self._rows])
+
+    def gaussians(self) -> tuple[Gaussian, Gaussian]:
+        """Of pooled and of spatial features."""
+        both = (FeatureStatistics.of_many(self.pooled()), self.spatial)
+        pooled, spatial = (Gaussian(statistics.mean, statistics.covariance) for statistics in both)
+        return pooled, spatial
+
+    def state(self) -> dict[str, Tensor]:
+        spatial = {f"spatial.{name}": tensor for name, tensor in self.spatial.to_tensors().items()}
+        logits = torch.cat([rows["logits"] for rows in self._rows])
+        return {"features": self.pooled(), "logits": logits} | spatial
+
+
+def _spatial_features(network: FeatureNetwork, images: Tensor) -> Features:
+    features = extract(network, images)
+    if features.spatial is None or features.logits is None:
+        raise DataError(
+            f"feature network {network.name!r} gives no spatial features or no logits; ADM's suite needs both"
+        )
+    return features
+
+
+def _check_width(
+    where: Path | str, network: FeatureNetwork, features: Tensor, given: Gaussian, name: str
+) -> None:
+    if features.shape[1] != len(given.mean):
+        raise DataError(
+            f"reference {where}: {name} is of {len(given.mean)} features, "
+            f"feature network {network.name!r} gives {features.shape[1]}"
+        )
+
+
+def _check_protocol(network: FeatureNetwork, reference: AdmReference, protocol: Protocol) -> AdmConfig:
+    faults, config = protocol.misfits(network, reference), protocol.metrics
+    if not isinstance(config, AdmConfig):
+        raise ProtocolError("this protocol is not of ADM's suite: its metrics must be an AdmConfig")
+    if reference.features is not None and len(reference.features) <= config.neighbours:
+        faults.append(
+            f"its metrics look at {config.neighbours} neighbours; the reference has {len(reference.features)} images"
+        )
+    if faults:
+        raise ProtocolError(
+            "this protocol cannot be carried out:" + "".join(f"\n  {fault}" for fault in faults)
+        )
+    return config
+
+
+def _notes(features: Tensor, bias: float | None, config: AdmConfig, reference: AdmReference) -> list[str]:
+    num_images, width = features.shape
+    notes = []
+    if reference.network.name != INCEPTION_NAME:
+        notes.append(
+            f"the feature network is not the published {INCEPTION_NAME}: "
+            f"these figures are not FID, sFID and the Inception score"
+        )
+    if num_images <= width:
+        notes.append(
+            f"{num_images} images are fewer than the {width} features and one more: their covariance lacks rank, "
+            f"and the Frechet distances measure mostly that"
+        )
+    elif num_images < 10_000 and bias is None:
+        notes.append(
+            f"with {num_images} images of {width} features frechet is far too high; "
+            f"by how much can be told from {4 * width} images on"
+        )
+    if bias is not None and num_images < _PUBLISHED_IMAGES:
+        notes.append(f"with {num_images} images frechet is too high by about {bias:.3g}")
+    if num_images != _PUBLISHED_IMAGES:
+        notes.append(f"published figures are of {_PUBLISHED_IMAGES} images; these are of {num_images}")
+    if num_images % config.score_split_size:
+        notes.append(
+            f"the last part of the Inception score has {num_images % config.score_split_size} images, "
+            f"not {config.score_split_size}"
+        )
+    if reference.features is None:
+        notes.append("the reference has no images: precision and recall cannot be measured")
+    if reference.spread is not None:
+        pooled, spatial = reference.spread
+        notes.append(
+            f"the reference's own {len(reference.features if reference.features is not None else ())} images lie "
+            f"{pooled:.4g} (pooled) and {spatial:.4g} (spatial) from the statistics beside them"
+        )
+    return notes

@@ -1,0 +1,193 @@
+"""Features of images, gathered as they come, and this library's own figures of them."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..contract import Step
+from ..errors import DataError, ProtocolError
+from ..metrics.features import FeatureNetwork, extract
+from ..metrics.frechet import frechet_bias, frechet_estimate
+from ..metrics.inception_score import inception_score
+from ..metrics.kid import kernel_distance
+from ..metrics.manifold import density_coverage, precision_recall
+from ..randomness import generator
+from .adm import AdmEvaluator
+from .figures import Evaluation
+from .protocol import MetricsConfig, Protocol
+from .reference import Reference
+
+
+class Evaluator:
+    """Gathers the features of images as they come, and turns them into an `Evaluation`.
+
+    Keeps one float32 row of features (and logits) an image, on the CPU.
+
+    Args:
+        network: makes features of images.
+        reference: what they are measured against.
+        protocol: how the images are made and measured; see `Protocol.of`.
+        state: what an earlier evaluator's `state()` returned, to go on from there.
+
+    Raises:
+        ProtocolError: network, reference and protocol do not belong together, or too few images are planned.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        reference: Reference,
+        protocol: Protocol,
+        *,
+        state: dict[str, Tensor] | None = None,
+    ):
+        reference.check_network(network)
+        self._config = _check_protocol(network, reference, protocol)
+        self._network, self._reference, self._protocol = network, reference, protocol
+        self._batches: list[dict[str, Tensor]] = [] if state is None else [state]
+
+    @property
+    def protocol(self) -> Protocol:
+        return self._protocol
+
+    @property
+    def num_images(self) -> int:
+        """Images seen so far."""
+        return sum(len(batch["labels"]) for batch in self._batches)
+
+    def update(self, images: Tensor, labels: Tensor | None) -> None:
+        """Add images [B, C, H, W] of 8 bits with the labels [B] they were sampled with.
+
+        Raises:
+            DataError: images that are not 8-bit, not one label an image, a label out of range, or features that
+                are not finite.
+            ProtocolError: more images than the protocol says.
+        """
+        if labels is None or labels.shape != images.shape[:1]:
+            found = "no labels" if labels is None else f"labels {list(labels.shape)}"
+            raise DataError(f"{len(images)} images came with {found}; one each is needed")
+        if self.num_images + len(images) > self._protocol.num_images:
+            raise ProtocolError(
+                f"the protocol says {self._protocol.num_images} images; {self.num_images + len(images)} came"
+            )
+        pooled, logits, _ = extract(self._network, images)
+        width = len(self._reference.statistics.mean)
+        if pooled.shape[1] != width:
+            raise DataError(
+                f"feature network {self._network.name!r} gives {pooled.shape[1]} features, the reference has {width}"
+            )
+        batch = {"features": pooled, "labels": labels.cpu().long()}
+        if logits is not None:
+            _check_labels(batch["labels"], logits.shape[1])
+            batch["logits"] = logits
+        self._batches.append(batch)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on from here, as tensors."""
+        if not self._batches:
+            raise ProtocolError("no image has been evaluated: sample at least one batch first")
+        return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
+
+    def result(self) -> Evaluation:
+        """The figures of all images given.
+
+        Raises:
+            ProtocolError: no image came, or fewer than the protocol says.
+        """
+        rows = self.state()
+        if self.num_images != self._protocol.num_images:
+            raise ProtocolError(
+                f"the protocol says {self._protocol.num_images} images; only {self.num_images} came"
+            )
+        return _measure(rows, self._reference, self._protocol, self._config)
+
+
+def evaluate(
+    batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: Evaluator | AdmEvaluator
+) -> Iterator[Step]:
+    """Feed sampled batches (images of 8 bits [B, C, H, W], labels [B] or None) to the evaluator, a step a batch.
+
+    When the iterator ends, `evaluator.result()` has the figures.
+
+    Raises:
+        DataError, ProtocolError: as `Evaluator.update`; no image came at all.
+    """
+    for images, labels in batches:
+        evaluator.update(images, labels)
+        yield Step(done=evaluator.num_images, total=evaluator.protocol.num_images, state=evaluator.state)
+    if not evaluator.num_images:
+        raise ProtocolError("no image came to be evaluated: sampling gave nothing")
+
+
+def _measure(
+    rows: dict[str, Tensor], reference: Reference, protocol: Protocol, config: MetricsConfig
+) -> Evaluation:
+    features = rows["features"]
+    frechet = frechet_estimate(features, reference.statistics)
+    # halves thinner than the features are wide no longer follow the 1 / n law
+    bias = frechet_bias(features, reference.statistics) if len(features) >= 4 * features.shape[1] else None
+    drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
+    some, real = features[drawn], reference.features.float()
+    kid = kernel_distance(real, some)
+    fidelity = precision_recall(real, some, k=config.precision_neighbours)
+    spread = density_coverage(real, some, k=config.density_neighbours)
+    logits = rows.get("logits")
+    return Evaluation(
+        frechet=frechet.value,
+        frechet_low=frechet.low,
+        frechet_high=frechet.high,
+        frechet_bias=bias,
+        kid=kid.value,
+        kid_error=kid.standard_error,
+        precision=fidelity.precision,
+        recall=fidelity.recall,
+        density=spread.density,
+        coverage=spread.coverage,
+        inception_score=None if logits is None else inception_score(logits, splits=config.score_splits).value,
+        agreement=None if logits is None else float((logits.argmax(1) == rows["labels"]).double().mean()),
+        num_images=len(features),
+        notes=tuple(_notes(features, bias, config)),
+        protocol=protocol,
+    )
+
+
+def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[str]:
+    num_images, width = features.shape
+    notes = []
+    if num_images <= width:
+        notes.append(
+            f"{num_images} images are fewer than the {width} features and one more: their covariance lacks rank, "
+            f"and frechet measures mostly that"
+        )
+    if bias is not None and num_images < 10_000:
+        notes.append(f"with {num_images} images frechet is too high by about {bias:.3g}")
+    if num_images > config.pairwise_images:
+        notes.append(
+            f"kid, precision, recall, density and coverage see {config.pairwise_images} images drawn at random"
+        )
+    return notes
+
+
+def _check_protocol(network: FeatureNetwork, reference: Reference, protocol: Protocol) -> MetricsConfig:
+    faults, config = protocol.misfits(network, reference), protocol.metrics
+    if not isinstance(config, MetricsConfig):
+        raise ProtocolError("this protocol is of ADM's suite: measure with an AdmEvaluator")
+    num_neighbours = max(config.precision_neighbours, config.density_neighbours)
+    if len(reference.features) <= num_neighbours:
+        faults.append(
+            f"its metrics look at {num_neighbours} neighbours; the reference keeps {len(reference.features)} rows"
+        )
+    if faults:
+        raise ProtocolError(
+            "this protocol cannot be carried out:" + "".join(f"\n  {fault}" for fault in faults)
+        )
+    return config
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise DataError(
+            f"label {int(outside[0])} is not a class of the feature network: it knows 0..{num_classes - 1}"
+        )

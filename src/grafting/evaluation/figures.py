@@ -1,0 +1,76 @@
+"""The figures of one model's images with the protocol under which they hold, and their ratio under one protocol."""
+
+from ..errors import ProtocolError
+from .protocol import Data, Protocol
+
+
+class Evaluation(Data):
+    """The figures of one model's images, and the protocol under which they hold.
+
+    Intervals are 95 %, over other draws of as many images; the reference is taken as fixed.
+    """
+
+    frechet: float
+    frechet_low: float
+    frechet_high: float
+    frechet_bias: float | None
+    """About how much `frechet` is too high because images are finite; None where they are too few to tell."""
+    kid: float
+    kid_error: float
+    """Standard error of `kid`."""
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    inception_score: float | None
+    """None, as `agreement`, where the feature network has no classes."""
+    agreement: float | None
+    """Share of images whose most likely class is the label they were sampled with."""
+    num_images: int
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know about them."""
+    protocol: Protocol
+
+
+class AdmEvaluation(Data):
+    """The figures of ADM's suite. On the published weights of Inception they are FID, sFID and the Inception score.
+
+    The interval is 95 %, over other draws of as many images; the reference is taken as fixed.
+    """
+
+    frechet: float
+    """FID, between Gaussians of the pooled features."""
+    frechet_low: float
+    frechet_high: float
+    frechet_bias: float | None
+    """About how much `frechet` is too high because images are finite; None where they are too few to tell."""
+    spatial_frechet: float
+    """sFID, the same of features that have positions."""
+    inception_score: float
+    precision: float | None
+    """None, as `recall`, where the reference has statistics and no images."""
+    recall: float | None
+    num_images: int
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know about them."""
+    protocol: Protocol
+
+
+def ratio(a: Evaluation | AdmEvaluation, b: Evaluation | AdmEvaluation, metric: str = "frechet") -> float:
+    """a's figure over b's.
+
+    Raises:
+        ProtocolError: the protocols differ (names each field with both values), there is no such figure, or b's is 0.
+    """
+    differences = a.protocol.differences(b.protocol)
+    if differences:
+        raise ProtocolError(
+            "these figures were measured differently and cannot be compared:"
+            + "".join(f"\n  {difference}" for difference in differences)
+        )
+    over, under = (evaluation.model_dump().get(metric) for evaluation in (a, b))
+    if not (isinstance(over, float) and isinstance(under, float)):
+        raise ProtocolError(f"there is no figure {metric!r} in both evaluations")
+    if under == 0:
+        raise ProtocolError(f"{metric} of the second evaluation is 0, which nothing can be a multiple of")
+    return over / under

@@ -1,0 +1,155 @@
+"""What a figure depends on: networks and references by content, settings of metrics, and how images were sampled."""
+
+from importlib.metadata import version
+from typing import Any, Literal, runtime_checkable
+from typing import Protocol as Interface
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
+
+from ..functional.pixels import UINT8_RULE
+
+# settings of sampling that say where and how fast it ran, not what came out
+_CIRCUMSTANCES = frozenset({"batch_size", "compile", "device", "num_processes"})
+
+
+class Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Identity(Data):
+    """A network or reference by name and by content."""
+
+    name: str
+    sha256: str
+
+
+@runtime_checkable
+class Identified(Interface):
+    """A network or reference, which protocols know by an `Identity`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+
+class MetricsConfig(Data):
+    """Settings of the metrics; the defaults are those of their papers."""
+
+    precision_neighbours: PositiveInt = 3
+    """k of precision and recall."""
+    density_neighbours: PositiveInt = 5
+    """k of density and coverage."""
+    score_splits: PositiveInt = 10
+    """Parts of the Inception score."""
+    pairwise_images: PositiveInt = 10_000
+    """Most images, drawn at random, that the kernel distance and neighbour metrics see: their cost is quadratic."""
+
+    @property
+    def min_images(self) -> int:
+        """The fewest images for which every metric is defined."""
+        return max(4, self.precision_neighbours + 1, self.score_splits)
+
+
+class AdmConfig(Data):
+    """Settings of ADM's suite; the defaults are its own, so that figures compare with published ones."""
+
+    suite: Literal["adm"] = "adm"
+    neighbours: PositiveInt = 3
+    """k of precision and recall."""
+    score_split_size: PositiveInt = 5000
+    """Images of each part of the Inception score, in the order of the file: ten parts of 50,000."""
+    distances: Literal["float16", "float32"] = "float16"
+    """Of precision and recall; ADM rounds them to half precision."""
+
+    @property
+    def min_images(self) -> int:
+        """The fewest images for which every metric is defined."""
+        return self.neighbours + 1
+
+
+class Protocol(Data):
+    """Everything a figure depends on except the model: equal protocols, comparable figures."""
+
+    sampling: dict[str, JsonValue]
+    """Sampler, steps, guidance, seed ...: the sampling config as JSON."""
+    num_images: PositiveInt
+    labels: str
+    """The rule by which image i gets its class, in words."""
+    weights_dtype: str
+    feature_network: Identity
+    reference: Identity
+    uint8_rule: str = UINT8_RULE
+    metrics: MetricsConfig | AdmConfig = MetricsConfig()
+    definitions: int = 1
+    """Counts changes of this library after which the same images give other figures."""
+    recorded: dict[str, JsonValue] = Field(default_factory=dict)
+    """Circumstances worth keeping (versions, device); they are not compared."""
+
+    @classmethod
+    def of(
+        cls,
+        network: Identified,
+        reference: Identified,
+        *,
+        sampling: dict[str, JsonValue],
+        num_images: int,
+        labels: str,
+        weights_dtype: str,
+        metrics: MetricsConfig | AdmConfig | None = None,
+    ) -> "Protocol":
+        """The protocol of measuring with this network against this reference, the versions in use recorded."""
+        return cls(
+            sampling=sampling,
+            num_images=num_images,
+            labels=labels,
+            weights_dtype=weights_dtype,
+            feature_network=Identity(name=network.name, sha256=network.sha256),
+            reference=Identity(name=reference.name, sha256=reference.sha256),
+            metrics=metrics or MetricsConfig(),
+            recorded={"grafting": version("grafting"), "torch": torch.__version__},
+        )
+
+    def differences(self, other: "Protocol") -> list[str]:
+        """Each field that differs, with both values: `sampling.steps: 50 and 250`; empty if figures compare."""
+        mine, theirs = self._compared(), other._compared()
+        absent = "nothing"
+        return [
+            f"{name}: {mine.get(name, absent)} and {theirs.get(name, absent)}"
+            for name in mine | theirs
+            if (name in mine, mine.get(name)) != (name in theirs, theirs.get(name))
+        ]
+
+    def misfits(self, network: Identified, reference: Identified) -> list[str]:
+        """Why this protocol cannot be carried out with this network and reference, in words."""
+        faults = [
+            f"it names {what} {said.name!r} ({said.sha256[:12]}), given is {found.name!r} ({found.sha256[:12]})"
+            for what, said, found in (
+                ("feature network", self.feature_network, network),
+                ("reference", self.reference, reference),
+            )
+            if said.sha256 != found.sha256
+        ]
+        if self.num_images < self.metrics.min_images:
+            faults.append(
+                f"it says {self.num_images} images; its metrics need at least {self.metrics.min_images}"
+            )
+        return faults
+
+    def _compared(self) -> dict[str, JsonValue]:
+        fields = self.model_dump(mode="json", exclude={"recorded"})
+        fields["sampling"] = {k: v for k, v in fields["sampling"].items() if k not in _CIRCUMSTANCES}
+        return _flatten(fields)
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, JsonValue]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, JsonValue] = {}
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            flat |= _flatten(item, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = item
+    return flat
