@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .contract import Predict, TrainingData
+from .contract import ClassConditional, Predict, TrainingData
 from .devices import mixed_precision
-from .diffusion import NUM_STEPS, Diffusion
+from .diffusion import Diffusion
 from .files import write_json
+from .noising import NoisedBatch, draw_noised
 from .randomness import generator, seeded
 
 Precision = Literal["fp32", "bf16"]
@@ -61,9 +62,10 @@ class ActivationCache:
                 return
         write_json(complete, {"samples": self.num_samples, "bytes": self.num_bytes})
 
-    def replay(self, indices: Tensor, visit: Visit) -> None:
-        """Visit each site with the recorded calls of these samples, as one batch."""
-        for path, (leaves, tree) in self._calls.items():
+    def replay(self, indices: Tensor, paths: Iterable[str], visit: Visit) -> None:
+        """Visit these sites with the recorded calls of these samples, as one batch."""
+        for path in paths:
+            leaves, tree = self._calls[path]
             batch = [leaf[indices] if isinstance(leaf, _OnDisk) else leaf for leaf in leaves]
             args, kwargs, output = _pytree.tree_unflatten(batch, tree)
             visit(path, args, kwargs, output)
@@ -149,7 +151,6 @@ def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:
     return before, after
 
 
-@torch.no_grad()
 def run_noised(
     teacher: nn.Module,
     data: TrainingData,
@@ -158,18 +159,21 @@ def run_noised(
     *,
     predict: Predict,
     diffusion: Diffusion,
+    classes: ClassConditional | None = None,
     precision: Precision = "fp32",
 ) -> None:
-    """Run the teacher on these images, with noise and steps drawn from `entropy` (arXiv:2506.05340 Eq. 2)."""
+    """Run the teacher on these images, with noise, steps and dropped labels drawn from `entropy`."""
     device = next(teacher.parameters()).device
     with seeded(*entropy) as draw:
-        x, labels = data.batch(indices)
-        noise = torch.randn(x.shape, generator=draw)
-        t = torch.randint(0, NUM_STEPS, (len(x),), generator=draw)
-        x, labels, noise, t = (a.to(device) for a in (x, labels, noise, t))
-        x_t = diffusion.add_noise(x, noise, t)
-        with mixed_precision(device, precision):
-            predict(teacher, x_t, t, labels)
+        batch = draw_noised(data, indices, draw, diffusion=diffusion, device=device, classes=classes)
+        run_on_batch(teacher, batch, predict=predict, precision=precision)
+
+
+@torch.no_grad()
+def run_on_batch(teacher: nn.Module, batch: NoisedBatch, *, predict: Predict, precision: Precision) -> None:
+    """Run the teacher, for those who visit it."""
+    with mixed_precision(batch.x_t.device, precision):
+        predict(teacher, batch.x_t, batch.t, batch.labels)
 
 
 def shuffled(num_items: int, seed: int) -> Tensor:

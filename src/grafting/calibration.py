@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from torch import Tensor, nn
 
 from .activations import Precision, run_noised, shuffled, visiting
-from .contract import MlpWeights, Predict, Step, TrainingData
+from .contract import ClassConditional, MlpWeights, Predict, Step, TrainingData
 from .diffusion import Diffusion
 from .functional.ridge import (
     error_removed,
@@ -54,11 +54,16 @@ def calibrate(
     *,
     predict: Predict,
     diffusion: Diffusion,
+    classes: ClassConditional | None = None,
 ) -> Iterator[Step]:
     """Fit what has a closed form in `operators` (by site path, built for `teacher`), in place. The teacher is unchanged.
 
     Operators without an output layer of their own start as they are. The last step's values are `r2_before/PATH` and
     `r2/PATH` of the others, on the calibration images: 1 minus the squared error over the variance of the teacher's output.
+
+    Args:
+        classes: what the host knows of classes; with it labels are dropped in its share, so that operators also see the
+            null label of guidance.
     """
     device = next(teacher.parameters()).device
     for operator in operators.values():
@@ -78,6 +83,7 @@ def calibrate(
                         (config.seed, batch, number, 3),
                         predict=predict,
                         diffusion=diffusion,
+                        classes=classes,
                         precision=config.precision,
                     )
                 yield Step(
@@ -196,11 +202,7 @@ def _finish(sites: _Sites, config: CalibrateConfig) -> dict[str, float]:
 
 @contextmanager
 def _running(teacher: nn.Module, operators: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The teacher drops labels as in training, so that operators also see the null label of guidance."""
-    teacher.train()
-    for operator in operators.values():
-        operator.eval()
-    try:
-        yield
-    finally:
-        teacher.eval()
+    """Teacher and operators as they are used."""
+    for module in (teacher, *operators.values()):
+        module.eval()
+    yield

@@ -1,18 +1,19 @@
 """Stage 2: train a model end to end with its diffusion loss, the teacher's outputs as targets, or both.
 
-A generator of steps: it knows no file, logger or progress bar. Every draw of step s comes from (seed, s), so a run
-resumed from any step's state equals an uninterrupted one. Pretraining is the same loop on a fresh model.
+A generator of steps: it knows no file, logger or progress bar. Every draw of step s comes from (seed, s), for the whole
+batch, so a run resumed from any step's state equals an uninterrupted one, and several processes train as one. Pretraining is
+the same loop on a fresh model.
 """
 
+import copy
 import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,12 +24,16 @@ from pydantic import (
     PositiveInt,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .contract import Predict, Step, TrainingData
-from .devices import mixed_precision
-from .diffusion import NUM_STEPS, Diffusion
+from . import parallel
+from .contract import ClassConditional, Predict, Step, TrainingData
+from .devices import default_device, mixed_precision
+from .diffusion import Diffusion
 from .errors import TrainingError
 from .functional.schedule import learning_rate_factor
+from .guard import Guard, GuardConfig
+from .noising import NoisedBatch, check_batch_size, draw_noised
 from .randomness import batch_indices, seeded
 
 
@@ -36,10 +41,14 @@ class FinetuneConfig(BaseModel):
     """Settings of stage 2. The defaults are the paper's (arXiv:2506.05340, section 5)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "ema_device"})
+    """Fields that change no result beyond rounding: a run may be resumed with others."""
 
     steps: NonNegativeInt = 50_000
     batch_size: PositiveInt = 256
-    """Images a step, over all processes."""
+    """Images a step, over all processes and micro-batches."""
+    accumulate: PositiveInt = 1
+    """Micro-batches into which each process cuts its share of a step, to need less memory."""
     lr: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 1000
     cooldown_steps: NonNegativeInt = 0
@@ -51,6 +60,8 @@ class FinetuneConfig(BaseModel):
     clip_norm: PositiveFloat = 10.0
     """Largest norm of the gradient of all trained parameters."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    ema_device: Literal["model", "cpu"] = "model"
+    """Where the averaged weights are kept; on the CPU they cost a copy of the weights at every step."""
     diffusion_weight: NonNegativeFloat = 1.0
     """Weight of the host's diffusion loss."""
     output_weight: NonNegativeFloat = 0.0
@@ -60,6 +71,9 @@ class FinetuneConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    """Compile each block, once for all blocks of a kind."""
+    guard: GuardConfig | None = None
+    """What to do with bad steps; left out, a loss or gradient that is not finite is an error."""
     seed: NonNegativeInt = 0
 
 
@@ -70,57 +84,164 @@ def finetune(
     *,
     predict: Predict,
     diffusion: Diffusion,
+    classes: ClassConditional | None = None,
+    blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
     new_parameters: frozenset[str] = frozenset(),
     state: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place; when the iterator ends the model holds the averaged (EMA) weights.
 
+    With several processes (see `parallel`) each runs this on the same arguments and takes its share of every batch; the
+    values of a step are means over them.
+
     Args:
         model: the grafted model.
         data: images or latents with labels.
         predict: the host's call of a model on (x_t, t, labels).
         diffusion: the host's noise process and loss.
+        classes: what the host knows of classes; with it, labels are dropped in its share.
+        blocks: paths of the model's blocks, which `compile` compiles one by one.
         teacher: the pretrained model, needed when `output_weight` is positive.
         new_parameters: names of the parameters of new operators, for `trainable: new`.
         state: what an earlier step's `state()` returned, to go on from there.
 
     Raises:
-        TrainingError: nothing to train, no objective, a teacher is missing, or the loss is not finite.
+        TrainingError: nothing to train, no objective, a teacher is missing, a batch does not divide among processes, or
+            the loss is not finite.
     """
-    _check(config, teacher)
-    trained = _select_parameters(model, config.trainable, new_parameters)
-    accelerator = Accelerator()
-    # not Accelerate's own autocast: its precision is fixed once a process, and a sweep runs many recipes in one
-    autocast = partial(mixed_precision, accelerator.device, config.precision)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    ema = EMAModel(trained, decay=config.ema_decay)
-    student, optimizer = accelerator.prepare(model, optimizer)
-    if teacher is not None:
-        teacher = teacher.to(accelerator.device).train()
-    ema.to(accelerator.device)
-    first = 0
-    if state is not None:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-    if config.compile:
-        student = torch.compile(student)
-
-    def snapshot(step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-        }
-
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    student.train()
+    _check(config, teacher, blocks)
+    training = _Training(
+        model,
+        data,
+        config,
+        predict=predict,
+        diffusion=diffusion,
+        classes=classes,
+        blocks=blocks,
+        teacher=teacher,
+        new_parameters=new_parameters,
+    )
+    first = training.load(state) if state is not None else 0
     for step in range(first, config.steps):
+        values = training.step(step)
+        yield Step(
+            done=step + 1,
+            total=config.steps,
+            values=values,
+            state=partial(training.snapshot, step + 1),
+        )
+    training.finish()
+
+
+class _Training:
+    """A model in training: its optimizer, its averaged weights, the guard, and the teacher that it is compared with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        config: FinetuneConfig,
+        *,
+        predict: Predict,
+        diffusion: Diffusion,
+        classes: ClassConditional | None,
+        blocks: Sequence[str],
+        teacher: nn.Module | None,
+        new_parameters: frozenset[str],
+    ):
+        self.model, self.data, self.config = model, data, config
+        self.predict, self.diffusion, self.classes = predict, diffusion, classes
+        self.device = default_device()
+        self.trained = _select_parameters(model, config.trainable, new_parameters)
+        model.to(self.device)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.compiled = [model.get_submodule(path) for path in blocks] if config.compile else []
+        for block in self.compiled:
+            block.compile()
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.average = _Average(self.trained, config)
+        self.guard = Guard(config.guard)
+        self.kept: dict[str, Any] | None = None
+        self.teacher = teacher.to(self.device).eval() if teacher is not None else None
+        # the model that is called: several processes' gradients are averaged behind it
+        self.student = _averaging(model, self.device) if parallel.connect() else model
+        self.student.train()
+
+    def step(self, step: int) -> dict[str, float]:
+        """Take a step, or do what the guard says; returns its figures."""
+        config, guard = self.config, self.guard
+        if guard.keeps_at(step):
+            self.kept = copy.deepcopy(self._weights() | {"step": step})
+        lr = guard.lr_factor * self._set_learning_rate(step)
+        sums: dict[str, Tensor] = {}
+        parts = self._draw(step).split(config.accumulate)
+        for number, part in enumerate(parts):
+            with self._gradients_averaged(number + 1 == len(parts)):
+                losses = self._losses(part, (config.seed, step, parallel.rank(), 1, number))
+                (losses["loss"] / len(parts)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+        norm = nn.utils.clip_grad_norm_(self.trained, config.clip_norm)
+        figures = dict(zip(sums, parallel.mean([value.item() for value in sums.values()]), strict=True))
+        values = {"loss": figures.pop("loss"), "lr": lr, "grad_norm": norm.item()} | figures
+        finding = guard.judge({name: values[name] for name in ("loss", "grad_norm")})
+        if not finding:
+            self.optimizer.step()
+            self.average.step(self.trained)
+        elif guard.stops:
+            raise TrainingError(
+                f"stage 2, step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the model is as it "
+                f"was after step {step - 1}. Lower lr (now {lr:g}) or use precision: fp32{guard.why()}"
+            )
+        elif guard.rolls_back:
+            assert self.kept is not None
+            self._restore(self.kept)
+        self.optimizer.zero_grad(set_to_none=True)
+        return values if not finding else _told(values, finding, guard, self.kept)
+
+    def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
+        """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""
+        config = self.config
+        losses: dict[str, Tensor] = {}
+        with seeded(*entropy), mixed_precision(self.device, config.precision):
+            prediction = self.predict(self.student, batch.x_t, batch.t, batch.labels)
+        if config.diffusion_weight:
+            x, noise, x_t, t = batch.x, batch.noise, batch.x_t, batch.t
+            losses["diffusion"] = self.diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t).mean()
+        if config.output_weight:
+            assert self.teacher is not None
+            with torch.no_grad(), mixed_precision(self.device, config.precision):
+                target = self.predict(self.teacher, batch.x_t, batch.t, batch.labels)
+            losses["output"] = (prediction.float() - target.float()).square().mean()
+        weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
+        return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
+
+    def _draw(self, step: int) -> NoisedBatch:
+        """This process's share of a step's batch."""
+        indices = batch_indices(len(self.data), self.config.batch_size, step, self.config.seed)
+        with seeded(self.config.seed, step) as draw:
+            return draw_noised(
+                self.data,
+                indices,
+                draw,
+                diffusion=self.diffusion,
+                device=self.device,
+                classes=self.classes,
+                part=parallel.share(),
+            )
+
+    def _gradients_averaged(self, averaged: bool) -> AbstractContextManager:
+        """Inside, whether a backward pass averages gradients over processes; those that do not are added up here."""
+        waits = isinstance(self.student, DistributedDataParallel) and not averaged
+        return self.student.no_sync() if waits else nullcontext()
+
+    def _set_learning_rate(self, step: int) -> float:
+        """The scheduled rate, which the guard may have lowered for the optimizer."""
+        config = self.config
         lr = config.lr * learning_rate_factor(
             step,
             steps=config.steps,
@@ -128,55 +249,107 @@ def finetune(
             cooldown_steps=config.cooldown_steps,
             halve_at=config.halve_at,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        x, labels, noise, t = (a[share].to(accelerator.device) for a in _draw(data, config, step))
-        x_t = diffusion.add_noise(x, noise, t)
-        # both models drop the same labels: they start from the same random state
-        entropy = (config.seed, step, accelerator.process_index, 1)
-        with seeded(*entropy), autocast():
-            prediction = predict(student, x_t, t, labels)
-        values: dict[str, Tensor] = {}
-        if config.diffusion_weight:
-            values["diffusion"] = diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t).mean()
-        if config.output_weight:
-            assert teacher is not None
-            with torch.no_grad(), seeded(*entropy), autocast():
-                target = predict(teacher, x_t, t, labels)
-            values["output"] = (prediction.float() - target.float()).square().mean()
-        weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
-        loss = torch.stack([weights[name] * value for name, value in values.items()]).sum()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(trained, config.clip_norm)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-            raise TrainingError(
-                f"stage 2, step {step}: loss {loss.item()}, gradient norm {float(norm)}; the model is as it was "
-                f"after step {step - 1}. Lower lr (now {lr:g}) or use precision: fp32"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(trained)
-        yield Step(
-            done=step + 1,
-            total=config.steps,
-            values={"loss": loss.item(), "lr": lr, "grad_norm": float(norm)}
-            | {name: value.item() for name, value in values.items()},
-            state=lambda step=step: snapshot(step + 1),
-        )
-    ema.copy_to(trained)
-    model.eval()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.guard.lr_factor * lr
+        return lr
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.average.state_dict(),
+        }
+
+    def _restore(self, weights: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(weights["model"])
+        # an optimizer takes tensors over as they are
+        self.optimizer.load_state_dict(copy.deepcopy(weights["optimizer"]))
+        self.average.load_state_dict(weights["ema"])
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """All that is needed to go on after `step` steps."""
+        state = {"step": step, **self._weights(), "guard": self.guard.state()}
+        kept_later = self.guard.keeps_at(step)  # then the state itself is the one that is kept
+        return state if self.kept is None or kept_later else state | {"kept": self.kept}
+
+    def load(self, state: Mapping[str, Any]) -> int:
+        """Take up a snapshot; returns its step."""
+        self._restore(state)
+        if "guard" in state:
+            self.guard.load(state["guard"])
+        self.kept = state.get("kept")
+        return state["step"]
+
+    def finish(self) -> None:
+        """Leave the averaged weights in the model."""
+        self.average.copy_to(self.trained)
+        for block in self.compiled:
+            block._compiled_call_impl = None
+        self.model.eval()
 
 
-def _draw(data: TrainingData, config: FinetuneConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole step's images, labels, noise and steps, the same on every process."""
-    with seeded(config.seed, step) as generator:
-        x, labels = data.batch(batch_indices(len(data), config.batch_size, step, config.seed))
-        noise = torch.randn(x.shape, generator=generator)
-        t = torch.randint(0, NUM_STEPS, (len(x),), generator=generator)
-    return x, labels, noise, t
+class _Average:
+    """An exponential moving average of parameters, faster at the start: the decay of step s is at most (1 + s) / (10 + s).
+
+    Source: the default schedule of diffusers' `EMAModel`.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: FinetuneConfig):
+        self.decay = config.ema_decay
+        self.num_steps = 0
+        device = torch.device("cpu") if config.ema_device == "cpu" else None
+        self.shadows = [p.detach().to(device=device, copy=True) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.num_steps += 1
+        s = self.num_steps - 1
+        decay = min((1 + s) / (10 + s), self.decay) if s else 0.0
+        for shadow, parameter in zip(self.shadows, parameters, strict=True):
+            shadow.sub_((1 - decay) * (shadow - parameter.to(shadow.device)))
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        for shadow, parameter in zip(self.shadows, parameters, strict=True):
+            parameter.copy_(shadow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimization_step": self.num_steps, "shadow_params": self.shadows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_steps = state["optimization_step"]
+        for shadow, saved in zip(self.shadows, state["shadow_params"], strict=True):
+            shadow.copy_(saved)
 
 
-def _check(config: FinetuneConfig, teacher: nn.Module | None) -> None:
+def _averaging(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model behind torch's data parallelism; every process begins with the main one's weights."""
+    devices = None if device.type == "cpu" else [device]
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def _told(
+    values: dict[str, float], finding: Mapping[str, float], guard: Guard, kept: Mapping[str, Any] | None
+) -> dict[str, float]:
+    """The figures of a step that was not taken, as far as JSON has words for them, and what was done instead."""
+    done = {"skipped": 1.0}
+    if guard.rolls_back and kept is not None:
+        done = {"rolled_back_to": float(kept["step"]), "lr_factor": guard.lr_factor}
+    told = {f"guard/{name}": value for name, value in (finding | done).items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)} | told
+
+
+def check_division(config: FinetuneConfig) -> None:
+    """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
+    check_batch_size(
+        "stage 2", config.batch_size, processes=parallel.world_size(), accumulate=config.accumulate
+    )
+
+
+def _check(config: FinetuneConfig, teacher: nn.Module | None, blocks: Sequence[str]) -> None:
+    check_division(config)
+    if config.compile and not blocks:
+        raise TrainingError("stage 2 compiles block by block, but no blocks are named")
     if not (config.diffusion_weight or config.output_weight):
         raise TrainingError("stage 2 has no objective: diffusion_weight and output_weight are both 0")
     if config.output_weight and teacher is None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree
 
 from .errors import RunError
 
@@ -137,12 +138,27 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, by rank, in every process. Tensors in it have to be on the CPU."""
+    """Every process's value, by rank, in every process. Tensors arrive on the CPU."""
     if not connect():
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, _on_cpu(value))
     return found
+
+
+def gather_on_main(value: T) -> list[T]:
+    """Every process's value, by rank, in the main process; only its own elsewhere."""
+    if not connect():
+        return [value]
+    found: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(_on_cpu(value), found)
+    return found if found is not None else [value]
+
+
+def copy_from(owner: int, tensor: Tensor) -> None:
+    """Writes one process's values into every process's tensor."""
+    if connect():
+        dist.broadcast(tensor.detach(), owner)
 
 
 @torch.no_grad()
@@ -159,6 +175,10 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     flat /= world_size()
     for parameter, mean_gradient in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
         parameter.grad = mean_gradient.view_as(parameter).to(parameter.dtype)
+
+
+def _on_cpu(value: Any) -> Any:
+    return _pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), value)
 
 
 def _number(name: str, default: int) -> int:

@@ -10,9 +10,8 @@ import copy
 import json
 import platform
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
 from torch import nn
 
+from . import distillation, finetuning
 from .calibration import CalibrateConfig, calibrate
 from .checkpoint import (
     WEIGHTS_NAME,
@@ -30,15 +30,16 @@ from .checkpoint import (
     load_tensors,
     save_model,
     save_operators,
-    save_tensors,
 )
 from .contract import ClassConditional, Site, Step, TrainingData
-from .costing import plan_cost
+from .costing import PlanCost, plan_cost
 from .data import DataConfig
 from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
+from .decoding import Decoder, VaeConfig, load_decoder
 from .devices import default_device
 from .diffusion import Diffusion
 from .distillation import DistillConfig, distill
+from .drawing import Drawing, describe_model
 from .errors import DataError, HostError, RecipeError
 from .evaluation import Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
@@ -46,13 +47,15 @@ from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
 from .metrics.cost import count_parameters, role_flops
 from .metrics.features import ModuleNetwork
+from .parallel import any_process, barrier, broadcast, is_main, rank, together, world_size
 from .plan import Choice, Drop, Edit, Merge, Plan, describe_choice, fault_list, operators_of
 from .portable import Base
 from .report import write_report
 from .runfolder import RunFolder
-from .sampling import SamplingConfig, check_sampling, sample
+from .sampling import SamplingConfig, check_sampling
 from .store import OperatorStore
 from .surgery import Operators, build_operators, graft, paths_after, place, resolve
+from .throughput import Work, device_at, measured
 
 OnStep = Callable[[str, Step], None]
 Row = Literal["pretrained", "random", "inherited", "distilled", "finetuned"]
@@ -94,6 +97,8 @@ class Recipe(BaseModel):
     """Stage 2; left out, the distilled model is the result."""
     sample: SamplingConfig | None = None
     """How images are sampled, the same for every row; left out, none are."""
+    vae: VaeConfig | None = None
+    """What makes pixels of samples, where the model makes latents."""
     rows: tuple[Row, ...] = ("pretrained", "random", "inherited", "distilled", "finetuned")
     """Which models are sampled and measured."""
     seed: int = Field(default=0, ge=0)
@@ -113,21 +118,25 @@ def run(
     until: str = "report",
     on_step: OnStep | None = None,
     store: OperatorStore | None = None,
+    peak_tflops: float | None = None,
 ) -> Path:
     """Carry out a recipe in `folder`, up to stage `until`, and return the folder.
 
-    `on_step` is called with the stage's name and each of its steps. Operators that another run with the same store has
-    fitted, at the same site from the same start, are taken from there.
+    Several processes (see `parallel`) share the work; the main one writes. `on_step` is called, in that one, with the
+    stage's name and each of its steps. Operators that another run with the same store has
+    fitted, at the same site from the same start, are taken from there. `peak_tflops` is of one device, for the share of it
+    that training reaches; by default that of the device where it is a known one.
 
     Raises:
         GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
     """
-    job = prepare(recipe, store=store)
-    with _open(job, folder) as run_folder:
-        for name, stage in STAGES.items():
-            stage(job, run_folder, on_step or _ignore)
-            if name == until:
-                break
+    with together():
+        job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
+        with _open(job, folder) as run_folder:
+            for name, stage in STAGES.items():
+                stage(job, run_folder, on_step if on_step and is_main() else _ignore)
+                if name == until:
+                    break
     return folder
 
 
@@ -144,6 +153,8 @@ class Job:
     identity: dict[str, Any]  # hashes of the model, plan and data
     diffusion: Diffusion
     store: OperatorStore | None = None
+    decoder: Decoder | None = None  # where images are sampled
+    peak_tflops: float | None = None  # of one device, where the caller knows it
 
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
@@ -154,10 +165,18 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
     facts = host.class_conditional(model)
     if facts is None:
         raise HostError(f"recipes train class-conditional models; {host.name} has another condition")
+    decoder = None
     if recipe.sample is not None:
         check_sampling(
             recipe.sample, num_classes=facts.num_classes, null_label=facts.null_label, channels=facts.shape[0]
         )
+        decoder = load_decoder(facts.shape, recipe.vae)
+    for check, config in (
+        (distillation.check_division, recipe.distill),
+        (finetuning.check_division, recipe.finetune),
+    ):
+        if config is not None:
+            check(config)
     data = recipe.data.load()
     _check_data(data, facts)
     identity = {
@@ -167,7 +186,8 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         "seed": recipe.seed,
         "data": recipe.data.describe(),
     }
-    return Job(recipe, model.to(default_device()), host, facts, chosen, data, identity, Diffusion(), store)
+    model = model.to(default_device())
+    return Job(recipe, model, host, facts, chosen, data, identity, Diffusion(), store, decoder)
 
 
 def _check_data(data: TrainingData, facts: ClassConditional) -> None:
@@ -227,7 +247,17 @@ def _check_config(model: nn.Module, source: FreshModel) -> None:
 
 
 def _open(job: Job, folder: Path) -> RunFolder:
-    run_folder = RunFolder(folder, recipe_name=job.recipe.name)
+    run_folder = RunFolder(
+        folder, recipe_name=job.recipe.name, writes=is_main(), barrier=barrier, anyone=any_process
+    )
+    if run_folder.writes:
+        _describe(job, run_folder)
+    return run_folder
+
+
+def _describe(job: Job, run_folder: RunFolder) -> None:
+    """Write down the recipe, the plan and the machine."""
+    folder = run_folder.path
     restructured = any(site.role == "block" for site in job.chosen)
     sites = [
         {
@@ -246,11 +276,11 @@ def _open(job: Job, folder: Path) -> RunFolder:
         {
             "processor": platform.processor() or platform.machine(),
             "device": str(default_device()),
+            "processes": world_size(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
     )
-    return run_folder
 
 
 def _calibrate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
@@ -258,11 +288,18 @@ def _calibrate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     if config is None or not job.chosen:
         return
     with run_folder.stage("calibrate", [job.identity, config.model_dump(mode="json")]) as stage:
-        if stage.done:
+        # a minute's work, which is not shared
+        if stage.done or not is_main():
             return
         operators = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
         steps = calibrate(
-            job.model, operators, job.data, config, predict=job.host.predict, diffusion=job.diffusion
+            job.model,
+            operators,
+            job.data,
+            config,
+            predict=job.host.predict,
+            diffusion=job.diffusion,
+            classes=job.facts,
         )
         for step in stage.follow(steps, save_every=None):
             on_step("calibrate", step)
@@ -279,7 +316,7 @@ def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
             return
         operators, state = _starting_operators(job, run_folder), stage.load_state()
         # what another run has added to the store since this stage began is fitted here all the same
-        to_fit = set(state["operators"]) if state else _not_in_store(job, operators)
+        to_fit = broadcast(set(state["operators"]) if state else _not_in_store(job, operators))
         fitted = {path: operator for path, operator in operators.items() if path in to_fit}
         if job.store is not None:
             for path in operators.keys() - to_fit:
@@ -293,11 +330,16 @@ def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
                 roles={site.path: site.role for site in job.chosen},
                 predict=job.host.predict,
                 diffusion=job.diffusion,
+                classes=job.facts,
                 cache_folder=stage.folder / "cache",
                 state=state,
             )
+            steps = _measured(job, "distill", steps)
             for step in stage.follow(steps, save_every=job.recipe.save_every):
                 on_step("distill", step)
+        barrier()
+        if not is_main():
+            return
         shutil.rmtree(stage.folder / "cache", ignore_errors=True)
         if job.store is not None:
             for path, operator in fitted.items():
@@ -332,14 +374,20 @@ def _distill_inputs(job: Job) -> list[Any]:
     recipe = job.recipe
     assert recipe.distill is not None
     calibration = [recipe.calibrate.model_dump(mode="json")] if recipe.calibrate else []
-    return [job.identity, recipe.distill.model_dump(mode="json"), *calibration]
+    return [job.identity, _settings(recipe.distill), *calibration]
+
+
+def _settings(config: DistillConfig | FinetuneConfig) -> dict[str, Any]:
+    """What a training stage's result depends on; a guard that is not there changes nothing."""
+    settings = config.model_dump(mode="json", exclude=set(config.how_it_runs))
+    return {name: value for name, value in settings.items() if name != "guard" or value is not None}
 
 
 def _finetune(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.finetune
     if config is None:
         return
-    inputs = [job.identity, config.model_dump(mode="json"), _fitted_fingerprint(job, run_folder)]
+    inputs = [job.identity, _settings(config), _fitted_fingerprint(job, run_folder)]
     with run_folder.stage("finetune", inputs) as stage:
         if stage.done:
             return
@@ -351,62 +399,57 @@ def _finetune(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
             config,
             predict=job.host.predict,
             diffusion=job.diffusion,
+            classes=job.facts,
+            blocks=[site.path for site in job.host.blocks(job.model)],
             teacher=job.model if config.output_weight else None,
             new_parameters=record.new_parameters,
             state=stage.load_state(),
         )
+        steps = _measured(job, "finetune", steps)
         for step in stage.follow(steps, save_every=job.recipe.save_every):
             on_step("finetune", step)
+        if not is_main():
+            return
         source = job.recipe.source
         base = Base(id=source) if isinstance(source, str) else None
         stage.outputs = save_model(run_folder.path / "model", model, job.recipe.edits, base=base)
 
 
 def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
-    config = job.recipe.sample
-    if config is None:
+    config, decoder = job.recipe.sample, job.decoder
+    if config is None or decoder is None:
         return
     for row in rows_of(job):
         inputs = [_row_identity(job, run_folder, row), config.model_dump(mode="json")]
+        if decoder.identity is not None:
+            inputs.append(decoder.identity)
         with run_folder.stage(f"samples/{row}", inputs) as stage:
             if stage.done:
                 continue
             model = _row_model(job, run_folder, row)
-            collected = stage.load_state() or {"step": 0, "images": [], "labels": []}
-            for step in stage.follow(_collect(job, model, config, collected), save_every=1):
+            drawing = Drawing(
+                stage.folder / "shards",
+                config,
+                facts=job.facts,
+                decoder=decoder.to(default_device()),
+                identity=describe_model(model, settings=inputs),
+            )
+            if is_main():
+                for _ in stage.follow(drawing.drawn_before(), save_every=None):
+                    pass
+            steps = drawing.draw(model, predict=job.host.predict, rank=rank(), world_size=world_size())
+            for step in stage.follow(steps, save_every=None):
                 on_step(f"sample {row}", step)
+            if is_main():
+                for step in drawing.wait():
+                    on_step(f"sample {row}", step)
+            barrier()
+            if not is_main():
+                continue
             path = run_folder.path / "samples" / f"{row}.safetensors"
-            tensors = {name: torch.cat(collected[name]) for name in ("images", "labels")}
-            save_tensors(path, tensors)
+            drawing.write(path)
             write_json(stage.folder / "model.json", {"params": count_parameters(model)})
             stage.outputs = [path, stage.folder / "model.json"]
-
-
-def _collect(job: Job, model: nn.Module, config: SamplingConfig, collected: dict[str, Any]) -> Iterator[Step]:
-    """Samples what is not in `collected` yet, adding to it batch by batch."""
-    done = sum(len(labels) for labels in collected["labels"])
-    batches = sample(
-        model,
-        config,
-        predict=job.host.predict,
-        shape=job.facts.shape,
-        num_classes=job.facts.num_classes,
-        null_label=job.facts.null_label,
-        indices=range(done, config.num_images),
-    )
-    started = time.perf_counter()
-    for batch in batches:
-        seconds = time.perf_counter() - started
-        collected["images"].append(batch.images().cpu())
-        collected["labels"].append(batch.labels.cpu())
-        collected["step"] = sum(len(labels) for labels in collected["labels"])
-        yield Step(
-            done=collected["step"],
-            total=config.num_images,
-            values={"ms_per_image": 1000 * seconds / len(batch.labels)},
-            state=lambda: collected,
-        )
-        started = time.perf_counter()
 
 
 def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
@@ -426,7 +469,7 @@ def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
         weights_dtype="float32",
     )
     with run_folder.stage("evaluate", [fingerprints, protocol.model_dump(mode="json")]) as stage:
-        if stage.done:
+        if stage.done or not is_main():
             return
         metrics = []
         for row in rows:
@@ -459,7 +502,8 @@ def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
 
 
 def _report(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
-    write_report(run_folder.path)
+    if is_main():
+        write_report(run_folder.path)
 
 
 STAGES: dict[str, Callable[[Job, RunFolder, OnStep], None]] = {
@@ -498,6 +542,8 @@ def row_fingerprint(job: Job, row: Row) -> str:
         used = {"random": 0, "inherited": 1, "distilled": 2, "finetuned": 3}[row]
         stages = [recipe.calibrate, recipe.distill, recipe.finetune][:used]
         depends = [job.identity | {"plan": _essence(recipe.edits)}, row, _essence(stages)]
+    if job.decoder is not None and job.decoder.identity is not None:
+        depends.append(job.decoder.identity)
     return hash_json([*depends, _essence(recipe.sample)])
 
 
@@ -524,23 +570,49 @@ class TrainingFlops(NamedTuple):
 
 def training_flops(job: Job, row: Row) -> TrainingFlops:
     """What it took to make a row's model. A backward pass counts as two forward passes."""
-    recipe, cost = job.recipe, plan_cost(job.model, job.recipe.edits)
+    cost = plan_cost(job.model, job.recipe.edits)
     base, model = cost.before.flops, cost.after.flops
     if row == "pretrained":
         return TrainingFlops(0, base, base)
+    taken = stage_flops(job.recipe, cost, job.chosen)
+    led_to = {"random": (), "inherited": ("calibrate",), "distilled": ("calibrate", "distill")}
+    return TrainingFlops(sum(taken.get(stage, 0) for stage in led_to.get(row, taken)), model, base)
+
+
+def stage_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> dict[str, int]:
+    """FLOPs of each stage of training that a recipe has, all processes together."""
+    base, model = cost.before.flops, cost.after.flops
     # a merged pair is fitted whole, and pairs are not told from the rest of the model
-    merged = any(isinstance(choice, Merge) for choice in job.chosen.values())
+    merged = any(isinstance(choice, Merge) for choice in chosen.values())
     new = model if merged else sum(site.flops.total for site in cost.after.sites if site.operator is not None)
-    training = 0
-    if recipe.calibrate and job.chosen and row != "random":
+    taken = {}
+    if recipe.calibrate and chosen:
         # an MLP narrower than the host's takes a second pass
-        training += 2 * recipe.calibrate.samples * (base + new)
-    if recipe.distill and job.chosen and row in ("distilled", "finetuned"):
-        training += recipe.distill.steps * recipe.distill.batch_size * (base + 3 * new)
-    if recipe.finetune and row == "finetuned":
+        taken["calibrate"] = 2 * recipe.calibrate.samples * (base + new)
+    if recipe.distill and chosen:
+        taken["distill"] = recipe.distill.steps * recipe.distill.batch_size * (base + 3 * new)
+    if recipe.finetune:
         teacher = base if recipe.finetune.output_weight else 0
-        training += recipe.finetune.steps * recipe.finetune.batch_size * (3 * model + teacher)
-    return TrainingFlops(training, model, base)
+        taken["finetune"] = recipe.finetune.steps * recipe.finetune.batch_size * (3 * model + teacher)
+    return taken
+
+
+def _measured(job: Job, name: Literal["distill", "finetune"], steps: Iterator[Step]) -> Iterator[Step]:
+    """A stage's steps with how fast they are. FLOPs are counted where there is a peak to compare with."""
+    config, device = getattr(job.recipe, name), default_device()
+    known = device_at(device)
+    peak = job.peak_tflops or (known.tflops(config.precision) if known else None)
+    flops = 0.0
+    if peak is not None and config.steps:
+        cost = plan_cost(job.model, job.recipe.edits)
+        flops = stage_flops(job.recipe, cost, job.chosen)[name] / config.steps
+    work = Work(
+        images=config.batch_size,
+        tokens=job.host.sites(job.model)[0].grid.num_tokens,
+        flops=flops,
+        tflops=peak and peak * world_size(),
+    )
+    return measured(steps, work, device=device)
 
 
 def _row_identity(job: Job, run_folder: RunFolder, row: Row) -> list[Any]:

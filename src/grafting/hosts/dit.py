@@ -65,7 +65,7 @@ class DiTHost(Host):
         config = model.config
         null_label = config.num_classes if config.class_dropout_prob > 0 else None
         shape = (config.in_channels, config.input_size, config.input_size)
-        return ClassConditional(shape, config.num_classes, null_label)
+        return ClassConditional(shape, config.num_classes, null_label, config.class_dropout_prob)
 
     def tiny(self) -> DiT:
         model = DiT(input_size=16, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)

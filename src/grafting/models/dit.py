@@ -30,6 +30,9 @@ DIT_PRESETS: dict[str, dict[str, int]] = {
 class DiT(ModelMixin, ConfigMixin):
     """Predicts noise (and, with `learn_sigma`, a variance) of a noised image, given its step and class.
 
+    The model takes the labels that it is given, in training too: whoever trains it drops them (`noising.draw_noised`), so
+    that which are dropped depends on the step alone, and a teacher sees what its student sees.
+
     Args:
         input_size: height = width of the image or latent that the positions are made for, in pixels.
         patch_size: side of a patch, in pixels; tokens = (input_size / patch_size)^2.
@@ -38,7 +41,7 @@ class DiT(ModelMixin, ConfigMixin):
         depth: number of blocks.
         num_heads: attention heads, H; must divide `hidden_size`.
         mlp_ratio: hidden width of the MLP over D.
-        class_dropout_prob: share of labels replaced by the null label in training; 0 means that there is no null label.
+        class_dropout_prob: share of labels that training replaces by the null label; 0 means that there is no null label.
         num_classes: classes; the null label, if any, is `num_classes`.
         learn_sigma: also predict the variance, in C more channels.
 
@@ -342,18 +345,13 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A vector per class, and one for the null label; in training each sample's label is dropped once."""
+    """A vector per class, and one for the null label where labels are dropped in training."""
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float):
         super().__init__()
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
 
     def forward(self, y: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
-            y = torch.where(dropped, self.num_classes, y)
         return self.embedding_table(y)
 
 

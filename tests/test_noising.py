@@ -1,0 +1,45 @@
+"""A batch is the same however it is shared, and labels are dropped in the host's share."""
+
+import torch
+
+from grafting.contract import ClassConditional
+from grafting.diffusion import Diffusion
+from grafting.noising import draw_noised
+from grafting.randomness import generator
+from toydata import noise_images
+
+CPU = torch.device("cpu")
+
+
+def _draw(size, *, dropout=0.3, part=slice(None), classes=True):
+    facts = ClassConditional((1, 16, 16), 10, 10, dropout) if classes else None
+    data = noise_images(size, size=16)
+    return draw_noised(
+        data, torch.arange(size), generator(5), diffusion=Diffusion(), device=CPU, classes=facts, part=part
+    )
+
+
+def test_shares_and_parts_make_up_the_whole_batch():
+    whole = _draw(24)
+    for rank in range(3):
+        share = _draw(24, part=slice(rank, None, 3))
+        for name, got, want in zip(whole._fields, share, whole, strict=True):
+            assert torch.equal(got, want[rank::3]), name
+        parts = share.split(4)
+        assert [len(part.t) for part in parts] == [2, 2, 2, 2]
+        assert torch.equal(torch.cat([part.x_t for part in parts]), share.x_t)
+
+
+def test_labels_are_dropped_in_the_hosts_share():
+    labels = _draw(1000, dropout=0.1).labels
+    assert 70 <= (labels == 10).sum() <= 130
+    assert (_draw(8, dropout=1.0).labels == 10).all()
+    kept = labels != 10
+    assert torch.equal(labels[kept], (torch.arange(1000) % 10)[kept])
+
+
+def test_what_is_dropped_changes_nothing_else():
+    dropped, kept = _draw(16, dropout=0.5), _draw(16, classes=False)
+    assert torch.equal(kept.labels, torch.arange(16) % 10)
+    for name in ("x", "noise", "x_t", "t"):
+        assert torch.equal(getattr(dropped, name), getattr(kept, name)), name
