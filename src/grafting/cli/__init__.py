@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from ..errors import FaultWarning, GraftingError
 from ..interruption import Interrupted, catching_signals
-from . import data, inspection, run, samples, weights
+from . import data, inspection, measuring, run, samples, weights
 from ._shared import err
 
 _RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep", "sample", "data"})
@@ -55,7 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (run, inspection, samples, weights):
+for group in (run, inspection, samples, measuring, weights):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
 

@@ -15,7 +15,7 @@ from typing import Literal
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from pydantic import PositiveInt
+from pydantic import JsonValue, PositiveInt
 from torch import Tensor
 
 from ..contract import Step
@@ -198,6 +198,16 @@ class AdmReference:
             statistics="given" if words["statistics"] == "given" else "computed",
             spread=(pooled, spatial) if words["spread"] else None,
         )
+
+    def facts(self) -> dict[str, JsonValue]:
+        """What it is, as JSON."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "network": self.network.model_dump(),
+            "statistics": self.statistics,
+            "spread": None if self.spread is None else list(self.spread),
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         moments = {
