@@ -167,9 +167,9 @@ class _Training:
         self.guard = Guard(config.guard)
         self.kept: dict[str, Any] | None = None
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
-        # the model that is called: several processes' gradients are averaged behind it
-        self.student = _averaging(model, self.device) if parallel.connect() else model
-        self.student.train()
+        model.train()
+        student = _Student(model, predict)
+        self.student = _averaging(student, self.device) if parallel.connect() else student
 
     def step(self, step: int) -> dict[str, float]:
         """Take a step, or do what the guard says; returns its figures."""
@@ -208,7 +208,7 @@ class _Training:
         config = self.config
         losses: dict[str, Tensor] = {}
         with seeded(*entropy), mixed_precision(self.device, config.precision):
-            prediction = self.predict(self.student, batch.x_t, batch.t, batch.labels)
+            prediction = self.student(batch.x_t, batch.t, batch.labels)
         if config.diffusion_weight:
             x, noise, x_t, t = batch.x, batch.noise, batch.x_t, batch.t
             losses["diffusion"] = self.diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t).mean()
@@ -322,10 +322,21 @@ class _Average:
             shadow.copy_(saved)
 
 
-def _averaging(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model behind torch's data parallelism; every process begins with the main one's weights."""
+class _Student(nn.Module):
+    """A model as its host calls it, so that what averages gradients over processes stands outside of that call."""
+
+    def __init__(self, model: nn.Module, predict: Predict):
+        super().__init__()
+        self.model, self.predict = model, predict
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.predict(self.model, x_t, t, labels)
+
+
+def _averaging(student: nn.Module, device: torch.device) -> nn.Module:
+    """The same behind torch's data parallelism; every process begins with the main one's weights."""
     devices = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
 
 
 def _told(

@@ -1,0 +1,198 @@
+"""Several processes train as one does: the same curves, the same weights, one error, one writer."""
+
+import copy
+
+import pytest
+import torch
+
+from grafting import parallel
+from grafting.diffusion import Diffusion
+from grafting.distillation import DistillConfig, distill
+from grafting.errors import RunError, TrainingError
+from grafting.finetuning import FinetuneConfig, finetune
+from grafting.hosts import hosts
+from grafting.plan import Plan, Replace
+from grafting.surgery import build_operators
+from processes import run_in_processes
+from toydata import noise_images
+
+HOST = hosts()["dit"]
+RANDOM = Plan(edits=(Replace(role="attention", operator={"name": "softmax", "projections": "random"}),))
+
+
+def _finetuned(settings, until=None, state=None):
+    """The values of every step of a little stage 2, the last state and the final weights."""
+    torch.manual_seed(0)
+    teacher = HOST.tiny().eval()
+    model = copy.deepcopy(teacher)
+    with parallel.together():
+        steps = []
+        for step in finetune(
+            model,
+            noise_images(64, size=16),
+            FinetuneConfig(
+                **{"steps": 6, "batch_size": 16, "lr": 1e-2, "warmup_steps": 0, "ema_decay": 0.9} | settings
+            ),
+            predict=HOST.predict,
+            diffusion=Diffusion(),
+            classes=HOST.class_conditional(model)._replace(label_dropout=0.4),
+            blocks=[site.path for site in HOST.blocks(model)],
+            teacher=teacher,
+            state=state,
+        ):
+            steps.append(step.values)
+            if step.done == until:
+                return steps, copy.deepcopy(step.state())
+    return steps, _numbers(model)
+
+
+def _distilled(settings, until=None, state=None):
+    """The same of stage 1."""
+    torch.manual_seed(0)
+    teacher = HOST.tiny().eval()
+    operators = build_operators(teacher, RANDOM)
+    config = {"steps": 6, "batch_size": 16, "holdout": 24, "holdout_every": 3, "lr": 1e-2}
+    with parallel.together():
+        steps = []
+        for step in distill(
+            teacher,
+            operators,
+            noise_images(64, size=16),
+            DistillConfig(**config | settings),
+            roles=dict.fromkeys(operators, "attention"),
+            predict=HOST.predict,
+            diffusion=Diffusion(),
+            classes=HOST.class_conditional(teacher)._replace(label_dropout=0.4),
+            state=state,
+        ):
+            steps.append(step.values)
+            if step.done == until:
+                return steps, copy.deepcopy(step.state())
+    return steps, {path: _numbers(operator) for path, operator in operators.items()}
+
+
+def _numbers(module):
+    return {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+
+
+def _assert_same_curve(got, want, tolerance=1e-4):
+    assert [values.keys() for values in got] == [values.keys() for values in want]
+    for number, (values, wanted) in enumerate(zip(got, want, strict=True)):
+        for name in values:
+            assert values[name] == pytest.approx(wanted[name], rel=tolerance, abs=1e-7), (number, name)
+
+
+def test_two_processes_finetune_as_one():
+    settings = {"output_weight": 1.0}
+    want, _ = _finetuned(settings)
+    (first, weights), (second, others) = run_in_processes(_finetuned, settings)
+    _assert_same_curve(first, want)
+    assert first == second
+    assert weights == others
+
+
+def test_two_processes_distill_as_one():
+    want, _ = _distilled({})
+    (first, operators), (second, others) = run_in_processes(_distilled, {})
+    _assert_same_curve(first, want)
+    assert first == second
+    assert operators == others
+
+
+def test_sites_spread_over_processes_are_fitted_bit_for_bit():
+    want, operators = _distilled({})
+    for steps, fitted in run_in_processes(_distilled, {"spread": "sites"}):
+        assert steps == want
+        assert fitted == operators
+
+
+@pytest.mark.parametrize("stage", [_finetuned, _distilled])
+def test_micro_batches_change_nothing(stage):
+    _assert_same_curve(stage({"accumulate": 4})[0], stage({})[0])
+
+
+def test_micro_batches_of_two_processes():
+    want, _ = _finetuned({})
+    for steps, _ in run_in_processes(_finetuned, {"accumulate": 2}):
+        _assert_same_curve(steps, want)
+
+
+@pytest.mark.parametrize("stage", [_finetuned, _distilled])
+def test_a_batch_that_does_not_divide_is_an_error(stage):
+    name = stage.__name__
+    with pytest.raises(TrainingError, match="multiple of 1 processes x accumulate 3 = 3"):
+        stage({"accumulate": 3})
+    assert name
+    found = run_in_processes(stage, {"batch_size": 6, "accumulate": 2})
+    assert (
+        sum("6 is that of all processes together; it has to be a multiple of 2 processes" in f for f in found)
+        == 1
+    )
+    assert "SystemExit: 1" in found
+
+
+def _all_that_is_agreed_on():
+    with parallel.together():
+        here = parallel.rank()
+        tensor = torch.full((3,), float(here))
+        parallel.copy_from(1, tensor)
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([1.0, 3.0]) * here
+        parallel.average_gradients([parameter])
+        return {
+            "total": parallel.total([float(here), 10.0]),
+            "mean": parallel.mean([float(here)]),
+            "any": [parallel.any_process(here == 1), parallel.any_process(False)],
+            "broadcast": parallel.broadcast({"rank": here}),
+            "gather": parallel.gather(here),
+            "on_main": parallel.gather_on_main(here),
+            "copied": tensor.tolist(),
+            "gradient": parameter.grad.tolist(),
+            "share": list(range(5))[parallel.share()],
+        }
+
+
+def test_what_processes_agree_on():
+    first, second = run_in_processes(_all_that_is_agreed_on)
+    assert first.pop("share") == [0, 2, 4]
+    assert second.pop("share") == [1, 3]
+    assert (first.pop("on_main"), second.pop("on_main")) == ([0, 1], [1])
+    assert first == second
+    assert first == {
+        "total": [1.0, 20.0],
+        "mean": [0.5],
+        "any": [True, False],
+        "broadcast": {"rank": 0},
+        "gather": [0, 1],
+        "copied": [1.0, 1.0, 1.0],
+        "gradient": [0.5, 1.5],
+    }
+
+
+def test_one_process_needs_no_other():
+    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    assert parallel.gather("x") == ["x"]
+    assert parallel.mean([2.0]) == [2.0]
+    assert not torch.distributed.is_initialized()
+
+
+def _one_fails():
+    with parallel.together():
+        if parallel.rank() == 1:
+            raise RunError("this disk is full")
+        parallel.barrier()
+
+
+def test_one_process_error_ends_all_with_one_message():
+    assert run_in_processes(_one_fails) == ["SystemExit: 1", "RunError: this disk is full"]
+
+
+def test_processes_that_cannot_meet(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RunError, match="process 0 of 2, but they cannot meet"):
+        parallel.connect()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(RunError, match="WORLD_SIZE is 'two'"):
+        parallel.world_size()
