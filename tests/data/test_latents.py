@@ -12,6 +12,7 @@ from grafting.contract import TrainingData
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, write_latents
 from grafting.data.subset import Subset, write_subset
 from grafting.errors import DataError
+from grafting.files import sha256_of
 
 LATENTS = torch.randn(11, 4, 2, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
@@ -98,9 +99,10 @@ def test_samples_have_the_stored_mean_and_variance(tmp_path: Path):
 def test_subset_by_file_and_by_class(folder: Path, tmp_path: Path):
     write_subset(tmp_path / "s.json", Subset(source="toy train", num_classes=3, ids=(9, 2, 4)))
     latents = LatentsConfig(folder=folder, subset=tmp_path / "s.json").load()
-    assert latents.items.tolist() == [9, 2, 4]
-    assert torch.equal(latents.batch(torch.tensor([0]))[0], 0.5 * LATENTS[9:10])
-    assert latents.labels.tolist() == [0, 2, 1]
+    # sorted: what a subset's hash says is the same trains the same
+    assert latents.items.tolist() == [2, 4, 9]
+    assert torch.equal(latents.batch(torch.tensor([2]))[0], 0.5 * LATENTS[9:10])
+    assert latents.labels.tolist() == [2, 1, 0]
     drawn = LatentsConfig(folder=folder, per_class=2).load()
     assert drawn.labels.bincount().tolist() == [2, 2, 2]
 
@@ -157,9 +159,9 @@ def test_shard_of_another_shape(folder: Path):
 @pytest.mark.parametrize(
     ("ids", "source", "message"),
     [
-        ((0, 1), "other", "subset of 'other', .* holds 'toy train'"),
-        ((0, 11), "toy train", r"1 of 2 ids are no item numbers 0\.\.10"),
-        (("a.png",), "toy train", "1 of 1 ids are no item numbers"),
+        ((0, 1), "other", r"s\.json: a subset of 'other' with 3 classes does not fit 'toy train' with 3"),
+        ((0, 11), "toy train", "1 of the 2 items .* such as 11; its items are 0 to 10"),
+        (("a.png",), "toy train", "1 of the 1 items .* such as 'a.png'"),
     ],
 )
 def test_subsets_that_do_not_fit(folder: Path, tmp_path: Path, ids, source: str, message: str):
@@ -190,3 +192,25 @@ def test_writing_stops_without_an_index(tmp_path: Path):
     assert not (tmp_path / INDEX_NAME).exists()
     with pytest.raises(DataError, match="no latents to write"):
         write_latents(tmp_path, [], source="a", vae="b", scale=1.0, num_classes=1)
+
+
+def _name_items(folder: Path, names: list[str]) -> None:
+    """Gives the items of a folder names, every second one mirrored."""
+    (folder / "items.txt").write_text("".join(f"{name}\n" for name in names))
+    index = json.loads((folder / INDEX_NAME).read_text())
+    facts = {"mirrored": True, "items": {"file": "items.txt", "sha256": sha256_of(folder / "items.txt")}}
+    (folder / INDEX_NAME).write_text(json.dumps(index | facts))
+
+
+def test_a_subset_of_images_takes_their_mirror_images_along(tmp_path: Path):
+    folder = tmp_path / "latents"
+    batches = [(LATENTS[:8], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]))]
+    write_latents(folder, batches, source="toy train", vae="toy-vae", scale=0.5, num_classes=2, shard_size=3)
+    _name_items(folder, [name + end for name in ("a/0", "b/1", "a/2", "b/3") for end in ("", " mirrored")])
+    listing = LatentsConfig(folder=folder).listing()
+    assert (list(listing.ids), listing.labels.tolist()) == (["a/0", "b/1", "a/2", "b/3"], [0, 1, 0, 1])
+    # drawn on the images themselves, whose folder has another name
+    write_subset(tmp_path / "s.json", Subset(source="imagenet/train", num_classes=2, ids=("b/3", "a/0")))
+    latents = LatentsConfig(folder=folder, subset=tmp_path / "s.json").load()
+    assert latents.items.tolist() == [0, 1, 6, 7]
+    assert LatentsConfig(folder=folder, per_class=1).load().labels.bincount().tolist() == [2, 2]

@@ -1,13 +1,27 @@
 """Subsets: how they are drawn, what their hash sees, what their file refuses."""
 
 import json
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from grafting.data.subset import Subset, read_subset, stratified_subset, subset_sha256, write_subset
+from grafting.data import DataConfig
+from grafting.data.bundled import BundledSubsetConfig
+from grafting.data.images import ImageFolderConfig
+from grafting.data.subset import (
+    Listing,
+    PartialData,
+    Subset,
+    read_subset,
+    stratified_subset,
+    subset_sha256,
+    write_subset,
+)
 from grafting.errors import DataError
 
 LABELS = torch.tensor([2, 0, 1, 0, 1, 2, 2, 0, 1, 0])
@@ -44,7 +58,11 @@ def test_all_of_a_class_may_be_asked_for():
 @pytest.mark.parametrize(
     ("labels", "per_class", "message"),
     [
-        (LABELS, 4, "asked for 4 items of every class, found class 0: 4, class 1: 3, class 2: 3"),
+        (
+            LABELS,
+            4,
+            "asked for 4 items of every class, but 2 of 3 classes have fewer: class 1: 3, class 2: 3",
+        ),
         (LABELS, 0, "per_class must be at least 1, found 0"),
         (LABELS[:0], 1, "found no items"),
     ],
@@ -86,6 +104,7 @@ def _changed(content: dict, **changes) -> str:
         (lambda c: json.dumps({"ids": [1]}), "is not a subset file .*'source'"),
         (lambda c: _changed(c, ids=[1, "a"]), "is not a subset file"),
         (lambda c: _changed(c, ids=[9, 1, 5]), "was changed: it says sha256 .* its 3 ids have"),
+        (lambda c: _changed(c, ids=[]), "names no items"),
         (lambda c: _changed(c, ids=[9, 1, 4, 4]), "names 1 ids more than once"),
     ],
 )
@@ -100,3 +119,139 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no subset file .*none\.json"):
         read_subset(tmp_path / "none.json")
+
+
+def _listing(labels: torch.Tensor = LABELS, **facts) -> Listing:
+    given = {"source": "digits train", "num_classes": 3, "ids": range(len(labels))} | facts
+    return Listing(read_labels=lambda: labels, **given)
+
+
+def test_draw_of_a_listing_is_the_stratified_subset():
+    subset = _listing().draw(per_class=2, seed=4)
+    assert list(subset.ids) == stratified_subset(LABELS, per_class=2, seed=4).tolist()
+    assert (subset.source, subset.num_classes, subset.drawn) == (
+        "digits train",
+        3,
+        "2 of every class, seed 4",
+    )
+
+
+def test_a_larger_draw_holds_the_smaller_one():
+    labels = torch.arange(10).repeat(50)
+    small, large = (set(_listing(labels, num_classes=10).draw(per_class=n).ids) for n in (5, 20))
+    assert small < large
+
+
+def test_fraction_is_of_each_class():
+    labels = torch.tensor([0] * 10 + [1] * 25 + [2] * 40)
+    subset = _listing(labels).draw(fraction=0.1)
+    # halves go to the even number: 2.5 to 2
+    assert labels[list(subset.ids)].bincount().tolist() == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "one of the two"),
+        ({"per_class": 1, "fraction": 0.5}, "one of the two"),
+        ({"fraction": 1.5}, "above 0 and at most 1, found 1.5"),
+        ({"fraction": 0.1}, "a fraction of 0.1 leaves nothing of class 0: 4, class 1: 3, class 2: 3"),
+        ({"per_class": 4}, "3 of 4 classes have fewer: class 1: 3, class 2: 3, class 3: 0"),
+    ],
+)
+def test_what_cannot_be_drawn_of_a_listing_is_refused(how, message):
+    with pytest.raises(DataError, match=message):
+        _listing(num_classes=4 if "per_class" in how else 3).draw(**how)
+
+
+def test_only_the_first_of_many_classes_are_named():
+    with pytest.raises(
+        DataError, match=r"but 1000 of 1000 classes have fewer: class 0: 1, .*, and 980 more$"
+    ):
+        _listing(torch.arange(1000), num_classes=1000).draw(per_class=2)
+
+
+def test_places_are_sorted_whatever_the_order_of_the_file():
+    listing = _listing(ids=tuple("badcfehgji"))
+    places = [listing.places(Subset(source="x", num_classes=3, ids=ids)) for ids in (("c", "b"), ("b", "c"))]
+    assert places[0].tolist() == places[1].tolist() == [0, 3]
+
+
+def test_copies_of_an_item_come_along():
+    listing = _listing(copies=2)
+    places = listing.places(Subset(source="digits train", num_classes=3, ids=(4, 0)))
+    assert places.tolist() == [0, 1, 8, 9]
+    assert listing.places_drawn(per_class=2, seed=0).tolist() == [
+        place for i in stratified_subset(LABELS, per_class=2, seed=0).tolist() for place in (2 * i, 2 * i + 1)
+    ]
+
+
+def test_a_tenth_of_imagenet_is_drawn_in_seconds():
+    counts = 732 + torch.arange(1000) * 568 // 999
+    listing = _listing(torch.arange(1000).repeat_interleave(counts), num_classes=1000)
+    subset = listing.draw(per_class=128)
+    assert len(subset.ids) == 128_000
+    assert set(listing.labels[listing.places(subset)].bincount().tolist()) == {128}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """12 images of 2 classes, of another grey each."""
+    for number in range(12):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 20 * number).save(path)
+    return tmp_path / "images"
+
+
+def test_a_run_reads_what_the_file_names_and_no_other(folder: Path, tmp_path: Path):
+    subset = Subset(source="elsewhere", num_classes=2, ids=("b/03.png", "a/10.png"))
+    write_subset(tmp_path / "s.json", subset)
+    (folder / "a" / "00.png").write_bytes(b"not an image")
+    images = ImageFolderConfig(folder=folder, size=4, channels=1, subset=tmp_path / "s.json").load()
+    assert images.images[:, 0, 0, 0].tolist() == [200, 60]
+    assert images.labels.tolist() == [0, 1]
+
+
+def test_drawing_in_the_recipe_and_by_file_are_the_same(folder: Path, tmp_path: Path):
+    config = ImageFolderConfig(folder=folder, size=4, channels=1)
+    write_subset(tmp_path / "s.json", config.listing().draw(per_class=3))
+    by_file = config.model_copy(update={"subset": tmp_path / "s.json"})
+    assert by_file.describe() == config.model_copy(update={"per_class": 3}).describe()
+    assert by_file.describe() != config.describe()
+
+
+def test_another_subset_than_the_recipe_says_is_refused_with_both_hashes(folder: Path, tmp_path: Path):
+    first, second = (Subset(source="x", num_classes=2, ids=(name,)) for name in ("a/00.png", "a/02.png"))
+    write_subset(tmp_path / "s.json", first)
+    facts = {"folder": folder, "size": 4, "subset": tmp_path / "s.json"}
+    pinned = ImageFolderConfig(**facts).pinned()
+    assert pinned == ImageFolderConfig(**facts, subset_sha256=first.sha256)
+    assert len(pinned.load()) == 1
+    write_subset(tmp_path / "s.json", second)
+    with pytest.raises(DataError, match=f"has sha256 {second.sha256}, the recipe asks for {first.sha256}"):
+        pinned.load()
+
+
+def test_every_config_takes_a_subset(tmp_path: Path):
+    # numbers in Fashion-MNIST's training set, of which the bundled images are a part
+    drawn = BundledSubsetConfig().listing().draw(per_class=2, seed=1)
+    write_subset(tmp_path / "s.json", drawn)
+    images = BundledSubsetConfig(subset=tmp_path / "s.json", subset_sha256=drawn.sha256).load()
+    assert images.labels.bincount().tolist() == [2] * 10
+    assert drawn.source == "fashion-mnist train"
+    for member in get_args(get_args(DataConfig)[0]):
+        assert issubclass(member, PartialData)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"subset": "s.json", "per_class": 1}, "both a subset file and per_class"),
+        ({"subset_sha256": "0" * 64}, "names no subset file"),
+        ({"per_class": 7}, "asked for 7 items of every class, but 2 of 2 classes have fewer"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(folder: Path, facts, message):
+    with pytest.raises(DataError, match=message):
+        ImageFolderConfig(folder=folder, size=4, **facts).load()

@@ -11,11 +11,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from ..errors import DataError
 from ..files import sha256_of
 from ..models.classifier import Classifier, load_classifier
 from .images import ImageSet, ImageSource
+from .subset import Listing, read_subset
 
 # what protocols call the bundled feature network and reference
 CLASSIFIER_NAME = "testbed-classifier"
@@ -27,8 +30,19 @@ class BundledSubsetConfig(ImageSource):
 
     name: Literal["testbed-subset"] = "testbed-subset"
 
-    def read(self) -> ImageSet:
-        return bundled_subset()
+    def listing(self) -> Listing:
+        """By their numbers in Fashion-MNIST's training set, so that a subset of these is one of all as well."""
+        subset = read_subset(bundled_subset_file())
+        return Listing(
+            source=subset.source,
+            num_classes=subset.num_classes,
+            ids=subset.ids,
+            read_labels=lambda: bundled_subset().labels,
+        )
+
+    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+        images = bundled_subset()
+        return images if places is None else images.take(places)
 
 
 def bundled_subset() -> ImageSet:

@@ -6,7 +6,7 @@ Each source is also a config, so that a recipe can name it. Latents of large dat
 import gzip
 import hashlib
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from ..errors import DataError
-from .subset import stratified_subset
+from .subset import Listing, PartialData
 
 FASHION_MNIST_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -63,18 +63,14 @@ class ImageSet:
         return digest.hexdigest()
 
 
-class ImageSource(BaseModel, ABC):
+class ImageSource(PartialData):
     """Where images come from, as a recipe says it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     name: str
-    per_class: PositiveInt | None = None
-    """Of every class this many images only, drawn by seed 0; all when left out."""
 
     @abstractmethod
-    def read(self) -> ImageSet:
-        """All images, in memory.
+    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+        """The images at these places of the data set, or all, in memory.
 
         Raises:
             DataError: something is missing or damaged.
@@ -84,12 +80,10 @@ class ImageSource(BaseModel, ABC):
         """The images that are asked for, in memory.
 
         Raises:
-            DataError: something is missing or damaged, or a class has too few images.
+            DataError: something is missing or damaged, a class has too few images, or the subset is another or of
+                another data set.
         """
-        images = self.read()
-        if self.per_class is None:
-            return images
-        return images.take(stratified_subset(images.labels, per_class=self.per_class, seed=0))
+        return self.read(self._places(seed=0))
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data in a run's manifest: the content's hash and not where it lies.
@@ -110,8 +104,18 @@ class FashionMnistConfig(ImageSource):
     split: Literal["train", "test"] = "train"
     """The 60,000 training images or the 10,000 test images."""
 
-    def read(self) -> ImageSet:
-        return read_fashion_mnist(self.folder, train=self.split == "train")
+    def listing(self) -> Listing:
+        labels = self.read(None).labels
+        return Listing(
+            source=f"fashion-mnist {self.split}",
+            num_classes=10,
+            ids=range(len(labels)),
+            read_labels=lambda: labels,
+        )
+
+    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+        images = read_fashion_mnist(self.folder, train=self.split == "train")
+        return images if places is None else images.take(places)
 
 
 class ImageFolderConfig(ImageSource):
@@ -125,8 +129,11 @@ class ImageFolderConfig(ImageSource):
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour; files are converted."""
 
-    def read(self) -> ImageSet:
-        return read_image_folder(self.folder, size=self.size, channels=self.channels)
+    def listing(self) -> Listing:
+        return list_image_folder(self.folder)
+
+    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+        return read_image_folder(self.folder, size=self.size, channels=self.channels, places=places)
 
 
 def read_fashion_mnist(folder: Path = FASHION_MNIST_FOLDER, *, train: bool = True) -> ImageSet:
@@ -147,20 +154,44 @@ def read_fashion_mnist(folder: Path = FASHION_MNIST_FOLDER, *, train: bool = Tru
     )
 
 
-def read_image_folder(folder: Path, *, size: int, channels: int = 3) -> ImageSet:
+def read_image_folder(
+    folder: Path, *, size: int, channels: int = 3, places: Int[Tensor, "m"] | None = None
+) -> ImageSet:
     """The images of `folder`/CLASS/*.png and *.jpg, cropped to their central square and resized to `size`.
+
+    Args:
+        places: of the images to read, in the order of `list_image_folder`; all when left out.
 
     Raises:
         DataError: no folder, no class subfolder, a class without images, or a file that is not an image.
     """
-    classes = _class_folders(folder)
-    files = [(path, label) for label, name in enumerate(classes) for path in _image_files(name)]
-    images = np.stack([_read_image(path, size, "L" if channels == 1 else "RGB") for path, _ in files])
+    listing = list_image_folder(folder)
+    if places is None:
+        places = torch.arange(len(listing.ids))
+    files = [folder / str(listing.ids[place]) for place in places.tolist()]
+    images = np.stack([_read_image(path, size, "L" if channels == 1 else "RGB") for path in files])
     return ImageSet(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor([label for _, label in files]),
-        num_classes=len(classes),
+        listing.labels[places],
+        num_classes=listing.num_classes,
         size=size,
+    )
+
+
+def list_image_folder(folder: Path) -> Listing:
+    """The images of such a folder by class and file name, in the order of both; none is read.
+
+    Raises:
+        DataError: no folder, no class subfolder, or a class without images.
+    """
+    classes = _class_folders(folder)
+    files = [_image_files(path) for path in classes]
+    counts = torch.tensor([len(each) for each in files])
+    return Listing(
+        source="/".join(folder.resolve().parts[-2:]),
+        num_classes=len(classes),
+        ids=[f"{path.parent.name}/{path.name}" for each in files for path in each],
+        read_labels=lambda: torch.arange(len(classes)).repeat_interleave(counts),
     )
 
 

@@ -6,7 +6,7 @@ and are applied as they are read.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..errors import DataError
 from ..files import atomic_path, hash_json, sha256_of, write_json
 from ..randomness import item_noise
 from .shards import ShardFile
-from .subset import read_subset, stratified_subset, subset_sha256
+from .subset import Listing, PartialData, subset_sha256
 
 INDEX_NAME = "latents.json"
 
@@ -85,18 +85,15 @@ class LatentIndex(BaseModel):
         return sum(shard.count for shard in self.shards)
 
 
-class LatentsConfig(BaseModel):
-    """Latents in a folder that `write_latents` filled, or a part of them."""
+class LatentsConfig(PartialData):
+    """Latents in a folder that `write_latents` filled, or a part of them.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Where items have names a subset is of images, and takes the mirrored ones along.
+    """
 
     name: Literal["latents"] = "latents"
     folder: Path
     """Folder of the shards and their index."""
-    subset: Path | None = None
-    """A subset file of item numbers; all items when left out."""
-    per_class: PositiveInt | None = None
-    """Instead of a file: this many items of every class, drawn by `seed`."""
     seed: NonNegativeInt = 0
     """Of the draw of `per_class`, and of samples from stored means and variances: one for each item, always the same."""
     verify: bool = True
@@ -108,11 +105,30 @@ class LatentsConfig(BaseModel):
         Raises:
             DataError: the folder, the index or a shard is missing or damaged, or the subset is of another data set.
         """
-        index = read_index(self.folder)
-        latents = LatentSet(self.folder, index, torch.arange(index.count), seed=self.seed)
-        latents = latents.take(self._chosen(latents))
+        latents, places = self._whole(), self._places(seed=self.seed)
+        if places is not None:
+            latents = latents.take(places)
         latents.check(hashes=self.verify)
         return latents
+
+    def listing(self) -> Listing:
+        latents = self._whole()
+        index, copies = latents.index, 1
+        ids: Sequence[int] | Sequence[str] = range(index.count)
+        if index.items is not None:
+            copies = 2 if index.mirrored else 1
+            ids = read_item_names(self.folder, index)[::copies]
+        return Listing(
+            source=index.source,
+            num_classes=index.num_classes,
+            ids=ids,
+            read_labels=lambda: latents.labels[::copies],
+            copies=copies,
+        )
+
+    def _whole(self) -> "LatentSet":
+        index = read_index(self.folder)
+        return LatentSet(self.folder, index, torch.arange(index.count), seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data in a run's manifest: hashes of the index and of the chosen items, not where they lie."""
@@ -125,26 +141,6 @@ class LatentsConfig(BaseModel):
             "count": len(latents),
             "seed": self.seed,
         }
-
-    def _chosen(self, latents: "LatentSet") -> Int[Tensor, "m"]:
-        if self.per_class is not None:
-            if self.subset is not None:
-                raise DataError("data names both a subset file and per_class: give one of them")
-            return stratified_subset(latents.labels, per_class=self.per_class, seed=self.seed)
-        if self.subset is None:
-            return latents.items
-        subset, index = read_subset(self.subset), latents.index
-        if subset.source != index.source:
-            raise DataError(
-                f"{self.subset} is a subset of {subset.source!r}, {self.folder} holds {index.source!r}"
-            )
-        numbers = [i for i in subset.ids if isinstance(i, int) and 0 <= i < index.count]
-        if len(numbers) < len(subset.ids):
-            raise DataError(
-                f"{self.subset}: {len(subset.ids) - len(numbers)} of {len(subset.ids)} ids are no item numbers "
-                f"0..{index.count - 1} of {self.folder}"
-            )
-        return torch.tensor(numbers)
 
 
 class LatentSet:
