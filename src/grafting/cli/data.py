@@ -1,6 +1,19 @@
 """Commands on data: latents of images, and subsets."""
 
+import datetime
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from ..display import follow, say
+from ..errors import DataError
+from ._shared import out
+
+if TYPE_CHECKING:
+    from ..contract import Step
+    from ..data.sources import ImageStream
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,3 +25,224 @@ app = typer.Typer(
 @app.callback()
 def _data() -> None:
     """Make latents of images, and draw subsets."""
+
+
+@app.command()
+def latents(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of latents.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images, a subfolder a class, as ImageNet's.")
+    ] = None,
+    tars: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Images in WebDataset tars: a tar or a folder of them."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Images of a data set of `datasets`: owner/name, or a folder."),
+    ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Latents as the authors published them: tars, or unpacked."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of --dataset.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Commit of --dataset on the Hub.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the data. [dim]By default the last two parts of the path.[/]")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="[dim]By default one more than the highest label.[/]")
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="Autoencoder: a folder, or owner/name. [dim]By default stabilityai/sd-vae-ft-ema.[/]"
+        ),
+    ] = None,
+    vae_revision: Annotated[str | None, typer.Option(help="Commit of the autoencoder on the Hub.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side of the central crop. [dim]By default 256.[/]")
+    ] = None,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Encode each image mirrored as well, as an item of its own.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="What is stored: fp16, bf16 or fp32.")] = "fp16",
+    precision: Annotated[
+        str | None, typer.Option(help="What the encoder computes in: fp32 or bf16. [dim]By default fp32.[/]")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 2048,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time. [dim]By default 32.[/]")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 4,
+    max_unreadable: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of images that may be unreadable. [dim]By default 0.001.[/]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes; write nothing.")] = False,
+) -> None:
+    """Encode images with an autoencoder, once, into shards that training reads: means and log variances.
+
+    What is done already is not done again, and several processes share the work.
+
+    [dim]$ grafting data latents latents/train --images imagenet/train --dry-run[/]
+
+    [dim]$ torchrun --nproc-per-node 8 -m grafting data latents latents/train --images imagenet/train[/]
+    """
+    given = {"--images": images, "--tars": tars, "--dataset": dataset, "--published": published}
+    asked = [option for option, value in given.items() if value is not None]
+    if len(asked) != 1:
+        raise DataError(
+            f"give one source of {', '.join(given)}; found {' and '.join(asked) if asked else 'none'}"
+        )
+    settings = {
+        "size": size,
+        "mirrored": flip or None,
+        "precision": precision,
+        "batch_size": batch_size,
+        "max_unreadable": max_unreadable,
+    }
+    settings = {key: value for key, value in settings.items() if value is not None}
+    stored = {"dtype": dtype, "shard_size": shard_size}
+    if published is not None:
+        encoder = settings | {"vae": vae, "vae_revision": vae_revision, "name": name}
+        refused = [key for key, value in encoder.items() if value is not None]
+        if refused:
+            raise DataError(
+                f"published latents are encoded already: --published goes without {', '.join(sorted(refused))}"
+            )
+        _import(published, folder, stored, num_classes=num_classes, dry_run=dry_run)
+        return
+    stream = _stream(
+        images, tars, dataset, split=split, revision=revision, num_classes=num_classes, name=name
+    )
+    _encode(
+        stream,
+        folder,
+        settings | stored,
+        vae=vae or "stabilityai/sd-vae-ft-ema",
+        vae_revision=vae_revision,
+        workers=workers,
+        dry_run=dry_run,
+    )
+
+
+def _stream(
+    images: Path | None,
+    tars: Path | None,
+    dataset: str | None,
+    *,
+    split: str,
+    revision: str | None,
+    num_classes: int | None,
+    name: str | None,
+) -> "ImageStream":
+    from ..data.sources import image_dataset, image_folder, image_tars
+
+    if images is not None:
+        if num_classes is not None:
+            raise DataError("--num-classes does not go with --images, whose subfolders are the classes")
+        return image_folder(images, name=name)
+    if tars is not None:
+        return image_tars(tars, num_classes=num_classes, name=name)
+    assert dataset is not None
+    return image_dataset(dataset, split=split, revision=revision, num_classes=num_classes, name=name)
+
+
+def _encode(
+    stream: "ImageStream",
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    vae: str,
+    vae_revision: str | None,
+    workers: int,
+    dry_run: bool,
+) -> None:
+    from ..autoencoder import load_autoencoder
+    from ..devices import default_device
+    from ..encoding import EncodingConfig, encode, forecast
+    from ..parallel import is_main, rank, world_size
+
+    config = EncodingConfig.model_validate(settings)
+    encoder = load_autoencoder(vae, revision=vae_revision, device=default_device())
+    if is_main():
+        found = forecast(stream, encoder, config, folder, workers=workers)
+        _say_amount(
+            f"{found.num_images:,} images of {stream.num_classes:,} classes, of {stream.name}",
+            items=found.num_items,
+            shards=found.num_shards,
+            images_left=found.images_left,
+            needed=found.bytes_left,
+            free=found.bytes_free,
+        )
+        seconds = found.images_left * found.seconds_an_image / world_size()
+        duration = datetime.timedelta(seconds=round(seconds))
+        say(
+            out,
+            f"A first batch took {found.seconds_an_image:.3g} s an image (decoding {found.decode_seconds:.3g} with "
+            f"{workers} threads, encoding {found.encode_seconds:.3g} on {encoder.device}): about {duration} with "
+            f"{world_size()} process{'' if world_size() == 1 else 'es'}",
+        )
+    if not dry_run:
+        _fill(
+            folder,
+            encode(stream, encoder, config, folder, workers=workers, rank=rank(), world_size=world_size()),
+        )
+
+
+def _import(
+    source: Path, folder: Path, stored: dict[str, Any], *, num_classes: int | None, dry_run: bool
+) -> None:
+    from ..data.published import ImportConfig, import_published, import_target, open_published
+    from ..parallel import is_main, rank, world_size
+
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    config = ImportConfig.model_validate(stored | classes)
+    found = open_published(source)
+    if is_main():
+        target = import_target(found, folder, config)
+        target.check()
+        needed, free = target.check_space()
+        _say_amount(
+            f"{len(found):,} published latents, of {found.name}",
+            items=len(found),
+            shards=target.num_shards,
+            images_left=needed // target.image_bytes,
+            needed=needed,
+            free=free,
+        )
+    if not dry_run:
+        _fill(folder, import_published(found, folder, config, rank=rank(), world_size=world_size()))
+
+
+def _say_amount(what: str, *, items: int, shards: int, images_left: int, needed: int, free: int) -> None:
+    say(out, what)
+    say(
+        out,
+        f"{items:,} items in {shards:,} shards; {images_left:,} images are to be done, {needed / 1e9:.3g} GB, "
+        f"{free / 1e9:.3g} GB are free",
+    )
+
+
+def _fill(folder: Path, steps: "Iterable[Step]") -> None:
+    """Carries out this process's share of a work; the main process shows it."""
+    from ..data.latents import INDEX_NAME, read_index
+    from ..parallel import is_main
+
+    if not is_main():
+        for _ in steps:
+            pass
+    else:
+        with follow(out) as on_step:
+            for step in steps:
+                on_step("latents", step)
+    # said by whoever was last
+    if (folder / INDEX_NAME).is_file():
+        index = read_index(folder)
+        missing = (
+            f"; {index.unreadable} unreadable images are listed in unreadable.txt" if index.unreadable else ""
+        )
+        say(out, f"Latents: {folder}, {index.count:,} items in {len(index.shards):,} shards{missing}")
+    else:
+        say(out, "This process is done; others still work, or have to be started again")

@@ -1,0 +1,265 @@
+"""A folder of latents while it is filled, shard by shard, by any number of processes that see the same files.
+
+A shard covers fixed images, whatever else was done, and its bytes depend on the work's facts alone. It is done when its record,
+with its checksum, lies in `shards/`; so a process that is killed loses the shard it was at, and whoever goes on finds the
+rest. The index is written last, by whoever finds every record: a folder with an index is complete.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DataError, RunError
+from ..files import atomic_path, sha256_of, write_bytes, write_json
+from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
+
+FORMAT = 1
+WORK_NAME = "work.json"
+NAMES_NAME = "items.txt"
+UNREADABLE_NAME = "unreadable.txt"
+RECORDS_NAME = "shards"
+
+Dtype = Literal["fp16", "bf16", "fp32"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+_LABEL_BYTES = 4
+
+
+class Record(BaseModel):
+    """What became of a shard's images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: Shard | None  # None where no image could be read
+    names: tuple[str, ...]  # of the items, in their order
+    unreadable: dict[str, str] = {}  # name of an image, and why it is left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFolder:
+    """A folder of latents to fill with `num_images` images, `per_shard` of them a shard."""
+
+    folder: Path
+    facts: Mapping[str, Any]  # all that the shards' bytes depend on, as JSON
+    num_images: int
+    per_shard: int
+    shape: tuple[int, int, int]  # of an item as it is stored
+    dtype: Dtype
+    num_classes: int
+    items_per_image: int = 1
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.per_shard)
+
+    def images_of(self, number: int) -> range:
+        """The images that a shard covers."""
+        return range(number * self.per_shard, min((number + 1) * self.per_shard, self.num_images))
+
+    def check(self) -> None:
+        """Raises a RunError if the folder holds anything else than a part of this work, and says what differs."""
+        if not self.folder.exists():
+            return
+        path = self.folder / WORK_NAME
+        if not self.folder.is_dir() or (not path.is_file() and any(self.folder.glob("[!.]*"))):
+            raise RunError(
+                f"{self.folder} exists and is not a folder of latents that was begun: name another, or empty it"
+            )
+        if not path.is_file():
+            return
+        try:
+            found = _flat(json.loads(path.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{path} is damaged: {error}. Name another folder, or empty this one") from error
+        asked = _flat(self.facts)
+        differing = [key for key in asked | found if asked.get(key) != found.get(key)]
+        if differing:
+            lines = [
+                f"{key}: asked {asked.get(key)!r}, found {found.get(key)!r}" for key in sorted(differing)
+            ]
+            raise RunError(
+                "\n  ".join(
+                    [
+                        f"{self.folder} holds latents of another work; name another folder, or empty it:",
+                        *lines,
+                    ]
+                )
+            )
+
+    def check_space(self) -> tuple[int, int]:
+        """Bytes that the shards still to be written take, and bytes that are free.
+
+        Raises:
+            RunError: they do not fit.
+        """
+        left = [number for number in range(self.num_shards) if not self._record_path(number).is_file()]
+        needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
+        free = shutil.disk_usage(_existing(self.folder)).free
+        if needed > free:
+            raise RunError(
+                f"{self.folder}: {needed / 1e9:.1f} GB are still to be written and {free / 1e9:.1f} GB are free; "
+                "name a folder on another disk, or a smaller dtype"
+            )
+        return needed, free
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes on disk an image."""
+        values = torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+        return self.items_per_image * (values + _LABEL_BYTES)
+
+    def begin(self, *, rank: int, world_size: int) -> list[int]:
+        """The shards of this process that are still to do: of those with number % world_size == rank.
+
+        A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
+
+        Raises:
+            RunError: the folder holds something else, or cannot be written.
+        """
+        self.check()
+        write_json(self.folder / WORK_NAME, dict(self.facts))
+        own = range(rank, self.num_shards, world_size)
+        for path in self.folder.glob(".latents-*.partial"):
+            found = re.match(r"\.latents-(\d+)\.", path.name)
+            if found and int(found[1]) in own:
+                path.unlink(missing_ok=True)
+        return [number for number in own if not self._is_done(number)]
+
+    def write(
+        self,
+        number: int,
+        latents: Float[Tensor, "n c h w"],
+        labels: Sequence[int],
+        *,
+        names: Sequence[str],
+        unreadable: Mapping[str, str],
+    ) -> None:
+        """Write a shard and then its record.
+
+        Raises:
+            DataError: latents that are not finite in this dtype, or a label that is no class. RunError: a full disk.
+        """
+        assert len(latents) == len(labels) == len(names)
+        stored = latents.to(DTYPES[self.dtype]).contiguous()
+        self._check_items(stored, labels, names)
+        path = self.folder / f"latents-{number:05}.safetensors"
+        shard = None
+        if len(labels):
+            with atomic_path(path) as temporary:
+                save_file(
+                    {"latents": stored, "labels": torch.tensor(labels, dtype=torch.int32)},
+                    temporary,
+                )
+            shard = Shard(
+                file=path.name, count=len(labels), bytes=path.stat().st_size, sha256=sha256_of(path)
+            )
+        record = Record(shard=shard, names=tuple(names), unreadable=dict(unreadable))
+        write_json(self._record_path(number), record.model_dump(mode="json"))
+
+    def finish(self, facts: Mapping[str, Any], *, max_unreadable: int) -> LatentIndex | None:
+        """Write the index if every shard is done, else do nothing: another process is still at work, or was stopped.
+
+        Args:
+            facts: fields of the index that are not of the shards.
+
+        Raises:
+            DataError: more unreadable images than `max_unreadable`, or not one that is readable.
+        """
+        found = [self._read_record(number) for number in range(self.num_shards)]
+        records = [record for record in found if record is not None]
+        if len(records) < self.num_shards:
+            return None
+        unreadable = {name: reason for record in records for name, reason in record.unreadable.items()}
+        if unreadable:
+            lines = "".join(f"{_line(name)}\t{_line(reason)}\n" for name, reason in unreadable.items())
+            write_bytes(self.folder / UNREADABLE_NAME, lines.encode())
+        self.check_unreadable(unreadable, max_unreadable)
+        shards = tuple(record.shard for record in records if record.shard is not None)
+        if not shards:
+            raise DataError(f"no image of {self.num_images} could be read; see {UNREADABLE_NAME}")
+        names = self.folder / NAMES_NAME
+        write_bytes(names, "".join(f"{_line(name)}\n" for r in records for name in r.names).encode())
+        index = LatentIndex(
+            dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
+            shape=self.shape,
+            num_classes=self.num_classes,
+            shards=shards,
+            mirrored=self.items_per_image == 2,
+            unreadable=len(unreadable),
+            items=ItemNames(file=NAMES_NAME, sha256=sha256_of(names)),
+            **facts,
+        )
+        write_json(self.folder / INDEX_NAME, index.model_dump(mode="json"))
+        return index
+
+    def check_unreadable(self, unreadable: Mapping[str, str], max_unreadable: int) -> None:
+        """Raises a DataError if more images than that cannot be read."""
+        if len(unreadable) > max_unreadable:
+            shown = [f"{_line(name)}: {_line(reason)}" for name, reason in list(unreadable.items())[:5]]
+            raise DataError(
+                "\n  ".join(
+                    [
+                        f"{len(unreadable)} of {self.num_images} images cannot be read, allowed are {max_unreadable}: "
+                        f"mend them and empty {self.folder}, or allow a larger share",
+                        *shown,
+                    ]
+                )
+            )
+
+    def _check_items(self, stored: Tensor, labels: Sequence[int], names: Sequence[str]) -> None:
+        bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist() if len(labels) else []
+        if bad:
+            raise DataError(
+                f"{len(bad)} latents are not finite in {self.dtype}, the first of {names[bad[0]]}: "
+                "choose a dtype of larger range (bf16, fp32), or look at the autoencoder"
+            )
+        wrong = [i for i, label in enumerate(labels) if not 0 <= label < self.num_classes]
+        if wrong:
+            raise DataError(
+                f"labels are 0..{self.num_classes - 1}, found {labels[wrong[0]]} of {names[wrong[0]]}"
+            )
+
+    def _is_done(self, number: int) -> bool:
+        record = self._read_record(number)
+        if record is None or record.shard is None:
+            return record is not None
+        path = self.folder / record.shard.file
+        return path.is_file() and sha256_of(path) == record.shard.sha256
+
+    def _read_record(self, number: int) -> Record | None:
+        """None if there is none, or one that is damaged: the shard is then done again."""
+        try:
+            return Record.model_validate_json(self._record_path(number).read_text())
+        except (FileNotFoundError, ValidationError, ValueError):
+            return None
+
+    def _record_path(self, number: int) -> Path:
+        return self.folder / RECORDS_NAME / f"{number:05}.json"
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested facts by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+def _line(text: str) -> str:
+    """A text on one line."""
+    return " ".join(text.splitlines()) if text.splitlines() != [text] else text

@@ -1,0 +1,319 @@
+"""Streams of encoded images with labels and ids: an image folder as ImageNet's, WebDataset tars, a data set of the Hub.
+
+Images are numbered in an order that depends on names and not on the file system, and each is read on its own, so that any
+process can start anywhere. Nothing is unpacked. `centre_crop` is what ADM and DiT do to an image before they train on it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from ..errors import DataError, MissingBackend
+from .images import IMAGE_SUFFIXES
+from .tars import Member, members, tar_files
+
+# what a WebDataset calls an item's class
+_LABEL_SUFFIXES = frozenset({".cls", ".json"})
+# what Pillow's readers raise besides OSError when they meet bytes that make no sense
+_NOT_AN_IMAGE = (
+    ValueError, TypeError, LookupError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+_MOST_PIXELS = 1 << 28
+_LONGEST_LABEL = 1 << 20  # bytes; a class is a number, and the JSON beside an image some facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStream:
+    """Encoded images by number, with labels and ids."""
+
+    name: str  # of the data set and split, as subsets and indexes say it
+    ids: Sequence[str]
+    labels: Sequence[int]
+    num_classes: int
+    read: Callable[[int], bytes]  # the encoded image of a number; threads may call it at once
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of ids and labels in their order; pixels are not read."""
+        lines = (f"{name}\t{label}\n" for name, label in zip(self.ids, self.labels, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def crop(self, number: int, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """The image of a number, cropped.
+
+        Raises:
+            OSError: it cannot be read, or is not an image; the message says why.
+        """
+        return centre_crop(decode(self.read(number)), size)
+
+
+def decode(content: bytes) -> Image.Image:
+    """An image in RGB; grey, palette and CMYK files are converted, an orientation in EXIF is not applied.
+
+    Raises:
+        OSError: not an image, cut short, or too large to be one.
+
+    Source: facebookresearch/DiT `train.py`, which reads with torchvision's `ImageFolder`; it does both in this way.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            return file.convert("RGB")
+    except _NOT_AN_IMAGE as error:
+        raise OSError(f"not an image: {error}") from error
+
+
+def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The central square of an image, scaled: halved while the short side is twice `size` or more, then made to fit.
+
+    Raises:
+        OSError: so long and narrow that what is cut away would fill the memory.
+
+    Source: openai/guided-diffusion `image_datasets.py::center_crop_arr`, which DiT took over.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    shape = (round(image.width * scale), round(image.height * scale))
+    if shape[0] * shape[1] > _MOST_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels are too long and narrow to crop to {size}")
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def image_folder(folder: Path, *, name: str | None = None) -> ImageStream:
+    """The images of `folder`/CLASS/*, by class name and file name; classes are numbered in the order of their names.
+
+    Args:
+        name: of the data set; by default the last two parts of the path.
+
+    Raises:
+        DataError: no folder, no class subfolder, or a class without images.
+    """
+    classes = _subfolders(folder)
+    ids: list[str] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(classes):
+        files = _images_in(folder / class_name)
+        ids += [f"{class_name}/{file}" for file in files]
+        labels += [label] * len(files)
+    return ImageStream(
+        name=name or _name_of(folder),
+        ids=ids,
+        labels=labels,
+        num_classes=len(classes),
+        read=lambda number: (folder / ids[number]).read_bytes(),
+    )
+
+
+def image_tars(source: Path, *, num_classes: int | None = None, name: str | None = None) -> ImageStream:
+    """The images of a WebDataset: a tar or a folder of them, by tar name and by place in the tar; read where they lie.
+
+    An image `KEY.jpg` or `KEY.png` has its class in `KEY.cls`, a number, or in `KEY.json` under `cls` or `label`. All headers
+    are read first (about a minute a million members); the images later, one by one.
+
+    Args:
+        num_classes: by default one more than the highest label.
+
+    Raises:
+        DataError: no tar, a damaged or compressed tar, an image without a class, or two of one key.
+    """
+    ids: list[str] = []
+    labels: list[int] = []
+    places: list[Member] = []
+    for tar in tar_files(source):
+        for key, image, label in _tar_items(tar):
+            ids.append(f"{tar.stem}/{key}")
+            labels.append(label)
+            places.append(image)
+    if not ids:
+        raise DataError(
+            f"no image in the tars of {source}: members that end in {_listed(IMAGE_SUFFIXES)} are read"
+        )
+    return ImageStream(
+        name=name or _name_of(source),
+        ids=ids,
+        labels=labels,
+        num_classes=_count_classes(labels, num_classes, source),
+        read=lambda number: places[number].read(),
+    )
+
+
+def image_dataset(
+    source: str | Path,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    num_classes: int | None = None,
+    name: str | None = None,
+) -> ImageStream:
+    """The images of a data set of `datasets`: `owner/name` on the Hub, a folder of its files, or one of `save_to_disk`.
+
+    It needs one column of images and one of classes: a `ClassLabel`, or whole numbers called `label`.
+
+    Args:
+        revision: commit on the Hub.
+        num_classes: by default those that the column names, else one more than the highest label.
+
+    Raises:
+        MissingBackend: `datasets` is not installed. DataError: no such data set or split, or its columns do not fit.
+    """
+    table = _open_dataset(source, split=split, revision=revision)
+    image_column, label_column = _columns(table, source)
+    labels = [int(label) for label in table[label_column]]
+    named = getattr(table.features[label_column], "num_classes", None)
+    lock = threading.Lock()
+    rows = table.select_columns([image_column])
+
+    def read(number: int) -> bytes:
+        with lock:
+            cell = rows[number][image_column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    return ImageStream(
+        name=name or f"{source if not Path(source).exists() else _name_of(Path(source))} {split}",
+        ids=[f"{split}/{number}" for number in range(len(labels))],
+        labels=labels,
+        num_classes=_count_classes(labels, num_classes or named, source),
+        read=read,
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: give a folder with one subfolder of images per class")
+    with os.scandir(folder) as entries:
+        found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not found:
+        raise DataError(f"{folder} has no subfolder: put each class's images in a subfolder of its own")
+    return found
+
+
+def _images_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        found = sorted(e.name for e in entries if _is_image(e.name))
+    if not found:
+        raise DataError(f"{folder} has no image; files that end in {_listed(IMAGE_SUFFIXES)} are read")
+    return found
+
+
+def _is_image(name: str) -> bool:
+    """By the name's end; hidden files, such as macOS leaves beside each file, are none."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+
+
+def _tar_items(tar: Path) -> Iterator[tuple[str, Member, int]]:
+    """Key, image and class of every item of a tar, in its order."""
+    images: dict[str, Member] = {}
+    labels: dict[str, int] = {}
+    for path, member in members(tar):
+        # a key is all before the first dot of the file name
+        base = os.path.basename(path)
+        suffix = base[base.find(".") :].lower() if "." in base[1:] else ""
+        key = path.removesuffix(base) + base[: len(base) - len(suffix)]
+        if suffix in IMAGE_SUFFIXES and not base.startswith("."):
+            if key in images:
+                raise DataError(f"{tar} holds two images of the key {key}")
+            images[key] = member
+        elif suffix in _LABEL_SUFFIXES and key not in labels:
+            label = _label_in(member, suffix, tar=tar, key=key)
+            if label is not None:
+                labels[key] = label
+    bare = [key for key in images if key not in labels]
+    if bare:
+        raise DataError(
+            f"{len(bare)} of {len(images)} images in {tar} have no class, the first is {bare[0]}: a member KEY.cls with "
+            f"a number, or KEY.json with `cls` or `label`, has to say it"
+        )
+    for key, image in images.items():
+        yield key, image, labels[key]
+
+
+def _label_in(member: Member, suffix: str, *, tar: Path, key: str) -> int | None:
+    """The class in a small member; None if its JSON does not say one."""
+    if member.size > _LONGEST_LABEL:
+        raise DataError(f"{tar}: {key}{suffix} has {member.size} bytes, too many for a class")
+    text = member.read().decode("utf-8", errors="replace").strip()
+    try:
+        if suffix == ".cls":
+            return int(text)
+        facts = json.loads(text)
+        label = next((facts[name] for name in ("cls", "label") if name in facts), None)
+        return None if label is None else int(label)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{tar}: {key}{suffix} holds no class number: {text[:40]!r}") from error
+
+
+def _open_dataset(source: str | Path, *, split: str, revision: str | None) -> Any:
+    """The data set, whose images are not decoded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingBackend(
+            f"the data set {source} is read with `datasets`: pip install 'grafting[data]'"
+        ) from error
+    folder = Path(source)
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(str(folder))
+            if isinstance(table, datasets.DatasetDict):
+                table = table[split]
+        else:
+            table = datasets.load_dataset(str(source), split=split, revision=revision)
+    except (OSError, ValueError, KeyError, ConnectionError, RuntimeError) as error:
+        raise DataError(f"cannot open split {split!r} of the data set {source}: {error}") from error
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def _columns(table: Any, source: str | Path) -> tuple[str, str]:
+    """The names of the column of images and of the column of classes."""
+    kinds = {column: type(feature).__name__ for column, feature in table.features.items()}
+    images = [column for column, kind in kinds.items() if kind == "Image"]
+    classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+    if not classes and str(getattr(table.features.get("label"), "dtype", "")).startswith(("int", "uint")):
+        classes = ["label"]
+    if len(images) != 1 or len(classes) != 1:
+        found = ", ".join(f"{column}: {kind}" for column, kind in kinds.items())
+        raise DataError(
+            f"the data set {source} needs one column of images and one of classes (ClassLabel, or whole numbers called "
+            f"label); found {found}"
+        )
+    return images[0], classes[0]
+
+
+def _count_classes(labels: Sequence[int], num_classes: int | None, source: str | Path) -> int:
+    lowest, highest = min(labels, default=0), max(labels, default=0)
+    if lowest < 0 or (num_classes is not None and highest >= num_classes):
+        allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
+        raise DataError(f"labels of {source} are {lowest}..{highest}, allowed are {allowed}")
+    return num_classes or highest + 1
+
+
+def _name_of(path: Path) -> str:
+    """The last two parts of a path, without a tar's ending: `imagenet/train`."""
+    parts = path.resolve().with_suffix("").parts if path.suffix == ".tar" else path.resolve().parts
+    return "/".join(part for part in parts[-2:] if part != os.sep)
+
+
+def _listed(suffixes: frozenset[str]) -> str:
+    return ", ".join(sorted(suffixes))
