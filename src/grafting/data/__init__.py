@@ -1,5 +1,6 @@
 """What training and evaluation read: images, latents, subsets, and the bundled testbed."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -8,8 +9,11 @@ from .bundled import BundledSubsetConfig as BundledSubsetConfig
 from .images import FashionMnistConfig as FashionMnistConfig
 from .images import ImageFolderConfig as ImageFolderConfig
 from .images import ImageSet as ImageSet
+from .images import list_image_folder
+from .latents import INDEX_NAME
 from .latents import LatentsConfig as LatentsConfig
 from .latents import LatentSet as LatentSet
+from .subset import Listing
 
 # how a recipe names its data; `name` tells which
 DataConfig = Annotated[
@@ -24,3 +28,18 @@ def load_data(config: DataConfig) -> ImageSet | LatentSet:
         DataError: something is missing or damaged.
     """
     return config.load()
+
+
+def list_data(source: str) -> Listing:
+    """What `testbed`, `fashion-mnist`, a folder of latents or an image folder holds; no image is read.
+
+    Raises:
+        DataError: something is missing or damaged.
+    """
+    named = {"testbed": BundledSubsetConfig(), "fashion-mnist": FashionMnistConfig()}
+    if source in named:
+        return named[source].listing()
+    folder = Path(source)
+    if (folder / INDEX_NAME).is_file():
+        return LatentsConfig(folder=folder).listing()
+    return list_image_folder(folder)
