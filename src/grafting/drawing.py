@@ -7,8 +7,10 @@ loses the batch that it was at, and the same call goes on from there. This file 
 """
 
 import json
+import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from .contract import ClassConditional, Predict, Step
 from .decoding import Decoder
-from .errors import DataError, RunError
+from .errors import DataError, FaultWarning, RunError
 from .files import atomic_path, hash_json, write_json
 from .metrics.features import tensors_sha256
 from .samples import open_samples, origin_of, write_samples
@@ -69,8 +71,6 @@ class Drawing:
         sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in _CIRCUMSTANCES}
         self.description: dict[str, Any] = {"sampling": sampling, "vae": decoder.identity, **identity}
         self.shape = decoder.image_shape(facts.shape)
-        self.redrawn: list[int] = []
-        """Shards of this process that were damaged, and were drawn anew."""
         # shards of another size hold other images under the same number
         self._index = {"format": _FORMAT, "batch_size": config.batch_size, "drawing": self.description}
         self._key = hash_json(self._index)
@@ -117,9 +117,10 @@ class Drawing:
 
         Raises:
             ProtocolError: the model cannot be sampled in this way; raised before any work.
-            RunError: a file cannot be written.
+            RunError: a file cannot be written, or the disk is too small for shards and samples file.
         """
         mine = range(self.num_shards)[rank::world_size]
+        self._check_space()
         write_json(self.folder / INDEX_NAME, self._index)
         todo, unpictured = [], self._without_pictures()
         for shard in mine:
@@ -198,6 +199,14 @@ class Drawing:
         for partial in self.pictures.glob(".*.partial") if self.pictures else ():
             partial.unlink(missing_ok=True)
 
+    def write_pictures_of(self, path: Path) -> None:
+        """Write the pictures, if they are wanted and not there, of a samples file that was written before."""
+        unpictured = self._without_pictures()
+        if unpictured:
+            for shard, images in enumerate(open_samples(path).images(self.config.batch_size)):
+                if shard in unpictured:
+                    self._write_pictures(shard, images)
+
     @property
     def origin(self) -> dict[str, Any]:
         """What the images' protocol says of them."""
@@ -253,6 +262,17 @@ class Drawing:
                 )
             )
 
+    def _check_space(self) -> None:
+        there = next(path for path in self.folder.absolute().parents if path.exists())
+        bytes_an_image = math.prod(self.shape)
+        needed = bytes_an_image * (2 * self.config.num_images - self.num_drawn)
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise RunError(
+                f"{self.config.num_images} images of {list(self.shape)} need {needed / 1e9:.3g} GB in {there}, for shards "
+                f"and then one file; {free / 1e9:.3g} GB are free"
+            )
+
     def _numbers(self, shard: int) -> range:
         first = shard * self.config.batch_size
         return range(first, min(first + self.config.batch_size, self.config.num_images))
@@ -300,7 +320,7 @@ class Drawing:
             tensors, recorded = {}, None
         if recorded == tensors_sha256(tensors, self._key):
             return tensors["images"], tensors["labels"]
-        self.redrawn.append(shard)
+        warnings.warn(f"{path} is damaged, and is drawn anew", FaultWarning, stacklevel=2)
         return None
 
     def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c h w"]) -> None:

@@ -1,17 +1,22 @@
-"""Commands for images: draw them from a model, and measure them."""
+"""The command for images: draw them from a model."""
 
-from collections.abc import Iterator
+import time
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..display import follow, say, show_evaluation
+from ..display import follow, say
 from ..errors import DataError, HostError
-from ._shared import Json, Model, err, open_model, out, print_json
+from ._shared import Model, open_model, out
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from ..contract import Predict
+    from ..drawing import Drawing
 
 app = typer.Typer()
 
@@ -20,59 +25,137 @@ app = typer.Typer()
 def sample(
     model: Model,
     out_file: Annotated[
-        Path, typer.Option("--out", help="An .npz file; a .png of all lies beside it.")
+        Path, typer.Option("--out", help="An .npz file; a .png of the first hundred lies beside it.")
     ] = Path("samples.npz"),
     num: Annotated[int, typer.Option(help="Images to draw.")] = 16,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm-solver++.")] = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Calls of the model an image.")] = 20,
     cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.0,
-    clip: Annotated[bool, typer.Option(help="Clip the predicted clean image at each step.")] = True,
+    guided_channels: Annotated[
+        int | None, typer.Option(help="Guide the first channels only; 3 of 4 in DiT's protocol.")
+    ] = None,
+    clip: Annotated[
+        bool | None,
+        typer.Option(
+            "--clip/--no-clip",
+            help="Clip the predicted clean image at each step. [dim]By default where the model makes pixels.[/]",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) and its label.")] = 0,
     labels: Annotated[str, typer.Option(help="balanced, random, or classes such as 3,5.")] = "balanced",
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, and in a shard.")] = 64,
+    precision: Annotated[str, typer.Option(help="Of the model and the autoencoder: fp32 or bf16.")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="Makes pixels of latents: a folder of a diffusers AutoencoderKL, or owner/name on the Hub."
+        ),
+    ] = None,
+    vae_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    vae_batch_size: Annotated[int, typer.Option(help="Latents decoded at a time.")] = 16,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in tiles, for large images in little memory.")
+    ] = False,
+    png_folder: Annotated[
+        Path | None, typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file.")
+    ] = None,
 ) -> None:
-    """Draw images from a model of pixels: arr_0 [N, H, W, C] of 8 bits and labels, in one .npz file.
+    """Draw images from a class-conditional model: arr_0 [N, H, W, C] of 8 bits and labels, in one .npz file.
+
+    Of several processes each draws its share, and the images are the same for any number of them. A command that was
+    killed goes on where it was: finished batches lie in a folder beside the file until it is whole.
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
+
+    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num 50000
+      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125 --precision bf16[/]
     """
-    import torch
-
+    from ..decoding import VaeConfig, load_decoder, makes_pixels
     from ..devices import default_device
+    from ..drawing import Drawing, describe_model
     from ..hosts import host_of
-    from ..report import write_grid
-    from ..samples import origin_of, write_samples
-    from ..sampling import SamplingConfig
+    from ..parallel import is_main
+    from ..portable import settings_of
+    from ..sampling import SamplingConfig, check_sampling
 
-    config = SamplingConfig.model_validate(
-        {
-            "sampler": sampler,
-            "steps": steps,
-            "cfg_scale": cfg_scale,
-            "clip": clip,
-            "num_images": num,
-            "batch_size": batch_size,
-            "seed": seed,
-            "labels": _parse_labels(labels),
-        }
-    )
+    settings = {
+        "sampler": sampler,
+        "steps": steps,
+        "cfg_scale": cfg_scale,
+        "guided_channels": guided_channels,
+        "num_images": num,
+        "batch_size": batch_size,
+        "seed": seed,
+        "labels": _parse_labels(labels),
+        "precision": precision,
+        "compile": compiled,
+    }
+    config = SamplingConfig.model_validate(settings)
+    vae_settings = {"revision": vae_revision, "batch_size": vae_batch_size, "tiling": vae_tiling}
+    vae_config = vae and VaeConfig.model_validate({"source": vae, "precision": precision, **vae_settings})
     if out_file.suffix != ".npz":
         raise DataError(f"--out names an .npz file, found {out_file}")
-    loaded, _ = open_model(model)
+    loaded, plan = open_model(model)
     host = host_of(loaded)
     facts = host.class_conditional(loaded)
-    if facts is None or facts.shape[0] not in (1, 3):
-        made = "nothing from class labels" if facts is None else f"latents of {facts.shape[0]} channels"
-        raise HostError(
-            f"{model} makes {made}; `grafting sample` draws from class-conditional models of pixels"
-        )
-    batches = list(_draw(loaded.to(default_device()), config, host.predict, facts))
-    images, labels_drawn = (torch.cat(part) for part in zip(*batches, strict=True))
-    write_samples(
-        out_file, [(images, labels_drawn)], num_images=num, shape=images.shape[1:], origin=origin_of(config)
+    if facts is None:
+        raise HostError(f"`grafting sample` draws from class-conditional models; {host.name} is none")
+    channels, num_classes, null_label = facts.shape[0], facts.num_classes, facts.null_label
+    check_sampling(config, num_classes=num_classes, null_label=null_label, channels=channels)
+    decoder = load_decoder(facts.shape, vae_config or None)
+    # latents have no range to be clipped to
+    config = config.model_copy(update={"clip": makes_pixels(facts.shape) if clip is None else clip})
+    drawing = Drawing(
+        out_file.with_suffix(".shards"),
+        config,
+        facts=facts,
+        decoder=decoder.to(default_device()),
+        identity={
+            **describe_model(loaded, settings=[settings_of(loaded), plan.model_dump(mode="json")]),
+            "grafting": version("grafting"),
+            "torch": version("torch"),
+        },
+        pictures=png_folder,
     )
-    scale = 2 if images.shape[-1] <= 64 else 1
-    sheet = write_grid(images.numpy(), out_file.with_suffix(".png"), scale=scale)
-    say(out, f"{len(images)} images: {out_file}, {sheet}")
+    if drawing.matches(out_file):
+        if is_main():
+            drawing.write_pictures_of(out_file)
+            drawing.discard()
+            say(out, f"{num} images: {out_file}, drawn before")
+        return
+    _draw(drawing, loaded.to(default_device()), host.predict, out_file)
+
+
+def _draw(drawing: "Drawing", model: "nn.Module", predict: "Predict", out_file: Path) -> None:
+    """Draws this process's share with progress shown; the main process then writes the samples file."""
+    from ..parallel import is_main, rank, world_size
+    from ..report import write_grid
+    from ..samples import open_samples
+
+    steps = drawing.draw(model, predict=predict, rank=rank(), world_size=world_size())
+    if not is_main():
+        for _ in steps:
+            pass
+        return
+    num_images, before, started = drawing.config.num_images, drawing.num_drawn, time.monotonic()
+    if before:
+        say(out, f"{before} of {num_images} images were drawn before")
+    with follow(out) as on_step:
+        for step in chain(steps, drawing.wait()):
+            on_step("sample", step)
+    seconds = time.monotonic() - started
+    drawing.write(out_file)
+    first = next(open_samples(out_file).images(100)).numpy()
+    places = [str(out_file)]
+    if first.shape[1] in (1, 3):
+        scale = 2 if first.shape[-1] <= 64 else 1
+        places.append(str(write_grid(first, out_file.with_suffix(".png"), scale=scale)))
+    if drawing.pictures is not None:
+        places.append(str(drawing.pictures))
+    rate = (num_images - before) / seconds
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    say(out, f"{num_images} images: {', '.join(places)} ({rate:.3g} images/s{processes})")
 
 
 def _parse_labels(text: str) -> str | list[int]:
@@ -82,52 +165,3 @@ def _parse_labels(text: str) -> str | list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise DataError(f"--labels is balanced, random, or classes such as 3,5; found {text!r}") from None
-
-
-def _draw(model: "nn.Module", config: Any, predict: Any, facts: Any) -> Iterator[tuple["Tensor", "Tensor"]]:
-    """Images of 8 bits [B, C, H, W] and labels, with progress shown."""
-    from ..contract import Step
-    from ..sampling import sample as draw
-
-    done = 0
-    with follow(out) as on_step:
-        for batch in draw(model, config, predict=predict, **facts._asdict()):
-            done += len(batch.labels)
-            on_step("sample", Step(done=done, total=config.num_images))
-            yield batch.images(), batch.labels
-
-
-@app.command()
-def evaluate(
-    samples: Annotated[
-        Path, typer.Argument(help="An .npz (arr_0, labels), or a run's samples/ROW.safetensors.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Measure samples of the testbed with the bundled feature network and reference.
-
-    [dim]$ grafting evaluate samples.npz[/]
-    """
-    from ..data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path
-    from ..evaluation import Evaluator, Protocol, Reference
-    from ..evaluation import evaluate as measure
-    from ..metrics.features import ModuleNetwork
-    from ..samples import read_samples
-
-    given = read_samples(samples)
-    if given.images.shape[1:] != (1, 32, 32):
-        raise DataError(
-            f"{samples} holds {list(given.images.shape[1:])}; the bundled network measures [1, 32, 32]"
-        )
-    network = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
-    reference = Reference.load(bundled_reference_path(), network)
-    protocol = Protocol.of(network, reference, num_images=len(given.images), **given.origin)
-    evaluator = Evaluator(network, reference, protocol)
-    with follow(err) as on_step:
-        for step in measure(zip(given.images.split(500), given.labels.split(500), strict=True), evaluator):
-            on_step("evaluate", step)
-    result = evaluator.result().model_dump(mode="json")
-    if as_json:
-        print_json(result)
-    else:
-        show_evaluation(out, result)
