@@ -35,7 +35,14 @@ ROW_TITLES = {
 }
 
 # kinds of values of a step that are worth showing, and what they are called
-_SHOWN = {"loss": "loss", "r2": "R²", "ms_per_image": "ms/image"}
+_SHOWN = {
+    "loss": "loss",
+    "r2": "R²",
+    "ms_per_image": "ms/image",
+    "images_per_s": "images/s",
+    "mfu": "MFU",
+    "data_wait": "waiting for data",
+}
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -58,8 +65,18 @@ def follow(console: Console) -> Iterator[Callable[[str, "Step"], None]]:
         yield _Bars(progress)
 
 
+def in_turn(*followers: Callable[[str, "Step"], None]) -> Callable[[str, "Step"], None]:
+    """One that passes each step to all of these."""
+
+    def on_step(stage: str, step: "Step") -> None:
+        for follower in followers:
+            follower(stage, step)
+
+    return on_step
+
+
 def describe_values(values: Mapping[str, float]) -> str:
-    """A step's losses, R^2 and times, each the mean over its sites: `loss 0.0312, R² 0.871`."""
+    """A step's losses, R^2 and rates, each the mean over its sites: `loss 0.0312, R² 0.871, images/s 812`."""
     groups: dict[str, list[float]] = defaultdict(list)
     for name, value in values.items():
         groups[name.partition("/")[0]].append(value)
@@ -106,7 +123,7 @@ class _Lines:
         rate = (step.done - first) / (now - started) if now > started else 0.0
         parts = [f"{stage} {step.done}/{step.total}", describe_values(step.values)]
         if rate:
-            parts += [f"{rate:.3g} it/s", f"{_clock((step.total - step.done) / rate)} left"]
+            parts += [f"{rate:.3g} it/s", f"{clock((step.total - step.done) / rate)} left"]
         say(self._console, ", ".join(filter(None, parts)))
 
 
@@ -157,10 +174,14 @@ def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
     from .report._words import ABSENT
 
     figures = {key: v for key, v in result.items() if key not in ("notes", "protocol", "num_images")}
-    rows = [[key.replace("_", " "), ABSENT if v is None else f"{v:.4g}"] for key, v in figures.items()]
-    console.print(plain_table(["figure", "value"], rows))
     protocol = result["protocol"]
     network, reference = protocol["feature_network"]["name"], protocol["reference"]["name"]
+    names = {"frechet": "FID", "spatial_frechet": "sFID"} if network == "inception-2015-12-05" else {}
+    rows = [
+        [names.get(key, key.replace("_", " ")), ABSENT if v is None else f"{v:.4g}"]
+        for key, v in figures.items()
+    ]
+    console.print(plain_table(["figure", "value"], rows))
     say(console, f"{result['num_images']} images, features of {network}, reference {reference}")
     say(console, f"sampling: {json.dumps(protocol['sampling'])}")
     for note in result["notes"]:
@@ -244,7 +265,8 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as `4:05` or `1:04:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from . import parallel
 from .contract import Step
@@ -23,6 +23,7 @@ from .files import write_json
 FOLDER_NAME = "tracking"
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Somewhere that figures go."""
 
