@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..display import follow, say
+from ..display import follow, plain_table, say
 from ..errors import DataError
-from ._shared import out
+from ._shared import Json, out, print_json
 
 if TYPE_CHECKING:
     from ..contract import Step
@@ -125,6 +125,67 @@ def latents(
         workers=workers,
         dry_run=dry_run,
     )
+
+
+@app.command()
+def subset(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A folder of latents, a folder with a subfolder of images per class, "
+            "[cyan]testbed[/] or [cyan]fashion-mnist[/].",
+        ),
+    ],
+    out_file: Annotated[Path, typer.Argument(metavar="OUT", help="The subset's file, ending in .json.")],
+    per_class: Annotated[int | None, typer.Option(min=1, help="Items of every class.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Or a share of each class, such as 0.1.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw a subset with the same share of every class, and a picture of its classes beside it.
+
+    Recipes name it in their data, with its hash; a run on another file of that name refuses.
+
+    [dim]$ grafting data subset imagenet/train imagenet-128.json --per-class 128[/]
+    """
+    from ..data import list_data
+    from ..data.subset import write_subset
+    from ..report import class_range, write_class_histogram
+
+    if out_file.suffix != ".json":
+        raise DataError(f"a subset's file ends in .json, found {out_file}")
+    listing = list_data(source)
+    drawn = listing.draw(per_class=per_class, fraction=fraction, seed=seed)
+    _check_replaceable(out_file, drawn.sha256)
+    chosen = listing.labels[listing.places(drawn)[:: listing.copies] // listing.copies]
+    counts = {"all": listing.class_counts, "subset": chosen.bincount(minlength=listing.num_classes)}
+    title = f"{drawn.source}: {drawn.drawn}"
+    picture = write_class_histogram(
+        out_file.with_suffix(".svg"), title=title, counts=counts["all"], chosen=counts["subset"]
+    )
+    write_subset(out_file, drawn)
+    rows = [[name, int(each.sum()), *class_range(each)] for name, each in counts.items()]
+    headings = ("", "items", "fewest a class", "median", "most")
+    if as_json:
+        facts = {"file": str(out_file), "sha256": drawn.sha256, "source": drawn.source, "drawn": drawn.drawn}
+        figures = {row[0]: dict(zip(("items", "min", "median", "max"), row[1:], strict=True)) for row in rows}
+        print_json({**facts, "num_classes": drawn.num_classes, **figures, "picture": str(picture)})
+        return
+    say(out, f"{title}, {drawn.num_classes:,} classes")
+    out.print(plain_table(headings, rows))
+    say(out, f"Subset: {out_file} (its classes: {picture})\n")
+    say(out, f"data: {{..., subset: {out_file}, subset_sha256: {drawn.sha256}}}")
+
+
+def _check_replaceable(path: Path, sha256: str) -> None:
+    """Raises a DataError if the file is of another subset, which some run may name."""
+    from ..data.subset import read_subset
+
+    if path.exists():
+        found = read_subset(path).sha256
+        if found != sha256:
+            raise DataError(f"{path} is another subset, with sha256 {found}, not {sha256}: name another file")
 
 
 def _stream(
