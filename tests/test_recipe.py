@@ -11,6 +11,8 @@ import torch
 import yaml
 
 from grafting.checkpoint import load_tensors, save_model
+from grafting.data.bundled import BundledSubsetConfig
+from grafting.data.subset import write_subset
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
 from grafting.plan import Plan
 from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton, training_flops
@@ -371,3 +373,24 @@ def test_a_plan_that_only_drops_has_nothing_to_fit(tmp_path):
     assert not (tmp_path / "run" / "distill").exists()
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [row["name"] for row in rows] == ["pretrained", "random", "inherited", "finetuned"]
+
+
+def test_a_run_goes_on_with_the_subset_that_it_began_with(tmp_path):
+    listing, path = BundledSubsetConfig().listing(), tmp_path / "subset.json"
+    first, second = (listing.draw(per_class=30, seed=seed) for seed in (0, 1))
+    write_subset(path, first)
+    recipe = _recipe(data={"name": "testbed-subset", "subset": str(path)})
+    folder = run(recipe, tmp_path / "run", until="calibrate")
+    assert load_recipe(folder / "recipe.yaml").data.subset_sha256 == first.sha256
+    run(recipe, folder, until="calibrate")
+    write_subset(path, second)
+    with pytest.raises(
+        RunError, match=f"has sha256 {second.sha256}, the run in .* began with {first.sha256}"
+    ):
+        run(recipe, folder, until="calibrate")
+    with pytest.raises(DataError, match=f"has sha256 {second.sha256}, the recipe asks for {first.sha256}"):
+        run(load_recipe(folder / "recipe.yaml"), folder, until="calibrate")
+    assert load_recipe(folder / "recipe.yaml").data.subset_sha256 == first.sha256
+    wanted = recipe.data.model_copy(update={"subset_sha256": second.sha256})
+    run(recipe.model_copy(update={"data": wanted}), folder, until="calibrate")
+    assert load_recipe(folder / "recipe.yaml").data.subset_sha256 == second.sha256

@@ -40,7 +40,7 @@ from .devices import default_device
 from .diffusion import Diffusion
 from .distillation import DistillConfig, distill
 from .drawing import Drawing, describe_model
-from .errors import DataError, HostError, RecipeError
+from .errors import DataError, HostError, RecipeError, RunError
 from .evaluation import Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
@@ -247,12 +247,27 @@ def _check_config(model: nn.Module, source: FreshModel) -> None:
 
 
 def _open(job: Job, folder: Path) -> RunFolder:
+    _check_subset(job.recipe, folder / "recipe.yaml")
     run_folder = RunFolder(
         folder, recipe_name=job.recipe.name, writes=is_main(), barrier=barrier, anyone=any_process
     )
     if run_folder.writes:
         _describe(job, run_folder)
     return run_folder
+
+
+def _check_subset(recipe: Recipe, written: Path) -> None:
+    """Raises a RunError if the run began on another subset under the same name, unless the recipe says which it wants."""
+    if recipe.data.subset is None or recipe.data.subset_sha256 is not None or not written.is_file():
+        return
+    before = yaml.safe_load(written.read_text()).get("data", {})
+    found = recipe.data.pinned().subset_sha256
+    if before.get("subset") == str(recipe.data.subset) and before.get("subset_sha256") not in (None, found):
+        raise RunError(
+            f"{recipe.data.subset} has sha256 {found}, the run in {written.parent} began with "
+            f"{before['subset_sha256']}: name another folder with --out, or write `subset_sha256: {found}` in the "
+            "recipe's data to start anew here"
+        )
 
 
 def _describe(job: Job, run_folder: RunFolder) -> None:
@@ -269,7 +284,8 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
         for site in (*job.host.sites(job.model), *(job.host.blocks(job.model) if restructured else ()))
     ]
     plan = job.recipe.edits.model_dump(mode="json")
-    described = job.recipe.model_dump(mode="json", exclude_none=True)
+    recipe = job.recipe.model_copy(update={"data": job.recipe.data.pinned()})
+    described = recipe.model_dump(mode="json", exclude_none=True)
     write_bytes(folder / "recipe.yaml", yaml.safe_dump(described, sort_keys=False).encode())
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
     run_folder.describe_machine(
