@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..display import follow, metrics_table, say
+from ..display import follow, in_turn, metrics_table, say
 from ..errors import RecipeError
 from ._shared import Out, RecipeFile, out
 
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
 StageName = Literal["calibrate", "distill", "finetune", "sample", "evaluate", "report"]
+
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TRACKER",
+        help="Show the figures in tensorboard, wandb or trackio too; may be given again. [dim]Nothing is sent away unless WANDB_MODE is online.[/]",
+    ),
+]
+PeakTflops = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="TFLOP/s of the device, for the share of it that training reaches, where it is not a known one.",
+    ),
+]
 
 app = typer.Typer()
 
@@ -39,41 +54,62 @@ def run(
     recipe: RecipeFile,
     out_folder: Out = None,
     until: Annotated[StageName, typer.Option(help="The last stage to carry out.")] = "report",
+    track: Track = None,
+    peak_tflops: PeakTflops = None,
 ) -> None:
     """Carry out a recipe; what is done already is not done again.
 
     [dim]$ grafting run my-recipe.yaml --until distill[/]
     """
-    _run(recipe, out_folder, until)
+    _run(recipe, out_folder, until, track=track, peak_tflops=peak_tflops)
 
 
 @app.command()
-def distill(recipe: RecipeFile, out_folder: Out = None) -> None:
+def distill(
+    recipe: RecipeFile, out_folder: Out = None, track: Track = None, peak_tflops: PeakTflops = None
+) -> None:
     """Carry out a recipe's stage 1: fit the new operators to the old ones' activations.
 
     [dim]$ grafting distill my-recipe.yaml[/]
     """
-    _run(recipe, out_folder, "distill")
+    _run(recipe, out_folder, "distill", track=track, peak_tflops=peak_tflops)
 
 
 @app.command()
-def finetune(recipe: RecipeFile, out_folder: Out = None) -> None:
+def finetune(
+    recipe: RecipeFile, out_folder: Out = None, track: Track = None, peak_tflops: PeakTflops = None
+) -> None:
     """Carry out a recipe up to stage 2: train the grafted model end to end.
 
     [dim]$ grafting finetune my-recipe.yaml --out runs/second-try[/]
     """
-    _run(recipe, out_folder, "finetune")
+    _run(recipe, out_folder, "finetune", track=track, peak_tflops=peak_tflops)
 
 
-def _run(recipe_path: Path, folder: Path | None, until: StageName = "report") -> None:
+def _run(
+    recipe_path: Path,
+    folder: Path | None,
+    until: StageName = "report",
+    *,
+    track: list[str] | None = None,
+    peak_tflops: float | None = None,
+) -> None:
+    from ..tracking import check_trackers, tracking
+
+    check_trackers(track or ())
+
     from ..recipe import run as run_recipe
     from ..recipefile import load_recipe
 
     recipe = load_recipe(recipe_path)
     folder = folder or Path("runs") / recipe.name
     say(out, f"Recipe {recipe.name}, in {folder}")
-    with follow(out) as on_step:
-        run_recipe(recipe, folder, until=until, on_step=on_step)
+    settings = recipe.model_dump(mode="json", exclude_none=True)
+    with (
+        tracking(track or (), folder, name=recipe.name, settings=settings) as note,
+        follow(out) as show,
+    ):
+        run_recipe(recipe, folder, until=until, on_step=in_turn(show, note), peak_tflops=peak_tflops)
     if until in ("evaluate", "report") and (folder / "metrics.json").is_file():
         out.print(metrics_table(json.loads((folder / "metrics.json").read_text())))
     results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
