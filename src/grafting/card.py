@@ -18,6 +18,7 @@ CARD_NAME = "README.md"
 # figures of an evaluation, in the words of a table's head
 _FIGURES = {
     "frechet": "Fréchet distance",
+    "spatial_frechet": "spatial Fréchet distance",
     "kid": "KID",
     "precision": "precision",
     "recall": "recall",

@@ -27,7 +27,6 @@ from .checkpoint import (
     WEIGHTS_NAME,
     load_model,
     load_operators,
-    load_tensors,
     save_model,
     save_operators,
 )
@@ -41,7 +40,7 @@ from .diffusion import Diffusion
 from .distillation import DistillConfig, distill
 from .drawing import Drawing, describe_model
 from .errors import DataError, HostError, RecipeError, RunError
-from .evaluation import Evaluator, Protocol, Reference, evaluate
+from .evaluation import AdmConfig, AdmEvaluator, AdmSuite, Evaluator, Protocol, Reference, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
@@ -52,6 +51,7 @@ from .plan import Choice, Drop, Edit, Merge, Plan, describe_choice, fault_list, 
 from .portable import Base
 from .report import write_report
 from .runfolder import RunFolder
+from .samples import open_samples, origin_of
 from .sampling import SamplingConfig, check_sampling
 from .store import OperatorStore
 from .surgery import Operators, build_operators, graft, paths_after, place, resolve
@@ -99,6 +99,8 @@ class Recipe(BaseModel):
     """How images are sampled, the same for every row; left out, none are."""
     vae: VaeConfig | None = None
     """What makes pixels of samples, where the model makes latents."""
+    evaluate: AdmSuite | None = None
+    """What samples are measured with; left out, the testbed's feature network and reference."""
     rows: tuple[Row, ...] = ("pretrained", "random", "inherited", "distilled", "finetuned")
     """Which models are sampled and measured."""
     seed: int = Field(default=0, ge=0)
@@ -155,6 +157,7 @@ class Job:
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it
+    suite: dict[str, str] | None = None  # hashes of what measures, where not the testbed's
 
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
@@ -171,6 +174,7 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
             recipe.sample, num_classes=facts.num_classes, null_label=facts.null_label, channels=facts.shape[0]
         )
         decoder = load_decoder(facts.shape, recipe.vae)
+    suite = _check_evaluate(recipe, None if decoder is None else decoder.image_shape(facts.shape))
     for check, config in (
         (distillation.check_division, recipe.distill),
         (finetuning.check_division, recipe.finetune),
@@ -187,7 +191,21 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         "data": recipe.data.describe(),
     }
     model = model.to(default_device())
-    return Job(recipe, model, host, facts, chosen, data, identity, Diffusion(), store, decoder)
+    return Job(recipe, model, host, facts, chosen, data, identity, Diffusion(), store, decoder, suite=suite)
+
+
+def _check_evaluate(recipe: Recipe, image_shape: tuple[int, int, int] | None) -> dict[str, str] | None:
+    """The hashes of what a recipe's images are measured with; None for the testbed's."""
+    if recipe.evaluate is None:
+        return None
+    if recipe.sample is None or image_shape is None:
+        raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
+    if image_shape[0] != 3 or recipe.sample.num_images < AdmConfig().min_images:
+        raise RecipeError(
+            f"evaluate: ADM's suite measures {AdmConfig().min_images} or more images of 3 channels; "
+            f"these are {recipe.sample.num_images} of {image_shape[0]}"
+        )
+    return recipe.evaluate.identity()
 
 
 def _check_data(data: TrainingData, facts: ClassConditional) -> None:
@@ -366,7 +384,11 @@ def _distill(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
 
 def _is_fitted(job: Job) -> bool:
     """Whether the plan has anything for stage 1; where blocks are dropped there is nothing to fit."""
-    return any(not isinstance(choice, Drop) for choice in job.chosen.values())
+    return _has_fitted(job.chosen)
+
+
+def _has_fitted(chosen: Mapping[Site, Choice]) -> bool:
+    return any(not isinstance(choice, Drop) for choice in chosen.values())
 
 
 def _not_in_store(job: Job, operators: Operators) -> set[str]:
@@ -474,31 +496,42 @@ def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
         return
     rows = rows_of(job)
     fingerprints = {row: run_folder.stage_outputs(f"samples/{row}") for row in rows}
-    network = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
-    reference = Reference.load(bundled_reference_path(), network)
-    protocol = Protocol.of(
-        network,
-        reference,
-        sampling=config.model_dump(mode="json"),
-        num_images=config.num_images,
-        labels=config.labels_rule,
-        weights_dtype="float32",
+    origin = origin_of(config, vae=job.decoder.identity if job.decoder else None)
+    origin["num_images"] = config.num_images
+    # passing a reference's images through Inception takes minutes, which a finished stage does not
+    depends = (
+        [job.suite, origin] if job.suite else _evaluators(job, origin)().protocol.model_dump(mode="json")
     )
-    with run_folder.stage("evaluate", [fingerprints, protocol.model_dump(mode="json")]) as stage:
+    with run_folder.stage("evaluate", [fingerprints, depends]) as stage:
         if stage.done or not is_main():
             return
+        new_evaluator = _evaluators(job, origin, lambda step: on_step("reference", step))
         metrics = []
         for row in rows:
-            samples = load_tensors(run_folder.path / "samples" / f"{row}.safetensors")
-            batches = zip(samples["images"].split(500), samples["labels"].split(500), strict=True)
-            evaluator = Evaluator(network, reference, protocol)
-            for step in evaluate(batches, evaluator):
+            samples = open_samples(run_folder.path / "samples" / f"{row}.safetensors")
+            evaluator = new_evaluator()
+            batch_size = job.recipe.evaluate.batch_size if job.recipe.evaluate else 500
+            for step in evaluate(samples.batches(batch_size), evaluator):
                 on_step(f"evaluate {row}", step)
             metrics.append(
                 {"name": row} | _cost(job, run_folder, row) | evaluator.result().model_dump(mode="json")
             )
         write_json(run_folder.path / "metrics.json", metrics)
         stage.outputs = [run_folder.path / "metrics.json"]
+
+
+def _evaluators(
+    job: Job, origin: dict[str, Any], on_reference: Callable[[Step], None] | None = None
+) -> Callable[[], Evaluator | AdmEvaluator]:
+    """What makes a new evaluator for each row; all have one network, reference and protocol."""
+    if job.recipe.evaluate is not None:
+        network, images = job.recipe.evaluate.open(on_reference)
+        adm = Protocol.of(network, images, metrics=AdmConfig(), **origin)
+        return lambda: AdmEvaluator(network, images, adm)
+    classifier = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
+    reference = Reference.load(bundled_reference_path(), classifier)
+    protocol = Protocol.of(classifier, reference, **origin)
+    return lambda: Evaluator(classifier, reference, protocol)
 
 
 def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
@@ -538,12 +571,16 @@ def _ignore(stage: str, step: Step) -> None:
 
 def rows_of(job: Job) -> list[Row]:
     """The recipe's rows that exist: a row needs its stage."""
-    recipe = job.recipe
+    return rows_in(job.recipe, job.chosen)
+
+
+def rows_in(recipe: Recipe, chosen: Mapping[Site, Choice]) -> list[Row]:
+    """The same, from what the plan does to the model."""
     exists = {
         "pretrained": True,
-        "random": bool(job.chosen),
-        "inherited": bool(job.chosen),
-        "distilled": bool(_is_fitted(job) and recipe.distill),
+        "random": bool(chosen),
+        "inherited": bool(chosen),
+        "distilled": bool(_has_fitted(chosen) and recipe.distill),
         "finetuned": bool(recipe.finetune),
     }
     return [row for row in recipe.rows if exists[row]]
@@ -560,6 +597,8 @@ def row_fingerprint(job: Job, row: Row) -> str:
         depends = [job.identity | {"plan": _essence(recipe.edits)}, row, _essence(stages)]
     if job.decoder is not None and job.decoder.identity is not None:
         depends.append(job.decoder.identity)
+    if job.suite is not None:
+        depends.append(job.suite)
     return hash_json([*depends, _essence(recipe.sample)])
 
 

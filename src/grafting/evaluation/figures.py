@@ -50,6 +50,8 @@ class AdmEvaluation(Data):
     precision: float | None
     """None, as `recall`, where the reference has statistics and no images."""
     recall: float | None
+    agreement: None = None
+    """Inception's classes are not those of samples."""
     num_images: int
     notes: tuple[str, ...] = ()
     """What a reader of the figures should know about them."""

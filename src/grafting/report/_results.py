@@ -12,6 +12,7 @@ from ._words import ABSENT, MEANINGS, THIN_SPACE, amount, change, figure, interv
 
 # what metrics.json calls the further figures, and how they are headed and written
 _FURTHER = {
+    "spatial_frechet": ("Spatial Fréchet distance", figure),
     "kid": ("Kernel distance", figure),
     "precision": ("Precision", figure),
     "recall": ("Recall", figure),
