@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 from typing import get_args
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner, Result
 
+from grafting.cli import app
 from grafting.data import DataConfig
 from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.images import ImageFolderConfig
@@ -255,3 +258,49 @@ def test_every_config_takes_a_subset(tmp_path: Path):
 def test_a_config_that_contradicts_itself_is_refused(folder: Path, facts, message):
     with pytest.raises(DataError, match=message):
         ImageFolderConfig(folder=folder, size=4, **facts).load()
+
+
+def _command(*args: object) -> Result:
+    return CliRunner().invoke(app, ["data", "subset", *map(str, args)], catch_exceptions=False)
+
+
+def test_command_draws_a_subset_that_runs_take(folder: Path, tmp_path: Path):
+    path = tmp_path / "s.json"
+    result = _command(folder, path, "--per-class", 2, "--json")
+    facts = json.loads(result.stdout)
+    assert facts["all"] == {"items": 12, "min": 6, "median": 6.0, "max": 6}
+    assert facts["subset"] == {"items": 4, "min": 2, "median": 2.0, "max": 2}
+    config = ImageFolderConfig(folder=folder, size=4, subset=path, subset_sha256=facts["sha256"])
+    assert config.load().labels.bincount().tolist() == [2, 2]
+    picture = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    bars = {
+        e.get("class"): e.get("d").count("M") for e in picture.iter() if e.get("class") in ("all", "chosen")
+    }
+    assert bars["all"] == bars["chosen"] == 2
+    assert f"subset_sha256: {facts['sha256']}" in _command(folder, path, "--per-class", 2).stdout
+    assert read_subset(path).drawn == "2 of every class, seed 0"
+
+
+def test_command_leaves_another_subset_alone(folder: Path, tmp_path: Path):
+    path = tmp_path / "s.json"
+    _command(folder, path, "--per-class", 2)
+    kept = path.read_bytes()
+    result = _command(folder, path, "--fraction", 0.5)
+    assert result.exit_code == 1
+    assert f"is another subset, with sha256 {read_subset(path).sha256}" in result.stderr
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("s.json",), "one of the two"),
+        (("s.txt", "--per-class", 1), "ends in .json, found"),
+        (("s.json", "--per-class", 7), "but 2 of 2 classes have fewer: class 0: 6, class 1: 6"),
+    ],
+)
+def test_command_refuses_in_one_message(folder: Path, tmp_path: Path, args, message: str):
+    result = _command(folder, tmp_path / args[0], *args[1:])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == [folder]

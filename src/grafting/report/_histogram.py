@@ -63,7 +63,7 @@ def _bars(values: Tensor, up: Scale) -> str:
     starts = [_LEFT + pitch * number + (pitch - width) / 2 for number in range(len(values))]
     return "".join(
         f"M{x:.2f} {up.start:g}V{up(value):.1f}h{width:.2f}V{up.start:g}Z"
-        for x, value in zip(starts, values.tolist(), strict=True)
+        for x, value in zip(starts, values.double().tolist(), strict=True)
     )
 
 
