@@ -303,7 +303,7 @@ class Drawing:
 
     def _write(self, shard: int, images: Tensor, labels: Tensor, *, ms_per_image: float) -> None:
         tensors = {"images": images.contiguous(), "labels": labels.cpu()}
-        words = {"sha256": tensors_sha256(tensors, self._key), "ms_per_image": str(ms_per_image)}
+        words = {"sha256": tensors_sha256(tensors, self._key, str(shard)), "ms_per_image": str(ms_per_image)}
         with atomic_path(self._path(shard)) as temporary:
             save_file(tensors, temporary, metadata=words)
 
@@ -318,7 +318,7 @@ class Drawing:
                 recorded = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError):
             tensors, recorded = {}, None
-        if recorded == tensors_sha256(tensors, self._key):
+        if recorded == tensors_sha256(tensors, self._key, str(shard)):
             return tensors["images"], tensors["labels"]
         warnings.warn(f"{path} is damaged, and is drawn anew", FaultWarning, stacklevel=2)
         return None
