@@ -56,7 +56,7 @@ def test_any_step_may_be_asked_for_next():
 def test_shares_of_all_processes_are_the_batch():
     found = []
     for rank in range(3):
-        with Loader(Numbers(), 6, seed=1, share=(rank, 3)) as loader:
+        with Loader(Numbers(), 6, seed=1, share=slice(rank, None, 3)) as loader:
             found.append(items(loader.at(4)))
     assert [i for row in zip(*found, strict=True) for i in row] == batch_indices(20, 6, 4, 1).tolist()
 
@@ -143,13 +143,16 @@ def test_threads_of_a_forgotten_loader_end():
     assert not threads()
 
 
-@pytest.mark.parametrize(
-    ("data", "share", "message"),
-    [
-        (Numbers(), (0, 3), "a batch of 8 items cannot be shared evenly by 3 processes"),
-        (Numbers(0), (0, 1), "there are no items"),
-    ],
-)
-def test_what_makes_no_batches_is_refused(data: Numbers, share: tuple[int, int], message: str):
-    with pytest.raises(DataError, match=message):
-        Loader(data, 8, seed=0, share=share)
+def test_no_items_are_refused():
+    with pytest.raises(DataError, match="there are no items"):
+        Loader(Numbers(0), 8, seed=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_in_pinned_memory():
+    with Loader(Numbers(), 4, seed=0, pin=True) as loader:
+        x, labels = loader.at(3)
+    assert x.is_pinned()
+    assert labels.is_pinned()
+    assert items((x, labels)) == batch_indices(20, 4, 3, 0).tolist()

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from ..contract import TrainingData
 from ..errors import DataError
 from ..randomness import batch_indices
+
+_WHOLE = slice(None)
 
 
 class Loader:
@@ -29,13 +30,13 @@ class Loader:
         seed: of the order of the items.
         items: the items of `data` to train on; all when left out.
         steps: number of steps in all; without end when left out.
-        share: number of this process and of all; process r takes items r, r + world, ... of each batch.
+        share: the part of each batch that is this process's, such as `parallel.share()`.
         prefetch: batches read ahead; 0 reads each when it is asked for.
         workers: threads that read, each a batch at a time.
-        device: where batches go. Those for an accelerator are copied from pinned memory while it computes.
+        pin: give tensors in pinned memory, from which copies to an accelerator go on while it computes.
 
     Raises:
-        DataError: a batch cannot be shared evenly by the processes, or there are no items.
+        DataError: there are no items.
     """
 
     def __init__(
@@ -46,27 +47,24 @@ class Loader:
         seed: int,
         items: Tensor | None = None,
         steps: int | None = None,
-        share: tuple[int, int] = (0, 1),
+        share: slice = _WHOLE,
         prefetch: int = 2,
         workers: int = 1,
-        device: torch.device | None = None,
+        pin: bool = False,
     ):
-        rank, world = share
-        if batch_size % world:
-            raise DataError(f"a batch of {batch_size} items cannot be shared evenly by {world} processes")
         self._count = len(data) if items is None else len(items)
         if not self._count:
             raise DataError("there are no items to make batches of")
         self._data, self._batch_size, self._seed, self._items = data, batch_size, seed, items
-        self._steps, self._share, self._prefetch = steps, slice(rank, None, world), prefetch
-        self._device = device or torch.device("cpu")
+        self._steps, self._share, self._prefetch = steps, share, prefetch
+        self._pin = pin
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grafting-loader")
         self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
         self.seconds_waited = 0.0
         """How long callers have waited for batches that were not there yet."""
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """The items [B / world, C, H, W] of training step `step` and their labels [B / world].
+        """This process's items [b, C, H, W] of training step `step`, and their labels [b].
 
         Quick for the step after the last one; any other begins anew there.
 
@@ -75,9 +73,9 @@ class Loader:
         """
         started = time.perf_counter()
         self._look_ahead(step)
-        x, labels = self._ahead.pop(step).result()
+        batch = self._ahead.pop(step).result()
         self.seconds_waited += time.perf_counter() - started
-        return x.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        return batch
 
     def from_step(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of step `first` and of all that follow, to the end."""
@@ -113,6 +111,4 @@ class Loader:
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         indices = batch_indices(self._count, self._batch_size, step, self._seed)[self._share]
         x, labels = self._data.batch(indices if self._items is None else self._items[indices])
-        if self._device.type == "cpu":
-            return x, labels
-        return x.pin_memory(), labels.pin_memory()
+        return (x.pin_memory(), labels.pin_memory()) if self._pin else (x, labels)
