@@ -231,6 +231,43 @@ def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
         )
 
 
+def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
+    """What a recipe will take, as JSON: a line a stage, what memory and disk hold, and what the times come from."""
+    from .report._words import ABSENT, amount, duration, figure
+
+    def size(num_bytes: int | None) -> str:
+        return ABSENT if num_bytes is None else f"{amount(num_bytes)}B"
+
+    stages = found["stages"]
+    rows = [
+        [
+            stage["name"],
+            stage["work"],
+            f"{figure(stage['flops'] / 1e15)} P",
+            duration(3600 * stage["hours"]) if stage["hours"] is not None else ABSENT,
+            size(stage["memory_bytes"]),
+            size(stage["disk_bytes"]),
+        ]
+        for stage in stages
+    ]
+    say(console, f"Recipe {found['recipe']}, {found['processes']} x {found['device']}")
+    console.print(plain_table(["stage", "work", "FLOPs", "time", "memory a process", "disk"], rows))
+    for stage in stages:
+        for what in ("memory", "disk"):
+            parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
+            say(console, f"{stage['name']}, {what}: {parts}")
+        say(console, f"{stage['name']}, time {stage['basis']}")
+    if found["data"]["items"] is not None:
+        say(console, f"Data: {found['data']['items']:,} items, {size(found['data']['bytes'])}")
+    dump = found["dump"]
+    if dump["published"]:
+        here = size(dump["here"]) if dump["here"] else "nothing"
+        say(
+            console,
+            f"Activations on disk: {here}; the published way of stage 1 keeps {size(dump['published'])}",
+        )
+
+
 def show_diagnosis(console: Console, found: "Diagnosis") -> None:
     """What this machine can do, a line each, and the optional packages."""
     facts = {

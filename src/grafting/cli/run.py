@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..display import follow, in_turn, metrics_table, say
+from ..display import follow, in_turn, metrics_table, say, show_forecast
 from ..errors import RecipeError
-from ._shared import Out, RecipeFile, out
+from ._shared import Json, Out, RecipeFile, out, print_json
 
 if TYPE_CHECKING:
     from ..sweep import Point
@@ -56,11 +56,41 @@ def run(
     until: Annotated[StageName, typer.Option(help="The last stage to carry out.")] = "report",
     track: Track = None,
     peak_tflops: PeakTflops = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what it will take: time, memory, disk. Needs no weights."),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the dry run: h100, a100, ... [dim]By default this machine's.[/]", metavar="NAME"
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Of the dry run, one a device.")] = 1,
+    mfu: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=1, help="Of the dry run: the share of the device's peak that is reached."
+        ),
+    ] = 0.3,
+    as_json: Json = False,
 ) -> None:
     """Carry out a recipe; what is done already is not done again.
 
-    [dim]$ grafting run my-recipe.yaml --until distill[/]
+    [dim]$ grafting run my-recipe.yaml --until distill
+    $ grafting run my-recipe.yaml --dry-run --device h100 --processes 8[/]
     """
+    if dry_run:
+        _forecast(
+            recipe,
+            out_folder,
+            device=device,
+            peak_tflops=peak_tflops,
+            processes=processes,
+            mfu=mfu,
+            as_json=as_json,
+        )
+        return
     _run(recipe, out_folder, until, track=track, peak_tflops=peak_tflops)
 
 
@@ -115,6 +145,18 @@ def _run(
     results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
     result = folder / results.get(until, "report.html")
     say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
+
+
+def _forecast(recipe_path: Path, folder: Path | None, *, as_json: bool, **how: Any) -> None:
+    from ..forecast import forecast
+    from ..recipefile import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    found = forecast(recipe, folder=folder or Path("runs") / recipe.name, **how).to_json()
+    if as_json:
+        print_json(found)
+    else:
+        show_forecast(out, found)
 
 
 @app.command()

@@ -1,0 +1,190 @@
+"""What a recipe will take: counted figures are those of the published geometry, and of a real run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from grafting import cli
+from grafting.errors import RecipeError
+from grafting.forecast import Forecast, StageForecast, forecast
+from grafting.recipe import Recipe, run
+from grafting.recipefile import load_recipe
+
+IMAGENET = Path(__file__).parents[1] / "recipes" / "imagenet"
+TINY = {
+    "name": "tiny",
+    "source": {
+        "host": "dit",
+        "config": {
+            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 32,
+            "depth": 2, "num_heads": 2, "num_classes": 10,
+        },
+    },
+    "plan": [{"role": "attention", "blocks": "odd", "operator": {"name": "hyena-x", "kernel_size": 3}}],
+    "data": {"name": "testbed-subset"},
+    "distill": {"steps": 2, "batch_size": 4, "holdout": 8},
+    "finetune": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
+    "sample": {"sampler": "ddim", "steps": 2, "num_images": 20, "batch_size": 10, "cfg_scale": 1.0},
+    "save_every": 1,
+}  # fmt: skip
+
+
+def tiny(**changes) -> Recipe:
+    return Recipe.model_validate(TINY | changes)
+
+
+def stage(found: Forecast, name: str) -> StageForecast:
+    return next(stage for stage in found.stages if stage.name == name)
+
+
+@pytest.fixture(scope="module")
+def published() -> Forecast:
+    """Stage 1 and 2 of all 28 attentions of DiT-XL/2, on one H100."""
+    return forecast(load_recipe(IMAGENET / "hyena_x_100.yaml"), device="h100")
+
+
+def test_stage_1_of_all_attention_fits_in_one_h100_hour(published):
+    distill = stage(published, "distill")
+    assert distill.images == 25_000 * 64
+    # the teacher's pass is 237.3 GFLOP an image; the 28 operators are 76.3 forward, three times that with the backward pass
+    assert distill.flops == 1_600_000 * (237_301_563_392 + 3 * 76_316_147_712)
+    assert distill.hours == pytest.approx(distill.flops / (989e12 * 0.3) / 3600)
+    assert distill.hours < 1
+    # below this share of the peak it does not
+    assert distill.flops / (989e12 * 3600) == pytest.approx(0.2095, abs=1e-4)
+    assert "computed" in distill.basis
+
+
+def test_no_activation_is_kept_where_the_published_way_keeps_264_gb(published):
+    assert published.dump == {"published": 264_241_152_000, "here": 0}
+    assert stage(published, "distill").disk["activations"] == 0
+
+
+def test_a_cache_is_counted():
+    recipe = tiny(distill=TINY["distill"] | {"cache_samples": 100})
+    assert forecast(recipe).dump["here"] == 100 * 16 * 32 * 2 * 4  # tokens, channels, in and out, float32
+
+
+def test_training_memory_of_a_parameter_is_20_bytes(published):
+    parts = stage(published, "finetune").memory
+    params, positions = 675_613_472, 256 * 1152
+    assert parts["weights"] == 4 * params
+    assert parts["gradients"] == parts["moving average"] == 4 * (params - positions)
+    assert parts["moments"] == 8 * (params - positions)
+    assert 119e9 < parts["activations of 256 images"] < 120e9
+
+
+def test_processes_share_time_and_images():
+    one, four = (stage(forecast(tiny(), device="h100", processes=n), "finetune") for n in (1, 4))
+    assert one.hours == pytest.approx(4 * four.hours)
+    assert four.memory["activations of 1 images"] * 4 == one.memory["activations of 4 images"]
+    assert four.disk == one.disk
+
+
+def test_checkpointing_and_micro_batches_take_less():
+    def activations(**changes) -> int:
+        found = forecast(tiny(finetune=TINY["finetune"] | changes))
+        return sum(v for k, v in stage(found, "finetune").memory.items() if k.startswith("activations"))
+
+    whole = activations()
+    assert activations(accumulate=2) * 2 == whole
+    assert activations(gradient_checkpointing=True) < whole
+    assert activations(precision="bf16") < whole
+
+
+def test_what_is_not_trained_has_no_moments():
+    found = stage(forecast(tiny(finetune=TINY["finetune"] | {"trainable": "new"})), "finetune")
+    by_name = stage(
+        forecast(tiny(finetune=TINY["finetune"] | {"trainable": ["blocks.1.attn.*"]})), "finetune"
+    )
+    assert 0 < found.memory["moments"] < found.memory["weights"]
+    assert by_name.memory["moments"] == found.memory["moments"]
+
+
+def test_counted_activations_are_those_of_a_real_pass():
+    """What torch keeps for the backward pass of the grafted model, with real tensors, for one image more."""
+    from grafting.forecast import _saved_an_image
+    from grafting.hosts import host_of
+    from grafting.recipe import skeleton
+    from grafting.surgery import build_operators, grafted
+
+    recipe = tiny()
+    model = skeleton(recipe.source).to_empty(device="cpu")
+    host, operators = host_of(model), build_operators(model, recipe.edits)
+
+    def kept(batch_size: int) -> int:
+        storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in storages:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**host.example(model, rows=4, cols=4, batch_size=batch_size))
+        return sum(storage.nbytes() for storage in found.values())
+
+    with grafted(model, operators):
+        assert _saved_an_image(model, "fp32") == pytest.approx(kept(2) - kept(1), rel=0.02)
+
+
+def test_a_rate_that_the_run_has_logged_goes_before_a_computed_one(tmp_path):
+    run(tiny(), tmp_path / "run", until="finetune")
+    measured = stage(forecast(tiny(), device="h100", folder=tmp_path / "run"), "finetune")
+    log = [json.loads(line) for line in (tmp_path / "run/finetune/log.jsonl").read_text().splitlines()]
+    rate = sum(line["images_per_s"] for line in log) / 2
+    assert measured.hours == pytest.approx(8 / rate / 3600)
+    assert measured.basis.startswith("measured: ")
+
+
+def test_disk_of_a_state_is_what_a_run_writes(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def on_step(name, step):
+        if name == "finetune" and step.done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tiny(finetune=TINY["finetune"] | {"steps": 3}), tmp_path / "run", on_step=on_step)
+    written = sum(p.stat().st_size for p in (tmp_path / "run/finetune").rglob("state.pt"))
+    (counted,) = (v for k, v in stage(forecast(tiny()), "finetune").disk.items() if k.startswith("states"))
+    # two states; files have names and shapes beside values, which count in a model this small
+    assert written == pytest.approx(counted * 2 / 3, rel=0.5)
+
+
+def test_guidance_doubles_sampling():
+    plain = stage(forecast(tiny()), "sample finetuned")
+    guided = stage(forecast(tiny(sample=TINY["sample"] | {"cfg_scale": 1.5})), "sample finetuned")
+    assert guided.flops == 2 * plain.flops
+    assert plain.disk == {"images, in shards and whole": 2 * 20 * 32 * 32}
+
+
+def test_without_a_known_device_there_is_no_time(monkeypatch):
+    monkeypatch.setattr("grafting.forecast.device_at", lambda device: None)
+    found = stage(forecast(tiny()), "distill")
+    assert found.hours is None
+    assert "give --device or --peak-tflops" in found.basis
+    assert stage(forecast(tiny(), peak_tflops=1.0), "distill").hours > 0
+
+
+def test_an_unknown_device_is_named_with_those_that_are_known():
+    with pytest.raises(RecipeError, match="no device 'h300' is known; there are a100, h100"):
+        forecast(tiny(), device="h300")
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(TINY))
+    arguments = ["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--dry-run"]
+    told = CliRunner().invoke(cli.app, [*arguments, "--device", "h100", "--mfu", "0.5"])
+    assert told.exit_code == 0, told.output
+    assert "2 steps of 4 images" in told.output
+    assert "FLOPs at 50% of 67 TFLOP/s (fp32)" in told.output
+    as_json = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    facts = json.loads(as_json.output)
+    assert [s["name"] for s in facts["stages"]][:2] == ["distill", "finetune"]
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
