@@ -55,9 +55,8 @@ class NpzFile:
         """
         with self._header(name) as (member, shape, dtype):
             if dtype != np.uint8 or len(shape) != 4:
-                raise DataError(
-                    f"{self.path}: {name} must be images, uint8 [N, H, W, C]; found {dtype} {list(shape)}"
-                )
+                found = "an array stored by columns" if dtype is None else f"{dtype} {list(shape)}"
+                raise DataError(f"{self.path}: {name} must be images, uint8 [N, H, W, C]; found {found}")
             for start in range(0, shape[0], batch_size):
                 part = (min(batch_size, shape[0] - start), *shape[1:])
                 data = bytearray(member.read(prod(part)))
@@ -67,7 +66,7 @@ class NpzFile:
 
     @contextmanager
     def _header(self, name: str):
-        """The member after its header, its shape and its dtype."""
+        """The member after its header, its shape, and its dtype, or None where it is stored by columns."""
         with _damage(self.path), ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
             version = np.lib.format.read_magic(member)
             read = (
@@ -76,11 +75,7 @@ class NpzFile:
                 else np.lib.format.read_array_header_2_0
             )
             shape, by_columns, dtype = read(member)
-            if by_columns:
-                raise DataError(
-                    f"{self.path}: {name} is stored by columns; save it with numpy's default order"
-                )
-            yield member, shape, dtype
+            yield member, shape, None if by_columns else dtype
 
 
 @contextmanager
