@@ -46,6 +46,7 @@ COMMANDS = [
     "operators",
     "sample",
     "evaluate",
+    "reference",
     "report",
     "schema",
     "doctor",
