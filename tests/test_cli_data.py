@@ -122,6 +122,8 @@ def test_two_processes_of_the_command_line(images: Path, vae: Path, tmp_path: Pa
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    files = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()}
-    assert files == {p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*") if p.is_file()}
+    files = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("[!.]*") if p.is_file()}
+    assert files == {
+        p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("[!.]*") if p.is_file()
+    }
     assert all(sha256_of(tmp_path / "one" / f) == sha256_of(tmp_path / "two" / f) for f in files)

@@ -45,7 +45,8 @@ def run(stream: ImageStream, vae: Autoencoder, folder: Path, config=CONFIG, **se
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Of all files but locks."""
+    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -268,6 +269,15 @@ def test_a_folder_of_other_settings_is_refused(stream: ImageStream, vae: Autoenc
     with pytest.raises(RunError, match="images exists and is not a folder of latents that was begun"):
         run(stream, vae, tmp_path / "images")
     assert hashes(tmp_path / "out") == before
+
+
+def test_the_same_shards_are_not_done_by_two(stream: ImageStream, vae: Autoencoder, tmp_path: Path):
+    first = encode(stream, vae, CONFIG, tmp_path / "out")
+    next(first)
+    with pytest.raises(RunError, match="another process is at work on the same shards of .*out"):
+        run(stream, vae, tmp_path / "out")
+    first.close()
+    run(stream, vae, tmp_path / "out")
 
 
 def test_sizes_that_the_autoencoder_cannot_take(stream: ImageStream, vae: Autoencoder, tmp_path: Path):

@@ -7,7 +7,7 @@ its own: DiT mirrors half of its images at random, and an epoch over these items
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -94,14 +94,19 @@ def encode(
             any work is raised at the call.
     """
     target = _target(stream, vae, config, folder)
+    target.check()
     target.check_space()
-    shards = target.begin(rank=rank, world_size=world_size)
+    allowed = int(config.max_unreadable * len(stream))
 
     def steps() -> Iterator[Step]:
+        with target.working(rank=rank, world_size=world_size) as shards:
+            yield from filling(shards)
+        target.finish(_index_facts(stream, vae, config), max_unreadable=allowed)
+
+    def filling(shards: list[int]) -> Iterator[Step]:
         own = sum(len(target.images_of(n)) for n in range(rank, target.num_shards, world_size))
         before = own - sum(len(target.images_of(number)) for number in shards)
-        allowed, unreadable = int(config.max_unreadable * len(stream)), 0
-        done, first, started = before, before, time.monotonic()
+        done, first, unreadable, started = before, before, 0, time.monotonic()
         yield Step(done=done, total=own)
         cuts = [part for number in shards for part in _cut(target.images_of(number), config.batch_size)]
         with closing(_decoded(stream, cuts, config, workers)) as batches:
@@ -118,7 +123,6 @@ def encode(
                     yield Step(done=done, total=own, values={"images_per_second": rate})
                 unreadable += len(contents.unreadable)
                 before = done
-        target.finish(_index_facts(stream, vae, config), max_unreadable=allowed)
 
     return steps()
 
@@ -164,7 +168,12 @@ def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folde
         folder=folder,
         facts={
             "format": FORMAT,
-            "source": {"name": stream.name, "images": len(stream), "sha256": stream.sha256},
+            "source": {
+                "name": stream.name,
+                "revision": stream.revision,
+                "images": len(stream),
+                "sha256": stream.sha256,
+            },
             "vae": vae.describe(),
             "encoding": config.model_dump(mode="json", exclude={"max_unreadable"}),
         },
@@ -180,6 +189,7 @@ def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folde
 def _index_facts(stream: ImageStream, vae: Autoencoder, config: EncodingConfig) -> dict[str, Any]:
     return {
         "source": stream.name,
+        "source_revision": stream.revision,
         "source_sha256": stream.sha256,
         "vae": vae.name,
         "vae_revision": vae.revision,
@@ -232,7 +242,7 @@ def _cut(numbers: range, size: int) -> list[range]:
 
 def _decoded(
     stream: ImageStream, batches: Iterable[range], config: EncodingConfig, workers: int
-) -> Iterator[_Batch]:
+) -> Generator[_Batch, None, None]:
     """The images of each range of numbers, cropped, while some batches to come are decoded in threads."""
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         coming = iter(batches)

@@ -9,10 +9,10 @@ import torch
 
 from closeness import assert_close
 from grafting.contract import TrainingData
-from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, write_latents
+from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names, write_latents
 from grafting.data.subset import Subset, write_subset
 from grafting.errors import DataError
-from grafting.files import sha256_of
+from grafting.files import hash_json, sha256_of
 
 LATENTS = torch.randn(11, 4, 2, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
@@ -40,6 +40,36 @@ def test_items_come_back_scaled_in_any_order_across_shards(folder: Path):
     assert [shard.count for shard in latents.index.shards] == [5, 5, 1]
     assert isinstance(latents, TrainingData)
     assert (len(latents), latents.num_classes) == (11, 3)
+
+
+def test_a_shift_is_taken_away_before_the_scale(tmp_path: Path):
+    """Source: diffusers' Flux pipelines, `(latent - shift_factor) * scaling_factor`."""
+    x, _ = (
+        LatentsConfig(folder=write(tmp_path, dtype=torch.float32, shift=0.25)).load().batch(torch.arange(11))
+    )
+    assert_close("latents", x, 0.5 * (LATENTS - 0.25), ratio=1e-6)
+
+
+def test_indexes_of_before_shifts_are_read_and_keep_their_hash(folder: Path):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    old = ("source", "vae", "scale", "stored", "dtype", "shape", "num_classes", "shards")
+    older = {key: index[key] for key in old}
+    (folder / INDEX_NAME).write_text(json.dumps(older))
+    assert read_index(folder).shift == 0.0
+    assert LatentsConfig(folder=folder).describe()["sha256"] == hash_json(older)
+
+
+def test_names_of_items(folder: Path):
+    with pytest.raises(DataError, match=r"the items in .* have no names, only numbers 0\.\.10"):
+        read_item_names(folder, read_index(folder))
+    (folder / "items.txt").write_text("a\nb\n")
+    index = json.loads((folder / INDEX_NAME).read_text())
+    items = {"file": "items.txt", "sha256": sha256_of(folder / "items.txt")}
+    (folder / INDEX_NAME).write_text(json.dumps(index | {"items": items}))
+    assert read_item_names(folder, read_index(folder)) == ["a", "b"]
+    (folder / "items.txt").write_text("a\nc\n")
+    with pytest.raises(DataError, match="items.txt, the names of the items, is missing or damaged"):
+        read_item_names(folder, read_index(folder))
 
 
 def test_half_precision_by_default(tmp_path: Path):

@@ -33,7 +33,7 @@ def run(source: Path, folder: Path, config: ImportConfig = CONFIG, **settings) -
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
 
 
 def test_tars_become_latents(tars: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -221,6 +222,30 @@ def test_data_sets_on_disk_and_as_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert image_dataset(tmp_path / "parquet").sha256 == stream.sha256
 
 
+def test_the_hubs_commit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int32")})
+    rows = {"image": [{"bytes": PICTURE, "path": None}], "label": [4]}
+    asked = []
+
+    def load_dataset(name: str, *, split: str, revision: str):
+        asked.append((name, split, revision))
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    class Hub:
+        def dataset_info(self, name: str, *, revision: str | None):
+            return type("Info", (), {"sha": "b" * 40})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="no data set owner/toy: .* the Hub does not give it"):
+        image_dataset("owner/toy")
+    monkeypatch.setattr(sources, "HfApi", Hub)
+    stream = image_dataset("owner/toy", split="val")
+    assert (stream.name, stream.revision, stream.num_classes) == ("owner/toy val", "b" * 40, 5)
+    assert image_dataset("owner/toy", revision="a" * 40).revision == "a" * 40
+    assert asked == [("owner/toy", "val", "b" * 40), ("owner/toy", "train", "a" * 40)]
+
+
 def test_data_sets_whose_columns_do_not_fit(tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(tmp_path / "toy")
@@ -231,6 +256,6 @@ def test_data_sets_whose_columns_do_not_fit(tmp_path: Path):
 
 
 def test_without_the_package_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingBackend, match=r"read with `datasets`: pip install 'grafting\[data\]'"):
         image_dataset(tmp_path)

@@ -5,10 +5,12 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
+import fcntl
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,22 +120,39 @@ class LatentFolder:
         values = torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
         return self.items_per_image * (values + _LABEL_BYTES)
 
-    def begin(self, *, rank: int, world_size: int) -> list[int]:
-        """The shards of this process that are still to do: of those with number % world_size == rank.
+    @contextmanager
+    def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
+        """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
 
         A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
 
         Raises:
-            RunError: the folder holds something else, or cannot be written.
+            RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
         """
         self.check()
         write_json(self.folder / WORK_NAME, dict(self.facts))
         own = range(rank, self.num_shards, world_size)
-        for path in self.folder.glob(".latents-*.partial"):
-            found = re.match(r"\.latents-(\d+)\.", path.name)
-            if found and int(found[1]) in own:
-                path.unlink(missing_ok=True)
-        return [number for number in own if not self._is_done(number)]
+        with self._locked(f".lock-{rank}-of-{world_size}"):
+            for path in self.folder.glob(".latents-*.partial"):
+                found = re.match(r"\.latents-(\d+)\.", path.name)
+                if found and int(found[1]) in own:
+                    path.unlink(missing_ok=True)
+            yield [number for number in own if not self._is_done(number)]
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """An flock, which the operating system takes back when the process ends."""
+        with open(self.folder / name, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process is at work on the same shards of {self.folder}: wait for its end, or start "
+                    "several that share them, with torchrun"
+                ) from None
+            except OSError:
+                pass  # a file system without locks; two at the same shards write the same bytes
+            yield
 
     def write(
         self,

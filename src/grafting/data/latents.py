@@ -75,6 +75,7 @@ class LatentIndex(BaseModel):
     vae_sha256: str | None = None  # of its config and weights
     crop_size: PositiveInt | None = None  # of the images, in pixels
     mirrored: bool = False  # every image is there twice: as it is, and after it mirrored from left to right
+    source_revision: str | None = None  # the commit on the Hub
     source_sha256: str | None = None  # of the ids and labels of the images
     unreadable: NonNegativeInt = 0  # images that are left out
     notes: str = ""

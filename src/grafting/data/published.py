@@ -114,10 +114,23 @@ def import_published(
             else, or the disk has not the space.
     """
     target = import_target(published, folder, config)
+    target.check()
     target.check_space()
-    shards = target.begin(rank=rank, world_size=world_size)
 
     def steps() -> Iterator[Step]:
+        with target.working(rank=rank, world_size=world_size) as shards:
+            yield from filling(shards)
+        facts = {
+            "source": published.name,
+            "source_sha256": published.sha256,
+            "vae": config.vae,
+            "scale": config.scale,
+            "stored": "samples",
+            "notes": _NOTES,
+        }
+        target.finish(facts, max_unreadable=0)
+
+    def filling(shards: list[int]) -> Iterator[Step]:
         total = sum(len(target.images_of(n)) for n in range(rank, target.num_shards, world_size))
         done = total - sum(len(target.images_of(number)) for number in shards)
         yield Step(done=done, total=total)
@@ -138,15 +151,6 @@ def import_published(
             target.write(number, latents / config.scale, labels, names=names, unreadable={})
             done += len(latents)
             yield Step(done=done, total=total)
-        facts = {
-            "source": published.name,
-            "source_sha256": published.sha256,
-            "vae": config.vae,
-            "scale": config.scale,
-            "stored": "samples",
-            "notes": _NOTES,
-        }
-        target.finish(facts, max_unreadable=0)
 
     return steps()
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import threading
 import zlib
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from jaxtyping import UInt8
 from PIL import Image
 
 from ..errors import DataError, MissingBackend
 from .images import IMAGE_SUFFIXES
 from .tars import Member, members, tar_files
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # what a WebDataset calls an item's class
 _LABEL_SUFFIXES = frozenset({".cls", ".json"})
@@ -45,6 +50,7 @@ class ImageStream:
     labels: Sequence[int]
     num_classes: int
     read: Callable[[int], bytes]  # the encoded image of a number; threads may call it at once
+    revision: str | None = None  # the commit on the Hub
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -169,13 +175,15 @@ def image_dataset(
     It needs one column of images and one of classes: a `ClassLabel`, or whole numbers called `label`.
 
     Args:
-        revision: commit on the Hub.
+        revision: branch, tag or commit on the Hub; the commit that it stands for is kept.
         num_classes: by default those that the column names, else one more than the highest label.
 
     Raises:
         MissingBackend: `datasets` is not installed. DataError: no such data set or split, or its columns do not fit.
     """
-    table = _open_dataset(source, split=split, revision=revision)
+    on_hub = not Path(source).exists()
+    commit = _commit_of(str(source), revision) if on_hub else None
+    table = _open_dataset(source, split=split, revision=commit)
     image_column, label_column = _columns(table, source)
     labels = [int(label) for label in table[label_column]]
     named = getattr(table.features[label_column], "num_classes", None)
@@ -188,11 +196,12 @@ def image_dataset(
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     return ImageStream(
-        name=name or f"{source if not Path(source).exists() else _name_of(Path(source))} {split}",
+        name=name or f"{source if on_hub else _name_of(Path(source))} {split}",
         ids=[f"{split}/{number}" for number in range(len(labels))],
         labels=labels,
         num_classes=_count_classes(labels, num_classes or named, source),
         read=read,
+        revision=commit,
     )
 
 
@@ -259,6 +268,20 @@ def _label_in(member: Member, suffix: str, *, tar: Path, key: str) -> int | None
         return None if label is None else int(label)
     except (ValueError, TypeError) as error:
         raise DataError(f"{tar}: {key}{suffix} holds no class number: {text[:40]!r}") from error
+
+
+def _commit_of(source: str, revision: str | None) -> str:
+    """What a branch or tag of a data set stands for now; a commit needs no network."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        found = HfApi().dataset_info(source, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise DataError(
+            f"no data set {source}: there is no such folder, and the Hub does not give it: {error}"
+        ) from error
+    assert found is not None
+    return found
 
 
 def _open_dataset(source: str | Path, *, split: str, revision: str | None) -> Any:
