@@ -13,9 +13,9 @@ CPU = torch.device("cpu")
 
 def _draw(size, *, dropout=0.3, part=slice(None), classes=True):
     facts = ClassConditional((1, 16, 16), 10, 10, dropout) if classes else None
-    data = noise_images(size, size=16)
+    images = noise_images(size, size=16).batch(torch.arange(size)[part])
     return draw_noised(
-        data, torch.arange(size), generator(5), diffusion=Diffusion(), device=CPU, classes=facts, part=part
+        images, generator(5), batch_size=size, diffusion=Diffusion(), device=CPU, classes=facts, part=part
     )
 
 

@@ -165,7 +165,14 @@ def run_noised(
     """Run the teacher on these images, with noise, steps and dropped labels drawn from `entropy`."""
     device = next(teacher.parameters()).device
     with seeded(*entropy) as draw:
-        batch = draw_noised(data, indices, draw, diffusion=diffusion, device=device, classes=classes)
+        batch = draw_noised(
+            data.batch(indices),
+            draw,
+            batch_size=len(indices),
+            diffusion=diffusion,
+            device=device,
+            classes=classes,
+        )
         run_on_batch(teacher, batch, predict=predict, precision=precision)
 
 

@@ -265,3 +265,4 @@ class Step:
     total: int
     values: dict[str, float] = field(default_factory=dict)
     state: Callable[[], dict[str, Any] | FolderState] = dict
+    seconds_waited: float | None = None  # for data; None where the stage does not count it

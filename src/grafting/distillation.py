@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from . import parallel
 from .activations import ActivationCache, Precision, Visit, run_on_batch, shuffled, visiting
 from .contract import ClassConditional, Predict, Role, Step, TrainingData
+from .data.loader import Loader
 from .diffusion import Diffusion
 from .errors import CheckpointError, TrainingError
 from .functional.losses import Regression, regression_loss
@@ -150,7 +151,7 @@ def distill(
         classes=classes,
     )
     first = fitting.load(state) if state else 0
-    with fitting.training():
+    with fitting.training(), fitting.loader(train) as loader:
         cache = fitting.record(train, cache_folder) if config.cache_samples else None
         if first == 0:
             yield Step(
@@ -160,9 +161,9 @@ def distill(
                 state=lambda: fitting.snapshot(0),
             )
         for step in range(first, config.steps):
+            waited = loader.seconds_waited
             if cache is None:
-                indices = train[batch_indices(len(train), config.batch_size, step, config.seed)]
-                values = fitting.step(step, fitting.runs(indices, step))
+                values = fitting.step(step, fitting.runs(loader.at(step), step))
             else:
                 indices = batch_indices(cache.num_samples, config.batch_size, step, config.seed)
                 parts = indices[fitting.share].chunk(config.accumulate)
@@ -174,6 +175,7 @@ def distill(
                 total=config.steps,
                 values=values,
                 state=partial(fitting.snapshot, step + 1),
+                seconds_waited=loader.seconds_waited - waited,
             )
         fitting.exchange()
 
@@ -229,18 +231,39 @@ class _Fitting:
             for operator in self.operators.values():
                 operator.eval()
 
-    def runs(self, indices: Tensor, step: int) -> list[Callable[[Visit], None]]:
+    def loader(self, train: Tensor) -> Loader:
+        """Reads this process's part of each batch of these items."""
+        config = self.config
+        return Loader(
+            self.data,
+            config.batch_size,
+            seed=config.seed,
+            items=train,
+            steps=config.steps,
+            share=self.share,
+            pin=self.device.type != "cpu",
+        )
+
+    def runs(self, images: tuple[Tensor, Tensor], step: int) -> list[Callable[[Visit], None]]:
         """What runs the teacher on this process's part of a batch, one micro-batch after the other."""
-        entropy = (self.config.seed, step)
-        parts = self._draw(indices, entropy, self.share).split(self.config.accumulate)
+        entropy, config = (self.config.seed, step), self.config
+        batch = self._draw(images, entropy, batch_size=config.batch_size, part=self.share)
+        parts = batch.split(config.accumulate)
         return [partial(self._run, part, self.mine, (*entropy, number)) for number, part in enumerate(parts)]
 
-    def _draw(self, indices: Tensor, entropy: tuple[int, ...], part: slice = slice(None)) -> NoisedBatch:
+    def _draw(
+        self,
+        images: tuple[Tensor, Tensor],
+        entropy: tuple[int, ...],
+        *,
+        batch_size: int,
+        part: slice = slice(None),
+    ) -> NoisedBatch:
         with seeded(*entropy) as draw:
             return draw_noised(
-                self.data,
-                indices,
+                images,
                 draw,
+                batch_size=batch_size,
                 diffusion=self.diffusion,
                 device=self.device,
                 classes=self.classes,
@@ -256,7 +279,8 @@ class _Fitting:
     def _run_whole(
         self, indices: Tensor, paths: Sequence[str], entropy: tuple[int, ...], visit: Visit
     ) -> None:
-        self._run(self._draw(indices, entropy), paths, (*entropy, 1), visit)
+        batch = self._draw(self.data.batch(indices), entropy, batch_size=len(indices))
+        self._run(batch, paths, (*entropy, 1), visit)
 
     def step(self, step: int, runs: Sequence[Callable[[Visit], None]]) -> dict[str, float]:
         """One step of every operator; each of `runs` takes the teacher past the sites. Returns each site's loss."""

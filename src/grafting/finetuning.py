@@ -28,13 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
 from .contract import ClassConditional, Predict, Step, TrainingData
+from .data.loader import Loader
 from .devices import default_device, mixed_precision
 from .diffusion import Diffusion
 from .errors import TrainingError
 from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
 from .noising import NoisedBatch, check_batch_size, draw_noised
-from .randomness import batch_indices, seeded
+from .randomness import seeded
 
 
 class FinetuneConfig(BaseModel):
@@ -123,14 +124,17 @@ def finetune(
         new_parameters=new_parameters,
     )
     first = training.load(state) if state is not None else 0
-    for step in range(first, config.steps):
-        values = training.step(step)
-        yield Step(
-            done=step + 1,
-            total=config.steps,
-            values=values,
-            state=partial(training.snapshot, step + 1),
-        )
+    with training.loader as loader:
+        for step in range(first, config.steps):
+            waited = loader.seconds_waited
+            values = training.step(step)
+            yield Step(
+                done=step + 1,
+                total=config.steps,
+                values=values,
+                state=partial(training.snapshot, step + 1),
+                seconds_waited=loader.seconds_waited - waited,
+            )
     training.finish()
 
 
@@ -150,9 +154,17 @@ class _Training:
         teacher: nn.Module | None,
         new_parameters: frozenset[str],
     ):
-        self.model, self.data, self.config = model, data, config
+        self.model, self.config = model, config
         self.predict, self.diffusion, self.classes = predict, diffusion, classes
         self.device = default_device()
+        self.loader = Loader(
+            data,
+            config.batch_size,
+            seed=config.seed,
+            steps=config.steps,
+            share=parallel.share(),
+            pin=self.device.type != "cpu",
+        )
         self.trained = _select_parameters(model, config.trainable, new_parameters)
         model.to(self.device)
         if config.gradient_checkpointing:
@@ -222,12 +234,12 @@ class _Training:
 
     def _draw(self, step: int) -> NoisedBatch:
         """This process's share of a step's batch."""
-        indices = batch_indices(len(self.data), self.config.batch_size, step, self.config.seed)
+        images = self.loader.at(step)
         with seeded(self.config.seed, step) as draw:
             return draw_noised(
-                self.data,
-                indices,
+                images,
                 draw,
+                batch_size=self.config.batch_size,
                 diffusion=self.diffusion,
                 device=self.device,
                 classes=self.classes,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import ClassConditional, TrainingData
+from .contract import ClassConditional
 from .diffusion import NUM_STEPS, Diffusion
 from .errors import TrainingError
 
@@ -32,30 +32,31 @@ class NoisedBatch(NamedTuple):
 
 
 def draw_noised(
-    data: TrainingData,
-    indices: Tensor,
+    images: tuple[Tensor, Tensor],
     draw: torch.Generator,
     *,
+    batch_size: int,
     diffusion: Diffusion,
     device: torch.device,
     classes: ClassConditional | None = None,
     part: slice = _WHOLE,
 ) -> NoisedBatch:
-    """These items of the data, noised; only those in `part` are read.
+    """Images or latents and their labels, noised.
 
     Args:
-        indices: the step's whole batch.
+        images: those in `part` of the step's batch.
+        batch_size: of the whole batch.
         draw: a fresh CPU generator of the step.
         classes: what the model knows of classes; with it, labels are dropped in the model's share.
     """
-    x, labels = data.batch(indices[part])
-    noise = torch.randn((len(indices), *x.shape[1:]), generator=draw)[part]
-    t = torch.randint(0, NUM_STEPS, (len(indices),), generator=draw)[part]
+    x, labels = images
+    noise = torch.randn((batch_size, *x.shape[1:]), generator=draw)[part]
+    t = torch.randint(0, NUM_STEPS, (batch_size,), generator=draw)[part]
     if classes is not None and classes.label_dropout:
         assert classes.null_label is not None
-        is_dropped = torch.rand(len(indices), generator=draw)[part] < classes.label_dropout
+        is_dropped = torch.rand(batch_size, generator=draw)[part] < classes.label_dropout
         labels = torch.where(is_dropped, classes.null_label, labels)
-    x, labels, noise, t = (a.to(device) for a in (x, labels, noise, t))
+    x, labels, noise, t = (a.to(device, non_blocking=True) for a in (x, labels, noise, t))
     return NoisedBatch(x, noise, diffusion.add_noise(x, noise, t), labels, t)
 
 

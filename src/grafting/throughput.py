@@ -72,15 +72,14 @@ def measured(steps: Iterator[Step], work: Work, *, device: torch.device) -> Iter
     """The same steps, with how fast each was: the time between asking for it and having it.
 
     Adds to a step's values `images_per_s`, `tokens_per_s`, `memory_gib` (the most that this process held so far), `mfu`
-    where the peak is known, and `data_wait`, the share of the time spent waiting for data, where the stage says in
-    `seconds_waited` how long that was. A step 0 only measures: it has no rate.
+    where the peak is known, and `data_wait`, the share of the time spent waiting for data, where the stage says how long
+    that was. A step 0 only measures: it has no rate.
     """
     started = time.perf_counter()
     for step in steps:
         seconds = time.perf_counter() - started
         rates = _rates(step, work, seconds) if step.done else {}
-        values = {name: value for name, value in step.values.items() if name != "seconds_waited"}
-        yield replace(step, values=values | rates | {"memory_gib": round(peak_memory_gib(device), 3)})
+        yield replace(step, values=step.values | rates | {"memory_gib": round(peak_memory_gib(device), 3)})
         started = time.perf_counter()
 
 
@@ -88,8 +87,8 @@ def _rates(step: Step, work: Work, seconds: float) -> dict[str, float]:
     rates = {"images_per_s": work.images / seconds, "tokens_per_s": work.images * work.tokens / seconds}
     if work.tflops is not None:
         rates["mfu"] = work.flops / seconds / (1e12 * work.tflops)
-    if "seconds_waited" in step.values:
-        rates["data_wait"] = min(step.values["seconds_waited"] / seconds, 1.0)
+    if step.seconds_waited is not None:
+        rates["data_wait"] = min(step.seconds_waited / seconds, 1.0)
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
