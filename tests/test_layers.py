@@ -19,7 +19,7 @@ LAYERS = (
     {"functional"},
     {"models"},
     {"operators", "hosts", "metrics", "data", "diffusion", "runfolder", "throughput", "tracking"},  # L1
-    {"plan", "noising", "guard"},  # L2
+    {"plan", "noising", "guard", "sharding"},  # L2
     {"surgery"},  # L3
     {"portable", "card"},
     {"activations", "checkpoint"},

@@ -1,17 +1,20 @@
 """Several processes train as one does: the same curves, the same weights, one error, one writer."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 
+from closeness import assert_close
 from grafting import parallel
 from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
-from grafting.errors import RunError, TrainingError
+from grafting.errors import CheckpointError, RunError, TrainingError
 from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
+from grafting.sharding import read_tensors
 from grafting.surgery import build_operators
 from processes import run_in_processes
 from toydata import noise_images
@@ -20,7 +23,7 @@ HOST = hosts()["dit"]
 RANDOM = Plan(edits=(Replace(role="attention", operator={"name": "softmax", "projections": "random"}),))
 
 
-def _finetuned(settings, until=None, state=None):
+def _finetuned(settings, until=None, state=None, folder=None):
     """The values of every step of a little stage 2, the last state and the final weights."""
     torch.manual_seed(0)
     teacher = HOST.tiny().eval()
@@ -42,7 +45,7 @@ def _finetuned(settings, until=None, state=None):
         ):
             steps.append(step.values)
             if step.done == until:
-                return steps, copy.deepcopy(step.state())
+                return steps, step.state().save(folder)
     return steps, _numbers(model)
 
 
@@ -129,6 +132,46 @@ def test_a_batch_that_does_not_divide_is_an_error(stage):
         == 1
     )
     assert "SystemExit: 1" in found
+
+
+def test_sharded_equals_unsharded():
+    """Weights less closely: keys' biases have no gradient but rounding, which Adam makes steps of."""
+    want, weights = _finetuned({"output_weight": 1.0})
+    settings = {"output_weight": 1.0, "shard": True}
+    for steps, got in run_in_processes(_finetuned, settings):
+        _assert_same_curve(steps, want)
+        for name, tensor in got.items():
+            assert_close(name, torch.tensor(tensor), torch.tensor(weights[name]), 1e-3)
+
+
+def test_a_sharded_state_goes_on_with_other_numbers_of_processes(tmp_path):
+    settings = {"shard": True, "guard": {"policy": "rollback", "window": 5}}
+    want, _ = _finetuned(settings)
+    at_2, at_4 = tmp_path / "2", tmp_path / "4"
+    at_2.mkdir()
+    at_4.mkdir()
+    [(steps, _), _] = run_in_processes(_finetuned, settings, 2, None, at_2)
+    steps += _finetuned(settings, 4, at_2, at_4)[0]
+    [(rest, _), (others, _)] = run_in_processes(_finetuned, settings, None, at_4)
+    assert rest == others
+    _assert_same_curve(steps + rest, want)
+    damaged = at_2 / "__0_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged or another model's.*Delete it"):
+        _finetuned(settings, 4, at_2)
+    with pytest.raises(CheckpointError, match="made with shard: True, the recipe says False"):
+        _finetuned({}, 4, at_4)
+
+
+class _Malice:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_no_pickle_is_run_from_a_states_index(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Malice()))
+    with pytest.raises(CheckpointError, match=r"its index holds builtins\.print, which no index does"):
+        read_tensors(tmp_path, {"x": torch.zeros(1)})
 
 
 def _all_that_is_agreed_on():

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,11 +33,12 @@ from .contract import ClassConditional, Predict, Step, TrainingData
 from .data.loader import Loader
 from .devices import default_device, mixed_precision
 from .diffusion import Diffusion
-from .errors import TrainingError
+from .errors import CheckpointError, TrainingError
 from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
 from .noising import NoisedBatch, check_batch_size, draw_noised
 from .randomness import seeded
+from .sharding import ShardedState, copy_whole, read_facts, read_tensors, shard, whole
 
 
 class FinetuneConfig(BaseModel):
@@ -73,9 +76,20 @@ class FinetuneConfig(BaseModel):
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile each block, once for all blocks of a kind."""
+    shard: bool = False
+    """Spread weights, gradients, optimizer and averaged weights over the processes (FSDP2), block by block. States are then
+    folders that any number of processes can go on from."""
     guard: GuardConfig | None = None
     """What to do with bad steps; left out, a loss or gradient that is not finite is an error."""
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneConfig":
+        if self.shard and self.ema_device == "cpu":
+            raise ValueError(
+                "ema_device: cpu goes without shard, which spreads averaged weights as it does weights"
+            )
+        return self
 
 
 def finetune(
@@ -89,7 +103,7 @@ def finetune(
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
     new_parameters: frozenset[str] = frozenset(),
-    state: dict[str, Any] | None = None,
+    state: dict[str, Any] | Path | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place; when the iterator ends the model holds the averaged (EMA) weights.
 
@@ -102,12 +116,13 @@ def finetune(
         predict: the host's call of a model on (x_t, t, labels).
         diffusion: the host's noise process and loss.
         classes: what the host knows of classes; with it, labels are dropped in its share.
-        blocks: paths of the model's blocks, which `compile` compiles one by one.
+        blocks: paths of the model's blocks, which `compile` and `shard` treat one by one.
         teacher: the pretrained model, needed when `output_weight` is positive.
         new_parameters: names of the parameters of new operators, for `trainable: new`.
-        state: what an earlier step's `state()` returned, to go on from there.
+        state: what an earlier step's `state()` returned, or the folder that it wrote, to go on from there.
 
     Raises:
+        CheckpointError: the state is of another model, or of another way to train.
         TrainingError: nothing to train, no objective, a teacher is missing, a batch does not divide among processes, or
             the loss is not finite.
     """
@@ -165,23 +180,34 @@ class _Training:
             share=parallel.share(),
             pin=self.device.type != "cpu",
         )
-        self.trained = _select_parameters(model, config.trainable, new_parameters)
+        _select_parameters(model, config.trainable, new_parameters)
+        self.whole_model = model
+        if config.shard and parallel.connect():
+            # the copy is spread; what it was copied from waits for the result
+            self.model = model = copy.deepcopy(model).to(self.device)
+            self.whole_model.to("cpu")
         model.to(self.device)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.compiled = [model.get_submodule(path) for path in blocks] if config.compile else []
         for block in self.compiled:
             block.compile()
+        model.train()
+        student = _Student(model, predict)
+        if self.model is not self.whole_model:
+            shard(student, [model.get_submodule(path) for path in blocks], self.device)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
+        if config.shard:
+            self._fill_optimizer()
         self.average = _Average(self.trained, config)
         self.guard = Guard(config.guard)
         self.kept: dict[str, Any] | None = None
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
-        model.train()
-        student = _Student(model, predict)
-        self.student = _averaging(student, self.device) if parallel.connect() else student
+        averages = parallel.connect() and not config.shard
+        self.student = _averaging(student, self.device) if averages else student
 
     def step(self, step: int) -> dict[str, float]:
         """Take a step, or do what the guard says; returns its figures."""
@@ -197,7 +223,7 @@ class _Training:
                 (losses["loss"] / len(parts)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        norm = nn.utils.clip_grad_norm_(self.trained, config.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained, config.clip_norm))
         figures = dict(zip(sums, parallel.mean([value.item() for value in sums.values()]), strict=True))
         values = {"loss": figures.pop("loss"), "lr": lr, "grad_norm": norm.item()} | figures
         finding = guard.judge({name: values[name] for name in ("loss", "grad_norm")})
@@ -278,26 +304,69 @@ class _Training:
         self.optimizer.load_state_dict(copy.deepcopy(weights["optimizer"]))
         self.average.load_state_dict(weights["ema"])
 
-    def snapshot(self, step: int) -> dict[str, Any]:
+    def snapshot(self, step: int) -> dict[str, Any] | ShardedState:
         """All that is needed to go on after `step` steps."""
         state = {"step": step, **self._weights(), "guard": self.guard.state()}
-        kept_later = self.guard.keeps_at(step)  # then the state itself is the one that is kept
-        return state if self.kept is None or kept_later else state | {"kept": self.kept}
+        if self.kept is not None and not self.guard.keeps_at(
+            step
+        ):  # else this state is itself the one to keep
+            state["kept"] = self.kept
+        if not self.config.shard:
+            return state
+        kept = {"kept": _numbers(state["kept"])} if "kept" in state else {}
+        return ShardedState(state, _numbers(state) | {"guard": state["guard"]} | kept)
 
-    def load(self, state: Mapping[str, Any]) -> int:
+    def load(self, state: Mapping[str, Any] | Path) -> int:
         """Take up a snapshot; returns its step."""
+        if isinstance(state, Path) != self.config.shard:
+            raise CheckpointError(
+                f"stage 2's saved state was made with shard: {isinstance(state, Path)}, the recipe says "
+                f"{self.config.shard}: go on as it began, or delete the stage's folder to start anew"
+            )
+        if isinstance(state, Path):
+            state = self._read(state)
         self._restore(state)
         if "guard" in state:
             self.guard.load(state["guard"])
         self.kept = state.get("kept")
         return state["step"]
 
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """A sharded state, in tensors that are spread as this run's are."""
+        facts = read_facts(folder)
+        state = self._weights()
+        if "kept" in facts:
+            state["kept"] = copy.deepcopy(state)
+        read_tensors(folder, state)
+        for part, numbers in ((state, facts), (state.get("kept"), facts.get("kept"))):
+            if part is not None:
+                part["ema"]["optimization_step"], part["step"] = numbers["ema_steps"], numbers["step"]
+        return state | {"guard": facts["guard"]}
+
+    def _fill_optimizer(self) -> None:
+        """Give the optimizer its tensors, which it makes at its first step, so that a state can be read into them."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for moments in self.optimizer.state.values():
+            moments["step"].zero_()
+
     def finish(self) -> None:
         """Leave the averaged weights in the model."""
         self.average.copy_to(self.trained)
         for block in self.compiled:
             block._compiled_call_impl = None
-        self.model.eval()
+        if self.model is not self.whole_model:
+            copy_whole(self.model, self.whole_model.to(self.device))
+        self.whole_model.eval()
+
+
+def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
+    """What of a state is no tensor."""
+    return {"step": state["step"], "ema_steps": state["ema"]["optimization_step"]}
 
 
 class _Average:
@@ -342,7 +411,9 @@ class _Student(nn.Module):
         self.model, self.predict = model, predict
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.predict(self.model, x_t, t, labels)
+        prediction = self.predict(self.model, x_t, t, labels)
+        # FSDP wants no view as the result: an operation in place on it would lose its hook
+        return prediction.clone() if prediction._is_view() else prediction
 
 
 def _averaging(student: nn.Module, device: torch.device) -> nn.Module:
@@ -371,8 +442,9 @@ def check_division(config: FinetuneConfig) -> None:
 
 def _check(config: FinetuneConfig, teacher: nn.Module | None, blocks: Sequence[str]) -> None:
     check_division(config)
-    if config.compile and not blocks:
-        raise TrainingError("stage 2 compiles block by block, but no blocks are named")
+    for name in ("compile", "shard"):
+        if getattr(config, name) and not blocks:
+            raise TrainingError(f"stage 2 is to {name} block by block, but no blocks are named")
     if not (config.diffusion_weight or config.output_weight):
         raise TrainingError("stage 2 has no objective: diffusion_weight and output_weight are both 0")
     if config.output_weight and teacher is None:
@@ -381,8 +453,8 @@ def _check(config: FinetuneConfig, teacher: nn.Module | None, blocks: Sequence[s
 
 def _select_parameters(
     model: nn.Module, trainable: str | tuple[str, ...], new_parameters: frozenset[str]
-) -> list[nn.Parameter]:
-    """Marks what is trained and returns it; fixed parameters (such as positions) stay fixed."""
+) -> None:
+    """Marks what is trained; fixed parameters (such as positions) stay fixed."""
     candidates = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if trainable == "all":
         chosen = set(candidates)
@@ -397,4 +469,3 @@ def _select_parameters(
         )
     for name, parameter in candidates.items():
         parameter.requires_grad_(name in chosen)
-    return [candidates[n] for n in candidates if n in chosen]
