@@ -153,8 +153,8 @@ def tracking(
             if not (names and parallel.is_main()):
                 return
             if not started:
-                for tracker in dict.fromkeys(names):
-                    started.append(_start(tracker, folder / FOLDER_NAME, name, settings))
+                for kind in dict.fromkeys(names):
+                    started.append(_start(kind, folder / FOLDER_NAME, name, settings))
                     ending.callback(started[-1].close)
             values = {key: value for key, value in step.values.items() if _is_figure(value)}
             for tracker in started:

@@ -51,7 +51,7 @@ def bundled_subset() -> ImageSet:
     Raises:
         DataError: the file is missing or damaged.
     """
-    with np.load(_asset("subset.npz")) as arrays:
+    with np.load(_asset("subset.npz"), allow_pickle=False) as arrays:
         images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     return ImageSet(images[:, None], labels.long(), num_classes=10, size=32)
 
