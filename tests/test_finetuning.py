@@ -1,12 +1,14 @@
 """Stage 2 lowers the loss, resumes exactly, trains only what it is told to, and stops at NaN."""
 
 import copy
+import threading
 
 import pytest
 import torch
 
+from grafting.data.latents import LatentsConfig, write_latents
 from grafting.diffusion import Diffusion
-from grafting.errors import TrainingError
+from grafting.errors import DataError, TrainingError
 from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
@@ -134,3 +136,31 @@ def test_faults_are_found_before_any_work(settings, message):
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         FinetuneConfig(**settings)
+
+
+def _readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grafting-loader")]
+
+
+def test_threads_that_read_end_when_the_loop_is_left():
+    steps = _run(HOST.tiny())
+    assert next(steps).seconds_waited > 0
+    assert _readers()
+    steps.close()
+    assert not _readers()
+
+
+def test_a_shard_lost_while_training_ends_it_with_its_name(tmp_path):
+    images, labels = noise_images(32, size=16).batch(torch.arange(32))
+    facts = {"source": "toy", "vae": "none", "scale": 1.0, "num_classes": 10, "shard_size": 16}
+    write_latents(tmp_path, [(images, labels)], **facts)
+    data = LatentsConfig(folder=tmp_path).load()
+    done = []
+    with pytest.raises(DataError, match=r"latents-00001.safetensors is missing or damaged: No such file"):
+        for step in _run(HOST.tiny(), data=data):
+            done.append(step.done)
+            (tmp_path / "latents-00001.safetensors").unlink(missing_ok=True)
+    # what was read ahead is still trained on
+    assert done == list(range(1, len(done) + 1))
+    assert 1 <= len(done) <= 4
+    assert not _readers()

@@ -78,7 +78,7 @@ def _read_at(descriptor: int, target: np.ndarray, start: int) -> None:
     """Fills `target`, bytes in one piece, from an offset of a file."""
     done = 0
     while done < len(target):
-        count = os.preadv(descriptor, [memoryview(target[done:])], start + done)
+        count = os.preadv(descriptor, [target[done:].data], start + done)
         if count == 0:
             raise OSError(f"it ends {len(target) - done} bytes too early")
         done += count
