@@ -301,8 +301,8 @@ class _Fitting:
         if self.config.spread == "data":
             gradients = [p for s in self.sites.values() for p in s.parameters if p.grad is not None]
             parallel.average_gradients(gradients)
-        norms = {path: site.clip() for path, site in self.sites.items()}
-        losses, norms = self._figures(sums), self._figures(norms)
+        losses = self._figures(sums)
+        norms = self._figures({path: site.clip() for path, site in self.sites.items()})
         findings = {
             path: self.guards[path].judge({"loss": losses[path], "grad_norm": norms[path]})
             for path in self.fitted

@@ -338,9 +338,9 @@ class _Training:
         if "kept" in facts:
             state["kept"] = copy.deepcopy(state)
         read_tensors(folder, state)
-        for part, numbers in ((state, facts), (state.get("kept"), facts.get("kept"))):
-            if part is not None:
-                part["ema"]["optimization_step"], part["step"] = numbers["ema_steps"], numbers["step"]
+        _set_numbers(state, facts)
+        if "kept" in facts:
+            _set_numbers(state["kept"], facts["kept"])
         return state | {"guard": facts["guard"]}
 
     def _fill_optimizer(self) -> None:
@@ -367,6 +367,10 @@ class _Training:
 def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
     """What of a state is no tensor."""
     return {"step": state["step"], "ema_steps": state["ema"]["optimization_step"]}
+
+
+def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
+    state["step"], state["ema"]["optimization_step"] = numbers["step"], numbers["ema_steps"]
 
 
 class _Average:
@@ -419,7 +423,7 @@ class _Student(nn.Module):
 def _averaging(student: nn.Module, device: torch.device) -> nn.Module:
     """The same behind torch's data parallelism; every process begins with the main one's weights."""
     devices = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(student, device_ids=devices)
 
 
 def _told(

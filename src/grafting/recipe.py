@@ -175,12 +175,10 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         )
         decoder = load_decoder(facts.shape, recipe.vae)
     suite = _check_evaluate(recipe, None if decoder is None else decoder.image_shape(facts.shape))
-    for check, config in (
-        (distillation.check_division, recipe.distill),
-        (finetuning.check_division, recipe.finetune),
-    ):
-        if config is not None:
-            check(config)
+    if recipe.distill is not None:
+        distillation.check_division(recipe.distill)
+    if recipe.finetune is not None:
+        finetuning.check_division(recipe.finetune)
     data = recipe.data.load()
     _check_data(data, facts)
     identity = {
