@@ -32,7 +32,7 @@ class Loader:
         steps: number of steps in all; without end when left out.
         share: the part of each batch that is this process's, such as `parallel.share()`.
         prefetch: batches read ahead; 0 reads each when it is asked for.
-        workers: threads that read, each a batch at a time.
+        workers: threads that read, each a batch at a time; several, since a network's disk is slow to answer, not to read.
         pin: give tensors in pinned memory, from which copies to an accelerator go on while it computes.
 
     Raises:
@@ -48,8 +48,8 @@ class Loader:
         items: Tensor | None = None,
         steps: int | None = None,
         share: slice = _WHOLE,
-        prefetch: int = 2,
-        workers: int = 1,
+        prefetch: int = 4,
+        workers: int = 4,
         pin: bool = False,
     ):
         self._count = len(data) if items is None else len(items)
