@@ -1,6 +1,7 @@
 """What several commands share: where they print, how they name a recipe, a model or a folder."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 # lines that go to a file or another program are cut at no terminal's edge
-out = Console(width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True)
+# of several processes (see `parallel`) the main one speaks
+_silent = os.environ.get("RANK", "0") != "0"
+out = Console(width=None if sys.stdout.isatty() else 200, quiet=_silent)
+err = Console(stderr=True, quiet=_silent)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")]
 Model = Annotated[

@@ -124,6 +124,21 @@ def _run(
     track: list[str] | None = None,
     peak_tflops: float | None = None,
 ) -> None:
+    from ..parallel import together
+
+    # a fault in the recipe, which all processes find, is told once
+    with together():
+        _carry_out(recipe_path, folder, until, track=track, peak_tflops=peak_tflops)
+
+
+def _carry_out(
+    recipe_path: Path,
+    folder: Path | None,
+    until: StageName,
+    *,
+    track: list[str] | None,
+    peak_tflops: float | None,
+) -> None:
     from ..tracking import check_trackers, tracking
 
     check_trackers(track or ())
