@@ -6,12 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
 from grafting import cli
 from grafting.data.bundled import bundled_subset
-from grafting.errors import CheckpointError, DataError, ProtocolError
+from grafting.errors import CheckpointError, DataError, ProtocolError, RecipeError
 from grafting.evaluation import (
     INCEPTION_NAME,
     AdmConfig,
@@ -31,6 +32,7 @@ from grafting.metrics.adm import adm_inception_score, adm_precision_recall
 from grafting.metrics.features import ModuleNetwork, extract
 from grafting.metrics.frechet import FeatureStatistics, frechet_distance
 from grafting.metrics.inception import Inception
+from grafting.recipe import Recipe, prepare, row_fingerprint, run
 
 
 class Spatial(nn.Module):
@@ -434,3 +436,72 @@ def test_the_suite_on_the_real_network(npz, tmp_path):
     assert figures["frechet"] < 1e-6
     assert figures["spatial_frechet"] < 1e-6
     assert figures["precision"] == figures["recall"] == 1
+
+
+# recipes
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Twelve colour images of two classes as a folder of PNGs."""
+    for i, image in enumerate(hwc(colour_subset(12)).copy()):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return tmp_path / "images"
+
+
+def recipe_of(folder, suite, **changes):
+    config = {
+        "input_size": 32, "patch_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2,
+        "num_classes": 2,
+    }  # fmt: skip
+    return Recipe.model_validate(
+        {
+            "name": "colour",
+            "source": {"host": "dit", "config": config},
+            "data": {"name": "image-folder", "folder": str(folder), "size": 32},
+            "sample": {"sampler": "ddim", "steps": 2, "cfg_scale": 1.0, "num_images": 8, "clip": True},
+            "evaluate": suite.model_dump(),
+            "rows": ["pretrained"],
+        }
+        | changes
+    )
+
+
+def test_a_recipe_is_measured_by_the_suite(tiny_inception, npz, photographs, tmp_path):
+    suite = AdmSuite(
+        reference=str(npz(arr_0=hwc(colour_subset(9)))), weights=str(tiny_inception), batch_size=3
+    )
+    seen = []
+    folder = run(recipe_of(photographs, suite), tmp_path / "run", on_step=lambda stage, _: seen.append(stage))
+    (row,) = json.loads((folder / "metrics.json").read_text())
+    assert row["spatial_frechet"] > 0
+    assert row["agreement"] is None
+    assert row["protocol"]["metrics"] == AdmConfig().model_dump()
+    assert row["protocol"]["sampling"]["steps"] == 2
+    assert seen.count("reference") == 3
+    assert "Spatial Fr" in (folder / "report.html").read_text()
+
+    # done is done; another reference measures anew, and samples nothing
+    seen.clear()
+    run(recipe_of(photographs, suite), folder, on_step=lambda stage, _: seen.append(stage))
+    assert seen == []
+    other = suite.model_copy(update={"reference": str(npz("b.npz", arr_0=hwc(colour_subset(9, start=9))))})
+    run(recipe_of(photographs, other), folder, on_step=lambda stage, _: seen.append(stage))
+    assert set(seen) == {"reference", "evaluate pretrained"}
+    prints = {row_fingerprint(prepare(recipe_of(photographs, s)), "pretrained") for s in (suite, other)}
+    assert len(prints) == 2
+
+
+def test_a_recipe_that_the_suite_cannot_measure_is_refused_first(tiny_inception, npz, photographs, tmp_path):
+    suite = AdmSuite(reference=str(npz(arr_0=hwc(colour_subset(9)))), weights=str(tiny_inception))
+    few = {"sampler": "ddim", "steps": 2, "cfg_scale": 1.0, "num_images": 3, "clip": True}
+    with pytest.raises(RecipeError, match="4 or more images of 3 channels; these are 3 of 3"):
+        run(recipe_of(photographs, suite, sample=few), tmp_path / "run")
+    with pytest.raises(RecipeError, match="the recipe has no `sample`"):
+        run(recipe_of(photographs, suite, sample=None), tmp_path / "run")
+    missing = suite.model_copy(update={"reference": "no.npz"})
+    with pytest.raises(DataError, match=r"no file no\.npz"):
+        run(recipe_of(photographs, missing), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
