@@ -48,9 +48,8 @@ def test_batches_change_nothing_but_rounding(folder):
 def test_what_a_decoder_is_is_on_record(folder):
     plain, other = decoder(folder), decoder(folder, precision="bf16", tiling=True)
     assert plain.image_shape(SHAPE) == (3, 16, 16)
+    assert plain.describe() == {"name": "toy", "revision": None, "sha256": plain.identity["sha256"]}
     assert plain.identity == {
-        "name": "toy",
-        "revision": None,
         "sha256": plain.identity["sha256"],
         "scale": 0.3611,
         "shift": 0.1159,
@@ -75,6 +74,7 @@ def test_models_of_pixels_need_no_autoencoder():
     for channels in (1, 3):
         made = load_decoder((channels, 8, 8), None)
         assert made.identity is None
+        assert made.describe() is None
         assert made.image_shape((channels, 8, 8)) == (channels, 8, 8)
         x = torch.tensor([-1.2, -1.0, 0.0, 0.999, 2.0]).expand(1, channels, 1, 5)
         assert made(x)[0, 0, 0].tolist() == [0, 0, 128, 255, 255]

@@ -308,6 +308,21 @@ def test_bf16_is_for_the_model_alone_and_stays_close(model):
     assert_close("bf16", got, want, 0.1)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_draws_the_same_images(model):
+    modes = [module.training for module in model.modules()]
+    settings = {"sampler": "ddim", "clip": True, "num_images": 6, "batch_size": 4, "steps": 3}
+    config = SamplingConfig(compile=True, **settings)
+    calls = Recorder()
+    got = torch.cat([batch.images() for batch in sample(model, config, predict=calls, **FACTS)])
+    want = torch.cat(
+        [b.images() for b in sample(model, SamplingConfig(**settings), predict=Recorder(), **FACTS)]
+    )
+    assert pixels_differing(got, want) <= 1e-3
+    assert [size for size, _, _ in calls.calls] == [8] * 3 + [4] * 3
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

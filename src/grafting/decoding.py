@@ -33,7 +33,7 @@ class VaeConfig(BaseModel):
 
 
 class Decoder:
-    """Makes 8-bit images of what a model makes; `identity` says with which autoencoder, as JSON, or is None."""
+    """Makes 8-bit images of what a model makes: with an autoencoder, or by rounding alone where there is none."""
 
     def __init__(self, vae: Autoencoder | None = None, config: VaeConfig | None = None):
         assert (vae is None) == (config is None)
@@ -49,17 +49,21 @@ class Decoder:
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """All of the autoencoder that pixels depend on."""
+        """All that pixels depend on beside the samples, as JSON; None without an autoencoder. Names are no part of it."""
         if self._vae is None or self._config is None:
             return None
         vae, config = self._vae, self._config
         return {
-            **vae.describe(),
+            "sha256": vae.sha256,
             "scale": vae.scale,
             "shift": vae.shift,
             "precision": config.precision,
             "tiling": config.tiling,
         }
+
+    def describe(self) -> dict[str, Any] | None:
+        """The autoencoder's name, revision and hash, for the record; None without one."""
+        return None if self._vae is None else self._vae.describe()
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Channels, height and width of the images of samples [c, h, w]."""

@@ -192,7 +192,7 @@ class Drawing:
             num_images=self.config.num_images,
             shape=self.shape,
             origin=self.origin,
-            record={"drawing": self.description},
+            record={"drawing": self.description, "vae": self._decoder.describe()},
         )
         self.discard()
         # what processes that were killed left of pictures

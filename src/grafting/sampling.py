@@ -119,7 +119,7 @@ def sample(
     """
     check_sampling(config, num_classes=num_classes, null_label=null_label, channels=shape[0])
     numbers = tuple(range(config.num_images) if indices is None else indices)
-    called = torch.compile(model, dynamic=False) if config.compile and numbers else model
+    called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
     if numbers and min(numbers) < 0:
         raise ProtocolError(f"images are numbered from 0; asked for number {min(numbers)}")
 

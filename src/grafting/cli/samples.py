@@ -27,7 +27,7 @@ def sample(
     out_file: Annotated[
         Path, typer.Option("--out", help="An .npz file; a .png of the first hundred lies beside it.")
     ] = Path("samples.npz"),
-    num: Annotated[int, typer.Option(help="Images to draw.")] = 16,
+    num: Annotated[int, typer.Option("--num", "--num-images", help="Images to draw.")] = 16,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm-solver++.")] = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Calls of the model an image.")] = 20,
     cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.0,
@@ -68,7 +68,7 @@ def sample(
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 
-    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num 50000
+    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num-images 50000
       --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125 --precision bf16[/]
     """
     from ..decoding import VaeConfig, load_decoder, makes_pixels
