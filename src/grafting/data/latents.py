@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import (
@@ -172,10 +173,10 @@ class LatentSet:
     @cached_property
     def labels(self) -> Int[Tensor, "m"]:
         """The class of every item of this set."""
-        labels = torch.empty(len(self.items), dtype=torch.int64)
+        labels = np.empty(len(self.items), np.int64)
         for shard, rows, places in self._by_shard(self.items):
             labels[places] = shard.labels[rows]
-        return labels
+        return torch.from_numpy(labels)
 
     def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]:
         """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
@@ -185,11 +186,12 @@ class LatentSet:
         """
         numbers = self.items[indices]
         stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
-        labels = torch.empty(len(numbers), dtype=torch.int64)
+        content, labels = stored.flatten(1).view(torch.uint8).numpy(), np.empty(len(numbers), np.int64)
         for shard, rows, places in self._by_shard(numbers):
-            shard.read(rows, stored, places)
+            shard.read(rows, content, places)
             labels[places] = shard.labels[rows]
-        return self._samples(stored.float(), numbers).sub_(self.index.shift).mul_(self.index.scale), labels
+        latents = self._samples(stored.float(), numbers)
+        return latents.sub_(self.index.shift).mul_(self.index.scale), torch.from_numpy(labels)
 
     def _by_shard(self, numbers: Tensor) -> Iterator[tuple[ShardFile, list[int], list[int]]]:
         """Each shard that holds some of these items, their rows in it, and their places among `numbers`."""

@@ -7,15 +7,13 @@ and threads that read do not hold Python's lock.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Int32, UInt8
 
 from ..errors import DataError
 
@@ -31,29 +29,35 @@ class ShardFile:
         self.path, self.count, self.dtype, self.shape = path, count, dtype, shape
 
     @cached_property
-    def labels(self) -> Int[Tensor, "n"]:
+    def labels(self) -> Int32[np.ndarray, "n"]:
         """The class of every row.
 
         Raises:
             DataError: the shard is missing or damaged.
         """
-        start = self._starts["labels"]
         numbers = np.empty(self.count, "<i4")
-        with _faults_named(self.path), self.path.open("rb", buffering=0) as file:
-            _read_at(file.fileno(), numbers.view(np.uint8), start)
-        return torch.from_numpy(numbers).long()
+        self._read([(numbers.view(np.uint8), self._starts["labels"])])
+        return numbers
 
-    def read(self, rows: list[int], into: Tensor, places: list[int]) -> None:
-        """Copies latents `rows` to `places` of `into` [B, *shape], which has the shard's dtype and lies in one piece.
+    def read(self, rows: list[int], into: UInt8[np.ndarray, "b n"], places: list[int]) -> None:
+        """Copies the bytes of latents `rows` to `places` of `into`.
 
         Raises:
             DataError: the shard is missing or damaged.
         """
-        target = into.view(len(into), -1).view(torch.uint8).numpy()
-        start, length = self._starts["latents"], target.shape[1]
-        with _faults_named(self.path), self.path.open("rb", buffering=0) as file:
-            for row, place in zip(rows, places, strict=True):
-                _read_at(file.fileno(), target[place], start + row * length)
+        start, length = self._starts["latents"], into.shape[1]
+        places_in_file = [start + row * length for row in rows]
+        self._read(zip((into[place] for place in places), places_in_file, strict=True))
+
+    def _read(self, parts: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Fills arrays of bytes from offsets of the file, which is opened for it: it may be gone by now."""
+        with _faults_named(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                for target, start in parts:
+                    _read_at(descriptor, target, start)
+            finally:
+                os.close(descriptor)
 
     @cached_property
     def _starts(self) -> dict[str, int]:
