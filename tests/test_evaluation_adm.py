@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from grafting.evaluation import (
     open_adm_reference,
     ratio,
 )
+from grafting.evaluation._npz import NpzFile
 from grafting.metrics.adm import adm_inception_score, adm_precision_recall
 from grafting.metrics.features import ModuleNetwork, extract
 from grafting.metrics.frechet import FeatureStatistics, frechet_distance
@@ -191,6 +193,17 @@ def test_images_are_read_in_their_order(network, npz, compressed):
     x = images(23)
     reference = AdmReference.of_npz(npz(arr_0=hwc(x), compressed=compressed), network, batch_size=5)
     torch.testing.assert_close(reference.features, extract(network, x).pooled, rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_never_all_in_memory(npz):
+    path = npz(arr_0=hwc(images(20_000)))  # 3.8 MB
+    file = NpzFile(path)
+    tracemalloc.start()
+    num_images = sum(len(batch) for batch in file.images("arr_0", 100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_images == 20_000
+    assert peak < 0.4e6
 
 
 def test_steps_of_the_reference_are_told(network, npz):

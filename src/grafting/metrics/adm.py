@@ -69,11 +69,11 @@ def adm_precision_recall(
     Raises:
         ValueError: a set has k rows or fewer.
     """
-    for rows in (reference, generated):
-        if len(rows) <= k:
-            raise ValueError(
-                f"the k-th neighbour with k = {k} needs more than {k} feature rows; there are {len(rows)}"
-            )
+    fewest = min(len(reference), len(generated))
+    if fewest <= k:
+        raise ValueError(
+            f"the k-th neighbour with k = {k} needs more than {k} feature rows; there are {fewest}"
+        )
     reference_radii = _radii(reference, k, distances, block)
     generated_radii = _radii(generated, k, distances, block)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)

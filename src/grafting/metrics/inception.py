@@ -10,6 +10,7 @@ utils/util_convert_inception_weights.py; what is read from the graph: openai/gui
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,16 +239,17 @@ class Mixed17(nn.Module):
 
     def __init__(self, inputs: int, *, inner: int):
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        row = partial(Conv, kernel=(1, 7), padding=(0, 3))
+        column = partial(Conv, kernel=(7, 1), padding=(3, 0))
         self.branch1x1 = Conv(inputs, 192, 1)
         self.branch7x7_1 = Conv(inputs, inner, 1)
-        self.branch7x7_2 = Conv(inner, inner, **row)
-        self.branch7x7_3 = Conv(inner, 192, **column)
+        self.branch7x7_2 = row(inner, inner)
+        self.branch7x7_3 = column(inner, 192)
         self.branch7x7dbl_1 = Conv(inputs, inner, 1)
-        self.branch7x7dbl_2 = Conv(inner, inner, **column)
-        self.branch7x7dbl_3 = Conv(inner, inner, **row)
-        self.branch7x7dbl_4 = Conv(inner, inner, **column)
-        self.branch7x7dbl_5 = Conv(inner, 192, **row)
+        self.branch7x7dbl_2 = column(inner, inner)
+        self.branch7x7dbl_3 = row(inner, inner)
+        self.branch7x7dbl_4 = column(inner, inner)
+        self.branch7x7dbl_5 = row(inner, 192)
         self.branch_pool = Conv(inputs, 192, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
