@@ -244,6 +244,21 @@ def test_unreadable_images_are_left_out_and_listed(stream: ImageStream, vae: Aut
     assert "cannot identify image file" in listed[0]
 
 
+def test_mended_images_are_taken_in_when_it_is_started_again(
+    stream: ImageStream, vae: Autoencoder, tmp_path: Path, undisturbed
+):
+    broken, folder = tmp_path / "images" / "Dress" / "Dress_000.png", tmp_path / "out"
+    content, config = broken.read_bytes(), CONFIG.model_copy(update={"max_unreadable": 0.1})
+    broken.write_bytes(content[:40])
+    run(stream, vae, folder, config)
+    left_out = hashes(folder)
+    assert run(stream, vae, folder, config)[0].done == 12
+    assert hashes(folder) == left_out
+    broken.write_bytes(content)
+    assert run(stream, vae, folder, config)[0].done == 7
+    assert hashes(folder) == undisturbed
+
+
 def test_too_many_unreadable_images_over_all_processes(stream: ImageStream, vae: Autoencoder, tmp_path: Path):
     for name in ("Bag/Bag_002.png", "Coat/Coat_003.png"):
         (tmp_path / "images" / name).write_bytes(b"no image")

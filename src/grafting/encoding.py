@@ -67,6 +67,7 @@ class Forecast:
 
     @property
     def seconds_an_image(self) -> float:
+        """One after the other; where an accelerator encodes, images are decoded meanwhile."""
         return self.decode_seconds + self.encode_seconds
 
 
@@ -82,8 +83,8 @@ def encode(
 ) -> Iterator[Step]:
     """Fill `folder` with the latents of this process's shards, number % world_size == rank; a step is a batch.
 
-    The process that finds all shards done writes the index. Whatever was done before is not done again, and the files come
-    out the same whoever did which shard.
+    The process that finds all shards done writes the index. Whatever was done before is not done again, but for shards with
+    images that could not be read then and can now; and the files come out the same whoever did which shard.
 
     Args:
         workers: threads that decode images.
@@ -99,8 +100,10 @@ def encode(
     allowed = int(config.max_unreadable * len(stream))
 
     def steps() -> Iterator[Step]:
-        with target.working(rank=rank, world_size=world_size) as shards:
-            yield from filling(shards)
+        with target.working(rank=rank, world_size=world_size) as missing:
+            own = range(rank, target.num_shards, world_size)
+            mended = [n for n in own if n not in missing and _is_mended(stream, target, n, size=config.size)]
+            yield from filling(sorted([*missing, *mended]))
         target.finish(_index_facts(stream, vae, config), max_unreadable=allowed)
 
     def filling(shards: list[int]) -> Iterator[Step]:
@@ -234,6 +237,19 @@ class _Contents:
     def write(self, target: LatentFolder, number: int) -> None:
         latents = torch.cat(self._moments) if self._moments else torch.empty(0, *target.shape)
         target.write(number, latents, self.labels, names=self.names, unreadable=self.unreadable)
+
+
+def _is_mended(stream: ImageStream, target: LatentFolder, number: int, *, size: int) -> bool:
+    """Whether an image that a finished shard leaves out can be read now."""
+    left_out = target.unreadable_of(number)
+    for image in target.images_of(number) if left_out else ():
+        if stream.ids[image] in left_out:
+            try:
+                stream.crop(image, size=size)
+                return True
+            except OSError:
+                pass
+    return False
 
 
 def _cut(numbers: range, size: int) -> list[range]:

@@ -242,7 +242,7 @@ def _encode(
         say(
             out,
             f"A first batch took {found.seconds_an_image:.3g} s an image (decoding {found.decode_seconds:.3g} with "
-            f"{workers} threads, encoding {found.encode_seconds:.3g} on {encoder.device}): about {duration} with "
+            f"{workers} threads, encoding {found.encode_seconds:.3g} on {encoder.device}): at most about {duration} with "
             f"{world_size()} process{'' if world_size() == 1 else 'es'}",
         )
     if not dry_run:

@@ -171,6 +171,7 @@ class LatentFolder:
         assert len(latents) == len(labels) == len(names)
         stored = latents.to(DTYPES[self.dtype]).contiguous()
         self._check_items(stored, labels, names)
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)  # it may name what this shard was
         path = self.folder / f"latents-{number:05}.safetensors"
         shard = None
         if len(labels):
@@ -199,6 +200,7 @@ class LatentFolder:
         if len(records) < self.num_shards:
             return None
         unreadable = {name: reason for record in records for name, reason in record.unreadable.items()}
+        (self.folder / UNREADABLE_NAME).unlink(missing_ok=True)
         if unreadable:
             lines = "".join(f"{_line(name)}\t{_line(reason)}\n" for name, reason in unreadable.items())
             write_bytes(self.folder / UNREADABLE_NAME, lines.encode())
@@ -229,11 +231,16 @@ class LatentFolder:
                 "\n  ".join(
                     [
                         f"{len(unreadable)} of {self.num_images} images cannot be read, allowed are {max_unreadable}: "
-                        f"mend them and empty {self.folder}, or allow a larger share",
+                        "mend them and start again, or allow a larger share",
                         *shown,
                     ]
                 )
             )
+
+    def unreadable_of(self, number: int) -> dict[str, str]:
+        """The images of a shard that could not be read when it was done, and why."""
+        record = self._read_record(number)
+        return {} if record is None else record.unreadable
 
     def _check_items(self, stored: Tensor, labels: Sequence[int], names: Sequence[str]) -> None:
         bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist() if len(labels) else []
