@@ -52,12 +52,17 @@ def catching_signals() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], int | None]]:
-    """Inside, a caught signal waits; what is yielded says which one came, if any."""
+    """Inside, a caught signal waits; what is yielded says which one came, if any. Nothing is raised at the end."""
     _Wish.waiting += 1
     try:
-        yield lambda: _Wish.signum
+        yield caught_signal
     finally:
         _Wish.waiting -= 1
+
+
+def caught_signal() -> int | None:
+    """The signal that came while it could wait, if any: whoever made it wait raises `Interrupted` when it is ready."""
+    return _Wish.signum
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

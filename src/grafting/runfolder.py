@@ -39,7 +39,7 @@ from .files import (
     write_bytes,
     write_json,
 )
-from .interruption import Interrupted, deferred
+from .interruption import Interrupted, caught_signal, deferred
 
 FORMAT = 1
 STATE_NAME = "state.pt"
@@ -142,7 +142,11 @@ class RunFolder:
 
     @contextmanager
     def stage(self, name: str, inputs: Any) -> "Iterator[Stage]":
-        """Opens a stage with all that its outputs depend on, as JSON; records it as done when the block ends well."""
+        """Opens a stage with all that its outputs depend on, as JSON; records it as done when the block ends well.
+
+        Raises:
+            Interrupted: a signal came, which the program catches, and the stage is done.
+        """
         self.barrier()
         stage = Stage(self, name, hash_json(inputs))
         self.barrier()
@@ -152,6 +156,9 @@ class RunFolder:
         if not stage.done and self.writes:
             stage.record(seconds=time.monotonic() - started)
         self.barrier()
+        # a signal that came after the last step: the stage is done, the next one is not begun
+        if self.anyone(caught_signal() is not None):
+            raise Interrupted(caught_signal() or signal.SIGTERM)
 
     def entry(self, name: str) -> dict[str, Any]:
         """What is on record of a stage; empty if nothing is."""
