@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+from grafting.contract import Step
 from grafting.errors import GraftingError
 from grafting.files import hash_json, sha256_of
 from grafting.interruption import Interrupted, catching_signals
@@ -128,7 +129,7 @@ def disturbed(folder: Path, tally: Tally, chance: random.Random, *, kills: int, 
     tally.runs += 1
     path = folder / f"run-{tally.runs}"
     faults = len(tally.faults)
-    ended, last_signal = False, 0
+    ended, last_signal = False, None
     while not ended:
         before = progress(path)
         process = start(path)
@@ -139,13 +140,13 @@ def disturbed(folder: Path, tally: Tally, chance: random.Random, *, kills: int, 
             if process.is_alive():
                 os.kill(process.pid or 0, sent)
         else:
-            sent = 0
+            sent = None
         process.join()
         _check_repeated(before, progress(path)[len(before) :], last_signal, tally)
         last_signal, ended = _ending(process.exitcode, sent), process.exitcode == 0
         if last_signal:
             steps = progress(path)[len(before) :]
-            tally.kills[signal.Signals(last_signal).name] += 1
+            tally.kills[last_signal.name] += 1
             tally.stages[steps[-1][0].split()[0] if steps else "start"] += 1
         elif not ended:
             tally.faults.append(f"{path.name} ended with status {process.exitcode}")
@@ -190,15 +191,13 @@ def start(folder: Path) -> multiprocessing.process.BaseProcess:
 def attempt(folder: Path) -> None:
     """One child's work; ends with the status of the command line."""
     with _progress_path(folder).open("ab", buffering=0) as noted:
+
+        def note(stage: str, step: Step) -> None:
+            noted.write(f"{json.dumps([stage, step.done])}\n".encode())
+
         try:
             with catching_signals():
-                run(
-                    Recipe.model_validate(RECIPE),
-                    folder,
-                    on_step=lambda stage, step: (
-                        noted.write(f"{json.dumps([stage, step.done])}\n".encode()) and None
-                    ),
-                )
+                run(Recipe.model_validate(RECIPE), folder, on_step=note)
         except Interrupted as error:
             os._exit(error.exit_code)
         except GraftingError as error:
@@ -220,26 +219,25 @@ def progress(folder: Path) -> list[tuple[str, int]]:
     return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _ending(exitcode: int | None, sent: int) -> int:
-    """The signal that ended a process; 0 if it ended by itself."""
-    return sent if sent and exitcode in (-sent, 128 + sent) else 0
+def _ending(exitcode: int | None, sent: signal.Signals | None) -> signal.Signals | None:
+    """The signal that ended a process; None if it ended by itself."""
+    return sent if sent and exitcode in (-sent, 128 + sent) else None
 
 
 def _check_repeated(
-    before: list[tuple[str, int]], after: list[tuple[str, int]], sent: int, tally: Tally
+    before: list[tuple[str, int]], after: list[tuple[str, int]], sent: signal.Signals | None, tally: Tally
 ) -> None:
     """Adds a fault where a start repeats more steps of training than its last end, by a signal, may cost."""
     stage, last = before[-1] if before else ("", 0)
     again = [done for name, done in after if name == stage]
-    if stage not in TRAINING or not again:
+    if sent is None or stage not in TRAINING or not again:
         return
     # a process is killed before or after it tells of a step, so one step is in doubt; step 0 of stage 1 is a measurement
     repeated = max(0, last - again[0] + 1)
-    name = signal.Signals(sent).name
-    tally.most_steps_repeated[name] = max(tally.most_steps_repeated[name], repeated)
+    tally.most_steps_repeated[sent.name] = max(tally.most_steps_repeated[sent.name], repeated)
     allowed = SAVE_EVERY if sent == signal.SIGKILL or again[0] == 0 else 0
     if repeated > allowed:
-        tally.faults.append(f"{repeated} steps of {stage} were repeated after {name}")
+        tally.faults.append(f"{repeated} steps of {stage} were repeated after {sent.name}")
 
 
 def _differences(want: Path, got: Path) -> list[str]:
