@@ -8,11 +8,12 @@ import torch
 from closeness import assert_close
 from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
-from grafting.errors import TrainingError
+from grafting.errors import CheckpointError, TrainingError
 from grafting.functional.losses import regression_loss
 from grafting.hosts import hosts
 from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import build_operators
+from plainprocess import in_a_plain_process
 from toydata import noise_images
 
 HOST = hosts()["dit"]
@@ -295,6 +296,33 @@ def test_losses():
     assert_close("normalised", normalised, torch.tensor(6 / 104), 1e-6)
     masked = regression_loss(prediction, target, "l1", outlier_threshold=1.5)
     assert masked.item() == 1.5
+
+
+@pytest.mark.slow
+def test_compiled_operators_learn_the_same():
+    in_a_plain_process(check_compiled_operators)
+
+
+def check_compiled_operators():
+    curves = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        teacher, operators = _setup({"name": "hyena-x", "kernel_size": 3})
+        curves.append([s.values for s in _run(teacher, operators, compile=compiled)])
+    for values, wanted in zip(*curves, strict=True):
+        assert values == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_state_of_an_earlier_version_is_an_error():
+    teacher, operators = _setup({"name": "softmax", "projections": "random"})
+    state = {"step": 3, "operators": {}, "optimizer": {}}
+    with pytest.raises(CheckpointError, match="of an earlier version of grafting.*start it anew"):
+        next(_run(teacher, operators, state=state))
+
+
+def test_spread_sites_need_the_teachers_inputs():
+    with pytest.raises(ValueError, match="spread: sites goes with inputs: teacher"):
+        DistillConfig(spread="sites", inputs="student")
 
 
 def test_trains_on_as_many_images_as_asked():

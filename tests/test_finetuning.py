@@ -13,6 +13,7 @@ from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
 from grafting.surgery import graft
+from plainprocess import in_a_plain_process
 from toydata import noise_images
 
 HOST = hosts()["dit"]
@@ -82,6 +83,10 @@ def test_averages_on_the_cpu_are_the_same():
 
 @pytest.mark.slow
 def test_compiled_blocks_change_nothing():
+    in_a_plain_process(check_compiled_blocks)
+
+
+def check_compiled_blocks():
     """Block by block: one compiled block serves all of its kind, and the model is as it was when training ends."""
     start = HOST.tiny()
     plan = Plan(

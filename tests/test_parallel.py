@@ -1,10 +1,14 @@
 """Several processes train as one does: the same curves, the same weights, one error, one writer."""
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 
 from closeness import assert_close
 from grafting import parallel
@@ -144,6 +148,7 @@ def test_sharded_equals_unsharded():
             assert_close(name, torch.tensor(tensor), torch.tensor(weights[name]), 1e-3)
 
 
+@pytest.mark.slow
 def test_a_sharded_state_goes_on_with_other_numbers_of_processes(tmp_path):
     settings = {"shard": True, "guard": {"policy": "rollback", "window": 5}}
     want, _ = _finetuned(settings)
@@ -239,3 +244,53 @@ def test_processes_that_cannot_meet(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(RunError, match="WORLD_SIZE is 'two'"):
         parallel.world_size()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    ],
+)
+def test_a_recipe_of_two_processes_is_that_of_one(tmp_path, launcher):
+    """Curves in the log, files in the folder, and what is said, once."""
+    from grafting.recipe import Recipe, run
+
+    config = {
+        "input_size": 32,
+        "patch_size": 8,
+        "in_channels": 1,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
+    recipe = {
+        "name": "tiny",
+        "source": {"host": "dit", "config": config},
+        "plan": [{"role": "attention", "operator": {"name": "hyena-x", "kernel_size": 3}}],
+        "data": {"name": "testbed-subset"},
+        "distill": {"steps": 4, "batch_size": 4, "holdout": 8, "holdout_every": 2},
+        "finetune": {"steps": 4, "batch_size": 4, "warmup_steps": 0, "ema_decay": 0.9},
+        "save_every": 2,
+    }
+    run(Recipe.model_validate(recipe), tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", *launcher, "-m", "grafting", "run", "recipe.yaml", "--out", "two"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Report: two/report.html") == 1
+    files = [{str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")} for f in ("one", "two")]
+    assert files[0] == files[1]
+    for stage in ("distill", "finetune"):
+        logs = [
+            [json.loads(line) for line in (tmp_path / f / stage / "log.jsonl").read_text().splitlines()]
+            for f in ("one", "two")
+        ]
+        # what depends on the machine is not compared
+        names = [n for n in logs[0][-1] if "/" in n or n in ("loss", "grad_norm", "lr", "diffusion")]
+        assert len(names) >= 4
+        curves = [[{n: line[n] for n in names if n in line} for line in log] for log in logs]
+        _assert_same_curve(curves[1], curves[0])

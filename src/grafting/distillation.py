@@ -41,6 +41,7 @@ from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
 from .noising import NoisedBatch, check_batch_size, draw_noised
 from .randomness import batch_indices, seeded
+from .sharding import kept_copy
 from .surgery import MergedBlocks, Passage, grafted, sequence
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
@@ -461,7 +462,7 @@ class _Site:
 
     def keep(self) -> None:
         """Remember this moment, for a rollback."""
-        self.kept = copy.deepcopy(self._weights())
+        self.kept = kept_copy(self._weights())
 
     def pass_over(self, *, back: bool) -> None:
         """Take no step, or all those since `keep` back."""

@@ -38,7 +38,7 @@ from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
 from .noising import NoisedBatch, check_batch_size, draw_noised
 from .randomness import seeded
-from .sharding import ShardedState, copy_whole, read_facts, read_tensors, shard, whole
+from .sharding import ShardedState, copy_whole, kept_copy, read_facts, read_tensors, shard, whole
 
 
 class FinetuneConfig(BaseModel):
@@ -213,8 +213,8 @@ class _Training:
         """Take a step, or do what the guard says; returns its figures."""
         config, guard = self.config, self.guard
         if guard.keeps_at(step):
-            self.kept = copy.deepcopy(self._weights() | {"step": step})
-        lr = guard.lr_factor * self._set_learning_rate(step)
+            self.kept = kept_copy(self._weights() | {"step": step})
+        lr = self._set_learning_rate(step)
         sums: dict[str, Tensor] = {}
         parts = self._draw(step).split(config.accumulate)
         for number, part in enumerate(parts):
@@ -278,17 +278,21 @@ class _Training:
         return self.student.no_sync() if waits else nullcontext()
 
     def _set_learning_rate(self, step: int) -> float:
-        """The scheduled rate, which the guard may have lowered for the optimizer."""
+        """Set the scheduled rate, as far as the guard has not lowered it, and return it."""
         config = self.config
-        lr = config.lr * learning_rate_factor(
-            step,
-            steps=config.steps,
-            warmup_steps=config.warmup_steps,
-            cooldown_steps=config.cooldown_steps,
-            halve_at=config.halve_at,
+        lr = (
+            self.guard.lr_factor
+            * config.lr
+            * learning_rate_factor(
+                step,
+                steps=config.steps,
+                warmup_steps=config.warmup_steps,
+                cooldown_steps=config.cooldown_steps,
+                halve_at=config.halve_at,
+            )
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.guard.lr_factor * lr
+            group["lr"] = lr
         return lr
 
     def _weights(self) -> dict[str, Any]:

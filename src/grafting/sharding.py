@@ -59,6 +59,16 @@ def copy_whole(source: nn.Module, target: nn.Module) -> None:
         tensor.copy_(whole(tensors[name]))
 
 
+def kept_copy(tree: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors lie on the CPU, or where they are if they are spread."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+
+    return _pytree.tree_map_only(Tensor, copied, tree)
+
+
 class ShardedState:
     """A training state that writes itself into a folder, each process its part.
 

@@ -1,0 +1,16 @@
+"""Runs a check of a test's file in a process without the checks of shapes, which torch.compile cannot read."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def in_a_plain_process(check: Callable[[], None]) -> None:
+    """Fails with what `check`, a function of a file in this folder, printed when it failed."""
+    name = check.__name__
+    code = f"from {Path(check.__code__.co_filename).stem} import {name}; {name}()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
