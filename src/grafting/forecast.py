@@ -374,7 +374,8 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
                 flops=flops,
                 hours=hours,
                 basis=basis,
-                memory={"weights": _FP32 * (cost.params + shapes.cost.before.params)}
+                memory={"pretrained model": _FP32 * shapes.cost.before.params}
+                | ({} if row == "pretrained" else {"weights": _FP32 * cost.params})
                 | _copies(config.precision, cost.params),
                 disk={"images, in shards and whole": 2 * config.num_images * channels * height * width},
             )
