@@ -88,7 +88,12 @@ class Bench:
     def __init__(self, config: DistillConfig):
         self.teacher, self.data = DiT.from_pretrained(testbed_model_folder()).eval(), bundled_subset()
         self.config = config
-        self.common = {"predict": host_of(self.teacher).predict, "diffusion": Diffusion()}
+        host = host_of(self.teacher)
+        self.common = {
+            "predict": host.predict,
+            "diffusion": Diffusion(),
+            "classes": host.class_conditional(self.teacher),
+        }
 
     def measure(self, operator: dict[str, Any], role: str, start: str) -> dict[str, Any]:
         """Means over the sites before and after stage 1, R^2 by site before it, and seconds."""

@@ -97,7 +97,7 @@ def check_compiled_blocks():
     want = [s.values for s in _run(plain)]
     got = [s.values for s in _run(compiled, compile=True, blocks=[f"blocks.{i}" for i in range(3)])]
     for values, wanted in zip(got, want, strict=True):
-        assert values == pytest.approx(wanted, rel=1e-4)
+        assert values == pytest.approx(wanted, rel=1e-3)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     assert not any(block._compiled_call_impl for block in compiled.blocks)
 

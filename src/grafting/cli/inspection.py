@@ -288,7 +288,15 @@ def _locality_of_samples(
     )
     done = 0
     with watching_locality(model) as result, follow(err) as on_step:
-        for batch in draw(model, config, predict=host.predict, **facts._asdict()):
+        batches = draw(
+            model,
+            config,
+            predict=host.predict,
+            shape=facts.shape,
+            num_classes=facts.num_classes,
+            null_label=facts.null_label,
+        )
+        for batch in batches:
             done += len(batch.labels)
             on_step("sample", Step(done=done, total=images))
     return result()
