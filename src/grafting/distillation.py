@@ -140,7 +140,7 @@ def distill(
         CheckpointError: the state is an earlier version's.
     """
     check_division(config)
-    train, held_out = _split(len(data), config)
+    train, held_out = split(len(data), config)
     fitting = _Fitting(
         teacher,
         operators,
@@ -553,7 +553,7 @@ def _replaced(teacher: nn.Module, path: str, operator: nn.Module) -> list[nn.Mod
     return [teacher.get_submodule(path) for path in paths]
 
 
-def _split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
+def split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """Indices to train on and indices held out, by seed."""
     if num_items <= config.holdout:
         raise TrainingError(

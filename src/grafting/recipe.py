@@ -181,6 +181,8 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         finetuning.check_division(recipe.finetune)
     data = recipe.data.load()
     _check_data(data, facts)
+    if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
+        distillation.split(len(data), recipe.distill)
     identity = {
         "grafting": version("grafting"),
         "source": source_sha256,
@@ -245,7 +247,7 @@ def _construct(source: FreshModel) -> nn.Module:
         raise HostError(f"no host {source.host!r}; there are {', '.join(hosts())}")
     try:
         return hosts()[source.host].model_class(**source.config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise HostError(f"source: {source.host} cannot be made from this config: {error}") from error
 
 
