@@ -26,6 +26,7 @@ from grafting.recipe import Recipe, prepare, run
 from grafting.samples import open_samples, origin_of, read_samples
 from grafting.sampling import SamplingConfig, sample
 from imagefiles import write_vae
+from processes import run_in_processes
 
 FEW = ("--num", 10, "--steps", 2, "--sampler", "ddim", "--batch-size", 4)
 LATENTS = {
@@ -187,6 +188,25 @@ def test_a_recipe_of_latents_samples_pixels(tmp_path, folders):
     again = recipe(tmp_path, {"source": str(folders[2]), "precision": "bf16"})
     run(again, tmp_path / "run", until="sample", on_step=lambda stage, step: seen.append(stage))
     assert seen == ["sample pretrained"] * 3
+
+
+def _sampled(made: Recipe, folder: Path) -> list[int]:
+    """Carries a recipe out, perhaps as one of several processes; says after how many images its steps were told."""
+    seen = []
+    run(made, folder, until="sample", on_step=lambda stage, step: seen.append(step.done))
+    return seen
+
+
+def test_two_processes_sample_a_recipe_as_one_does(tmp_path, folders):
+    made = recipe(tmp_path, {"source": str(folders[2])})
+    _sampled(made, tmp_path / "1")
+    first, second = run_in_processes(_sampled, made, tmp_path / "2")
+    assert first[-1] == 10
+    assert second == []  # the main one tells
+    log = (tmp_path / "2/samples/pretrained/log.jsonl").read_text().splitlines()
+    assert len(log) == 2  # of three batches
+    name = "samples/pretrained.safetensors"
+    assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
 def test_a_recipe_of_latents_without_an_autoencoder_is_refused(tmp_path):
