@@ -436,18 +436,22 @@ def test_a_recipes_suite_is_checked_and_hashed(tiny_inception, npz):
 def test_the_suite_on_the_real_network(npz, tmp_path):
     torch.manual_seed(0)
     weights = tmp_path / "random.pth"
-    torch.save(Inception().state_dict(), weights)
+    inception = Inception()
+    for parameter in inception.parameters():
+        if parameter.ndim == 4:  # torch's own start lets features die away on their path through 48 layers
+            nn.init.kaiming_normal_(parameter)
+    torch.save(inception.state_dict(), weights)
     ours, real = npz("samples.npz", arr_0=hwc(colour_subset(16))), npz(arr_0=hwc(colour_subset(24, start=16)))
     result = call("evaluate", ours, "--suite", "adm", "--reference", real, "--weights", weights, "--json")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures["protocol"]["feature_network"]["name"] == "inception-2015-12-05 with other weights"
-    assert figures["frechet"] > 0
-    assert figures["spatial_frechet"] > 0
+    apart = figures["frechet"], figures["spatial_frechet"]
+    assert min(apart) > 0.1
     same = call("evaluate", real, "--suite", "adm", "--reference", real, "--weights", weights, "--json")
     figures = json.loads(same.stdout)
-    assert figures["frechet"] < 1e-6
-    assert figures["spatial_frechet"] < 1e-6
+    assert figures["frechet"] < 1e-6 * apart[0]
+    assert figures["spatial_frechet"] < 1e-6 * apart[1]
     assert figures["precision"] == figures["recall"] == 1
 
 
