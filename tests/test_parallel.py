@@ -12,12 +12,14 @@ import yaml
 
 from closeness import assert_close
 from grafting import parallel
+from grafting.checkpoint import load_tensors
 from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
 from grafting.errors import CheckpointError, RunError, TrainingError
 from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
+from grafting.recipe import Recipe, run
 from grafting.sharding import read_tensors
 from grafting.surgery import build_operators
 from processes import run_in_processes
@@ -246,6 +248,59 @@ def test_processes_that_cannot_meet(monkeypatch):
         parallel.world_size()
 
 
+def _recipe(**finetune):
+    config = {
+        "input_size": 32,
+        "patch_size": 8,
+        "in_channels": 1,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
+    return {
+        "name": "tiny",
+        "source": {"host": "dit", "config": config},
+        "plan": [{"role": "attention", "operator": {"name": "hyena-x", "kernel_size": 3}}],
+        "data": {"name": "testbed-subset"},
+        "distill": {"steps": 4, "batch_size": 4, "holdout": 8, "holdout_every": 2},
+        "finetune": {"steps": 6, "batch_size": 4, "warmup_steps": 0, "ema_decay": 0.9} | finetune,
+        "save_every": 2,
+    }
+
+
+def _until_step_5(folder):
+    """A sharded run that is lost after step 5 of stage 2."""
+
+    def lost(stage, step):
+        if stage == "finetune" and step.done == 5:
+            raise RunError("lost")
+
+    run(Recipe.model_validate(_recipe(shard=True)), folder, on_step=lost)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_two_processes_is_gone_on_with_by_one(tmp_path):
+    run(Recipe.model_validate(_recipe(shard=True)), tmp_path / "whole")
+    assert sorted(run_in_processes(_until_step_5, tmp_path / "lost")) == ["RunError: lost", "SystemExit: 1"]
+    assert (tmp_path / "lost/finetune/states/0000000004/__1_0.distcp").is_file()
+    seen = []
+    run(
+        Recipe.model_validate(_recipe(shard=True)),
+        tmp_path / "lost",
+        on_step=lambda stage, step: seen.append((stage, step.done)),
+    )
+    assert seen == [("finetune", 5), ("finetune", 6)]
+    want, got = (
+        load_tensors(tmp_path / name / "model/diffusion_pytorch_model.safetensors")
+        for name in ("whole", "lost")
+    )
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        if tensor.any():
+            assert_close(name, got[name], tensor, 1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
@@ -256,26 +311,7 @@ def test_processes_that_cannot_meet(monkeypatch):
 )
 def test_a_recipe_of_two_processes_is_that_of_one(tmp_path, launcher):
     """Curves in the log, files in the folder, and what is said, once."""
-    from grafting.recipe import Recipe, run
-
-    config = {
-        "input_size": 32,
-        "patch_size": 8,
-        "in_channels": 1,
-        "hidden_size": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 10,
-    }
-    recipe = {
-        "name": "tiny",
-        "source": {"host": "dit", "config": config},
-        "plan": [{"role": "attention", "operator": {"name": "hyena-x", "kernel_size": 3}}],
-        "data": {"name": "testbed-subset"},
-        "distill": {"steps": 4, "batch_size": 4, "holdout": 8, "holdout_every": 2},
-        "finetune": {"steps": 4, "batch_size": 4, "warmup_steps": 0, "ema_decay": 0.9},
-        "save_every": 2,
-    }
+    recipe = _recipe()
     run(Recipe.model_validate(recipe), tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", *launcher, "-m", "grafting", "run", "recipe.yaml", "--out", "two"]

@@ -6,7 +6,6 @@ One or two passes of the teacher over noised images, no gradient, nothing on dis
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,26 +70,27 @@ def calibrate(
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]
     batches = _batches(len(data), config)
-    with _running(teacher, operators):
-        for number, sites in enumerate(passes):
-            modules = {path: teacher.get_submodule(path) for path in sites}
-            for batch, indices in enumerate(batches):
-                with visiting(modules, partial(_add, sites)):
-                    run_noised(
-                        teacher,
-                        data,
-                        indices,
-                        (config.seed, batch, number, 3),
-                        predict=predict,
-                        diffusion=diffusion,
-                        classes=classes,
-                        precision=config.precision,
-                    )
-                yield Step(
-                    done=number * len(batches) + batch + 1,
-                    total=len(passes) * len(batches),
-                    values=_finish(sites, config) if batch + 1 == len(batches) else {},
+    for module in (teacher, *operators.values()):
+        module.eval()
+    for number, sites in enumerate(passes):
+        modules = {path: teacher.get_submodule(path) for path in sites}
+        for batch, indices in enumerate(batches):
+            with visiting(modules, partial(_add, sites)):
+                run_noised(
+                    teacher,
+                    data,
+                    indices,
+                    (config.seed, batch, number, 3),
+                    predict=predict,
+                    diffusion=diffusion,
+                    classes=classes,
+                    precision=config.precision,
                 )
+            yield Step(
+                done=number * len(batches) + batch + 1,
+                total=len(passes) * len(batches),
+                values=_finish(sites, config) if batch + 1 == len(batches) else {},
+            )
 
 
 class _NeuronChoice:
@@ -198,11 +198,3 @@ def _finish(sites: _Sites, config: CalibrateConfig) -> dict[str, float]:
     while sites:
         values |= sites.pop(next(iter(sites))).finish(config)
     return values
-
-
-@contextmanager
-def _running(teacher: nn.Module, operators: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Teacher and operators as they are used."""
-    for module in (teacher, *operators.values()):
-        module.eval()
-    yield
