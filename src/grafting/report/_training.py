@@ -16,6 +16,8 @@ _FINETUNE_CURVES = {
     "output": "Distance to the output of the teacher",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
+    "images_per_s": "Images a second",
+    "mfu": "Share of the peak of the device (MFU)",
 }
 
 
