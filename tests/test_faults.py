@@ -169,6 +169,7 @@ def _killed(folder: Path, stage: str, done: int) -> None:
     run(RECIPE, folder, on_step=_interrupt_at(stage, done, signal.SIGKILL))
 
 
+@pytest.mark.slow
 def test_kills_in_every_stage(undisturbed, tmp_path):
     folder = tmp_path / "tiny"
     for stage, done in MOMENTS:
@@ -208,6 +209,7 @@ def _assert_whole(folder: Path) -> None:
             load_tensors(path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_nothing_is_half_written(undisturbed, tmp_path):
     with _small_disk(tmp_path / "disk", 4) as resize:
         folder, stages = tmp_path / "disk" / "tiny", set()
