@@ -88,7 +88,6 @@ def _rates(step: Step, work: Work, seconds: float) -> dict[str, float]:
     if work.tflops is not None:
         rates["mfu"] = work.flops / seconds / (1e12 * work.tflops)
     if step.seconds_waited is not None:
-        if step.seconds_waited is not None:
         rates["data_wait"] = min(step.seconds_waited / seconds, 1.0)
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
