@@ -28,7 +28,7 @@ COPY --chown=grafting requirements/ci.txt /opt/grafting/constraints.txt
 RUN pip install torch -c /opt/grafting/constraints.txt
 
 COPY --chown=grafting . /tmp/source
-RUN pip install "/tmp/source[data,eval,track,text]" -c /opt/grafting/constraints.txt \
+RUN pip install "/tmp/source[data,track,text]" -c /opt/grafting/constraints.txt \
     && rm -rf /tmp/source \
     && grafting --version
 

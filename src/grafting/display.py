@@ -137,13 +137,13 @@ class _RateColumn(ProgressColumn):
 
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of a run's metrics.json, in 80 columns."""
-    from .report._words import amount, figure, interval, percent
+    from .report._words import amount, distance_title, figure, interval, percent
 
     network = rows[0]["protocol"]["feature_network"]["name"]
     caption = f"{rows[0]['num_images']} images a model, features of {network}, 95 % intervals"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("model", no_wrap=True)
-    table.add_column("Fréchet distance", justify="right", no_wrap=True)
+    table.add_column(distance_title(rows), justify="right", no_wrap=True)
     for heading in ("agreement", "params", "attention FLOPs", "ms an image"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -171,12 +171,12 @@ def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Ta
 
 def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
     """An evaluation, as JSON: its figures, what they were measured with, and its notes."""
-    from .report._words import ABSENT
+    from .report._words import ABSENT, distance_title
 
     figures = {key: v for key, v in result.items() if key not in ("notes", "protocol", "num_images")}
     protocol = result["protocol"]
     network, reference = protocol["feature_network"]["name"], protocol["reference"]["name"]
-    names = {"frechet": "FID", "spatial_frechet": "sFID"} if network == "inception-2015-12-05" else {}
+    names = {"frechet": "FID", "spatial_frechet": "sFID"} if distance_title([result]) == "FID" else {}
     rows = [
         [names.get(key, key.replace("_", " ")), ABSENT if v is None else f"{v:.4g}"]
         for key, v in figures.items()

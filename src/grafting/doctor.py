@@ -55,11 +55,13 @@ class Package:
 OPTIONAL_PACKAGES = (
     Package("peft", "peft", "LoRA adapters in stage 2", "pip install 'grafting[lora]'"),
     Package("transformers", "transformers", "text encoders", "pip install 'grafting[text]'"),
-    Package("webdataset", "webdataset", "training data in tar shards", "pip install 'grafting[data]'"),
-    Package("datasets", "datasets", "training data of the Hugging Face Hub", "pip install 'grafting[data]'"),
-    Package("torch-fidelity", "torch_fidelity", "Inception weights, for FID", "pip install 'grafting[eval]'"),
-    Package("trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'"),
-    Package("wandb", "wandb", "Weights & Biases", "pip install 'grafting[track]'"),
+    Package(
+        "datasets", "datasets", "images of the Hugging Face Hub", "pip install 'grafting[data]'", used=True
+    ),
+    Package(
+        "trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'", used=True
+    ),
+    Package("wandb", "wandb", "Weights & Biases", "pip install 'grafting[track]'", used=True),
     Package("tensorboard", "tensorboard", "TensorBoard", "pip install 'grafting[track]'"),
     Package("triton", "triton", "compiled kernels on a GPU", "pip install triton"),
     Package(

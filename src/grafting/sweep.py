@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
+from . import parallel
 from .errors import MissingBackend, RecipeError, RunError
 from .files import write_bytes, write_json
 from .plan import fault_list
@@ -136,7 +137,9 @@ def run_sweep(
     for point in _chosen(sweep, only or {}, rows):
         with following(point) if following else nullcontext() as on_step:
             lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)
-        _add(sweep, table, lines)
+        if parallel.is_main():
+            _add(sweep, table, lines)
+        parallel.barrier()
         yield point
 
 

@@ -159,13 +159,16 @@ def subset(
     drawn = listing.draw(per_class=per_class, fraction=fraction, seed=seed)
     _check_replaceable(out_file, drawn.sha256)
     chosen = listing.labels[listing.places(drawn)[:: listing.copies] // listing.copies]
-    counts = {"all": listing.class_counts, "subset": chosen.bincount(minlength=listing.num_classes)}
+    counts = {
+        "all": listing.class_counts.tolist(),
+        "subset": chosen.bincount(minlength=listing.num_classes).tolist(),
+    }
     title = f"{drawn.source}: {drawn.drawn}"
     picture = write_class_histogram(
         out_file.with_suffix(".svg"), title=title, counts=counts["all"], chosen=counts["subset"]
     )
     write_subset(out_file, drawn)
-    rows = [[name, int(each.sum()), *class_range(each)] for name, each in counts.items()]
+    rows = [[name, sum(each), *class_range(each)] for name, each in counts.items()]
     headings = ("", "items", "fewest a class", "median", "most")
     if as_json:
         facts = {"file": str(out_file), "sha256": drawn.sha256, "source": drawn.source, "drawn": drawn.drawn}

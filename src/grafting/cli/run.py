@@ -198,6 +198,7 @@ def sweep(
 
     [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
     """
+    from ..parallel import together
     from ..sweep import load_sweep, run_sweep, run_sweep_on_ray
 
     loaded = load_sweep(file)
@@ -216,8 +217,9 @@ def sweep(
         for point in run_sweep_on_ray(loaded, folder, table=table, only=labels, rows=chosen):
             say(out, f"{point.name}: done")
     else:
-        for _ in run_sweep(loaded, folder, table=table, only=labels, rows=chosen, following=following):
-            pass
+        with together():
+            for _ in run_sweep(loaded, folder, table=table, only=labels, rows=chosen, following=following):
+                pass
     say(out, f"Table: {table.with_suffix('.md')}")
 
 

@@ -1,11 +1,10 @@
 """How many items of each class a subset holds, beside how many there are, as one picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
-import torch
-from jaxtyping import Int
 from markupsafe import Markup
-from torch import Tensor
 
 from ..files import write_bytes
 from ._svg import Scale, element
@@ -19,9 +18,7 @@ _STYLE = (
 )
 
 
-def write_class_histogram(
-    path: Path, *, title: str, counts: Int[Tensor, "c"], chosen: Int[Tensor, "c"]
-) -> Path:
+def write_class_histogram(path: Path, *, title: str, counts: Sequence[int], chosen: Sequence[int]) -> Path:
     """Write the picture of a subset's classes, as an SVG file that needs nothing else.
 
     Args:
@@ -32,10 +29,10 @@ def write_class_histogram(
     return path
 
 
-def class_histogram(*, title: str, counts: Int[Tensor, "c"], chosen: Int[Tensor, "c"]) -> Markup:
+def class_histogram(*, title: str, counts: Sequence[int], chosen: Sequence[int]) -> Markup:
     """The same as markup."""
     ground, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    most = max(float(counts.max()), 1.0)
+    most = max(float(max(counts)), 1.0)
     up = Scale(0.0, 1.04 * most, ground, _TOP)
     marks = [element("text", title, x=_LEFT, y=24, class_="title"), *_legend(counts, chosen)]
     for tick in up.ticks():
@@ -56,18 +53,18 @@ def class_histogram(*, title: str, counts: Int[Tensor, "c"], chosen: Int[Tensor,
     ).format(w=_WIDTH, h=_HEIGHT, label=label, style=Markup(_STYLE), marks=Markup("").join(marks))
 
 
-def _bars(values: Tensor, up: Scale) -> str:
+def _bars(values: Sequence[int], up: Scale) -> str:
     """A bar for each class, all as one path; they touch where they are too narrow for a gap."""
     pitch = (_WIDTH - _RIGHT - _LEFT) / len(values)
     width = pitch - 2 if pitch > 6 else pitch
     starts = [_LEFT + pitch * number + (pitch - width) / 2 for number in range(len(values))]
     return "".join(
-        f"M{x:.2f} {up.start:g}V{up(value):.1f}h{width:.2f}V{up.start:g}Z"
-        for x, value in zip(starts, values.double().tolist(), strict=True)
+        f"M{x:.2f} {up.start:g}V{up(float(value)):.1f}h{width:.2f}V{up.start:g}Z"
+        for x, value in zip(starts, values, strict=True)
     )
 
 
-def _legend(counts: Tensor, chosen: Tensor) -> list[Markup]:
+def _legend(counts: Sequence[int], chosen: Sequence[int]) -> list[Markup]:
     marks, x = [], _LEFT
     for name, words, values in (("chosen", "subset", chosen), ("all", "all", counts)):
         marks.append(element("rect", x=x, y=38.0, width=11.0, height=11.0, class_=name))
@@ -76,13 +73,13 @@ def _legend(counts: Tensor, chosen: Tensor) -> list[Markup]:
     return marks
 
 
-def in_words(counts: Int[Tensor, "c"]) -> str:
+def in_words(counts: Sequence[int]) -> str:
     """The sum, and the least, the middle and the most of a class."""
     least, middle, most = class_range(counts)
     span = f"{least:,} a class" if least == most else f"{least:,} to {most:,} a class, median {middle:,g}"
-    return f"{int(counts.sum()):,} items, {span}"
+    return f"{sum(counts):,} items, {span}"
 
 
-def class_range(counts: Int[Tensor, "c"]) -> tuple[int, float, int]:
+def class_range(counts: Sequence[int]) -> tuple[int, float, int]:
     """The least, the median and the most items of a class."""
-    return int(counts.min()), torch.quantile(counts.double(), 0.5).item(), int(counts.max())
+    return min(counts), median(counts), max(counts)

@@ -8,7 +8,19 @@ from markupsafe import Markup
 from ._charts import INTERVAL_WIDTH, interval_axis, interval_mark
 from ._protocols import alike, protocol_table
 from ._svg import Scale, spans_decade
-from ._words import ABSENT, MEANINGS, THIN_SPACE, amount, change, figure, interval, is_number, percent, ratio
+from ._words import (
+    ABSENT,
+    MEANINGS,
+    THIN_SPACE,
+    amount,
+    change,
+    distance_title,
+    figure,
+    interval,
+    is_number,
+    percent,
+    ratio,
+)
 
 # what metrics.json calls the further figures, and how they are headed and written
 _FURTHER = {
@@ -33,6 +45,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     limits = [row[key] for row in rows for key in ("frechet_low", "frechet_high") if is_number(row.get(key))]
     scale = Scale.around([*values, *limits], start=10.0, end=INTERVAL_WIDTH - 10, log=spans_decade(values))
     return {
+        "title": distance_title(rows),
         "axis": interval_axis(scale),
         "logarithmic": scale.log,
         "rows": [_result(row, base, scale) for row in rows],

@@ -131,13 +131,19 @@ def _outcome(rows: Sequence[Mapping[str, Any]], *, alike: bool) -> str:
             else f"so far only the pretrained model is measured: {_of(base)}"
         )
     when = "" if last["name"] == "finetuned" else f" ({last['name']}: {MEANINGS.get(last['name'], 'so far')})"
-    outcome = f"Fréchet distance {_of(last)}{when}"
+    outcome = f"{distance_title(rows)} {_of(last)}{when}"
     if base is None:
         return outcome
     outcome += f" against {_of(base)} pretrained"
     if not alike:
         return f"{outcome}, measured differently"
     return f"{outcome}: {ratio(last['frechet'], base['frechet'])}" if base["frechet"] > 0 else outcome
+
+
+def distance_title(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the distance of these rows is called: FID where the features are those of its published network."""
+    networks = {(row.get("protocol") or {}).get("feature_network", {}).get("name") for row in rows}
+    return "FID" if networks == {"inception-2015-12-05"} else "Fréchet distance"
 
 
 def last_measured(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
