@@ -34,6 +34,7 @@ from .data.bundled import CLASSIFIER_NAME as CLASSIFIER_NAME
 from .data.bundled import bundled_classifier as bundled_classifier
 from .data.bundled import bundled_reference_path as bundled_reference_path
 from .data.bundled import testbed_model_folder as testbed_model_folder
+from .decoding import VaeConfig as VaeConfig
 from .diffusersfolder import export_diffusers as export_diffusers
 from .diffusersfolder import original_embeddings as original_embeddings
 from .diffusion import Diffusion as Diffusion
@@ -89,6 +90,9 @@ from .recipefile import load_recipe as load_recipe
 from .report import write_grid as write_grid
 from .report import write_report as write_report
 from .report import write_sweep_picture as write_sweep_picture
+from .samples import open_samples as open_samples
+from .samples import read_samples as read_samples
+from .samples import write_samples as write_samples
 from .sampling import Batch as Batch
 from .sampling import SamplingConfig as SamplingConfig
 from .sampling import sample as sample
