@@ -67,7 +67,11 @@ def test_files_of_any_mode_become_rgb(mode: str):
     assert decode(buffer.getvalue()).mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", os.urandom(100), "whole"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", bytes(range(100)), "whole"],
+    ids=["empty", "png", "gif", "noise", "cut"],
+)
 def test_what_is_no_image_is_an_oserror(content):
     if content == "whole":
         content = imagefiles.encoded("Bag", 0, kind="JPEG", size=(90, 140))[:-300]
