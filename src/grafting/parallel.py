@@ -64,6 +64,7 @@ def connect() -> bool:
             torch.cuda.set_device(local_rank() or 0)
         try:
             dist.init_process_group(backend, timeout=_TIMEOUT)
+            dist.all_reduce(torch.zeros(1))  # one that fails at once must not leave while others still join
         except (ValueError, dist.DistError) as error:
             raise RunError(
                 f"the environment says that this is process {rank()} of {world_size()}, but they cannot meet: {error}. "
