@@ -142,11 +142,13 @@ def disturbed(folder: Path, tally: Tally, chance: random.Random, *, kills: int, 
         else:
             sent = None
         process.join()
-        _check_repeated(before, progress(path)[len(before) :], last_signal, tally)
-        last_signal, ended = _ending(process.exitcode, sent), process.exitcode == 0
-        if last_signal:
-            steps = progress(path)[len(before) :]
-            tally.kills[last_signal.name] += 1
+        steps = progress(path)[len(before) :]
+        _check_repeated(before, steps, last_signal, tally)
+        signal_now, ended = _ending(process.exitcode, sent), process.exitcode == 0
+        if steps or last_signal is None:
+            last_signal = signal_now  # what a start without a step repeats later, an earlier end has cost
+        if signal_now:
+            tally.kills[signal_now.name] += 1
             tally.stages[steps[-1][0].split()[0] if steps else "start"] += 1
         elif not ended:
             tally.faults.append(f"{path.name} ended with status {process.exitcode}")
