@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from grafting.cli import app
 from grafting.errors import MissingBackend, RecipeError, RunError
 from grafting.recipe import prepare, row_fingerprint, training_flops
-from grafting.sweep import load_sweep, measure, points, read_table, run_sweep, run_sweep_on_ray
+from grafting.sweep import _in_order, load_sweep, measure, points, read_table, run_sweep, run_sweep_on_ray
 from test_recipe import TINY
 
 SWEEP = {
@@ -91,6 +91,13 @@ def test_compute_is_counted_in_units_of_the_pretraining(finished):
     flops = training_flops(job, "finetuned")
     stage_1 = training_flops(job, "distilled").training
     assert flops.training - stage_1 == 8 * (3 * flops.model + flops.base)
+
+
+def test_lines_are_in_the_sweeps_order_whatever_order_grids_name_labels_in(tmp_path):
+    grids = [{"labels": {"recipe": "a", "design": "x"}}, {"labels": {"design": "y", "recipe": "a"}}]
+    sweep = load_sweep(write(tmp_path, grids=grids))
+    first, second, stranger = ({"recipe": "a", "design": d, "stage": "finetuned"} for d in "xyz")
+    assert _in_order(sweep, [stranger, second, first]) == [first, second, stranger]
 
 
 def test_half_the_sites_are_fitted_once(finished):

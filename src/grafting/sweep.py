@@ -310,14 +310,14 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
 
 def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines in the sweep's order, the later of two with the same labels and stage; strangers come last."""
-    places = {point.name: place for place, point in enumerate(points(sweep))}
-    columns = list(dict.fromkeys(column for point in points(sweep) for column in point.labels))
+    columns = {column for point in points(sweep) for column in point.labels}
 
-    def name(line: Mapping[str, Any]) -> str:
-        return "-".join(str(line[column]) for column in columns if column in line)
+    def labels(line: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+        return frozenset((column, str(line[column])) for column in columns & line.keys())
 
+    places = {labels(point.labels): place for place, point in enumerate(points(sweep))}
     stages = get_args(Row)
-    latest = {(name(line), line["stage"]): line for line in lines}
+    latest = {(labels(line), line["stage"]): line for line in lines}
     order = sorted(latest, key=lambda key: (places.get(key[0], len(places)), stages.index(key[1])))
     return [latest[key] for key in order]
 
