@@ -296,11 +296,13 @@ class Stage:
             for step in steps:
                 line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
                 self._log(line)
-                stop = bool(save_every) and self._run.anyone(signal_caught() is not None)
+                # asked once: a signal that comes after this line waits for the next step, which is then saved
+                signum = signal_caught()
+                stop = self._run.anyone(signum is not None) if save_every else signum is not None
                 if save_every and step.done and (stop or step.done % save_every == 0):
                     self.save_state(step.state(), step.done)
-                if stop or signal_caught() is not None:
-                    raise Interrupted(signal_caught() or signal.SIGTERM)
+                if stop:
+                    raise Interrupted(signum or signal.SIGTERM)
                 yield step
 
     def _log(self, line: dict[str, Any]) -> None:
