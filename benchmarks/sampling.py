@@ -1,6 +1,6 @@
 """How much faster two processes draw a set of images than one, and how much memory a large samples file takes to write.
 
-    python benchmarks/sampling.py [--images 96] [--file-images 50000]
+    python benchmarks/sampling.py [--images 384] [--file-images 50000]
 
 The testbed's model, from `grafting sample`'s own stage: one process on one core, then two on a core each (pinned, one
 thread each), in turn, again and again; medians of the time until the file is whole are compared. Imports and loading are
@@ -42,7 +42,7 @@ FILE_SHAPE, FILE_BATCH = (3, 64, 64), 250
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=96, help="images a set (default 96)")
+    parser.add_argument("--images", type=int, default=384, help="images a set (default 384)")
     parser.add_argument("--repeats", type=int, default=5, help="sets of each kind (default 5)")
     parser.add_argument(
         "--file-images", type=int, default=50_000, help="images of the file (default 50000, 0.6 GB)"
