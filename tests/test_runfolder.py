@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 from grafting.contract import Step
 from grafting.errors import CheckpointError, FaultWarning, RunError
 from grafting.files import sha256_of
+from grafting.interruption import Interrupted, catching_signals
 from grafting.runfolder import RunFolder, read_log
 
 
@@ -288,7 +290,8 @@ def test_log_of_a_stage_without_states_starts_anew(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from grafting.runfolder import RunFolder\n"
+        "import sys, time; from pathlib import Path; from grafting.interruption import Interrupted, catching_signals
+from grafting.runfolder import RunFolder\n"
         f"run = RunFolder(Path({str(tmp_path)!r}), recipe_name='r'); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
@@ -340,3 +343,14 @@ def test_folder_of_something_else(tmp_path):
     with pytest.raises(RunError, match="is not the folder of a run"):
         RunFolder(tmp_path, recipe_name="r")
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_signal_after_the_last_step_waits_until_the_stage_is_done(tmp_path):
+    """The last state is of step 2: what came after it would be lost."""
+    with RunFolder(tmp_path, recipe_name="r") as run, pytest.raises(Interrupted), catching_signals():
+        with run.stage("s", 1) as stage:
+            assert [step.done for step in stage.follow(_steps(0, 3), save_every=2)] == [1, 2, 3]
+            os.kill(os.getpid(), signal.SIGTERM)
+            (stage.folder / "output").write_text("result")
+            stage.outputs = [stage.folder / "output"]
+    assert not _carry_out(tmp_path, 1)

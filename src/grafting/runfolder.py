@@ -20,7 +20,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -151,11 +151,12 @@ class RunFolder:
         stage = Stage(self, name, hash_json(inputs))
         self.barrier()
         started = time.monotonic()
-        yield stage
-        self.barrier()
-        if not stage.done and self.writes:
-            stage.record(seconds=time.monotonic() - started)
-        self.barrier()
+        with stage.patience:
+            yield stage
+            self.barrier()
+            if not stage.done and self.writes:
+                stage.record(seconds=time.monotonic() - started)
+            self.barrier()
         # a signal that came after the last step: the stage is done, the next one is not begun
         if self.anyone(caught_signal() is not None):
             raise Interrupted(caught_signal() or signal.SIGTERM)
@@ -204,6 +205,8 @@ class Stage:
         self._states = self.folder / "states"
         self._log_path = self.folder / "log.jsonl"
         self._first_step: int | None = None
+        self.patience = ExitStack()
+        """Once steps have been followed signals wait in here: no work after the last saved state is lost to them."""
         entry = run.entry(name)
         if entry.get("inputs") != inputs:
             self._start_anew()
@@ -292,18 +295,18 @@ class Stage:
         if self._first_step is None:
             self._begin(None)
         started = time.monotonic()
-        with deferred() as signal_caught:
-            for step in steps:
-                line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
-                self._log(line)
-                # asked once: a signal that comes after this line waits for the next step, which is then saved
-                signum = signal_caught()
-                stop = self._run.anyone(signum is not None) if save_every else signum is not None
-                if save_every and step.done and (stop or step.done % save_every == 0):
-                    self.save_state(step.state(), step.done)
-                if stop:
-                    raise Interrupted(signum or signal.SIGTERM)
-                yield step
+        signal_caught = self.patience.enter_context(deferred())
+        for step in steps:
+            line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
+            self._log(line)
+            # asked once: a signal that comes after this line waits for the next step, which is then saved
+            signum = signal_caught()
+            stop = self._run.anyone(signum is not None) if save_every else signum is not None
+            if save_every and step.done and (stop or step.done % save_every == 0):
+                self.save_state(step.state(), step.done)
+            if stop:
+                raise Interrupted(signum or signal.SIGTERM)
+            yield step
 
     def _log(self, line: dict[str, Any]) -> None:
         if self._run.writes:
