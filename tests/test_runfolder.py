@@ -290,8 +290,7 @@ def test_log_of_a_stage_without_states_starts_anew(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from grafting.interruption import Interrupted, catching_signals
-from grafting.runfolder import RunFolder\n"
+        "import sys, time; from pathlib import Path; from grafting.runfolder import RunFolder\n"
         f"run = RunFolder(Path({str(tmp_path)!r}), recipe_name='r'); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
