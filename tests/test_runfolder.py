@@ -346,10 +346,14 @@ def test_folder_of_something_else(tmp_path):
 
 def test_a_signal_after_the_last_step_waits_until_the_stage_is_done(tmp_path):
     """The last state is of step 2: what came after it would be lost."""
-    with RunFolder(tmp_path, recipe_name="r") as run, pytest.raises(Interrupted), catching_signals():
-        with run.stage("s", 1) as stage:
-            assert [step.done for step in stage.follow(_steps(0, 3), save_every=2)] == [1, 2, 3]
-            os.kill(os.getpid(), signal.SIGTERM)
-            (stage.folder / "output").write_text("result")
-            stage.outputs = [stage.folder / "output"]
+    with (
+        RunFolder(tmp_path, recipe_name="r") as run,
+        pytest.raises(Interrupted),
+        catching_signals(),
+        run.stage("s", 1) as stage,
+    ):
+        assert [step.done for step in stage.follow(_steps(0, 3), save_every=2)] == [1, 2, 3]
+        os.kill(os.getpid(), signal.SIGTERM)
+        (stage.folder / "output").write_text("result")
+        stage.outputs = [stage.folder / "output"]
     assert not _carry_out(tmp_path, 1)
