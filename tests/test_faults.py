@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+import tinyrecipe
 from grafting import cli
 from grafting.checkpoint import load_tensors
 from grafting.errors import CheckpointError, FaultWarning, RunError
@@ -28,27 +29,17 @@ from grafting.recipe import Recipe, run
 from grafting.runfolder import read_log
 from grafting.store import OperatorStore
 
-TINY = {
-    "name": "tiny",
-    "source": {
-        "host": "dit",
-        "config": {
-            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 32,
-            "depth": 2, "num_heads": 2, "num_classes": 10,
-        },
-    },
+TINY = tinyrecipe.TINY | {
     "plan": [
         {"role": "attention", "blocks": [0], "operator": {"name": "hyena-x", "kernel_size": 3}},
         {"role": "mlp", "blocks": [1], "operator": {"name": "mlp", "ratio": 2}},
     ],
-    "data": {"name": "testbed-subset"},
     "calibrate": {"samples": 32, "batch_size": 16},
     "distill": {"steps": 7, "batch_size": 4, "holdout": 8, "holdout_every": 3},
     "finetune": {"steps": 7, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
-    "sample": {"sampler": "ddim", "steps": 2, "num_images": 20, "batch_size": 10, "cfg_scale": 1.0},
     "rows": ["distilled", "finetuned"],
     "save_every": 3,
-}  # fmt: skip
+}
 RECIPE = Recipe.model_validate(TINY)
 MOMENTS = (
     ("calibrate", 2), ("distill", 0), ("distill", 3), ("distill", 6), ("finetune", 1), ("finetune", 7),

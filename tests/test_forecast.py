@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import tinyrecipe
 from grafting import cli
 from grafting.errors import RecipeError
 from grafting.forecast import Forecast, StageForecast, forecast
@@ -14,22 +15,7 @@ from grafting.recipe import Recipe, run
 from grafting.recipefile import load_recipe
 
 IMAGENET = Path(__file__).parents[1] / "recipes" / "imagenet"
-TINY = {
-    "name": "tiny",
-    "source": {
-        "host": "dit",
-        "config": {
-            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 32,
-            "depth": 2, "num_heads": 2, "num_classes": 10,
-        },
-    },
-    "plan": [{"role": "attention", "blocks": "odd", "operator": {"name": "hyena-x", "kernel_size": 3}}],
-    "data": {"name": "testbed-subset"},
-    "distill": {"steps": 2, "batch_size": 4, "holdout": 8},
-    "finetune": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
-    "sample": {"sampler": "ddim", "steps": 2, "num_images": 20, "batch_size": 10, "cfg_scale": 1.0},
-    "save_every": 1,
-}  # fmt: skip
+TINY = tinyrecipe.TINY | {"save_every": 1}
 
 
 def tiny(**changes) -> Recipe:

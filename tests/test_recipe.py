@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import tinyrecipe
 from grafting.checkpoint import load_tensors, save_model
 from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.subset import write_subset
@@ -21,22 +22,11 @@ from grafting.store import OperatorStore
 from grafting.surgery import build_operators
 
 ROOT = Path(__file__).parents[1]
-TINY = {
-    "name": "tiny",
-    "source": {
-        "host": "dit",
-        "config": {
-            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 32,
-            "depth": 2, "num_heads": 2, "num_classes": 10,
-        },
-    },
-    "plan": [{"role": "attention", "blocks": "odd", "operator": {"name": "hyena-x", "kernel_size": 3}}],
-    "data": {"name": "testbed-subset"},
+TINY = tinyrecipe.TINY | {
     "distill": {"steps": 6, "batch_size": 4, "holdout": 8, "holdout_every": 3},
     "finetune": {"steps": 6, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
-    "sample": {"sampler": "ddim", "steps": 2, "num_images": 20, "batch_size": 10, "cfg_scale": 1.0},
     "save_every": 2,
-}  # fmt: skip
+}
 
 
 def _recipe(**changes) -> Recipe:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import grafting
+import tinyrecipe
 from grafting.checkpoint import load_model, read_pickle
 from grafting.convert import read_file
 from grafting.data.published import open_published
@@ -29,22 +30,11 @@ from grafting.runfolder import STATE_NAME, _read_state
 from grafting.samples import read_samples
 
 SOURCE = Path(grafting.__file__).parent
-TINY = {
-    "name": "tiny",
-    "source": {
-        "host": "dit",
-        "config": {
-            "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2,
-            "num_classes": 10,
-        },
-    },
-    "plan": [{"role": "attention", "blocks": "odd", "operator": "hyena-x"}],
-    "data": {"name": "testbed-subset"},
+TINY = tinyrecipe.TINY | {
     "distill": {"steps": 1, "batch_size": 4, "holdout": 4},
     "finetune": {"steps": 1, "batch_size": 4, "warmup_steps": 0},
-    "sample": {"sampler": "ddim", "steps": 1, "cfg_scale": 1.0, "num_images": 12, "clip": True},
     "rows": ["pretrained", "finetuned"],
-}  # fmt: skip
+}
 
 # readers that execute what a file holds, unless these arguments say that they may not
 GUARDED = {

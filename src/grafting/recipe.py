@@ -50,7 +50,7 @@ from .parallel import any_process, barrier, broadcast, is_main, rank, together, 
 from .plan import Choice, Drop, Edit, Merge, Plan, describe_choice, fault_list, operators_of
 from .portable import Base
 from .report import write_report
-from .runfolder import RunFolder
+from .runfolder import RunFolder, read_log
 from .samples import open_samples, origin_of
 from .sampling import SamplingConfig, check_sampling
 from .store import OperatorStore
@@ -321,7 +321,7 @@ def _calibrate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     config = job.recipe.calibrate
     if config is None or not job.chosen:
         return
-    with run_folder.stage("calibrate", [job.identity, config.model_dump(mode="json")]) as stage:
+    with run_folder.stage("calibrate", [job.identity, _essence(config)]) as stage:
         # a minute's work, which is not shared
         if stage.done or not is_main():
             return
@@ -411,14 +411,13 @@ def _store_key(job: Job, path: str) -> list[Any]:
 def _distill_inputs(job: Job) -> list[Any]:
     recipe = job.recipe
     assert recipe.distill is not None
-    calibration = [recipe.calibrate.model_dump(mode="json")] if recipe.calibrate else []
+    calibration = [_essence(recipe.calibrate)] if recipe.calibrate else []
     return [job.identity, _settings(recipe.distill), *calibration]
 
 
 def _settings(config: DistillConfig | FinetuneConfig) -> dict[str, Any]:
-    """What a training stage's result depends on; a guard that is not there changes nothing."""
-    settings = config.model_dump(mode="json", exclude=set(config.how_it_runs))
-    return {name: value for name, value in settings.items() if name != "guard" or value is not None}
+    """What a training stage's result depends on."""
+    return {name: value for name, value in _essence(config).items() if name not in config.how_it_runs}
 
 
 def _finetune(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
@@ -458,7 +457,7 @@ def _sample(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     if config is None or decoder is None:
         return
     for row in rows_of(job):
-        inputs = [_row_identity(job, run_folder, row), config.model_dump(mode="json")]
+        inputs = [_row_identity(job, run_folder, row), _essence(config)]
         if decoder.identity is not None:
             inputs.append(decoder.identity)
         with run_folder.stage(f"samples/{row}", inputs) as stage:
@@ -537,8 +536,7 @@ def _evaluators(
 def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
     """What a row's model costs: parameters, attention FLOPs an image and forward pass, measured sampling time."""
     folder = run_folder.path / "samples" / row
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    times = sorted(line["ms_per_image"] for line in log)
+    times = sorted(line["ms_per_image"] for line in read_log(folder / "log.jsonl"))
     chosen = {} if row == "pretrained" else job.chosen
     standing = list(paths_after(job.host.sites(job.model), chosen))
     flops = role_flops(standing, operators_of(chosen), "attention")

@@ -307,10 +307,7 @@ class AdmEvaluator:
             DataError: images that are not 8-bit, features that are not finite or not as wide as the reference's.
             ProtocolError: more images than the protocol says.
         """
-        if self.num_images + len(images) > self._protocol.num_images:
-            raise ProtocolError(
-                f"the protocol says {self._protocol.num_images} images; {self.num_images + len(images)} came"
-            )
+        self._protocol.check_room(self.num_images + len(images))
         features = _spatial_features(self._network, images)
         if not self._gathered.count:
             _check_width(self._reference.name, self._network, features.pooled, self._reference.pooled, "mu")
@@ -332,15 +329,11 @@ class AdmEvaluator:
         Raises:
             ProtocolError: no image came, or fewer than the protocol says.
         """
+        self._protocol.check_whole(self.num_images)
         rows = self.state()
-        if self.num_images != self._protocol.num_images:
-            raise ProtocolError(
-                f"the protocol says {self._protocol.num_images} images; only {self.num_images} came"
-            )
         features, reference, config = rows["features"], self._reference, self._config
         frechet = frechet_estimate(features, reference.pooled)
-        # halves thinner than the features are wide no longer follow the 1 / n law
-        bias = frechet_bias(features, reference.pooled) if len(features) >= 4 * features.shape[1] else None
+        bias = frechet_bias(features, reference.pooled)
         precision = recall = None
         if reference.features is not None:
             real, generated = (rows.to(default_device()) for rows in (reference.features, features))

@@ -67,10 +67,7 @@ class Evaluator:
         if labels is None or labels.shape != images.shape[:1]:
             found = "no labels" if labels is None else f"labels {list(labels.shape)}"
             raise DataError(f"{len(images)} images came with {found}; one each is needed")
-        if self.num_images + len(images) > self._protocol.num_images:
-            raise ProtocolError(
-                f"the protocol says {self._protocol.num_images} images; {self.num_images + len(images)} came"
-            )
+        self._protocol.check_room(self.num_images + len(images))
         pooled, logits, _ = extract(self._network, images)
         width = len(self._reference.statistics.mean)
         if pooled.shape[1] != width:
@@ -95,11 +92,8 @@ class Evaluator:
         Raises:
             ProtocolError: no image came, or fewer than the protocol says.
         """
+        self._protocol.check_whole(self.num_images)
         rows = self.state()
-        if self.num_images != self._protocol.num_images:
-            raise ProtocolError(
-                f"the protocol says {self._protocol.num_images} images; only {self.num_images} came"
-            )
         return _measure(rows, self._reference, self._protocol, self._config)
 
 
@@ -125,8 +119,7 @@ def _measure(
 ) -> Evaluation:
     features = rows["features"]
     frechet = frechet_estimate(features, reference.statistics)
-    # halves thinner than the features are wide no longer follow the 1 / n law
-    bias = frechet_bias(features, reference.statistics) if len(features) >= 4 * features.shape[1] else None
+    bias = frechet_bias(features, reference.statistics)
     drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
     some, real = features[drawn], reference.features.float()
     kid = kernel_distance(real, some)

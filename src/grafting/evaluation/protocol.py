@@ -7,6 +7,7 @@ from typing import Protocol as Interface
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
 
+from ..errors import ProtocolError
 from ..functional.pixels import UINT8_RULE
 
 # settings of sampling that say where and how fast it ran, not what came out
@@ -137,6 +138,18 @@ class Protocol(Data):
                 f"it says {self.num_images} images; its metrics need at least {self.metrics.min_images}"
             )
         return faults
+
+    def check_room(self, num_images: int) -> None:
+        """Raises a ProtocolError if that many images are more than it says."""
+        if num_images > self.num_images:
+            raise ProtocolError(f"the protocol says {self.num_images} images; {num_images} came")
+
+    def check_whole(self, num_images: int) -> None:
+        """Raises a ProtocolError if so many images are none, or not as many as it says."""
+        if not num_images:
+            raise ProtocolError("no image has been evaluated: sample at least one batch first")
+        if num_images != self.num_images:
+            raise ProtocolError(f"the protocol says {self.num_images} images; only {num_images} came")
 
     def _compared(self) -> dict[str, JsonValue]:
         fields = self.model_dump(mode="json", exclude={"recorded"})

@@ -155,18 +155,20 @@ def _influence(centred: Tensor, shift: Tensor, transport: Tensor) -> Tensor:
 
 def frechet_bias(
     features: Float[Tensor, "n f"], reference: FeatureStatistics | Gaussian, *, seed: int = 0
-) -> float:
+) -> float | None:
     """About how much the distance is too high because n is finite: the mean of two random halves, less the whole.
 
-    Right as far as the bias falls like 1 / n, which needs n of at least about 4 f. What the reference's own
-    finite number adds is not in it.
+    Right as far as the bias falls like 1 / n, which needs n of at least about 4 f; None where there are fewer. What the
+    reference's own finite number adds is not in it.
 
     Raises:
-        ValueError: fewer than four rows, or different numbers of features.
+        ValueError: different numbers of features.
 
     Source:
         arXiv:1911.07023 (FID is linear in 1 / n), here with two points instead of fifteen.
     """
+    if len(features) < 4 * features.shape[1]:
+        return None
     order = torch.randperm(len(features), generator=generator(seed))
     halves = [FeatureStatistics.of_many(features[half]) for half in order.tensor_split(2)]
     whole = frechet_distance(halves[0].merge(halves[1]), reference)
