@@ -289,8 +289,15 @@ class MergedBlocks(nn.Module):
         x = _argument(self.call, self.call.returns[0], args, kwargs)
         updates = self.branches(*args, **kwargs)
         if self.of_outputs:
-            return self.merge(torch.cat([x + update for update in updates], dim=-1))
-        return x + self.merge(torch.cat(tuple(updates), dim=-1))
+            return self.merge(_concatenated([x + update for update in updates]))
+        return x + self.merge(_concatenated(updates))
+
+
+def _concatenated(updates: Tensor | Sequence[Tensor]) -> Tensor:
+    """What n branches add to the tokens, [n, B, L, D] or one by one, as [B, L, n D]."""
+    if isinstance(updates, Tensor):
+        return updates.permute(1, 2, 0, 3).flatten(2)
+    return torch.cat(tuple(updates), dim=-1)
 
 
 class Passage(nn.Module):
