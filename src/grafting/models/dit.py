@@ -268,7 +268,8 @@ class _OnePass:
         y = torch.addcmul(shift_2, F.layer_norm(x + update, (dim,), eps=1e-6), 1 + scale_2)
         y = torch.baddbmm(fc1_bias[:, None], y.reshape(n, b * length, dim), fc1.mT)
         y = torch.baddbmm(fc2_bias[:, None], F.gelu(y, approximate="tanh"), fc2.mT)
-        updates = y.new_empty(b, length, n, dim).permute(2, 0, 1, 3)  # a token's updates lie together, to be merged
+        # a token's updates lie together, to be merged
+        updates = y.new_empty(b, length, n, dim).permute(2, 0, 1, 3)
         return torch.addcmul(update, gate_2, y.view(n, b, length, dim), out=updates)
 
 
