@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import tinyrecipe
-from grafting import cli
+from grafting import cli, interruption
 from grafting.checkpoint import load_tensors
 from grafting.errors import CheckpointError, FaultWarning, RunError
 from grafting.interruption import Interrupted, catching_signals, deferred
@@ -114,7 +114,7 @@ def test_signals_in_every_stage_and_a_clock_that_goes_backwards(undisturbed, tmp
     assert_alike(folder, undisturbed)
 
 
-def test_signals_wait_only_where_they_are_asked_to_and_the_second_does_not():
+def test_signals_wait_only_where_they_are_asked_to_and_a_second_wish_does_not(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with catching_signals():
         with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
@@ -123,6 +123,9 @@ def test_signals_wait_only_where_they_are_asked_to_and_the_second_does_not():
             assert caught() is None
             os.kill(os.getpid(), signal.SIGINT)
             assert caught() == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)  # passed on by a launcher that got the same
+            assert caught() == signal.SIGINT
+            monkeypatch.setattr(interruption, "_ONE_WISH_S", 0.0)
             with pytest.raises(Interrupted) as second:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert second.value.exit_code == 143

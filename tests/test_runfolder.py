@@ -344,6 +344,25 @@ def test_folder_of_something_else(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+def test_no_process_leaves_before_the_last_state_is_saved(tmp_path):
+    """torchrun ends the others when the first one leaves."""
+    found: list[list[str]] = []
+
+    def barrier() -> None:
+        found.append([state.name for state in sorted(tmp_path.glob("s/states/*"))])
+
+    with (
+        RunFolder(tmp_path, recipe_name="r", barrier=barrier) as run,
+        pytest.raises(Interrupted),
+        catching_signals(),
+        run.stage("s", 1) as stage,
+    ):
+        for step in stage.follow(_steps(0, 9), save_every=2):
+            if step.done == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert found[-1] == ["0000000004", "0000000005"]
+
+
 def test_a_signal_after_the_last_step_waits_until_the_stage_is_done(tmp_path):
     """The last state is of step 2: what came after it would be lost."""
     with (

@@ -5,11 +5,15 @@ The command line catches the signals; where nobody does, as in a notebook, Pytho
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# a terminal signals all its processes, and torchrun then passes on to them what it got: within this time it is one wish
+_ONE_WISH_S = 2.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,6 +33,7 @@ class _Wish:
     """The signal that came while it could wait, and how many ask that it waits; one a process, as signals are."""
 
     signum: int | None = None
+    since: float = 0.0
     waiting: int = 0
 
 
@@ -36,7 +41,7 @@ class _Wish:
 def catching_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise `Interrupted`: at once, or where `deferred` is in force when its user is ready.
 
-    A second signal does not wait. Does nothing outside of the main thread, where signals cannot be caught.
+    A second signal does not wait, unless it comes so soon that a launcher passed the first one on. Does nothing outside of the main thread, where signals cannot be caught.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -67,6 +72,8 @@ def caught_signal() -> int | None:
 
 def _handle(signum: int, frame: FrameType | None) -> None:
     if _Wish.waiting and _Wish.signum is None:
-        _Wish.signum = signum
+        _Wish.signum, _Wish.since = signum, time.monotonic()
+        return
+    if _Wish.waiting and time.monotonic() - _Wish.since < _ONE_WISH_S:
         return
     raise Interrupted(signum)

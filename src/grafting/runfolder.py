@@ -305,6 +305,8 @@ class Stage:
             if save_every and step.done and (stop or step.done % save_every == 0):
                 self.save_state(step.state(), step.done)
             if stop:
+                if save_every:
+                    self._run.barrier()  # a launcher ends the others when the first one leaves
                 raise Interrupted(signum or signal.SIGTERM)
             yield step
 
