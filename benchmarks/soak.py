@@ -334,9 +334,10 @@ def shards_of(stage: str) -> Callable[[Path], Progress]:
 
 
 def all_files(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    """Without locks and what a killed process has left of a small file; shards are never left half-written."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    hidden = [path for path in found if path.name.startswith((".lock", ".latents.json", ".work.json", ".items.txt"))]
+    return {str(path.relative_to(folder)): sha256_of(path) for path in found if path not in hidden}
 
 
 JOBS = (

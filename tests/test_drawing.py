@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,6 +280,40 @@ def test_folders_of_something_else_are_left_alone(tmp_path, model):
     (tmp_path / "shards" / "drawing.json").write_text("{")
     with pytest.raises(RunError, match="does not say which images are drawn.*Remove"):
         new(tmp_path, model)
+
+
+def test_another_process_may_make_the_folder_at_the_same_moment(tmp_path, model, monkeypatch):
+    index, is_file = tmp_path / "shards" / drawing_module.INDEX_NAME, Path.is_file
+    want = new(tmp_path / "other", model)
+    draw(want, model)
+    index.parent.mkdir()
+
+    def then_the_other_draws(path: Path) -> bool:
+        found = is_file(path)
+        if path == index and not found:
+            shutil.copytree(want.folder, index.parent, dirs_exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", then_the_other_draws)
+    assert new(tmp_path, model).num_drawn == 21
+
+
+def test_killed_while_shards_are_removed(tmp_path, model, monkeypatch):
+    drawing = new(tmp_path, model)
+    draw(drawing, model)
+
+    def ends(folder: Path, **settings) -> None:
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(drawing_module.shutil, "rmtree", ends)
+        drawing.write(tmp_path / "s.npz")
+    again = new(tmp_path, model)
+    assert again.matches(tmp_path / "s.npz")
+    again.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
 def test_a_process_that_has_ended_is_not_waited_for_for_ever(tmp_path, model, monkeypatch):

@@ -286,6 +286,24 @@ def test_a_folder_of_other_settings_is_refused(stream: ImageStream, vae: Autoenc
     assert hashes(tmp_path / "out") == before
 
 
+def test_another_process_may_make_the_folder_at_the_same_moment(
+    stream: ImageStream, vae: Autoencoder, tmp_path: Path, monkeypatch
+):
+    run(stream, vae, tmp_path / "other")
+    folder, is_file = tmp_path / "latents", Path.is_file
+    folder.mkdir()
+
+    def then_the_other_encodes(path: Path) -> bool:
+        found = is_file(path)
+        if path == folder / latentfolder.WORK_NAME and not found:
+            shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", then_the_other_encodes)
+    run(stream, vae, folder)
+    assert hashes(folder) == hashes(tmp_path / "other")
+
+
 def test_the_same_shards_are_not_done_by_two(stream: ImageStream, vae: Autoencoder, tmp_path: Path):
     first = encode(stream, vae, CONFIG, tmp_path / "out")
     next(first)

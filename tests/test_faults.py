@@ -134,6 +134,17 @@ def test_signals_wait_only_where_they_are_asked_to_and_a_second_wish_does_not(mo
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_foreign_code_takes_for_an_error_is_a_signal():
+    """pydantic does so while it builds a model."""
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"), catching_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise TypeError("cannot be built") from error
+    with pytest.raises(TypeError), catching_signals():
+        raise TypeError("an error of its own")
+
+
 def _command(folder: Path, recipe: Path) -> None:
     sys.stdout, sys.stderr = (open(folder / f"{number}.txt", "w") for number in (1, 2))  # noqa: SIM115
     cli.app(["run", str(recipe), "--out", str(folder / "tiny")])

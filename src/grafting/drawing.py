@@ -12,6 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .contract import ClassConditional, Predict, Step
 from .decoding import Decoder
 from .errors import DataError, FaultWarning, RunError
-from .files import atomic_path, hash_json, write_json
+from .files import atomic_path, hash_json, partial_folder, write_json
 from .metrics.features import tensors_sha256
 from .samples import open_samples, origin_of, write_samples
 from .sampling import SamplingConfig, sample
@@ -229,9 +230,12 @@ class Drawing:
             yield found
 
     def discard(self) -> None:
-        """Remove the shards."""
-        (self.folder / INDEX_NAME).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the shards, all at once."""
+        going = partial_folder(self.folder)
+        shutil.rmtree(going, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self.folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
     def _check(self) -> None:
         if self.pictures is not None and self.shape[0] not in (1, 3):
@@ -241,8 +245,10 @@ class Drawing:
         if not self.folder.exists():
             return
         path = self.folder / INDEX_NAME
+        # looked at first: whoever makes the folder now writes the index before anything else
+        empty = self.folder.is_dir() and not any(self.folder.glob("[!.]*"))
         if not path.is_file():
-            if not self.folder.is_dir() or any(self.folder.glob("[!.]*")):
+            if not empty:
                 raise RunError(f"{self.folder} exists and holds no shards of images: move it away")
             return
         try:

@@ -30,10 +30,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Wish:
-    """The signal that came while it could wait, and how many ask that it waits; one a process, as signals are."""
+    """The signal that came while it could wait and when, the one that did not wait, and how many ask that signals wait;
+    one a process, as signals are."""
 
     signum: int | None = None
     since: float = 0.0
+    raised: int | None = None
     waiting: int = 0
 
 
@@ -41,7 +43,8 @@ class _Wish:
 def catching_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise `Interrupted`: at once, or where `deferred` is in force when its user is ready.
 
-    A second signal does not wait, unless it comes so soon that a launcher passed the first one on. Does nothing outside of the main thread, where signals cannot be caught.
+    A second signal does not wait, unless it comes so soon that a launcher passed the first one on. Does nothing outside of
+    the main thread, where signals cannot be caught.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,8 +52,12 @@ def catching_signals() -> Iterator[None]:
     earlier = {signum: signal.signal(signum, _handle) for signum in SIGNALS}
     try:
         yield
+    except Exception as error:
+        if _Wish.raised is None:
+            raise
+        raise Interrupted(_Wish.raised) from error  # which foreign code took for an error of its own
     finally:
-        _Wish.signum = None
+        _Wish.signum = _Wish.raised = None
         for signum, handler in earlier.items():
             signal.signal(signum, handler)
 
@@ -76,4 +83,5 @@ def _handle(signum: int, frame: FrameType | None) -> None:
         return
     if _Wish.waiting and time.monotonic() - _Wish.since < _ONE_WISH_S:
         return
+    _Wish.raised = signum
     raise Interrupted(signum)

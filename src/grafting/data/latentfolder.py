@@ -73,7 +73,9 @@ class LatentFolder:
         if not self.folder.exists():
             return
         path = self.folder / WORK_NAME
-        if not self.folder.is_dir() or (not path.is_file() and any(self.folder.glob("[!.]*"))):
+        # looked at first: whoever makes the folder now says what it is before anything else
+        empty = self.folder.is_dir() and not any(self.folder.glob("[!.]*"))
+        if not path.is_file() and not empty:
             raise RunError(
                 f"{self.folder} exists and is not a folder of latents that was begun: name another, or empty it"
             )
@@ -133,8 +135,8 @@ class LatentFolder:
         write_json(self.folder / WORK_NAME, dict(self.facts))
         own = range(rank, self.num_shards, world_size)
         with self._locked(f".lock-{rank}-of-{world_size}"):
-            for path in self.folder.glob(".latents-*.partial"):
-                found = re.match(r"\.latents-(\d+)\.", path.name)
+            for path in self.folder.rglob(".*.partial"):
+                found = re.match(r"\.(?:latents-)?(\d+)\.", path.name)
                 if found and int(found[1]) in own:
                     path.unlink(missing_ok=True)
             yield [number for number in own if not self._is_done(number)]
