@@ -328,7 +328,10 @@ def shards_of(stage: str) -> Callable[[Path], Progress]:
     """The progress of a job that fills shards."""
 
     def progress(folder: Path) -> Progress:
-        return [(stage, number) for number, _ in enumerate(folder.rglob("[!.]*.safetensors"))]
+        # not rglob, which fails where a folder goes while it looks
+        names = [name for _, _, names in os.walk(folder) for name in names]
+        shards = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+        return [(stage, number) for number in range(len(shards))]
 
     return progress
 
@@ -336,7 +339,9 @@ def shards_of(stage: str) -> Callable[[Path], Progress]:
 def all_files(folder: Path) -> dict[str, str]:
     """Without locks and what a killed process has left of a small file; shards are never left half-written."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hidden = [path for path in found if path.name.startswith((".lock", ".latents.json", ".work.json", ".items.txt"))]
+    hidden = [
+        path for path in found if path.name.startswith((".lock", ".latents.json", ".work.json", ".items.txt"))
+    ]
     return {str(path.relative_to(folder)): sha256_of(path) for path in found if path not in hidden}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from grafting import cli
@@ -24,6 +25,7 @@ class Run:
 
     def __init__(self, **settings):
         self.settings, self.logged, self.metrics, self.finished = settings, [], {}, False
+        self.hub_is_asked = not constants.is_offline_mode()
 
     def define_metric(self, name, *, step_metric):
         self.metrics[name] = step_metric
@@ -84,6 +86,7 @@ def test_wandb_is_offline_and_goes_on_under_its_id(tmp_path, monkeypatch):
 def test_trackio_writes_into_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
     monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     runs = fake(monkeypatch, "trackio")
     follow(tmp_path, "trackio")
     import os
@@ -93,6 +96,12 @@ def test_trackio_writes_into_the_run(tmp_path, monkeypatch):
     assert runs[0].settings["name"] == run_id_of(tmp_path / "tracking", "small")
     assert "space_id" not in runs[0].settings
     assert [step for _, step in runs[0].logged] == [1, 2]
+    assert runs[0].settings["auto_log_cpu"] is runs[0].settings["auto_log_gpu"] is False
+    assert runs[0].hub_is_asked is False  # trackio keeps the name of whoever is logged in
+    assert not constants.is_offline_mode()
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/somewhere")
+    follow(tmp_path, "trackio")
+    assert runs[1].hub_is_asked is True
     monkeypatch.delenv("TRACKIO_DIR")
     monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED")
 

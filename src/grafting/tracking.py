@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -89,7 +89,8 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A local dashboard: `TRACKIO_DIR=RUN/tracking/trackio trackio show`."""
+    """A local dashboard: `TRACKIO_DIR=RUN/tracking/trackio trackio show`; elsewhere if TRACKIO_SPACE_ID or
+    TRACKIO_SERVER_URL says so."""
 
     def __init__(self, folder: Path, *, name: str, run_id: str, settings: Mapping[str, Any]):
         # both are read when trackio is imported
@@ -97,9 +98,13 @@ class Trackio:
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         import trackio
 
-        self._run = trackio.init(
-            project="grafting", name=run_id, resume="allow", config=dict(settings), embed=False
-        )
+        # figures only: no use of the machine, nor who is logged in to the Hub
+        figures_only = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
+        asked = any(key in os.environ for key in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
+        with nullcontext() if asked else _without_hub():
+            self._run = trackio.init(
+                project="grafting", name=run_id, resume="allow", config=dict(settings), **figures_only
+            )
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         self._run.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
@@ -184,6 +189,18 @@ def _start(tracker: str, folder: Path, name: str, settings: Mapping[str, Any]) -
         raise RunError(
             f"{tracker} cannot start: {error}. Leave out --track {tracker}; what is saved is kept"
         ) from error
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """Inside, huggingface_hub asks the Hub nothing: trackio would ask who is logged in, and record it."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _is_figure(value: Any) -> bool:
