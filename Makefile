@@ -34,7 +34,7 @@ test: $(INSTALLED)
 
 # torch.compile cannot trace functions that check their annotations, so those checks are off here
 test-slow: $(INSTALLED)
-	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m slow -o addopts=""
+	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m slow -o addopts="--import-mode=importlib --strict-markers"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
