@@ -1,6 +1,7 @@
 """Trackers get a run's steps and nothing else, go on under one id, stay offline; throughput is what a clock says."""
 
 import json
+import os
 import sys
 import time
 import types
@@ -60,12 +61,15 @@ def follow(folder: Path, *names: str, steps=(1, 2)) -> None:
 
 def test_wandb_is_offline_and_goes_on_under_its_id(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "")  # so that it is put back
+    monkeypatch.delenv("WANDB_ERROR_REPORTING")
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
     runs = fake(monkeypatch, "wandb")
     follow(tmp_path, "wandb")
     follow(tmp_path, "wandb", steps=(3,))
     first, second = runs
     assert first.settings["mode"] == "offline"
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     assert first.settings["dir"] == str(tmp_path / "tracking")
     assert first.settings["id"] == second.settings["id"]
     assert second.settings["resume"] == "allow"
@@ -89,8 +93,6 @@ def test_trackio_writes_into_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     runs = fake(monkeypatch, "trackio")
     follow(tmp_path, "trackio")
-    import os
-
     assert os.environ["TRACKIO_DIR"] == str(tmp_path / "tracking" / "trackio")
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert runs[0].settings["name"] == run_id_of(tmp_path / "tracking", "small")

@@ -59,6 +59,10 @@ class WeightsAndBiases:
     """A run of the project `grafting`, offline by default: `wandb sync --append RUN/tracking/wandb/offline-run-*`."""
 
     def __init__(self, folder: Path, *, name: str, run_id: str, settings: Mapping[str, Any]):
+        mode = os.environ.get("WANDB_MODE", "offline")
+        if mode != "online":
+            # read when wandb is imported; else it reports on itself, offline too
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,7 @@ class WeightsAndBiases:
             id=run_id,
             resume="allow",
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             config=dict(settings),
             # figures only: no command line, code, console, host facts or use of the machine
             settings=wandb.Settings(
