@@ -4,6 +4,7 @@ torch and diffusers take seconds to import, so commands import what they need th
 What a user can cause ends in one message and exit code 1; wrong usage is 2, SIGINT 130 and SIGTERM 143.
 """
 
+import ctypes
 import signal
 import sys
 import traceback
@@ -62,7 +63,23 @@ app.add_typer(data.app, name="data")
 
 def main() -> None:
     """The entry point `grafting`."""
+    keep_freed_memory()
     app()
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library to keep up to 1 GiB of freed memory, and tensors of up to 32 MiB, its limit, on the heap.
+
+    Fresh pages cost time: stage 2 with hyena-x on the testbed takes 12 % longer without. Does nothing where the library is not
+    glibc.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(trim_threshold, 2**30)
+    mallopt(mmap_threshold, 2**25)
 
 
 def _print_version(asked: bool) -> bool:
