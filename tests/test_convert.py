@@ -13,6 +13,7 @@ import published
 from closeness import assert_close
 from grafting.checkpoint import load
 from grafting.convert import LAYOUTS, PublishedFacts, convert_weights
+from grafting.data import bundled
 from grafting.errors import CheckpointError
 from grafting.plan import Plan
 from grafting.portable import Base
@@ -308,5 +309,7 @@ def test_files_that_hold_no_state_dict_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no file .*lost.pt"):
         convert_weights(tmp_path / "lost.pt", tmp_path / "out")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is a model folder already, not published weights"):
+        convert_weights(bundled.testbed_model_folder(), tmp_path / "out")
     with pytest.raises(CheckpointError, match="should hold one weights file .* found none"):
         convert_weights(tmp_path / "empty", tmp_path / "out")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .checkpoint import find_model, load_strictly, load_tensors, read_pickle, save_model
+from .checkpoint import CONFIG_NAME, find_model, load_strictly, load_tensors, read_pickle, save_model
 from .diffusersfolder import diffusers_folder, read_diffusers
 from .errors import CheckpointError, PlanError
 from .files import sha256_of
@@ -357,5 +357,10 @@ def _weights_file(source: Path) -> Path:
         listed = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(
             f"{source} should hold one weights file (.pt, .pth, .safetensors); found {listed}"
+        )
+    config = source / CONFIG_NAME
+    if config.is_file() and "_class_name" in config.read_text():
+        raise CheckpointError(
+            f"{source} is a model folder already, not published weights; `--to diffusers` writes it in diffusers' form"
         )
     return found[0]
