@@ -3,14 +3,14 @@
     python benchmarks/soak.py --kills 100 [--seed 0] [--only JOB] [--keep FOLDER]
 
 The jobs are a tiny but complete recipe (a random DiT of the real class; calibrate, distill, finetune, sample, evaluate,
-report) by one process and by two, images encoded into latents by two, and images drawn by two. Each is carried out once
-undisturbed. Then each in turn is carried out in child processes, one of which gets SIGKILL or SIGTERM, by chance, after a
-random time, and is started again until it ends; this is repeated until as many signals have ended a process. Of several
-processes the others are ended as torchrun does it: when one fails they get SIGTERM. Each time it is checked that a process
-ended by the signal alone (SIGTERM with status 143), that no more steps of training are done twice than lie between saved
-states (after SIGTERM: none), and at the end that weights, samples, latents, figures and logged losses are those of the
-undisturbed job, bit for bit. Children are forked from a process that has imported everything, so that a kill costs no
-start. Ends with one line of JSON; exit status 1 unless all runs ended, and alike.
+report) by one process, by two, and by two that share sites and shards, images encoded into latents by two, and images drawn
+by two. Each is carried out once undisturbed. Then each in turn is carried out in child processes, one of which gets SIGKILL
+or SIGTERM, by chance, after a random time, and is started again until it ends; this is repeated until as many signals have
+ended a process. Of several processes the others are ended as torchrun does it: when one fails they get SIGTERM. Each time
+it is checked that a process ended by the signal alone (SIGTERM with status 143), that no more steps of training are done
+twice than lie between saved states (after SIGTERM: none), and at the end that weights, samples, latents, figures and logged
+losses are those of the undisturbed job, bit for bit. Children are forked from a process that has imported everything, so
+that a kill costs no start. Ends with one line of JSON; exit status 1 unless all runs ended, and alike.
 
     kills      processes that a signal ended
     lost       runs that could not go on, or that ended otherwise than the undisturbed one
@@ -36,6 +36,7 @@ from functools import partial
 from itertools import cycle
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -49,6 +50,7 @@ from grafting.files import hash_json, sha256_of
 from grafting.interruption import Interrupted, catching_signals
 from grafting.parallel import is_main
 from grafting.recipe import Recipe, run
+from grafting.recipefile import merge
 from grafting.runfolder import read_log
 
 SAVE_EVERY = 5
@@ -73,6 +75,7 @@ RECIPE = {
     "rows": ["distilled", "finetuned"],
     "save_every": SAVE_EVERY,
 }  # fmt: skip
+SHARDED = {"distill": {"spread": "sites"}, "finetune": {"shard": True}}
 TRAINING = ("distill", "finetune")
 NUM_IMAGES = 96
 SECONDS_TO_LEAVE = 30  # torchrun's, from SIGTERM to SIGKILL
@@ -272,7 +275,7 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
-def carry_out_recipe(folder: Path) -> None:
+def carry_out_recipe(folder: Path, changes: dict[str, Any] | None = None) -> None:
     """The recipe, as `grafting run` does it, noting its steps in a file beside its folder."""
     with _steps_file(folder).open("ab", buffering=0) as noted:
 
@@ -282,7 +285,7 @@ def carry_out_recipe(folder: Path) -> None:
 
         try:
             with catching_signals():
-                run(Recipe.model_validate(RECIPE), folder, on_step=note)
+                run(Recipe.model_validate(merge(RECIPE, changes or {})), folder, on_step=note)
         except Interrupted as error:
             raise SystemExit(error.exit_code) from None
         except GraftingError as error:
@@ -348,6 +351,7 @@ def all_files(folder: Path) -> dict[str, str]:
 JOBS = (
     Job("recipe", 1, carry_out_recipe, noted_steps, recipe_results),
     Job("recipe-by-2", 2, carry_out_recipe, noted_steps, recipe_results),
+    Job("sharded-by-2", 2, partial(carry_out_recipe, changes=SHARDED), noted_steps, recipe_results),
     Job("latents-by-2", 2, encode_images, shards_of("latents"), all_files),
     Job("images-by-2", 2, draw_images, shards_of("images"), all_files),
 )
