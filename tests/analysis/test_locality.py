@@ -91,7 +91,7 @@ def test_text_tokens_are_left_out(text_first: bool):
     assert found.band(grid.num_tokens) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "flux"])
+@pytest.mark.parametrize("name", hosts())
 def test_every_host_is_measured_and_left_as_it_was(name: str):
     host = hosts()[name]
     model = host.tiny().eval()

@@ -139,7 +139,7 @@ def test_kept_softmax_is_the_identity_bit_for_bit(host, model, inputs):
 @pytest.mark.parametrize(("host", "role", "operator"), PLACES, indirect=["host"])
 def test_operators_run_forward_and_backward(host, role, operator, model, inputs):
     if not takes(host.name, role, operator):
-        assert host.name == "flux"
+        assert not host.calls
         assert role == "mlp" or operator in ("mha", "hyena-se", "hyena-x", "hyena-y")
         return
     with torch.no_grad():
@@ -260,7 +260,10 @@ def test_undo_restores_the_model_exactly(host, model, inputs):
 def test_blocks_are_declared_as_they_are_called(host, model, inputs):
     """Each gets its declared tokens in their places or by name, and returns them in the declared order."""
     blocks = host.blocks(model)
-    assert [site.block for site in blocks] == list(range(len({s.block for s in host.sites(model)})))
+    num_blocks = len({s.block for s in host.sites(model)})
+    if host.name == "sd3":
+        num_blocks -= 1  # the last one returns no text
+    assert [site.block for site in blocks] == list(range(num_blocks))
     for site in blocks:
         seen = []
         block = model.get_submodule(site.path)
@@ -277,7 +280,7 @@ def test_blocks_are_declared_as_they_are_called(host, model, inputs):
 @pytest.fixture(params=RESTRUCTURINGS)
 def restructuring(request, host):
     edits = RESTRUCTURINGS[request.param]
-    if host.name == "flux" and any(isinstance(edit, Merge) for edit in edits.edits):
+    if host.name in ("flux", "sd3") and any(isinstance(edit, Merge) for edit in edits.edits):
         with pytest.raises(
             PlanError, match="blocks 0 and 1 give encoder_hidden_states and hidden_states: only one"
         ):

@@ -3,17 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import CogView3PlusTransformer2DModel
 from torch import nn
 
 from grafting.contract import Grid, TokenLayout
 from grafting.errors import HostError, PlanError
 from grafting.hosts import BlockList, LatentTokens, PackedTokens, SdpaHost, SdpaSpec, host_of, hosts
+from grafting.hosts._host import randomise
 from grafting.hosts.flux import FluxHost
 from grafting.plan import Plan, Replace
 from grafting.surgery import build_operators, graft, place
 
-FLUX = hosts()["flux"]
+FLUX, WAN = hosts()["flux"], hosts()["wan"]
 GRID = Grid(rows=4, cols=6)
 NUM_TEXT = 5
 
@@ -122,14 +123,13 @@ def test_flux_predicts_unpacked_images(flux, inputs):
     assert torch.equal(F.pixel_shuffle(want.transpose(1, 2).unflatten(2, (GRID.rows, GRID.cols)), 2), got)
 
 
-SD3 = SdpaHost(
+COGVIEW = SdpaHost(
     SdpaSpec(
-        name="sd3",
-        model_class="diffusers:SD3Transformer2DModel",
-        blocks=(BlockList(path="transformer_blocks", attention="attn"),),
+        name="cogview",
+        model_class="diffusers:CogView3PlusTransformer2DModel",
+        blocks=(BlockList(path="transformer_blocks", attention="attn1"),),
         image=LatentTokens(),
         text="encoder_hidden_states",
-        text_first=False,
         native_grid=Grid(8, 8),
         native_num_text=77,
     )
@@ -137,62 +137,64 @@ SD3 = SdpaHost(
 
 
 @pytest.fixture
-def sd3():
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
+def cogview():
+    model = CogView3PlusTransformer2DModel(
         in_channels=4,
         out_channels=4,
         num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
-        caption_projection_dim=32,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
+        text_embed_dim=24,
+        time_embed_dim=12,
+        condition_dim=8,
         pos_embed_max_size=16,
-    ).eval()
+        sample_size=16,
+    )
+    return randomise(model).eval()
 
 
-def sd3_inputs():
-    return {
-        "encoder_hidden_states": torch.randn(2, NUM_TEXT, 24),
-        "pooled_projections": torch.randn(2, 12),
-    }
+def cogview_condition():
+    places = {name: torch.zeros(2, 2) for name in ("original_size", "target_size", "crop_coords")}
+    return {"encoder_hidden_states": torch.randn(2, NUM_TEXT, 24), **places}
 
 
-def test_a_users_spec_grafts_a_class_that_is_no_host(sd3):
-    x_t, t, condition = torch.randn(2, 4, 8, 12), torch.rand(2), sd3_inputs()
-    with pytest.raises(HostError, match=r"no host for a model of class SD3Transformer2DModel.*host=SdpaHost"):
-        graft(sd3, plan("softmax"))
-    assert isinstance(sd3, SD3.model_class)
+def test_a_users_spec_grafts_a_class_that_is_no_host(cogview):
+    x_t, t, condition = torch.randn(2, 4, 8, 12), torch.rand(2), cogview_condition()
+    with pytest.raises(
+        HostError, match=r"no host for a model of class CogView3PlusTransformer2DModel.*host=SdpaHost"
+    ):
+        graft(cogview, plan("softmax"))
+    assert isinstance(cogview, COGVIEW.model_class)
     with torch.no_grad():
-        before = SD3.predict(sd3, x_t, t, condition)
-        record = graft(sd3, plan("softmax"), host=SD3)
-        assert torch.equal(SD3.predict(sd3, x_t, t, condition), before)
-        assert next(iter(record.operators.values())).tracker.layout == TokenLayout(GRID, NUM_TEXT, False)
+        before = COGVIEW.predict(cogview, x_t, t, condition)
+        record = graft(cogview, plan("softmax"), host=COGVIEW)
+        assert torch.equal(COGVIEW.predict(cogview, x_t, t, condition), before)
+        assert next(iter(record.operators.values())).tracker.layout == TokenLayout(GRID, NUM_TEXT, True)
         record.undo()
-        assert not sd3._forward_pre_hooks
-        place(sd3, build_operators(sd3, plan({"name": "window-2d", "radius": 1}), host=SD3))
-        assert not torch.allclose(SD3.predict(sd3, x_t, t, condition), before)
+        assert not cogview._forward_pre_hooks
+        place(cogview, build_operators(cogview, plan({"name": "window-2d", "radius": 1}), host=COGVIEW))
+        assert not torch.allclose(COGVIEW.predict(cogview, x_t, t, condition), before)
 
 
-def test_a_spec_that_does_not_fit_says_where(sd3):
+def test_a_spec_that_does_not_fit_says_where(cogview):
     blocks = (BlockList(path="blocks", attention="attn"),)
-    host = SdpaHost(SD3.spec.model_copy(update={"blocks": blocks}))
-    with pytest.raises(HostError, match=r"spec 'sd3' does not fit SD3Transformer2DModel: .*blocks"):
-        graft(sd3, plan("softmax"), host=host)
-    host = SdpaHost(SD3.spec.model_copy(update={"num_heads": "config.n_head"}))
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"blocks": blocks}))
+    with pytest.raises(
+        HostError, match=r"spec 'cogview' does not fit CogView3PlusTransformer2DModel: .*blocks"
+    ):
+        graft(cogview, plan("softmax"), host=host)
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"num_heads": "config.n_head"}))
     with pytest.raises(HostError, match=r"does not fit .*n_head"):
-        graft(sd3, plan("softmax"), host=host)
+        graft(cogview, plan("softmax"), host=host)
 
 
 def test_what_a_spec_does_not_say_is_refused():
     for ask in (
-        SD3.tiny,
-        lambda: SD3.mlp_weights(nn.Identity()),
-        lambda: SD3.attention_weights(nn.Identity()),
+        COGVIEW.tiny,
+        lambda: COGVIEW.mlp_weights(nn.Identity()),
+        lambda: COGVIEW.attention_weights(nn.Identity()),
     ):
-        with pytest.raises(HostError, match="host 'sd3' is described for kernels only"):
+        with pytest.raises(HostError, match="host 'cogview' is described for kernels only"):
             ask()
 
 
@@ -203,8 +205,26 @@ class Video(nn.Module):
 
 def test_latents_of_videos_have_frames():
     image = LatentTokens(argument="latent", patch_size=(1, 2, 2))
-    host = SdpaHost(SD3.spec.model_copy(update={"image": image, "text": None}))
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"image": image, "text": None}))
     assert host.layout(Video(), torch.zeros(1, 4, 3, 8, 12)).grid == Grid(rows=4, cols=6, frames=3)
+
+
+def test_windows_of_a_video_stay_in_their_frame():
+    """d(output of token i) / d(input of token j) of Wan's attention; its positions are rotations, its text is elsewhere."""
+    wan, grid = WAN.tiny().eval(), Grid(rows=3, cols=4, frames=2)
+    inputs = WAN.example(wan, rows=3, cols=4, batch_size=1)
+    inputs["hidden_states"] = torch.randn(1, 4, 2, 6, 8)
+    graft(wan, plan({"name": "window-2d", "radius": 1}))
+    wan(**inputs)
+    assert WAN.layout(wan, **inputs) == TokenLayout(grid, 0)
+    rotary = wan.rope(inputs["hidden_states"])
+    attention = wan.get_submodule("blocks.0.attn1")
+    x = torch.randn(1, grid.num_tokens, 32)
+    by_token = torch.autograd.functional.jacobian(lambda x: attention(x, None, None, rotary).sum(-1)[0], x)
+    reached = by_token[:, 0].abs().amax(-1) > 0
+    place = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4))
+    frame, row, col = (place[:, None] - place).abs().unbind(-1)
+    assert torch.equal(reached, (frame == 0) & (row <= 1) & (col <= 1))
 
 
 def test_specs_are_data():

@@ -7,7 +7,7 @@ a file of its own beside this one, as Flux has; for any other, pass `SdpaHost(Sd
 import inspect
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, NoReturn
 
@@ -187,7 +187,7 @@ def _fact(model: nn.Module, fact: Fact) -> Any:
     return attrgetter(fact)(model) if isinstance(fact, str) else fact
 
 
-def _latent_grid(latent: Tensor, patch_size: int | tuple[int, ...]) -> Grid:
+def _latent_grid(latent: Tensor, patch_size: int | Sequence[int]) -> Grid:
     sizes = latent.shape[2:]
     patches = (patch_size,) * len(sizes) if isinstance(patch_size, int) else patch_size
     *frames, rows, cols = (size // patch for size, patch in zip(sizes, patches, strict=True))
