@@ -126,6 +126,10 @@ def test_a_part_of_it(finished, tmp_path):
     (point,) = run_sweep(sweep, tmp_path / "runs", table=tmp_path / "table", **part)
     assert point.name == "window-50"
     assert [line["stage"] for line in read_table(tmp_path / "table")] == ["distilled"]
+    # what no asked row needs is not done, and not in the way of asking for it later
+    assert not (tmp_path / "runs" / "window-50" / "finetune").exists()
+    list(run_sweep(sweep, tmp_path / "runs", table=tmp_path / "table", **part | {"rows": ["finetuned"]}))
+    assert [line["stage"] for line in read_table(tmp_path / "table")] == ["distilled", "finetuned"]
 
 
 @pytest.mark.parametrize(

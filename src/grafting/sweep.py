@@ -190,9 +190,7 @@ def measure(
 
     A recipe that samples no images has none.
     """
-    recipe = point.recipe
-    if rows is not None:
-        recipe = recipe.model_copy(update={"rows": tuple(row for row in recipe.rows if row in rows)})
+    recipe = point.recipe if rows is None else _with_rows(point.recipe, rows)
     job = prepare(recipe)
     if known.issuperset(row_fingerprint(job, row) for row in rows_of(job)):
         return []
@@ -201,6 +199,14 @@ def measure(
         return []
     measured = json.loads((folder / point.name / "metrics.json").read_text())
     return [_line(sweep, point, job, row) for row in measured]
+
+
+def _with_rows(recipe: Recipe, rows: Sequence[str]) -> Recipe:
+    """A recipe with those of its rows, up to the last stage that they need."""
+    kept = tuple(row for row in recipe.rows if row in rows)
+    stages = {"finetuned": "finetune", "distilled": "distill", "inherited": "calibrate"}
+    last = next((number for number, row in enumerate(stages) if row in kept), len(stages))
+    return recipe.model_copy(update={"rows": kept} | dict.fromkeys(list(stages.values())[:last]))
 
 
 def read_table(table: Path) -> list[dict[str, Any]]:
