@@ -1,9 +1,11 @@
 """The public names: each is where the stub says, works, and importing the package alone is quick."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -122,3 +124,17 @@ def test_importing_the_package_imports_no_heavy_library():
     code = "import sys, grafting, grafting.cli; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_every_function_that_takes_a_path_takes_a_string():
+    functions = [getattr(grafting, name) for name in NAMES]
+    paths = {
+        f"{function.__name__}({name})": parameter.annotation
+        for function in functions
+        if inspect.isfunction(function)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation is Path or Path in get_args(parameter.annotation)
+    }
+    later = {"distill(cache_folder)", "finetune(state)"}  # folders of a run, which names them
+    assert {name for name, annotation in paths.items() if str not in get_args(annotation)} == later
+    assert len(paths) > 15

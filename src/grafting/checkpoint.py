@@ -83,7 +83,7 @@ def find_model(
 
 
 def save_model(
-    folder: Path,
+    folder: str | Path,
     model: nn.Module,
     plan: Plan,
     *,
@@ -103,6 +103,7 @@ def save_model(
     Raises:
         RunError: the folder cannot be written; a half-written folder has no config.
     """
+    folder = Path(folder)
     weights = folder / WEIGHTS_NAME
     _clear(folder)
     save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
@@ -111,7 +112,7 @@ def save_model(
 
 
 def save_delta(
-    folder: Path, model: nn.Module, plan: Plan, base: Base, *, source: str | Path | None = None
+    folder: str | Path, model: nn.Module, plan: Plan, base: Base, *, source: str | Path | None = None
 ) -> list[Path]:
     """Write only those tensors of a model that its base has not got; returns the files.
 
@@ -125,6 +126,7 @@ def save_delta(
         CheckpointError: the base cannot be loaded.
         RunError: the folder cannot be written; a half-written folder has no config.
     """
+    folder = Path(folder)
     tensors = model.state_dict()
     dtype = next(model.parameters()).dtype
     found = base if source is None else Base(id=str(source))
@@ -145,11 +147,12 @@ def save_delta(
     return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
 
 
-def merge_delta(delta: Path, folder: Path, *, base: str | Path | None = None) -> list[Path]:
+def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
     """Write the whole model that a delta stands for, which then needs its base no more; returns the files.
 
     Raises as `load_model`.
     """
+    delta, folder = Path(delta), Path(folder)
     config = _read_config(delta)
     if "delta" not in config.get("grafting", {}):
         raise CheckpointError(f"{delta} is no delta: it is whole already")
@@ -158,7 +161,7 @@ def merge_delta(delta: Path, folder: Path, *, base: str | Path | None = None) ->
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, base: str | Path | None = None
 ) -> tuple[nn.Module, Plan]:
     """The model of a folder, in eval mode, and its plan (empty when it was not grafted).
 
@@ -170,6 +173,7 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
+    folder = Path(folder)
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:

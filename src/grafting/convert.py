@@ -82,7 +82,11 @@ class Layout:
 
 
 def convert_weights(
-    source: str | Path, folder: Path, facts: PublishedFacts | None = None, *, revision: str | None = None
+    source: str | Path,
+    folder: str | Path,
+    facts: PublishedFacts | None = None,
+    *,
+    revision: str | None = None,
 ) -> Published:
     """Write published weights as a folder that `load` opens; returns what was read.
 
@@ -93,6 +97,7 @@ def convert_weights(
     Raises:
         CheckpointError: they are of no known layout; lists what was expected, what was found and which option to give.
     """
+    folder = Path(folder)
     facts = facts or PublishedFacts()
     found = find_model(source, revision=revision, patterns=PUBLISHED_FILES)
     model, plan, origin = read_published(found, facts)

@@ -54,7 +54,7 @@ _BUILT_IN = {
 }
 
 
-def export_diffusers(model: nn.Module, folder: Path) -> Path:
+def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
     """Write a native DiT without a graft as a folder of diffusers' `DiTTransformer2DModel`; returns the folder.
 
     Its outputs are the original's once `original_embeddings` was called on the loaded model; the config says so.
@@ -62,6 +62,7 @@ def export_diffusers(model: nn.Module, folder: Path) -> Path:
     Raises:
         CheckpointError: the model has operators in it, for which diffusers' class has no place, or no null label.
     """
+    folder = Path(folder)
     exported = to_diffusers(model)
     exported.save_pretrained(folder)
     path = folder / CONFIG_NAME

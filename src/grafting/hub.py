@@ -27,7 +27,7 @@ class Hub(Protocol):
 
 
 def push_to_hub(
-    folder: Path,
+    folder: str | Path,
     repo_id: str,
     *,
     private: bool = True,
@@ -43,6 +43,7 @@ def push_to_hub(
         CheckpointError: the folder is damaged, or its model is not grafted.
         RunError: the Hub refuses.
     """
+    folder = Path(folder)
     _, plan = load_model(folder)
     if not plan.edits:
         raise CheckpointError(f"the model in {folder} has no plan: only grafted models are uploaded")

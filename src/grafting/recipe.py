@@ -115,7 +115,7 @@ class Recipe(BaseModel):
 
 def run(
     recipe: Recipe,
-    folder: Path,
+    folder: str | Path,
     *,
     until: str = "report",
     on_step: OnStep | None = None,
@@ -132,6 +132,7 @@ def run(
     Raises:
         GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
     """
+    folder = Path(folder)
     with together():
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
         with _open(job, folder) as run_folder:

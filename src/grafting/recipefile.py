@@ -11,12 +11,13 @@ from .plan import fault_list
 from .recipe import Recipe
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file; `base:` names another file whose settings it changes.
 
     Raises:
         RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
     """
+    path = Path(path)
     settings = read_settings(path)
     if "grids" in settings:
         raise RecipeError(f"{path} holds many recipes: grafting sweep {path}")

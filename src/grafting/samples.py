@@ -91,7 +91,7 @@ def origin_of(
 
 
 def write_samples(
-    path: Path,
+    path: str | Path,
     batches: Batches,
     *,
     num_images: int,
@@ -113,6 +113,7 @@ def write_samples(
         DataError: the batches hold another number of images, or images of another shape; nothing is written.
         RunError: it cannot be written.
     """
+    path = Path(path)
     counted = _checked(batches, num_images=num_images, shape=shape)
     words = {"origin": json.dumps(origin), "record": json.dumps(record or {})}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -120,8 +121,9 @@ def write_samples(
         write(file, counted, num_images=num_images, shape=shape, words=words)
 
 
-def read_samples(path: Path) -> Samples:
+def read_samples(path: str | Path) -> Samples:
     """All samples of a file, in memory. Raises as `open_samples` and `SampleFile.batches`."""
+    path = Path(path)
     file = open_samples(path)
     parts = list(file.batches())
     images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0, *file.shape).byte()
@@ -129,13 +131,14 @@ def read_samples(path: Path) -> Samples:
     return Samples(images, file.labels, file.origin)
 
 
-def open_samples(path: Path) -> SampleFile:
+def open_samples(path: str | Path) -> SampleFile:
     """An .npz file, or a `samples/ROW.safetensors` in a run's folder, to be read in batches.
 
     Raises:
         DataError, CheckpointError: no such file, or it is damaged or something else.
         ProtocolError: a run that has not finished sampling.
     """
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"no samples file {path}")
     return _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)

@@ -71,12 +71,13 @@ class Point:
         return "-".join(str(label) for label in self.labels.values())
 
 
-def load_sweep(path: Path) -> Sweep:
+def load_sweep(path: str | Path) -> Sweep:
     """The sweep in a YAML file: `name`, `grids`, and the settings of a recipe or a `base:` that has them.
 
     Raises:
         RecipeError: the file cannot be read, or has faults (all are listed).
     """
+    path = Path(path)
     settings = read_settings(path)
     own = {key: settings.pop(key) for key in set(Sweep.model_fields) - {"settings"} if key in settings}
     try:
@@ -115,9 +116,9 @@ def points(sweep: Sweep) -> list[Point]:
 
 def run_sweep(
     sweep: Sweep,
-    folder: Path,
+    folder: str | Path,
     *,
-    table: Path,
+    table: str | Path,
     only: Mapping[str, str] | None = None,
     rows: Sequence[str] | None = None,
     following: Callable[[Point], AbstractContextManager[OnStep | None]] | None = None,
@@ -134,6 +135,7 @@ def run_sweep(
     Raises:
         RecipeError: no recipe has those labels, or no such row. GraftingError: as `recipe.run`.
     """
+    folder, table = Path(folder), Path(table)
     for point in _chosen(sweep, only or {}, rows):
         with following(point) if following else nullcontext() as on_step:
             lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)

@@ -68,12 +68,13 @@ class AdmSuite(Data):
         return network, open_adm_reference(path, network, batch_size=self.batch_size, on_step=on_step)
 
 
-def inception_network(weights: Path) -> ModuleNetwork:
+def inception_network(weights: str | Path) -> ModuleNetwork:
     """The network of FID on the default device, named as such if its file is the published one.
 
     Raises:
         CheckpointError: no such file, or it does not hold this network's weights.
     """
+    weights = Path(weights)
     module = load_inception(weights)
     published = sha256_of(weights).startswith(PUBLISHED_SHA256_PREFIX)
     network = ModuleNetwork(module, INCEPTION_NAME if published else UNKNOWN_INCEPTION_NAME)
@@ -219,13 +220,14 @@ class AdmReference:
 
 
 def open_adm_reference(
-    path: Path,
+    path: str | Path,
     network: FeatureNetwork,
     *,
     batch_size: int = 64,
     on_step: Callable[[Step], None] | None = None,
 ) -> AdmReference:
     """The reference of an .npz file or of a file that `AdmReference.save` wrote. Raises as either does."""
+    path = Path(path)
     if path.suffix == ".npz":
         return AdmReference.of_npz(path, network, batch_size=batch_size, on_step=on_step)
     return AdmReference.load(path, network)

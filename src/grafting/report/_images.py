@@ -16,7 +16,7 @@ MAX_SIDE = 128
 
 
 def write_grid(
-    images: UInt8[np.ndarray, "n c h w"], path: Path, *, columns: int = 10, scale: int = 1, gap: int = 2
+    images: UInt8[np.ndarray, "n c h w"], path: str | Path, *, columns: int = 10, scale: int = 1, gap: int = 2
 ) -> Path:
     """Write images, in rows of `columns` and each pixel `scale` wide, as one PNG on white; returns its path.
 
@@ -24,6 +24,7 @@ def write_grid(
         DataError: there is no image, or they are neither grey (C = 1) nor colour (C = 3).
         RunError: the file cannot be written.
     """
+    path = Path(path)
     pixels = _sheet(images, columns=columns, scale=scale, gap=gap)
     sheet = Image.fromarray(pixels)
     ground = Image.new("RGBA", sheet.size, "white")

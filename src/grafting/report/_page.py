@@ -19,12 +19,13 @@ from ._training import stage_1, stage_2
 from ._words import duration, last_measured, replaced, summary
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run's folder, from what is there so far; returns its path.
 
     Raises:
         RunError: the folder is not that of a run, a part of it is damaged, or it cannot be written to.
     """
+    folder = Path(folder)
     path = folder / "report.html"
     write_bytes(path, _render(read_run(folder)).encode())
     return path

@@ -19,12 +19,13 @@ _STYLE = (
 )
 
 
-def write_sweep_picture(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
+def write_sweep_picture(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> Path:
     """Write the picture of a sweep's table, as an SVG file that needs nothing else.
 
     The first column of labels tells recipes apart by colour, the others name the lines. A full mark is a model after stage
     2, with its interval; a hollow mark one after stage 1; the dashed line is the pretrained model.
     """
+    path = Path(path)
     write_bytes(path, str(sweep_picture(lines)).encode())
     return path
 
