@@ -18,6 +18,7 @@ from .contract import KernelConfig as KernelConfig
 from .contract import Mixer as Mixer
 from .contract import MixerConfig as MixerConfig
 from .contract import MlpWeights as MlpWeights
+from .contract import NoiseProcess as NoiseProcess
 from .contract import OperatorConfig as OperatorConfig
 from .contract import Site as Site
 from .contract import Step as Step
@@ -38,6 +39,7 @@ from .decoding import VaeConfig as VaeConfig
 from .diffusersfolder import export_diffusers as export_diffusers
 from .diffusersfolder import original_embeddings as original_embeddings
 from .diffusion import Diffusion as Diffusion
+from .diffusion import FlowMatching as FlowMatching
 from .distillation import DistillConfig as DistillConfig
 from .distillation import distill as distill
 from .errors import CheckpointError as CheckpointError

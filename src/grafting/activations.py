@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .contract import ClassConditional, Predict, TrainingData
+from .contract import ClassConditional, NoiseProcess, Predict, TrainingData
 from .devices import mixed_precision
-from .diffusion import Diffusion
 from .files import write_json
 from .noising import NoisedBatch, draw_noised
 from .randomness import generator, seeded
@@ -158,7 +157,7 @@ def run_noised(
     entropy: tuple[int, ...],
     *,
     predict: Predict,
-    diffusion: Diffusion,
+    diffusion: NoiseProcess,
     classes: ClassConditional | None = None,
     precision: Precision = "fp32",
 ) -> None:

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from torch import Tensor, nn
 
 from .activations import Precision, run_noised, shuffled, visiting
-from .contract import ClassConditional, MlpWeights, Predict, Step, TrainingData
-from .diffusion import Diffusion
+from .contract import ClassConditional, MlpWeights, NoiseProcess, Predict, Step, TrainingData
 from .functional.ridge import (
     error_removed,
     error_without,
@@ -52,7 +51,7 @@ def calibrate(
     config: CalibrateConfig,
     *,
     predict: Predict,
-    diffusion: Diffusion,
+    diffusion: NoiseProcess,
     classes: ClassConditional | None = None,
 ) -> Iterator[Step]:
     """Fit what has a closed form in `operators` (by site path, built for `teacher`), in place. The teacher is unchanged.

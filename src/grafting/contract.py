@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 Role = Literal["attention", "mlp", "block"]
 
@@ -234,6 +234,27 @@ class ClassConditional(NamedTuple):
 
 # calls a model on noised inputs [B, C, H, W], steps [B] and a condition (for a class-conditional host: labels [B])
 Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+
+
+@runtime_checkable
+class NoiseProcess(Protocol):
+    """How a model's inputs are noised in training, and what its prediction is trained to be."""
+
+    def draw_steps(self, count: int, draw: Generator) -> Tensor:
+        """Random steps [count], in the host's unit."""
+        ...
+
+    def steps_at(self, shares: Tensor) -> Tensor:
+        """The steps at these shares, in 0..1, of the way from clean to noise."""
+        ...
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t for clean x [B, ...], standard normal noise and steps t [B]."""
+        ...
+
+    def loss(self, prediction: Tensor, *, x: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Per-sample training loss [B]."""
+        ...
 
 
 @runtime_checkable

@@ -1,8 +1,9 @@
-"""The noise process and loss of DiT: linear betas over 1,000 steps, predicted noise, learned variance.
+"""Noise processes and their losses: that of DiT and PixArt, and the straight paths of SD3, Flux and Wan.
 
 Pure functions of tensors; the model is called by whoever calls these. Sampling is in `sampling.py`, by diffusers' schedulers.
 
-Source: arXiv:2006.11239 (process), arXiv:2102.09672 (learned variance, L_vlb); constants as in openai/guided-diffusion.
+Source: arXiv:2006.11239 (process), arXiv:2102.09672 (learned variance, L_vlb), constants as in openai/guided-diffusion;
+arXiv:2209.03003 (straight paths), arXiv:2403.03206 (the distribution of steps, shift).
 """
 
 import math
@@ -17,7 +18,9 @@ BETA_START, BETA_END = 1e-4, 0.02
 
 
 class Diffusion:
-    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), for t in 0..999."""
+    """Linear betas over 1,000 steps, predicted noise, learned variance (DiT, PixArt).
+
+    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), for t in 0..999."""
 
     @cached_property
     def betas(self) -> Float[Tensor, "steps"]:
@@ -36,6 +39,12 @@ class Diffusion:
         """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, that of t = 1."""
         variance = self.betas * (1 - self._alpha_bars_before) / (1 - self.alpha_bars)
         return torch.cat([variance[1:2], variance[1:]]).log()
+
+    def draw_steps(self, count: int, draw: torch.Generator) -> Int[Tensor, "count"]:
+        return torch.randint(0, NUM_STEPS, (count,), generator=draw)
+
+    def steps_at(self, shares: Float[Tensor, "count"]) -> Int[Tensor, "count"]:
+        return (shares * NUM_STEPS + 1e-6).long().clamp(max=NUM_STEPS - 1)  # shares of whole steps stay whole
 
     def add_noise(
         self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Int[Tensor, "b"]
@@ -96,6 +105,47 @@ class Diffusion:
     def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         values = table.float().to(like.device)[t]  # rounded first: not every device has float64
         return values.view(-1, *[1] * (like.ndim - 1))
+
+
+class FlowMatching:
+    """Straight paths x_t = (1 - s) x + s noise, of which the model predicts the velocity, noise - x (SD3, Flux, Wan).
+
+    Steps are t = scale * s. They are drawn as SD3's, logit-normal (arXiv:2403.03206 Eq. 19), and then shifted towards noise
+    (Eq. 23).
+
+    Args:
+        scale: the step of pure noise in the host's unit: 1 for Flux, 1000 for SD3 and Wan.
+        shift: 1 is none; 3 for SD3 at 1024 x 1024 pixels.
+    """
+
+    def __init__(self, *, scale: float = 1.0, shift: float = 1.0):
+        self.scale, self.shift = scale, shift
+
+    def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, "count"]:
+        s = torch.randn(count, generator=draw).sigmoid()
+        return self.scale * self.shift * s / (1 + (self.shift - 1) * s)
+
+    def steps_at(self, shares: Float[Tensor, "count"]) -> Float[Tensor, "count"]:
+        return self.scale * shares.float()
+
+    def add_noise(
+        self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Float[Tensor, "b"]
+    ) -> Float[Tensor, "b *chw"]:
+        """x_t for clean x, standard normal noise and steps t."""
+        s = (t / self.scale).view(-1, *[1] * (x.ndim - 1))
+        return (1 - s) * x + s * noise
+
+    def loss(
+        self,
+        prediction: Float[Tensor, "b *chw"],
+        *,
+        x: Float[Tensor, "b *chw"],
+        x_t: Float[Tensor, "b *chw"],
+        noise: Float[Tensor, "b *chw"],
+        t: Float[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        """Per-sample training loss: mse of the velocity."""
+        return (noise - x - prediction.float()).square().flatten(1).mean(1)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

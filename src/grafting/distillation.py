@@ -32,9 +32,8 @@ from torch import Tensor, nn
 
 from . import parallel
 from .activations import ActivationCache, Precision, Visit, run_on_batch, shuffled, visiting
-from .contract import ClassConditional, Predict, Role, Step, TrainingData
+from .contract import ClassConditional, NoiseProcess, Predict, Role, Step, TrainingData
 from .data.loader import Loader
-from .diffusion import Diffusion
 from .errors import CheckpointError, TrainingError
 from .functional.losses import Regression, regression_loss
 from .functional.schedule import learning_rate_factor
@@ -115,7 +114,7 @@ def distill(
     *,
     roles: Mapping[str, Role],
     predict: Predict,
-    diffusion: Diffusion,
+    diffusion: NoiseProcess,
     classes: ClassConditional | None = None,
     cache_folder: Path | None = None,
     state: dict[str, Any] | None = None,
@@ -199,7 +198,7 @@ class _Fitting:
         *,
         roles: Mapping[str, Role],
         predict: Predict,
-        diffusion: Diffusion,
+        diffusion: NoiseProcess,
         classes: ClassConditional | None,
     ):
         self.teacher, self.operators, self.data, self.config = teacher, operators, data, config

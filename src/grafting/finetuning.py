@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
-from .contract import ClassConditional, Predict, Step, TrainingData
+from .contract import ClassConditional, NoiseProcess, Predict, Step, TrainingData
 from .data.loader import Loader
 from .devices import default_device, mixed_precision
-from .diffusion import Diffusion
 from .errors import CheckpointError, TrainingError
 from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
@@ -98,7 +97,7 @@ def finetune(
     config: FinetuneConfig,
     *,
     predict: Predict,
-    diffusion: Diffusion,
+    diffusion: NoiseProcess,
     classes: ClassConditional | None = None,
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
@@ -163,7 +162,7 @@ class _Training:
         config: FinetuneConfig,
         *,
         predict: Predict,
-        diffusion: Diffusion,
+        diffusion: NoiseProcess,
         classes: ClassConditional | None,
         blocks: Sequence[str],
         teacher: nn.Module | None,

@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import ClassConditional
-from .diffusion import NUM_STEPS, Diffusion
+from .contract import ClassConditional, NoiseProcess
 from .errors import TrainingError
 
 _WHOLE = slice(None)
 
 
 class NoisedBatch(NamedTuple):
-    """Clean images x, standard normal noise and x_t [B, C, H, W], labels and steps t [B]."""
+    """Clean images x, standard normal noise and x_t [B, C, H, W], or videos of any shape; labels and steps t [B]."""
 
     x: Tensor
     noise: Tensor
@@ -36,7 +35,7 @@ def draw_noised(
     draw: torch.Generator,
     *,
     batch_size: int,
-    diffusion: Diffusion,
+    diffusion: NoiseProcess,
     device: torch.device,
     classes: ClassConditional | None = None,
     part: slice = _WHOLE,
@@ -51,7 +50,7 @@ def draw_noised(
     """
     x, labels = images
     noise = torch.randn((batch_size, *x.shape[1:]), generator=draw)[part]
-    t = torch.randint(0, NUM_STEPS, (batch_size,), generator=draw)[part]
+    t = diffusion.draw_steps(batch_size, draw)[part]
     if classes is not None and classes.label_dropout:
         assert classes.null_label is not None
         is_dropped = torch.rand(batch_size, generator=draw)[part] < classes.label_dropout

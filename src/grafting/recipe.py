@@ -30,7 +30,7 @@ from .checkpoint import (
     save_model,
     save_operators,
 )
-from .contract import ClassConditional, Site, Step, TrainingData
+from .contract import ClassConditional, NoiseProcess, Site, Step, TrainingData
 from .costing import PlanCost, plan_cost
 from .data import DataConfig
 from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
@@ -154,7 +154,7 @@ class Job:
     chosen: dict[Site, Choice]
     data: TrainingData
     identity: dict[str, Any]  # hashes of the model, plan and data
-    diffusion: Diffusion
+    diffusion: NoiseProcess
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it

@@ -20,13 +20,13 @@ from ..contract import (
     Grid,
     Kernel,
     KernelConfig,
+    NoiseProcess,
     Predict,
     Site,
     TokenLayout,
     TrainingData,
     softmax_attention_flops,
 )
-from ..diffusion import NUM_STEPS, Diffusion
 from ..errors import HostError
 from ..hosts import Host, host_of
 from ..plan import Plan, Replace
@@ -147,7 +147,7 @@ def noised_locality(
     data: TrainingData,
     *,
     predict: Predict,
-    diffusion: Diffusion,
+    diffusion: NoiseProcess,
     host: Host | None = None,
     samples: int = 250,
     batch_size: int = 50,
@@ -166,7 +166,7 @@ def noised_locality(
         for numbers in torch.arange(samples).split(batch_size):
             x, condition = data.batch(order[numbers % len(order)])
             noise = sample_noise(seed, numbers.tolist(), tuple(x.shape[1:]))
-            t = (2 * numbers + 1) * NUM_STEPS // (2 * samples)  # the middles of `samples` equal parts
+            t = diffusion.steps_at((2 * numbers + 1).double() / (2 * samples))  # the middles of equal parts
             x, noise, t, condition = (a.to(device) for a in (x, noise, t, condition))
             predict(model, diffusion.add_noise(x, noise, t), t, condition)
     return result()
