@@ -36,18 +36,19 @@ def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
     series = list(dict.fromkeys(str(line[columns[0]]) for line in lines))
     names = list(dict.fromkeys(_name(line, columns) for line in lines if line["stage"] != "pretrained"))
     height = _TOP + _ROW * len(names) + 30
-    shown = [line for line in lines if line["stage"] != "random"]
-    values = [line[key] for line in shown for key in ("frechet", "frechet_low", "frechet_high")]
+    drawn = [line for line in lines if line["stage"] in ("pretrained", "distilled", "finetuned")]
+    values = [line[key] for line in drawn for key in ("frechet", "frechet_low", "frechet_high")]
     across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=True)
     pretrained = next((line["frechet"] for line in lines if line["stage"] == "pretrained"), None)
-    marks = [*_axis(across, height), *_legend(series)]
+    is_hollow = any(line["stage"] == "distilled" for line in drawn)
+    marks = [*_axis(across, height), *_legend(series, is_hollow=is_hollow)]
     for place, name in enumerate(names):
         y = _TOP + _ROW * (place + 0.5)
         marks.append(element("text", name, x=_LEFT - 14, y=y + 4, text_anchor="end"))
         marks += [
             _mark(line, across, y, _COLOURS[series.index(str(line[columns[0]])) % len(_COLOURS)])
-            for line in lines
-            if _name(line, columns) == name and line["stage"] in ("distilled", "finetuned")
+            for line in drawn
+            if _name(line, columns) == name and line["stage"] != "pretrained"
         ]
     if pretrained is not None:
         x = across(pretrained)
@@ -79,7 +80,7 @@ def _axis(across: Scale, height: float) -> list[Markup]:
     return marks
 
 
-def _legend(series: Sequence[str]) -> list[Markup]:
+def _legend(series: Sequence[str], *, is_hollow: bool) -> list[Markup]:
     marks = [element("text", "Frechet distance, logarithmic; less is better", x=_LEFT, y=20, class_="quiet")]
     x = _LEFT
     for place, name in enumerate(series):
@@ -87,8 +88,10 @@ def _legend(series: Sequence[str]) -> list[Markup]:
         marks.append(element("circle", cx=x + 5, cy=36.0, r=4.5, fill=colour))
         marks.append(element("text", f"{name}, after stage 2", x=x + 14, y=40))
         x += 30 + 7.5 * len(f"{name}, after stage 2")
-    marks.append(element("circle", cx=x + 5, cy=36.0, r=4, class_="hollow", stroke="#63635f"))
-    return [*marks, element("text", "after stage 1", x=x + 14, y=40)]
+    if is_hollow:
+        marks.append(element("circle", cx=x + 5, cy=36.0, r=4, class_="hollow", stroke="#63635f"))
+        marks.append(element("text", "after stage 1", x=x + 14, y=40))
+    return marks
 
 
 def _mark(line: Mapping[str, Any], across: Scale, y: float, colour: str) -> Markup:
