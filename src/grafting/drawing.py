@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .contract import ClassConditional, Predict, Step
 from .decoding import Decoder
 from .errors import DataError, FaultWarning, RunError
-from .files import atomic_path, hash_json, partial_folder, write_json
+from .files import atomic_path, hash_json, is_empty, partial_folder, write_json
 from .metrics.features import tensors_sha256
 from .samples import open_samples, origin_of, write_samples
 from .sampling import SamplingConfig, sample
@@ -246,7 +246,7 @@ class Drawing:
             return
         path = self.folder / INDEX_NAME
         # looked at first: whoever makes the folder now writes the index before anything else
-        empty = self.folder.is_dir() and not any(self.folder.glob("[!.]*"))
+        empty = is_empty(self.folder)
         if not path.is_file():
             if not empty:
                 raise RunError(f"{self.folder} exists and holds no shards of images: move it away")

@@ -69,6 +69,11 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder with no files in it but hidden ones, such as locks and what is being written."""
+    return folder.is_dir() and not any(folder.glob("[!.]*"))
+
+
 def folder_faults(path: Path) -> list[str]:
     """What of a folder that `atomic_folder` made is not as it was written, in words; empty if all of it is."""
     try:

@@ -34,6 +34,7 @@ from .files import (
     disk_errors,
     folder_faults,
     hash_json,
+    is_empty,
     partial_folder,
     sha256_of,
     write_bytes,
@@ -104,7 +105,7 @@ class RunFolder:
 
     def _refuse_strangers(self) -> None:
         path = self.path
-        if not self._is_run and path.exists() and (not path.is_dir() or any(path.glob("[!.]*"))):
+        if not self._is_run and path.exists() and not is_empty(path):
             raise RunError(f"{path} exists and is not the folder of a run: name another, or empty it")
 
     def _clear_partial(self) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, RunError
-from ..files import atomic_path, sha256_of, write_bytes, write_json
+from ..files import atomic_path, is_empty, sha256_of, write_bytes, write_json
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
 
 FORMAT = 1
@@ -74,7 +74,7 @@ class LatentFolder:
             return
         path = self.folder / WORK_NAME
         # looked at first: whoever makes the folder now says what it is before anything else
-        empty = self.folder.is_dir() and not any(self.folder.glob("[!.]*"))
+        empty = is_empty(self.folder)
         if not path.is_file() and not empty:
             raise RunError(
                 f"{self.folder} exists and is not a folder of latents that was begun: name another, or empty it"
