@@ -1,6 +1,7 @@
 """A sweep's table as one picture: a line for each design, a mark for each recipe, on one axis of Frechet distance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ._words import figure
 
 # Okabe and Ito's palette, told apart by every kind of colour vision
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+_GREY = "#63635f"
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 860.0, 210.0, 24.0, 74.0, 20.0
 _STYLE = (
     "text{font:13px ui-sans-serif,system-ui,'Segoe UI',Roboto,Arial,sans-serif;fill:#1b1b1a}"
@@ -22,8 +24,9 @@ _STYLE = (
 def write_sweep_picture(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> Path:
     """Write the picture of a sweep's table, as an SVG file that needs nothing else.
 
-    The first column of labels tells recipes apart by colour, the others name the lines. A full mark is a model after stage
-    2, with its interval; a hollow mark one after stage 1; the dashed line is the pretrained model.
+    Of several columns of labels the first tells recipes apart by colour and the others name the lines; one column names the
+    lines. A full mark is a model after stage 2, a hollow one after stage 1, both with their intervals; the dashed line is
+    the pretrained model.
     """
     path = Path(path)
     write_bytes(path, str(sweep_picture(lines)).encode())
@@ -32,23 +35,28 @@ def write_sweep_picture(path: str | Path, lines: Sequence[Mapping[str, Any]]) ->
 
 def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
     """The same as markup."""
-    columns = _label_columns(lines)
-    series = list(dict.fromkeys(str(line[columns[0]]) for line in lines))
-    names = list(dict.fromkeys(_name(line, columns) for line in lines if line["stage"] != "pretrained"))
-    height = _TOP + _ROW * len(names) + 30
-    drawn = [line for line in lines if line["stage"] in ("pretrained", "distilled", "finetuned")]
-    values = [line[key] for line in drawn for key in ("frechet", "frechet_low", "frechet_high")]
-    across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=True)
+    *colours, last = _label_columns(lines)
+    by_colour, by_line = colours[:1], [*colours[1:], last]
+    grafted = [line for line in lines if line["stage"] != "pretrained"]
+    drawn = [line for line in grafted if line["stage"] in ("distilled", "finetuned")]
+    names = list(dict.fromkeys(_name(line, by_line) for line in grafted))
+    colour_of = dict(
+        zip(dict.fromkeys(_name(line, by_colour) for line in grafted), cycle(_COLOURS), strict=False)
+    )
     pretrained = next((line["frechet"] for line in lines if line["stage"] == "pretrained"), None)
-    is_hollow = any(line["stage"] == "distilled" for line in drawn)
-    marks = [*_axis(across, height), *_legend(series, is_hollow=is_hollow)]
+    height = _TOP + _ROW * len(names) + 30
+    values = [line[key] for line in drawn for key in ("frechet", "frechet_low", "frechet_high")]
+    values += [] if pretrained is None else [pretrained]
+    across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=True)
+    stages = {line["stage"] for line in drawn}
+    marks = [*_axis(across, height), *_legend(colour_of if by_colour else {}, stages)]
     for place, name in enumerate(names):
         y = _TOP + _ROW * (place + 0.5)
         marks.append(element("text", name, x=_LEFT - 14, y=y + 4, text_anchor="end"))
         marks += [
-            _mark(line, across, y, _COLOURS[series.index(str(line[columns[0]])) % len(_COLOURS)])
+            _mark(line, across, y, colour_of[_name(line, by_colour)])
             for line in drawn
-            if _name(line, columns) == name and line["stage"] != "pretrained"
+            if _name(line, by_line) == name
         ]
     if pretrained is not None:
         x = across(pretrained)
@@ -68,7 +76,7 @@ def _label_columns(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _name(line: Mapping[str, Any], columns: Sequence[str]) -> str:
-    return ", ".join(str(line[column]) for column in columns[1:] if column in line)
+    return ", ".join(str(line[column]) for column in columns if column in line)
 
 
 def _axis(across: Scale, height: float) -> list[Markup]:
@@ -80,29 +88,29 @@ def _axis(across: Scale, height: float) -> list[Markup]:
     return marks
 
 
-def _legend(series: Sequence[str], *, is_hollow: bool) -> list[Markup]:
+def _legend(colour_of: Mapping[str, str], stages: Collection[str]) -> list[Markup]:
+    """What colours mean, then what full and hollow marks mean."""
     marks = [element("text", "Frechet distance, logarithmic; less is better", x=_LEFT, y=20, class_="quiet")]
+    keys = [(name, {"fill": colour}) for name, colour in colour_of.items()]
+    keys += [("after stage 2", {"fill": _GREY})] if "finetuned" in stages else []
+    keys += [("after stage 1", {"stroke": _GREY, "class_": "hollow"})] if "distilled" in stages else []
     x = _LEFT
-    for place, name in enumerate(series):
-        colour = _COLOURS[place % len(_COLOURS)]
-        marks.append(element("circle", cx=x + 5, cy=36.0, r=4.5, fill=colour))
-        marks.append(element("text", f"{name}, after stage 2", x=x + 14, y=40))
-        x += 30 + 7.5 * len(f"{name}, after stage 2")
-    if is_hollow:
-        marks.append(element("circle", cx=x + 5, cy=36.0, r=4, class_="hollow", stroke="#63635f"))
-        marks.append(element("text", "after stage 1", x=x + 14, y=40))
+    for name, style in keys:
+        marks.append(element("circle", cx=x + 5, cy=36.0, r=4, **style))
+        marks.append(element("text", name, x=x + 14, y=40))
+        x += 34 + 7.0 * len(name)
     return marks
 
 
 def _mark(line: Mapping[str, Any], across: Scale, y: float, colour: str) -> Markup:
-    x = across(line["frechet"])
-    title = element("title", f"{figure(line['frechet'])} ({line['stage']})")
-    if line["stage"] == "distilled":
-        return element("circle", title, cx=x, cy=y, r=3.5, stroke=colour, class_="hollow")
+    is_last = line["stage"] == "finetuned"
     bar = f"M{across(line['frechet_low']):.1f} {y:.1f}H{across(line['frechet_high']):.1f}"
+    centre = {"cx": across(line["frechet"]), "cy": y}
     return element(
         "g",
-        title,
-        element("path", d=bar, stroke=colour, stroke_width=2),
-        element("circle", cx=x, cy=y, r=4.5, fill=colour),
+        element("title", f"{figure(line['frechet'])} ({line['stage']})"),
+        element("path", d=bar, stroke=colour, stroke_width=2 if is_last else 1),
+        element("circle", **centre, r=4.5, fill=colour)
+        if is_last
+        else element("circle", **centre, r=3.5, stroke=colour, class_="hollow"),
     )
