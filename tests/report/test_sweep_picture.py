@@ -49,7 +49,8 @@ def test_one_column_of_labels_names_the_lines(tmp_path):
     root = ET.parse(write_sweep_picture(tmp_path / "table.svg", lines)).getroot()
     texts = [text.text for text in root.iter(f"{SVG}text")]
     assert (texts.count("deep"), texts.count("shallow")) == (1, 1)
-    assert "after stage 1" in texts and "after stage 2" not in texts
+    assert "after stage 1" in texts
+    assert "after stage 2" not in texts
     deep, shallow = dots_of(root)
     assert deep.get("cy") != shallow.get("cy")
     assert deep.get("stroke") == shallow.get("stroke")
