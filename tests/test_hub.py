@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
 from grafting.checkpoint import WEIGHTS_NAME, save_model
@@ -77,12 +78,26 @@ def test_a_model_without_a_plan_is_not_uploaded(tmp_path):
         push_to_hub(tmp_path, "me/mine", api=StubHub())
 
 
+@pytest.mark.parametrize("name", ["me", "me/", "https://huggingface.co/me/mine"])
+def test_a_name_that_the_hub_does_not_take_is_refused_before_any_work(tmp_path, name):
+    hub = StubHub()
+    with pytest.raises(RunError, match="cannot upload .* is named owner/name"):
+        push_to_hub(tmp_path / "missing", name, api=hub)
+    assert hub.repos == hub.uploads == []
+
+
 def test_a_refusal_of_the_hub_is_one_message(run, monkeypatch):
     hub = StubHub()
 
     def refuse(repo_id, **_):
-        raise HFValidationError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'")
+        raise HFValidationError("Cannot have -- or .. in repo_id")
 
     monkeypatch.setattr(hub, "create_repo", refuse)
-    with pytest.raises(RunError, match="cannot upload .*model to me: Repo id must be"):
-        push_to_hub(run / "model", "me", api=hub)
+    with pytest.raises(RunError, match="cannot upload .*model to me/my--model: Cannot have"):
+        push_to_hub(run / "model", "me/my--model", api=hub)
+
+
+def test_a_hub_that_is_not_reached_is_one_message(run):
+    api = HfApi(endpoint="http://127.0.0.1:1", token="none")  # nobody listens there
+    with pytest.raises(RunError, match="cannot upload .*model to me/mine: .*refused"):
+        push_to_hub(run / "model", "me/mine", api=api)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from .data.bundled import testbed_model_folder
 from .errors import CheckpointError, HostError
 from .files import atomic_path, hash_json, sha256_of, write_json
 from .hosts import host_of, hosts
+from .huberrors import HUB_ERRORS
 from .plan import Plan
 from .portable import PREFIX, Base, Record, grafted_class, settings_of
 from .surgery import Operators
@@ -38,7 +38,7 @@ DELTA_NAME = "delta.safetensors"
 
 MODEL_FILES = ("*.json", "*.safetensors", "README.md")
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(
@@ -72,11 +72,11 @@ def find_model(
     if source == "testbed":
         return testbed_model_folder()
     folder = Path(source)
-    if folder.exists() or not _HUB_NAME.fullmatch(str(source)):
+    if folder.exists() or not HUB_NAME.fullmatch(str(source)):
         return folder / "model" if (folder / "manifest.json").is_file() else folder
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+    except HUB_ERRORS as error:
         raise CheckpointError(
             f"no model in {source}: it does not exist, and the Hub does not give it: {error}"
         ) from error

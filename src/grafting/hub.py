@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from .card import CARD_NAME, write_card
-from .checkpoint import CONFIG_NAME, load_model
+from .checkpoint import CONFIG_NAME, HUB_NAME, load_model
 from .errors import CheckpointError, RunError
+from .huberrors import HUB_ERRORS
 
 # what a folder may hold besides is not uploaded
 UPLOADED = [CONFIG_NAME, CARD_NAME, "*.safetensors", "*.safetensors.index.json"]
@@ -41,9 +41,11 @@ def push_to_hub(
 
     Raises:
         CheckpointError: the folder is damaged, or its model is not grafted.
-        RunError: the Hub refuses.
+        RunError: `repo_id` is no `owner/name`, or the Hub refuses or is not reached.
     """
     folder = Path(folder)
+    if not HUB_NAME.fullmatch(repo_id):
+        raise RunError(f"cannot upload {folder} to {repo_id!r}: a repository of the Hub is named owner/name")
     _, plan = load_model(folder)
     if not plan.edits:
         raise CheckpointError(f"the model in {folder} has no plan: only grafted models are uploaded")
@@ -54,6 +56,6 @@ def push_to_hub(
         hub.upload_folder(
             repo_id=repo_id, folder_path=str(folder), commit_message=message, allow_patterns=UPLOADED
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
+    except HUB_ERRORS as error:
         raise RunError(f"cannot upload {folder} to {repo_id}: {error}") from error
     return f"https://huggingface.co/{repo_id}"

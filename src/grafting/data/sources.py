@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from jaxtyping import UInt8
 from PIL import Image
 
 from ..errors import DataError, MissingBackend
+from ..huberrors import HUB_ERRORS
 from .images import IMAGE_SUFFIXES
 from .tars import Member, members, tar_files
 
@@ -276,7 +276,7 @@ def _commit_of(source: str, revision: str | None) -> str:
         return revision
     try:
         found = HfApi().dataset_info(source, revision=revision).sha
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except HUB_ERRORS as error:
         raise DataError(
             f"no data set {source}: there is no such folder, and the Hub does not give it: {error}"
         ) from error
