@@ -142,7 +142,7 @@ def test_error_is_one_message_and_debug_shows_the_traceback(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is empty"), ("[1]", "holds a list"), ("a: [", "is not YAML"), ("name: x", "data: Field required")],
+    [("", "is empty"), ("[1]", "holds a list"), ("a: [", "is not YAML"), ("name: x", "data: missing")],
 )
 def test_recipe_that_is_none(tmp_path: Path, content: str, message: str):
     path = tmp_path / "r.yaml"

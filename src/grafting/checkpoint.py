@@ -240,7 +240,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no file {path}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is truncated, or no torch file of tensors alone: {error}") from error
+        # torch goes on to advise the load that runs what a file says
+        reason = (
+            str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
+        )
+        raise CheckpointError(f"{path} is truncated, or no torch file of tensors alone: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return content

@@ -78,10 +78,15 @@ def _where(location: tuple[int | str, ...]) -> str:
     if location[:1] == ("plan",):
         # after an edit's number pydantic names its kind, which is no key of the file
         location = (*location[:2], *location[3:])
+    elif location[:1] == ("data",):
+        # and after the word, the name of the data
+        location = (*location[:1], *location[2:])
     return ".".join(map(str, location)) or "recipe"
 
 
 def _what(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown key"
+    if error["type"] == "missing":
+        return "missing"
     return f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"

@@ -215,3 +215,9 @@ def test_bands_that_are_none(bands: str):
     result = CliRunner().invoke(app, ["locality", "testbed", "--bands", bands])
     assert result.exit_code == 1
     assert "--bands is numbers of tokens" in result.stderr
+
+
+def test_a_band_as_wide_as_the_image():
+    result = CliRunner().invoke(app, ["locality", "testbed", "--bands", "2,64"])
+    assert result.exit_code == 1
+    assert "--bands: of 64 tokens none are 64 apart" in result.stderr

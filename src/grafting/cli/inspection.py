@@ -218,9 +218,13 @@ def locality(
     [dim]$ grafting locality testbed --bands 2,4,8[/]
     """
     from ..devices import default_device
+    from ..hosts import host_of
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
+    num_tokens = host_of(loaded).sites(loaded)[0].grid.num_tokens
+    if wanted and max(wanted) >= num_tokens:
+        raise DataError(f"--bands: of {num_tokens} tokens none are {max(wanted)} apart")
     if noised:
         found = _locality_of_noised(loaded, images=images, seed=seed)
         protocol = f"{images} noised images, steps evenly spread"
