@@ -213,6 +213,42 @@ def test_another_version_of_an_operator_is_refused(folder, monkeypatch):
         load_model(folder)
 
 
+@pytest.mark.parametrize("operator", ["hybrid", {"name": "ttt", "window": 1}])
+def test_another_version_of_a_part_is_refused(tmp_path, monkeypatch, operator):
+    model = HOST.tiny()
+    plan = Plan(edits=(Replace(role="attention", blocks=[1], operator=operator),))
+    graft(model, plan)
+    save_model(tmp_path, model, plan)
+    monkeypatch.setattr(operator_configs()["window-2d"], "version", 2)
+    with pytest.raises(CheckpointError, match="operator 'window-2d' of version 1; installed is version 2"):
+        load(tmp_path)
+
+
+def test_a_delta_does_not_overwrite_its_base(tmp_path):
+    save_model(tmp_path, HOST.tiny(), Plan())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = load(tmp_path)[0]
+    graft(model, PLAN)
+    with pytest.raises(CheckpointError, match="the base is in .*: name another folder"):
+        save_delta(tmp_path, model, PLAN, Base(id=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_could_not_be_loaded_is_not_saved(folder):
+    before = sorted(folder.iterdir())
+    model = load(folder)[0]
+    with pytest.raises(CheckpointError, match="the model is grafted, and the plan to save with it is empty"):
+        save_model(folder, model, Plan())
+    model.blocks[1].attn.tracker.host = _Nameless()
+    with pytest.raises(CheckpointError, match="host 'mine' is not known by its name"):
+        save_model(folder, model, PLAN)
+    assert sorted(folder.iterdir()) == before
+
+
+class _Nameless(type(HOST)):
+    name = "mine"
+
+
 def test_every_operator_has_a_version():
     assert OperatorConfig.version == 1
     assert all(config.version >= 1 for config in operator_configs().values())

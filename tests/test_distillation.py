@@ -346,3 +346,34 @@ def test_trains_on_as_many_images_as_asked():
     assert len(seen) == 24 + 16
     with pytest.raises(TrainingError, match="train on 49 images, but the data has 64.*48 are left"):
         list(_run(teacher, operators, images=49))
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+@pytest.mark.parametrize(
+    "operator",
+    [{"name": "window-1d", "window": 2}, "hyena-x", "ttt", {"name": "linear", "conv": 3}, "mamba2"],
+)
+def test_operators_of_a_bf16_teacher_are_trained_in_fp32(operator, inputs):
+    teacher, _ = _setup(operator)
+    teacher.bfloat16()
+    operators = build_operators(
+        teacher, Plan(edits=(Replace(role="attention", blocks=[1], operator=operator),))
+    )
+    list(_run(teacher, operators, inputs=inputs, precision="bf16", steps=2))
+    assert {p.dtype for o in operators.values() for p in o.parameters()} == {torch.float32}
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+
+
+def test_a_bf16_teacher_in_fp32_is_refused():
+    teacher, operators = _setup("hyena-x")
+    with pytest.raises(TrainingError, match="the model's weights are bfloat16, and precision is fp32"):
+        next(iter(_run(teacher.bfloat16(), operators)))
+
+
+def test_a_frozen_teacher_has_operators_that_learn():
+    teacher, _ = _setup("softmax")
+    teacher.requires_grad_(False)
+    edits = (Replace(role="attention", blocks=[1], operator={"name": "softmax", "projections": "random"}),)
+    operators = build_operators(teacher, Plan(edits=edits))
+    steps = list(_run(teacher, operators, steps=40, batch_size=32, lr=1e-2, holdout_every=40))
+    assert steps[-1].values["r2/blocks.1.attn"] > steps[0].values["r2/blocks.1.attn"] + 0.2

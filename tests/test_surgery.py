@@ -492,3 +492,55 @@ def test_a_mixer_refuses_what_changes_attentions_meaning():
     assert torch.equal(adapter(x, mask=None, other=1), adapter(x=x))
     with pytest.raises(HostError, match="the host passes mask to its attention"):
         adapter(x, mask=torch.ones(6))
+
+
+def test_operators_of_a_frozen_model_can_be_trained(model):
+    model.requires_grad_(False)
+    edits = (
+        Replace(role="attention", blocks=[0], operator="softmax"),
+        Merge(blocks="1-2"),
+    )
+    operators = build_operators(model, Plan(edits=edits))
+    parameters = [p for operator in operators.values() for p in operator.parameters()]
+    assert parameters
+    assert all(p.requires_grad for p in parameters)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_built_operators_see_the_grid_after_they_stood_in_the_model_for_a_while(model):
+    operators = build_operators(model, plan(("attention", [1], {"name": "window-2d", "radius": 1})))
+    with grafted(model, operators):
+        model(**HOST.example(model, rows=8, cols=8, batch_size=1))
+    other = graft(model, plan(("mlp", [0], "mlp-r3")))
+    other.undo()
+    model(**HOST.example(model, rows=4, cols=6, batch_size=1))
+    assert operators["blocks.1.attn"].tracker.layout.grid == Grid(4, 6)
+
+
+def test_an_undone_graft_follows_the_model_to_another_dtype(model, inputs):
+    record = graft(model, plan(("attention", [1], "softmax"), ("mlp", [0], "mlp-r3")))
+    model.double()
+    record.undo()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+
+
+def test_what_is_copied_keeps_its_own_dtype_and_what_is_new_gets_that_of_the_linears(model):
+    """diffusers keeps some parameters of a half-precision model in float32."""
+    model.bfloat16()
+    for block in model.blocks:
+        block.scale_shift_table = nn.Parameter(torch.zeros(2, 4))
+        block._parameters = {"scale_shift_table": block._parameters.pop("scale_shift_table")}
+    graft(model, Plan(edits=(Merge(blocks="0-1"),)))
+    pair = model.blocks[0]
+    assert pair.merge.weight.dtype == torch.bfloat16
+    assert pair.branches[1].attn.qkv.weight.dtype == torch.bfloat16
+    assert pair.branches[1].scale_shift_table.dtype == torch.float32
+
+
+def test_without_a_cast_operators_keep_their_dtype(model):
+    operators = build_operators(model, plan(("attention", [1], "hyena-x")))
+    model.bfloat16()
+    with grafted(model, operators, cast=False):
+        pass
+    assert {p.dtype for o in operators.values() for p in o.parameters()} == {torch.float32}

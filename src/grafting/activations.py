@@ -17,6 +17,7 @@ from torch.utils import _pytree
 
 from .contract import ClassConditional, NoiseProcess, Predict, TrainingData
 from .devices import mixed_precision
+from .errors import TrainingError
 from .files import write_json
 from .noising import NoisedBatch, draw_noised
 from .randomness import generator, seeded
@@ -180,6 +181,28 @@ def run_on_batch(teacher: nn.Module, batch: NoisedBatch, *, predict: Predict, pr
     """Run the teacher, for those who visit it."""
     with mixed_precision(batch.x_t.device, precision):
         predict(teacher, batch.x_t, batch.t, batch.labels)
+
+
+def prepare_for_training(
+    stage: str, teacher: nn.Module, operators: Mapping[str, nn.Module], *, precision: Precision
+) -> None:
+    """Move operators to the teacher's device, and to fp32: in half precision most of an optimizer's steps round away.
+
+    Raises:
+        TrainingError: the teacher's weights are of half precision, so nothing can be computed in fp32.
+    """
+    half = {p.dtype for p in teacher.parameters() if p.is_floating_point() and p.itemsize < 4}
+    if half and precision == "fp32":
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        raise TrainingError(
+            f"{stage}: the model's weights are {names}, and precision is fp32: set precision: bf16, or load the model in float32"
+        )
+    device = next(teacher.parameters()).device
+    for parameter in (p for operator in operators.values() for p in operator.parameters()):
+        if parameter.is_floating_point() and parameter.itemsize < 4:
+            parameter.data = parameter.data.float()
+    for operator in operators.values():
+        operator.to(device)
 
 
 def shuffled(num_items: int, seed: int) -> Tensor:

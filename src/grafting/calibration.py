@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from .activations import Precision, run_noised, shuffled, visiting
+from .activations import Precision, prepare_for_training, run_noised, shuffled, visiting
 from .contract import ClassConditional, MlpWeights, NoiseProcess, Predict, Step, TrainingData
 from .functional.ridge import (
     error_removed,
@@ -63,9 +63,7 @@ def calibrate(
         classes: what the host knows of classes; with it labels are dropped in its share, so that operators also see the
             null label of guidance.
     """
-    device = next(teacher.parameters()).device
-    for operator in operators.values():
-        operator.to(device)
+    prepare_for_training("calibration", teacher, operators, precision=config.precision)
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]
     batches = _batches(len(data), config)

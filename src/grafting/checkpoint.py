@@ -29,7 +29,7 @@ from .hosts import host_of, hosts
 from .huberrors import HUB_ERRORS
 from .plan import Plan
 from .portable import PREFIX, Base, Record, grafted_class, settings_of
-from .surgery import Operators
+from .surgery import Operators, holds_operators
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -101,13 +101,14 @@ def save_model(
         metadata: written into the weights file.
 
     Raises:
+        CheckpointError: the model could not be loaded again: its host is not known, or its graft is not in the plan.
         RunError: the folder cannot be written; a half-written folder has no config.
     """
     folder = Path(folder)
     weights = folder / WEIGHTS_NAME
+    record = _record(model, plan, base)
     _clear(folder)
     save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
-    record = Record.of(model, plan, base=base)
     return [_write_config(folder, model, record, weights=weights, origin=origin), weights]
 
 
@@ -123,13 +124,16 @@ def save_delta(
         source: where the base is, if not where it says.
 
     Raises:
-        CheckpointError: the base cannot be loaded.
+        CheckpointError: the base cannot be loaded, or is in this folder; or as `save_model`.
         RunError: the folder cannot be written; a half-written folder has no config.
     """
     folder = Path(folder)
     tensors = model.state_dict()
     dtype = next(model.parameters()).dtype
     found = base if source is None else Base(id=str(source))
+    if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
+        raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
+    record = _record(model, plan, base)
     names = {tensor_hash(t): name for name, t in _base_tensors(found, dtype=dtype).items()}
     hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
     borrowed = {name: names[digest] for name, digest in hashes.items() if digest in names}
@@ -143,7 +147,6 @@ def save_delta(
         "borrowed": borrowed,
         "sha256": {base_name: hashes[name] for name, base_name in borrowed.items()},
     }
-    record = Record.of(model, plan, base=base)
     return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
 
 
@@ -337,6 +340,14 @@ def _build(folder: Path, model_class: type[nn.Module], config: dict[str, Any]) -
         raise CheckpointError(
             f"{folder / CONFIG_NAME} does not describe a {model_class.__name__}: {error}"
         ) from error
+
+
+def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
+    if not plan.edits and holds_operators(model):
+        raise CheckpointError(
+            "the model is grafted, and the plan to save with it is empty: it could not be loaded"
+        )
+    return Record.of(model, plan, base=base)
 
 
 def _clear(folder: Path) -> None:

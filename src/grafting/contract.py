@@ -159,6 +159,10 @@ class OperatorConfig(BaseModel, ABC):
     version: ClassVar[int] = 1  # raised when the same weights come to mean something else
     name: str
 
+    def parts(self) -> "tuple[OperatorConfig, ...]":
+        """The operators that it is made of, beside itself."""
+        return ()
+
     def faults(self, site: Site) -> list[str]:
         """Why this operator cannot stand at this site, in words; empty if it can."""
         return []

@@ -31,7 +31,15 @@ from pydantic import (
 from torch import Tensor, nn
 
 from . import parallel
-from .activations import ActivationCache, Precision, Visit, run_on_batch, shuffled, visiting
+from .activations import (
+    ActivationCache,
+    Precision,
+    Visit,
+    prepare_for_training,
+    run_on_batch,
+    shuffled,
+    visiting,
+)
 from .contract import ClassConditional, NoiseProcess, Predict, Role, Step, TrainingData
 from .data.loader import Loader
 from .errors import CheckpointError, TrainingError
@@ -207,8 +215,7 @@ class _Fitting:
         self.fitted = {path: o for path, o in operators.items() if not isinstance(o, Passage)}
         self.losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in self.fitted}
         self.device = next(teacher.parameters()).device
-        for operator in operators.values():
-            operator.to(self.device)
+        prepare_for_training("stage 1", teacher, operators, precision=config.precision)
         # the sites that this process fits, and the part of each batch that it fits them on
         spreads_sites = config.spread == "sites"
         self.mine = tuple(self.fitted)[parallel.share() if spreads_sites else slice(None)]
@@ -542,7 +549,7 @@ def _visiting(
         else:
             visit(path, args, kwargs, old[path][0](*args, **kwargs))
 
-    with grafted(teacher, operators), visiting(fitted, visit_student):
+    with grafted(teacher, operators, cast=False), visiting(fitted, visit_student):
         yield
 
 

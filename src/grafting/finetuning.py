@@ -474,5 +474,13 @@ def _select_parameters(
             f"trainable: {trainable!r} selects none of the model's {len(candidates)} parameters, "
             f"such as {next(iter(candidates), 'none')}"
         )
+    half = {
+        str(candidates[name].dtype).removeprefix("torch.") for name in chosen if candidates[name].itemsize < 4
+    }
+    if half:
+        raise TrainingError(
+            f"stage 2: the weights to train are {' and '.join(sorted(half))}, in which most of an optimizer's steps round "
+            "away: call model.float() first; with precision: bf16 it is computed in bf16 all the same"
+        )
     for name, parameter in candidates.items():
         parameter.requires_grad_(name in chosen)

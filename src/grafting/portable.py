@@ -6,7 +6,7 @@ It imports no module because a folder names it: `import grafting.portable` comes
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from os import PathLike
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers import ModelMixin as ModelMixin  # diffusers loads only from modu
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from .contract import OperatorConfig
 from .errors import CheckpointError
 from .hosts import host_of, hosts
 from .operators import operator_configs
@@ -50,12 +51,21 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, *, base: Base | None = None) -> "Record":
-        """The record of a model that was grafted with this plan; its base is the one on record if none is given."""
-        operators = [edit.operator for edit in plan.edits if isinstance(edit, Replace)]
-        versions = {operator.name: operator.version for operator in operators}
+        """The record of a model that was grafted with this plan; its base is the one on record if none is given.
+
+        Raises:
+            CheckpointError: the model's host has no name to find it by.
+        """
+        host = host_of(model)
+        if host.name not in hosts():
+            raise CheckpointError(
+                f"host {host.name!r} is not known by its name, so a model saved with it could not be loaded; "
+                f"known are {', '.join(hosts())}"
+            )
+        versions = {operator.name: operator.version for operator in _operators(plan)}
         recorded = model.config.get("grafting", {}).get("base")
         base = Base(**recorded) if base is None and recorded else base
-        return cls(host=host_of(model).name, plan=plan, operator_versions=versions, base=base)
+        return cls(host=host.name, plan=plan, operator_versions=versions, base=base)
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], *, source: str) -> "Record":
@@ -72,7 +82,7 @@ class Record(BaseModel):
         if record.host not in hosts():
             raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")
         installed = {name: config.version for name, config in operator_configs().items()}
-        names = [edit.operator.name for edit in record.plan.edits if isinstance(edit, Replace)]
+        names = [operator.name for operator in _operators(record.plan)]
         saved = dict.fromkeys(names, 1) | record.operator_versions
         others = [
             f"operator {name!r} of version {version}; installed is version {installed.get(name)}"
@@ -84,6 +94,15 @@ class Record(BaseModel):
                 f"{source} was saved with {', '.join(others)}: its weights mean another thing"
             )
         return record
+
+
+def _operators(plan: Plan) -> Iterator[OperatorConfig]:
+    """A plan's operators, and those that they are made of."""
+    waiting = [edit.operator for edit in plan.edits if isinstance(edit, Replace)]
+    while waiting:
+        operator = waiting.pop()
+        yield operator
+        waiting += operator.parts()
 
 
 @cache

@@ -42,15 +42,22 @@ def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int =
         PlanError: the plan does not fit; lists every fault, and the model is unchanged.
         HostError: the model belongs to no known host.
     """
-    return place(model, build_operators(model, plan, host=host, seed=seed))
+    return place(model, _built(model, plan, host or host_of(model), seed))
 
 
 def build_operators(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> Operators:
     """The operators of a plan, built for a model that stays as it is, but for a hook that tells them its layout.
 
-    They keep no reference to the model's parameters: what they inherit is copied. Raises as `graft`.
+    They keep no reference to the model's parameters: what they inherit is copied, and can be trained where the model is
+    frozen. Raises as `graft`.
     """
     host = host or host_of(model)
+    operators = _built(model, plan, host, seed)
+    host.track_layout(model).stays = True
+    return operators
+
+
+def _built(model: nn.Module, plan: Plan, host: Host, seed: int) -> Operators:
     _check_whole(model)
     chosen = resolve(model, plan, host=host)
     _check_original(model, chosen)
@@ -101,6 +108,8 @@ class Graft:
     model: nn.Module
     operators: Operators
     replaced: Operators
+    kind: tuple[torch.device, torch.dtype]
+    """Of the model, when it was grafted."""
 
     @property
     def new_parameters(self) -> frozenset[str]:
@@ -112,30 +121,78 @@ class Graft:
         )
 
     def undo(self) -> None:
-        """Put every replaced module back: the model is exactly what it was, in the mode (train, eval) that it is in."""
+        """Put every replaced module back: the model is exactly what it was, in the mode (train, eval) that it is in.
+
+        If the model moved to another device or dtype meanwhile, so do they.
+        """
+        device, dtype = _kind(self.model)
         for path, module in self.replaced.items():
+            if (device, dtype) != self.kind:
+                module.to(device=device, dtype=None if dtype == self.kind[1] else dtype)
             module.train(self.model.get_submodule(path).training)
             self.model.set_submodule(path, module)
-        if LayoutTracker.of(self.model) and not any(map(_is_operator, self.model.modules())):
-            host_of(self.model).untrack_layout(self.model)
+        tracker = LayoutTracker.of(self.model)
+        if tracker and not tracker.stays and not holds_operators(self.model):
+            tracker.host.untrack_layout(self.model)
 
 
-def place(model: nn.Module, operators: Mapping[str, nn.Module]) -> Graft:
-    """Put operators at their sites, in place. They may have been built on a copy of the model, or distilled since."""
-    replaced = {path: model.get_submodule(path) for path in operators}
+def place(model: nn.Module, operators: Mapping[str, nn.Module], *, cast: bool = True) -> Graft:
+    """Put operators at their sites, in place. They may have been built on a copy of the model, or distilled since.
+
+    Args:
+        cast: give them the model's dtype, in place; without, they keep theirs, as in training.
+    """
+    kind, replaced = _kind(model), {path: model.get_submodule(path) for path in operators}
     for path, operator in operators.items():
-        reference = next(replaced[path].parameters())
-        operator.to(device=reference.device, dtype=reference.dtype).train(model.training)
         assert _is_operator(operator)
+        _settle(operator, path, replaced, cast=cast)
+        operator.train(model.training)
         _track({path: operator}, operator.tracker.host, model)
         model.set_submodule(path, operator)
-    return Graft(model, dict(operators), replaced)
+    return Graft(model, dict(operators), replaced, kind)
+
+
+def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(model.parameters())
+    return first.device, first.dtype
+
+
+def _settle(operator: nn.Module, path: str, replaced: Operators, *, cast: bool) -> None:
+    """Give an operator the device of what it replaces, and its dtype: what it copied each its own, the rest the linears'."""
+    old = replaced[path]
+    weights = (module.weight for module in old.modules() if isinstance(module, nn.Linear))
+    reference = next((w for w in weights if w.is_floating_point()), next(old.parameters()))
+    dtypes = {
+        id(parameter): original.dtype
+        for copied, module in _copies(operator, path, replaced)
+        for name, original in module.named_parameters()
+        for parameter in [dict(copied.named_parameters()).get(name)]
+    }
+
+    def settle(tensor: Tensor) -> Tensor:
+        casts = cast and tensor.is_floating_point()
+        return tensor.to(
+            device=reference.device, dtype=dtypes.get(id(tensor), reference.dtype) if casts else None
+        )
+
+    operator._apply(settle)
+
+
+def _copies(operator: nn.Module, path: str, replaced: Operators) -> list[tuple[nn.Module, nn.Module]]:
+    """The parts of an operator that are copies of the model's modules, and those modules."""
+    if isinstance(operator, KernelAttention):
+        return [(operator.attention, replaced[path])]
+    if isinstance(operator, MergedBlocks):
+        return [(b, replaced[p]) for b, p in zip(operator.branches, operator.paths, strict=True)]
+    return []
 
 
 @contextmanager
-def grafted(model: nn.Module, operators: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """The model with operators in place, for the duration of a `with`."""
-    record = place(model, operators)
+def grafted(
+    model: nn.Module, operators: Mapping[str, nn.Module], *, cast: bool = True
+) -> Iterator[nn.Module]:
+    """The model with operators in place, for the duration of a `with`; `cast` as in `place`."""
+    record = place(model, operators, cast=cast)
     try:
         yield model
     finally:
@@ -155,7 +212,7 @@ def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
     faults = [
         f"{words_of(site)} already holds an operator; undo that graft first"
         for site in chosen
-        if any(map(_is_operator, model.get_submodule(site.path).modules()))
+        if holds_operators(model.get_submodule(site.path))
     ]
     if faults:
         raise PlanError(fault_list(faults, "plan for a grafted model"))
@@ -166,7 +223,7 @@ def _build(
 ) -> "KernelAttention | MixerAdapter":
     operator, tracker = config.build(site), LayoutTracker(host)
     if isinstance(operator, Kernel):
-        attention = copy.deepcopy(module)
+        attention = _own_copy(module)
         if config.projections == "random":
             host.redraw(attention)
         return KernelAttention(attention, operator, tracker)
@@ -180,7 +237,7 @@ def _merged(
     host: Host, model: nn.Module, pair: tuple[Site, Site], merge: Merge, operators: Operators
 ) -> "MergedBlocks":
     """The pair as one module; the operators of its blocks move from `operators` into it."""
-    blocks = [copy.deepcopy(model.get_submodule(site.path)) for site in pair]
+    blocks = [_own_copy(model.get_submodule(site.path)) for site in pair]
     for site, block in zip(pair, blocks, strict=True):
         prefix = f"{site.path}."
         for path in [path for path in operators if path.startswith(prefix)]:
@@ -197,6 +254,16 @@ def _merged(
     )
 
 
+def _own_copy(module: nn.Module) -> nn.Module:
+    """A copy that can be trained, though the module may be frozen, as teachers are; in a part of it what is fixed stays so."""
+    copied = copy.deepcopy(module)
+    is_frozen = not any(parameter.requires_grad for parameter in copied.parameters())
+    for parameter in copied.parameters():
+        if is_frozen and parameter.is_floating_point():
+            parameter.requires_grad_()
+    return copied
+
+
 def _passage(host: Host, site: Site) -> "Passage":
     assert site.call is not None
     return Passage(site.call, LayoutTracker(host))
@@ -206,6 +273,11 @@ def _track(operators: Operators, host: Host, model: nn.Module) -> None:
     for module in (module for operator in operators.values() for module in operator.modules()):
         if _is_operator(module):
             module.tracker = host.track_layout(model)
+
+
+def holds_operators(module: nn.Module) -> bool:
+    """Whether a module is one that surgery placed, or has one within."""
+    return any(map(_is_operator, module.modules()))
 
 
 def _is_operator(module: nn.Module) -> "TypeGuard[KernelAttention | MixerAdapter | MergedBlocks | Passage]":

@@ -55,6 +55,8 @@ class LayoutTracker:
 
     def __init__(self, host: "Host"):
         self.host = host
+        self.stays = False
+        """Whether operators that stand in no model read it, so that it stays when the model holds none."""
         self._layout: TokenLayout | None = None
 
     @staticmethod
@@ -154,6 +156,7 @@ class Host(ABC):
         """Remove the model's tracker, if it has one."""
         for key, hook in list(model._forward_pre_hooks.items()):
             if isinstance(hook, LayoutTracker):
+                hook._layout = None
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
 

@@ -63,6 +63,9 @@ class HybridConfig(KernelConfig):
     second: Part = Field(default="linear", validate_default=True)
     """Another kernel, in the same way."""
 
+    def parts(self) -> tuple[KernelConfig, ...]:
+        return self.first, self.second
+
     def faults(self, site: Site) -> list[str]:
         parts = {"first": self.first, "second": self.second}
         return [f"{place}: {fault}" for place, part in parts.items() for fault in part.faults(site)]

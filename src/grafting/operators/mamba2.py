@@ -167,7 +167,8 @@ class Mamba2(Mixer):
         if self.bidirectional:
             back = self._scan(tokens.flip(1), self if self.reverse is None else self.reverse)
             y = (y + back.flip(1)) / 2
-        return self.out_proj(self.norm(y * F.silu(gate)))
+        gated = y * F.silu(gate)
+        return self.out_proj(self.norm(gated.to(self.norm.weight.dtype)))
 
     @property
     def output_layer(self) -> nn.Linear:

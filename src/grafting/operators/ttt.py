@@ -26,6 +26,9 @@ class TTTConfig(KernelConfig):
     window: int | None = Field(default=None, gt=0)
     """Radius of a `window-2d` that is added to it with learned weights, as in `hybrid`; none by default."""
 
+    def parts(self) -> tuple[OperatorConfig, ...]:
+        return () if self.window is None else (self._with_window,)
+
     def faults(self, site: Site) -> list[str]:
         if self.window is None:
             return []
