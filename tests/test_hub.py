@@ -97,7 +97,8 @@ def test_a_refusal_of_the_hub_is_one_message(run, monkeypatch):
         push_to_hub(run / "model", "me/my--model", api=hub)
 
 
-def test_a_hub_that_is_not_reached_is_one_message(run):
+def test_a_hub_that_is_not_reached_is_one_message(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     api = HfApi(endpoint="http://127.0.0.1:1", token="none")  # nobody listens there
     with pytest.raises(RunError, match="cannot upload .*model to me/mine: .*refused"):
         push_to_hub(run / "model", "me/mine", api=api)

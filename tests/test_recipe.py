@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, 
 from grafting.plan import Plan
 from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton, training_flops
 from grafting.recipefile import load_recipe
+from grafting.report import write_report
+from grafting.runfolder import stale_stages
 from grafting.store import OperatorStore
 from grafting.surgery import build_operators
 
@@ -79,6 +82,21 @@ def test_a_change_runs_what_depends_on_it(finished, tmp_path):
         *(f"evaluate {r}" for r in ("pretrained", "random", "inherited", "distilled", "finetuned")),
     }  # fmt: skip
     run(_recipe(), folder)
+
+
+def test_what_an_earlier_recipe_made_is_not_shown_as_the_new_ones(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "tiny")
+    changed = _recipe(finetune=TINY["finetune"] | {"lr": 2e-4})
+    run(changed, folder, until="distill")
+    assert stale_stages(folder) > {"finetune", "samples/finetuned", "evaluate"}
+    assert "distill" not in stale_stages(folder)
+    page = write_report(folder).read_text()
+    assert "of an earlier recipe, left out" in page
+    assert "Its folder has of this recipe no finetune/log.jsonl, metrics.json" in page
+    seen = []
+    run(_recipe(), folder, on_step=lambda stage, step: seen.append(stage))  # back again: nothing was lost
+    assert seen == []
+    assert stale_stages(folder) == set()
 
 
 def _run_until_killed(folder: Path, stage: str, done: int) -> None:

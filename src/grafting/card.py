@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from .files import write_bytes
+from .runfolder import stale_stages
 
 CARD_NAME = "README.md"
 
@@ -30,9 +31,10 @@ _FIGURES = {
 
 
 def write_card(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write the card of a folder whose config this is; returns it."""
-    rows = _beside(folder, "metrics.json")
-    recipe = _beside(folder, "recipe.yaml")
+    """Write the card of a folder whose config this is; returns it. Figures and recipe of another model are left out."""
+    stale = stale_stages(folder.parent)
+    rows = "" if "evaluate" in stale else _beside(folder, "metrics.json")
+    recipe = "" if "finetune" in stale else _beside(folder, "recipe.yaml")
     write_bytes(
         folder / CARD_NAME,
         model_card(

@@ -304,8 +304,10 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
     ]
     plan = job.recipe.edits.model_dump(mode="json")
     recipe = job.recipe.model_copy(update={"data": job.recipe.data.pinned()})
-    described = recipe.model_dump(mode="json", exclude_none=True)
-    write_bytes(folder / "recipe.yaml", yaml.safe_dump(described, sort_keys=False).encode())
+    described = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).encode()
+    if (folder / "recipe.yaml").is_file() and (folder / "recipe.yaml").read_bytes() != described:
+        run_folder.mark_stale()
+    write_bytes(folder / "recipe.yaml", described)
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
     run_folder.describe_machine(
         {

@@ -182,6 +182,13 @@ class RunFolder:
         self._manifest |= {"machine": facts, "machines": [*machines, facts]}
         self._write()
 
+    def mark_stale(self, *, after: str | None = None) -> None:
+        """Note that what stages made may be of an earlier recipe, until they are opened again; `after` one, or all."""
+        names = list(self._manifest["stages"])
+        for name in names if after is None else names[names.index(after) + 1 :]:
+            self._manifest["stages"][name] |= {"stale": True}
+        self._write()
+
     def write_entry(self, name: str, entry: dict[str, Any]) -> None:
         self._manifest["stages"][name] = entry
         self._write()
@@ -192,6 +199,17 @@ class RunFolder:
         if self._manifest_path.is_file() and not _damage_of(self._manifest_path):
             write_bytes(self._previous_path, self._manifest_path.read_bytes())
         write_json(self._manifest_path, self._manifest | {"sha256": hash_json(self._manifest)})
+
+
+def stale_stages(folder: Path) -> frozenset[str]:
+    """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there.
+
+    Raises:
+        RunError: the manifest is damaged.
+    """
+    path = folder / "manifest.json"
+    stages = _read_manifest(path).get("stages", {}) if path.is_file() else {}
+    return frozenset(name for name, entry in stages.items() if entry.get("stale"))
 
 
 class Stage:
@@ -211,12 +229,16 @@ class Stage:
         entry = run.entry(name)
         if entry.get("inputs") != inputs:
             self._start_anew()
+        elif "stale" in entry:
+            entry = {key: value for key, value in entry.items() if key != "stale"}
+            run.write_entry(name, entry)
         self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
 
     def _start_anew(self) -> None:
         if self._run.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._run.write_entry(self.name, {"inputs": self.inputs, "done": False})
+            self._run.mark_stale(after=self.name)
 
     def _intact(self, entry: dict[str, Any]) -> bool:
         files = {self._run.path / name: digest for name, digest in entry["outputs"].items()}

@@ -160,7 +160,7 @@ PARTS = [
 def test_a_missing_part_is_named_and_the_rest_is_shown(run_folder, part):
     (run_folder / part).unlink()
     page = page_of(run_folder)
-    assert f"Its folder has no {part};" in page.text
+    assert f"Its folder has of this recipe no {part};" in page.text
     assert "The plan" in page.text
 
 

@@ -84,11 +84,17 @@ def _stages(run: Run) -> list[dict[str, str]]:
     return [
         {
             "name": str(name),
-            "state": "done" if entry.get("done") else "not finished",
+            "state": _state(entry),
             "time": duration(entry.get("seconds")),
         }
         for name, entry in entries.items()
     ]
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    if entry.get("stale"):
+        return "of an earlier recipe, left out"
+    return "done" if entry.get("done") else "not finished"
 
 
 def _library(run: Run) -> str | None:

@@ -15,7 +15,7 @@ import yaml
 from jaxtyping import Int64, UInt8
 
 from ..errors import RunError
-from ..runfolder import read_log
+from ..runfolder import read_log, stale_stages
 
 MODEL_NAMES = ("pretrained", "random", "inherited", "distilled", "finetuned")
 
@@ -52,13 +52,21 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """All parts of a run's folder.
+    """All parts of a run's folder but those that stages made by an earlier recipe.
 
     Raises:
         RunError: there is no such folder, it holds no part of a run, or a part is damaged.
     """
-    parts: dict[str, Any] = {name: _read_part(folder / name, read) for name, read in _READERS.items()}
-    samples = {path.stem: _read_samples(path) for path in _sample_paths(folder)}
+    stale = stale_stages(folder)
+    parts: dict[str, Any] = {
+        name: None if _STAGE_OF.get(name) in stale else _read_part(folder / name, read)
+        for name, read in _READERS.items()
+    }
+    samples = {
+        path.stem: _read_samples(path)
+        for path in _sample_paths(folder)
+        if f"samples/{path.stem}" not in stale
+    }
     if not samples and all(part is None for part in parts.values()):
         raise RunError(f"{folder} is not the folder of a run: it holds none of {', '.join(_READERS)}")
     recipe, manifest = parts["recipe.yaml"], parts["manifest.json"]
@@ -110,6 +118,8 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     "metrics.json": _read_rows,
     "manifest.json": _read_mapping,
 }
+
+_STAGE_OF = {"distill/log.jsonl": "distill", "finetune/log.jsonl": "finetune", "metrics.json": "evaluate"}
 
 
 def _sample_paths(folder: Path) -> list[Path]:
