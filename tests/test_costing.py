@@ -8,6 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from grafting.checkpoint import load_model, save_model
 from grafting.cli import app
 from grafting.contract import Grid
 from grafting.costing import measure_plan, plan_cost
@@ -15,6 +16,7 @@ from grafting.errors import PlanError
 from grafting.hosts import hosts
 from grafting.models.dit import DiT
 from grafting.plan import Plan
+from grafting.surgery import graft
 
 RECIPE = {
     "name": "tiny",
@@ -89,3 +91,37 @@ def test_command_needs_neither_weights_nor_data(tmp_path: Path):
     shown = CliRunner().invoke(app, ["cost", str(path)])
     assert "All operators of the edited roles, operator FLOPs as in Table 4: -4" in shown.output
     assert CliRunner().invoke(app, ["cost", str(path), "--grid", "8"]).exit_code == 1
+
+
+@pytest.mark.parametrize("name", list(hosts()))
+def test_every_host_is_counted_in_any_dtype_and_keeps_no_hook(name):
+    edits = plan({"role": "attention", "blocks": [1], "operator": {"name": "window-2d", "radius": 1}})
+    host = hosts()[name]
+    counted = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = host.tiny().to(dtype)
+        counted.append(plan_cost(model, edits, grid=Grid(4, 6)))
+        assert measure_plan(model, edits, grid=Grid(4, 6), repeats=1).speedup > 0
+        assert not model._forward_pre_hooks
+    wide, half = (cost.to_json()["model"]["flops"] for cost in counted)
+    assert wide == half
+    assert wide["after"] < wide["before"]
+
+
+def test_what_stands_beside_the_sites_is_counted_on_their_frames():
+    model = hosts()["wan"].tiny()
+    one, two = (plan_cost(model, plan(), grid=Grid(4, 6, frames=n)).before for n in (1, 2))
+    rest = [cost.flops - sum(site.flops.total for site in cost.sites) for cost in (one, two)]
+    assert rest[1] > 1.8 * rest[0]
+
+
+def test_a_grafted_model_is_counted_with_the_operators_that_it_holds(tmp_path):
+    first = plan({"role": "attention", "blocks": [0], "operator": {"name": "window-1d", "window": 2}})
+    grafted = model()
+    graft(grafted, first)
+    save_model(tmp_path, grafted, first)
+    loaded = load_model(tmp_path)[0]
+    more = plan({"role": "attention", "blocks": [1], "operator": "hyena-x"})
+    assert plan_cost(loaded, more).before.flops == plan_cost(model(), first).after.flops
+    with pytest.raises(PlanError, match="grafted in place, so what stands at its sites is not on record"):
+        plan_cost(grafted, more)

@@ -157,3 +157,13 @@ def test_unknown_classes_are_attribute_errors():
     for name in ("GraftedUNet", "DiT", "Frobnicate"):
         with pytest.raises(AttributeError, match=f"'grafting.portable' has no attribute '{name}'"):
             getattr(grafting.portable, name)
+
+
+def test_a_mixer_that_inherits_is_loaded_where_the_hosts_weights_are_not_drawn(tmp_path):
+    model = hosts()["dit"].tiny().eval()
+    plan = Plan(edits=(Replace(role="attention", blocks=[1], operator="mamba2"),))
+    graft(model, plan)
+    save_model(tmp_path, model, plan)
+    loaded = grafted_class(hosts()["dit"].model_class).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name

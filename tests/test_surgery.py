@@ -12,9 +12,10 @@ from torch import nn
 
 from closeness import assert_close
 from grafting.checkpoint import save_model
-from grafting.contract import Grid, Kernel
+from grafting.contract import BlockCall, Grid, Kernel
 from grafting.errors import HostError, PlanError
 from grafting.hosts import Call, LayoutTracker, hosts
+from grafting.hosts._host import Branches
 from grafting.models.dit import DiT
 from grafting.operators.softmax import Softmax, SoftmaxConfig
 from grafting.plan import Drop, Merge, Plan, Replace
@@ -544,3 +545,29 @@ def test_without_a_cast_operators_keep_their_dtype(model):
     with grafted(model, operators, cast=False):
         pass
     assert {p.dtype for o in operators.values() for p in o.parameters()} == {torch.float32}
+
+
+def test_branches_find_the_tokens_in_their_own_place():
+    class Block(nn.Module):
+        def forward(self, temb, hidden_states):
+            return hidden_states + temb
+
+    branches = Branches([Block(), Block()], BlockCall(("temb", "hidden_states"), ("hidden_states",)))
+    temb, x = torch.full((1, 1, 4), 2.0), torch.randn(1, 3, 4)
+    for update in (
+        *branches(temb, x),
+        *branches(temb, hidden_states=x),
+        *branches(temb=temb, hidden_states=x),
+    ):
+        assert_close("update", update, torch.full((1, 3, 4), 2.0), 1e-5)
+
+
+def test_a_pair_whose_layer_was_wrapped_on_the_instance_runs_block_by_block(model, inputs):
+    """As accelerate wraps: it puts another `forward` beside the class's."""
+    graft(model, Plan(edits=(Merge(blocks="0-1"),)))
+    attention = model.blocks[0].branches[0].attn
+    plain = attention.forward
+    attention.forward = lambda x: 2 * plain(x)
+    with torch.no_grad():
+        quick = model(**inputs)
+    assert_close("outputs", quick, model(**inputs).detach(), 1e-5)

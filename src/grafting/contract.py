@@ -5,7 +5,7 @@ images are `b c h w`. This file holds no behaviour of its own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -58,6 +58,11 @@ class BlockCall:
 
     arguments: tuple[str, ...]
     returns: tuple[str, ...]
+
+    def argument(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """The argument of this name in a call."""
+        place = self.arguments.index(name)
+        return args[place] if place < len(args) else kwargs[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,21 +3,24 @@
 The counted part needs shapes only: a model on the `meta` device, no weights and no data.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .contract import Grid, OperatorConfig, Site
 from .errors import PlanError
-from .hosts import host_of
+from .hosts import Host, LayoutTracker, SdpaHost, host_of
 from .metrics.cost import ModelCost, SiteCost, changes, model_cost
 from .metrics.latency import peak_memory, time_forward
 from .plan import Drop, Merge, Plan, fault_list
-from .surgery import build_operators, grafted, resolve
+from .portable import Record
+from .surgery import build_operators, grafted, holds_operators, resolve
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,21 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
         PlanError: the plan does not fit the model, or an operator does not fit this grid.
     """
     host, (sites, chosen) = host_of(model), _sites(model, plan, grid)
+    standing = _standing(model, sites)
     grid = grid or host.sites(model)[0].grid
+    dropped = {site.block for site, edit in resolve(model, plan).items() if isinstance(edit, Drop)}
+    kept = [site for site in sites if site.block not in dropped]
 
     def inputs() -> dict[str, Any]:
-        return host.example(model, rows=grid.rows, cols=grid.cols, batch_size=1)
+        return _example(model, grid)
 
-    before = model_cost(model, sites, {}, inputs)
-    with next(model.parameters()).device:
-        operators = build_operators(model, plan)
-    dropped = {site.block for site, edit in resolve(model, plan).items() if isinstance(edit, Drop)}
-    with grafted(model, operators):
-        after = model_cost(model, [site for site in sites if site.block not in dropped], chosen, inputs)
+    with _untracked_after(model):
+        with next(model.parameters()).device:
+            operators = build_operators(model, plan)
+        with _knowing(host, grid):
+            before = model_cost(model, sites, standing, inputs)
+            with grafted(model, operators):
+                after = model_cost(model, kept, standing | chosen, inputs)
     return PlanCost(grid, before, after)
 
 
@@ -96,20 +103,20 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
         model: with weights, on the device to measure; their values do not matter.
     """
     host, (sites, _) = host_of(model), _sites(model, plan, grid)
-    device, grid = next(model.parameters()).device, grid or host.sites(model)[0].grid
-    example = host.example(model, rows=grid.rows, cols=grid.cols, batch_size=1)
-    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in example.items()}
-    operators = build_operators(model, plan)
-    with grafted(model, operators):
-        standing = {path for path, _ in model.named_modules()}
-        peak_after = peak_memory(model, inputs)
-    paths = [site.path for site in sites if site.path in standing]
-    before, after = [], []
-    for _ in range(1 + repeats):
-        before.append(time_forward(model, paths, inputs))
+    device, example = next(model.parameters()).device, _example(model, grid or host.sites(model)[0].grid)
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), example)
+    with _untracked_after(model):
+        operators = build_operators(model, plan)
         with grafted(model, operators):
-            after.append(time_forward(model, paths, inputs))
-    pairs = list(zip(before, after, strict=True))[1:]
+            standing = {path for path, _ in model.named_modules()}
+            peak_after = peak_memory(model, inputs)
+        paths = [site.path for site in sites if site.path in standing]
+        before, after = [], []
+        for _ in range(1 + repeats):
+            before.append(time_forward(model, paths, inputs))
+            with grafted(model, operators):
+                after.append(time_forward(model, paths, inputs))
+        pairs = list(zip(before, after, strict=True))[1:]
     return Measured(
         ms={
             path: (median(b[path] for b, _ in pairs), median(a[path] for _, a in pairs)) for path in before[0]
@@ -117,6 +124,59 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
         speedup=median(b[""] / a[""] for b, a in pairs),
         peak_bytes=(peak_memory(model, inputs), peak_after),
     )
+
+
+def _example(model: nn.Module, grid: Grid) -> dict[str, Any]:
+    """Arguments of a forward pass of one image of this grid, with as much text as sites declare, in the model's dtype."""
+    host, dtype = host_of(model), next(model.parameters()).dtype
+    num_text = host.sites(model)[0].num_text
+    text = {"num_text": num_text} if num_text else {}
+    example = host.example(model, rows=grid.rows, cols=grid.cols, frames=grid.frames, batch_size=1, **text)
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, example)
+
+
+def _standing(model: nn.Module, sites: Sequence[Site]) -> dict[Site, OperatorConfig]:
+    """The operators that a grafted model already holds at these sites.
+
+    Raises:
+        PlanError: it holds operators, and its config does not say which.
+    """
+    held = [site for site in sites if holds_operators(model.get_submodule(site.path))]
+    if not held:
+        return {}
+    record = getattr(model, "config", {}).get("grafting")
+    if record is None:
+        raise PlanError(
+            "the model was grafted in place, so what stands at its sites is not on record: undo that graft first"
+        )
+    by_path = {
+        s.path: o for s, o in resolve(model, Record.read(record, source="the model's config").plan).items()
+    }
+    return {site: by_path[site.path] for site in held}
+
+
+@contextmanager
+def _knowing(host: Host, grid: Grid) -> Iterator[None]:
+    """A host of packed tokens is told the grid, which it cannot read from positions without values."""
+    if not isinstance(host, SdpaHost):
+        yield
+        return
+    host.grid, before = grid, host.grid
+    try:
+        yield
+    finally:
+        host.grid = before
+
+
+@contextmanager
+def _untracked_after(model: nn.Module) -> Iterator[None]:
+    """Take away the hook that operators add, where there was none before."""
+    was_tracked = LayoutTracker.of(model) is not None
+    try:
+        yield
+    finally:
+        if not was_tracked:
+            host_of(model).untrack_layout(model)
 
 
 def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site], dict[Site, OperatorConfig]]:

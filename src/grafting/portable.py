@@ -114,7 +114,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         record = Record.read(grafting, source=f"the config of this {type(self).__name__}")
         self.register_to_config(grafting=record.model_dump(mode="json"))
         host = hosts()[record.host]
-        place(self, build_operators(self, record.plan, host=host))
+        place(self, build_operators(self, record.plan, host=host, inherit=False))
 
     # diffusers reads the settings' names from here
     signature = inspect.signature(base.__init__)

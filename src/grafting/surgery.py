@@ -45,19 +45,24 @@ def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int =
     return place(model, _built(model, plan, host or host_of(model), seed))
 
 
-def build_operators(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> Operators:
+def build_operators(
+    model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0, inherit: bool = True
+) -> Operators:
     """The operators of a plan, built for a model that stays as it is, but for a hook that tells them its layout.
 
     They keep no reference to the model's parameters: what they inherit is copied, and can be trained where the model is
     frozen. Raises as `graft`.
+
+    Args:
+        inherit: without it, mixers stay as they are drawn: for those whose weights are loaded next.
     """
     host = host or host_of(model)
-    operators = _built(model, plan, host, seed)
+    operators = _built(model, plan, host, seed, inherit=inherit)
     host.track_layout(model).stays = True
     return operators
 
 
-def _built(model: nn.Module, plan: Plan, host: Host, seed: int) -> Operators:
+def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool = True) -> Operators:
     _check_whole(model)
     chosen = resolve(model, plan, host=host)
     _check_original(model, chosen)
@@ -65,7 +70,9 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int) -> Operators:
     for site, config in chosen.items():
         if isinstance(config, OperatorConfig):
             with seeded(seed, site.block, len(site.role)):
-                operators[site.path] = _build(host, model.get_submodule(site.path), site, config)
+                operators[site.path] = _build(
+                    host, model.get_submodule(site.path), site, config, inherit=inherit
+                )
         elif isinstance(config, Drop):
             operators[site.path] = _passage(host, site)
     for first, second, merge in merged_pairs(chosen):
@@ -219,7 +226,7 @@ def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
 
 
 def _build(
-    host: Host, module: nn.Module, site: Site, config: OperatorConfig
+    host: Host, module: nn.Module, site: Site, config: OperatorConfig, *, inherit: bool
 ) -> "KernelAttention | MixerAdapter":
     operator, tracker = config.build(site), LayoutTracker(host)
     if isinstance(operator, Kernel):
@@ -227,7 +234,7 @@ def _build(
         if config.projections == "random":
             host.redraw(attention)
         return KernelAttention(attention, operator, tracker)
-    if config.init == "inherit":
+    if inherit and config.init == "inherit":
         weights = host.attention_weights if site.role == "attention" else host.mlp_weights
         operator.inherit(weights(module))
     return MixerAdapter(operator, host.calls[site.role], tracker)
@@ -358,7 +365,7 @@ class MergedBlocks(nn.Module):
             self.merge.bias.zero_()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = _argument(self.call, self.call.returns[0], args, kwargs)
+        x = self.call.argument(self.call.returns[0], args, kwargs)
         updates = self.branches(*args, **kwargs)
         if self.of_outputs:
             return self.merge(_concatenated([x + update for update in updates]))
@@ -381,7 +388,7 @@ class Passage(nn.Module):
         self.tracker = tracker
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tokens = tuple(_argument(self.call, name, args, kwargs) for name in self.call.returns)
+        tokens = tuple(self.call.argument(name, args, kwargs) for name in self.call.returns)
         return tokens if len(tokens) > 1 else tokens[0]
 
 
@@ -396,11 +403,6 @@ def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: 
         else:
             kwargs = kwargs | {name: x}
     return x
-
-
-def _argument(call: BlockCall, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    place = call.arguments.index(name)
-    return args[place] if place < len(args) else kwargs[name]
 
 
 class _Interception(TorchFunctionMode):

@@ -236,3 +236,9 @@ def test_work_of_the_linears_is_their_weights():
         DIT_XL2
     )
     assert both_ways == 256 * 2 * mixer.conv1d.weight.numel()
+
+
+def test_in_double_precision():
+    mixer, x = built(), torch.randn(2, 63, DIM)
+    with torch.no_grad():
+        assert_close("outputs", mixer.double()(x.double(), LAYOUT), mixer.float()(x, LAYOUT), 1e-4)

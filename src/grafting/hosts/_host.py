@@ -34,15 +34,15 @@ class Branches(nn.ModuleList):
 
     Args:
         blocks: each takes the same arguments and returns one tensor of tokens.
-        tokens: the keyword of the token tensor where it is not positional 0.
+        call: how the model calls each.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], *, tokens: str):
+    def __init__(self, blocks: Iterable[nn.Module], call: BlockCall):
         super().__init__(blocks)
-        self.tokens = tokens
+        self.call = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
-        x = args[0] if args else kwargs[self.tokens]
+        x = self.call.argument(self.call.returns[0], args, kwargs)
         return [block(*args, **kwargs) - x for block in self]
 
 
@@ -113,8 +113,15 @@ class Host(ABC):
         """A small random model of this class, for tests and trials; its output is not zero."""
 
     @abstractmethod
-    def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
-        """Random keyword arguments of a forward pass whose image tokens form this grid."""
+    def example(
+        self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
+        """Random keyword arguments of a forward pass whose image tokens form this grid.
+
+        Args:
+            frames: of a video model's grid; others have one.
+            num_text: text tokens, where the model has any.
+        """
 
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """The blocks that can be merged or dropped, or why one cannot; by default the host declares none."""
@@ -125,7 +132,7 @@ class Host(ABC):
 
         A host that can run them as one pass returns a list of its own.
         """
-        return Branches(blocks, tokens=call.arguments[0])
+        return Branches(blocks, call)
 
     def class_conditional(self, model: nn.Module) -> ClassConditional | None:
         """What the model makes of class labels; None for hosts with other conditions."""

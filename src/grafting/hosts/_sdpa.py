@@ -176,7 +176,9 @@ class SdpaHost(Host):
     def tiny(self) -> nn.Module:
         self._refuse("a tiny instance")
 
-    def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+    def example(
+        self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
         self._refuse("example inputs")
 
     def _refuse(self, what: str) -> NoReturn:

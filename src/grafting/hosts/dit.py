@@ -71,7 +71,9 @@ class DiTHost(Host):
         model = DiT(input_size=16, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)
         return randomise(model)
 
-    def example(self, model: DiT, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+    def example(
+        self, model: DiT, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
         patch = model.config.patch_size
         return {
             "x": torch.randn(batch_size, model.config.in_channels, rows * patch, cols * patch),

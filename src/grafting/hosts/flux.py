@@ -67,9 +67,11 @@ class FluxHost(SdpaHost):
         )
         return randomise(model)
 
-    def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+    def example(
+        self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
         config: Any = model.config
-        num_text = 5
+        guidance = {"guidance": torch.ones(batch_size)} if config.guidance_embeds else {}
         return {
             "hidden_states": torch.randn(batch_size, rows * cols, config.in_channels),
             "encoder_hidden_states": torch.randn(batch_size, num_text, config.joint_attention_dim),
@@ -77,6 +79,7 @@ class FluxHost(SdpaHost):
             "timestep": torch.rand(batch_size),
             "img_ids": _positions(rows, cols),
             "txt_ids": torch.zeros(num_text, 3),
+            **guidance,
         }
 
 

@@ -98,8 +98,10 @@ class PixArtHost(Host):
         )
         return randomise(model)
 
-    def example(self, model: PixArt, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
-        config, num_text = model.config, 5
+    def example(
+        self, model: PixArt, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
+        config = model.config
         mask = torch.ones(batch_size, num_text)
         mask[0, -2:] = 0
         return {
@@ -109,4 +111,12 @@ class PixArtHost(Host):
             "timestep": torch.randint(0, 1000, (batch_size,)),
             "encoder_hidden_states": torch.randn(batch_size, num_text, config.caption_channels),
             "encoder_attention_mask": mask,
+            **self._sizes(model, batch_size),
         }
+
+    def _sizes(self, model: PixArt, batch_size: int) -> dict[str, Any]:
+        """The image's size in pixels and its height over width, for models that are told."""
+        if not model.use_additional_conditions:
+            return {}
+        pixels, square = torch.full((batch_size, 2), 1024.0), torch.ones(batch_size, 1)
+        return {"added_cond_kwargs": {"resolution": pixels, "aspect_ratio": square}}

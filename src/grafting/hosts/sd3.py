@@ -59,12 +59,14 @@ class Sd3Host(SdpaHost):
         )
         return randomise(model)
 
-    def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+    def example(
+        self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
         config: Any = model.config
         side = config.patch_size
         return {
             "hidden_states": torch.randn(batch_size, config.in_channels, side * rows, side * cols),
-            "encoder_hidden_states": torch.randn(batch_size, 5, config.joint_attention_dim),
+            "encoder_hidden_states": torch.randn(batch_size, num_text, config.joint_attention_dim),
             "pooled_projections": torch.randn(batch_size, config.pooled_projection_dim),
             "timestep": 1000 * torch.rand(batch_size),
         }

@@ -47,11 +47,13 @@ class WanHost(SdpaHost):
         )
         return randomise(model)
 
-    def example(self, model: nn.Module, *, rows: int, cols: int, batch_size: int) -> dict[str, Any]:
+    def example(
+        self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+    ) -> dict[str, Any]:
         config: Any = model.config
         _, height, width = config.patch_size
         return {
-            "hidden_states": torch.randn(batch_size, config.in_channels, 1, height * rows, width * cols),
+            "hidden_states": torch.randn(batch_size, config.in_channels, frames, height * rows, width * cols),
             "timestep": 1000 * torch.rand(batch_size),
-            "encoder_hidden_states": torch.randn(batch_size, 5, config.text_dim),
+            "encoder_hidden_states": torch.randn(batch_size, num_text, config.text_dim),
         }

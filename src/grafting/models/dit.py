@@ -244,7 +244,8 @@ class _OnePass:
 
     def holds(self) -> bool:
         """Whether blocks and weights are still those that were laid out, with no hooks that a pass would not call."""
-        return self._found() == self._contents and not any(self._hooks)
+        as_called = not any(self._hooks) and not any("forward" in vars(module) for module in self._modules)
+        return as_called and self._found() == self._contents
 
     def _found(self) -> tuple[list[int], list[int]]:
         """Which modules and parameters the blocks hold, and where in memory the parameters lie."""

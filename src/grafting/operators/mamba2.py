@@ -230,8 +230,9 @@ class Mamba2(Mixer):
         xBC = F.silu(depthwise_1d(xBC, conv.weight, conv.bias, before=conv.kernel_size[0] - 1))
         x, B, C = xBC.split([inner, state, state], dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))  # [B, L, H, P]
-        dt = F.softplus(dt.float() + direction.dt_bias.float())
-        y = ssd(x, dt, -direction.A_log.float().exp(), B, C)
+        exact = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(exact) + direction.dt_bias.to(exact))
+        y = ssd(x, dt, -direction.A_log.to(exact).exp(), B, C)
         return (y + direction.D.to(x.dtype)[:, None] * x).flatten(2)
 
 
