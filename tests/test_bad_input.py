@@ -92,6 +92,7 @@ RECIPES = [
     runs("list for a recipe", "- a\n", "holds a list", "a recipe is a mapping"),
     runs("no YAML", "name: [", "recipe.yaml is not YAML"),
     runs("YAML with code", "!!python/object/apply:os.system ['touch /tmp/executed']", "is not YAML"),
+    runs("key twice", "name: x\nseed: 1\nname: y\n", "is not YAML: name is given twice, in lines 1 and 3"),
     runs("own base", "base: recipe.yaml\n", "recipe.yaml is its own base"),
     runs("missing base", "base: other.yaml\n", "no recipe file .*other.yaml"),
     runs("sweep for a recipe", "name: x\ngrids: [{axes: {}}]\n", "holds many recipes", "grafting sweep"),
@@ -127,6 +128,7 @@ RECIPES = [
         "trainable: .*blocks.9.* selects none of the model's [0-9]+ parameters, such as ",
     ),
     edits("block out of range", {"role": "attention", "blocks": [1, 9], "operator": "softmax"}, "no block 9", r"blocks 0\.\.1"),
+    edits("no block", {"role": "attention", "blocks": [], "operator": "softmax"}, "plan.0.blocks: names no block"),
     edits("block named twice", {"role": "attention", "blocks": [1, 1], "operator": "softmax"}, "named twice"),
     edits("no block", {"role": "attention", "blocks": "some", "operator": "softmax"}, "'some' names no blocks", "write all, odd"),
     edits("range backwards", {"role": "attention", "blocks": "8-2", "operator": "softmax"}, "'8-2': a range ends before it begins"),
@@ -220,6 +222,8 @@ MODELS = [
     calls("merge of a whole model", "merge {w}/grafted {w}/out", "{w}/grafted is no delta: it is whole already"),
     calls("pickle with code", "convert {w}/evil.pt {w}/out", "evil.pt is truncated, or no torch file of tensors alone"),
     calls("half a checkpoint", "convert {w}/half.pt {w}/out", "half.pt is truncated, or no torch file"),
+    calls("convert over a model", "convert {w}/dit/diffusion_pytorch_model.safetensors {w}/grafted", "{w}/grafted exists and holds .*: name a new folder"),
+    calls("convert to a file", "convert {w}/half.pt {w}/other.json", "{w}/other.json is a file: name a new folder"),
     calls("list for weights", "convert {w}/list.pt {w}/out", "list.pt holds a list, expected a state dict"),
     calls("weights of no DiT", "convert {w}/foreign.safetensors {w}/out", "is no DiT: expected .*found 1 tensors: layer"),
     calls("no such file", "convert {w}/none.pt {w}/out", "none.pt"),
@@ -254,6 +258,10 @@ COMMANDS = [
     calls("grid in words", "cost {w}/recipe.yaml --grid large", "--grid is rows x columns of tokens, such as 64x64; found 'large'"),
     calls("bands in words", "locality {w}/dit --bands wide", "--bands is numbers of tokens, such as 2,4,8; found 'wide'"),
     calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus' is known; there are .*h100"),
+    calls("device for a run", "run {w}/recipe.yaml --out {w}/out --device h100", "--device belongs to --dry-run"),
+    calls("schema to a folder", "schema --out {w}", "cannot write {w}: it is a folder; name a file"),
+    calls("folder for a recipe", "check {w}/dit", "no recipe file {w}/dit: it is a folder"),
+    calls("a sweep's second recipe", "sweep {w}/second.yaml --out {w}/out", "1 fault in recipes of 2", "nine: .*no block 9"),
     calls("sweep's unknown label", "sweep {w}/sweep.yaml --out {w}/out --only lr=7", "no recipe of sweep s has lr=7; there are", "low: "),
     calls("sweep's unknown row", "sweep {w}/sweep.yaml --out {w}/out --rows best", "no rows best; there are pretrained"),
     calls("label without a column", "sweep {w}/sweep.yaml --out {w}/out --only low", "--only takes COLUMN=LABEL, found 'low'"),
@@ -406,6 +414,9 @@ def _write_sweeps(folder: Path) -> None:
     sweep = {"name": "s", **{k: v for k, v in RECIPE.items() if k != "name"}}
     axes = {"lr": {"low": {"distill.lr": 1e-4}, "high": {"distill.lr": 1e-3}}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep | {"grids": [{"axes": axes}]}))
+    edit = {"role": "attention", "operator": "softmax"}
+    axes = {"blocks": {n: {"plan": [edit | {"blocks": [b]}]} for n, b in (("one", 1), ("nine", 9))}}
+    (folder / "second.yaml").write_text(yaml.safe_dump(sweep | {"grids": [{"axes": axes}]}))
     axes = {"lr": {"low": {"distill.deep.lr": 1e-4}}}
     (folder / "placeless.yaml").write_text(yaml.safe_dump(sweep | {"grids": [{"axes": axes}]}))
 

@@ -59,6 +59,7 @@ def test_dropped_blocks_cost_nothing():
     found = plan_cost(model(), plan({"edit": "drop", "blocks": 1})).to_json()
     gone = [site for site in found["sites"] if site["block"] == 1]
     assert [site["params"]["after"] for site in gone] == [0, 0]
+    assert abs(found["flops_delta_pct"] + 100 / 3) < 1e-9
     assert found["model"]["flops"]["after"] < found["model"]["flops"]["before"]
 
 

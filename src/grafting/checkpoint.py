@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .card import write_card
 from .data.bundled import testbed_model_folder
 from .errors import CheckpointError, HostError
-from .files import atomic_path, hash_json, sha256_of, write_json
+from .files import atomic_path, hash_json, pickle_fault, sha256_of, write_json
 from .hosts import host_of, hosts
 from .huberrors import HUB_ERRORS
 from .plan import Plan
@@ -243,10 +243,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no file {path}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # torch goes on to advise the load that runs what a file says
-        reason = (
-            str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
-        )
+        reason = pickle_fault(error)
         raise CheckpointError(f"{path} is truncated, or no torch file of tensors alone: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
@@ -309,7 +306,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"it has no {CONFIG_NAME}: half-written, or published weights, which `grafting convert` reads"
             )
         else:
-            found = "it does not exist"
+            found = "it does not exist; a model is `testbed`, a folder of a model or of a run, or owner/name on the Hub"
         raise CheckpointError(f"no model in {folder}: {found}")
     try:
         config = json.loads(path.read_text())

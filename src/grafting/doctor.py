@@ -62,7 +62,7 @@ OPTIONAL_PACKAGES = (
         "trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'", used=True
     ),
     Package("wandb", "wandb", "Weights & Biases", "pip install 'grafting[track]'", used=True),
-    Package("tensorboard", "tensorboard", "TensorBoard", "pip install 'grafting[track]'"),
+    Package("tensorboard", "tensorboard", "TensorBoard", "pip install 'grafting[track]'", used=True),
     Package("triton", "triton", "compiled kernels on a GPU", "pip install triton"),
     Package(
         "flash-linear-attention",

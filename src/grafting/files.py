@@ -24,6 +24,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the folder cannot be written to; `path` is as it was.
     """
+    if path.is_dir():
+        raise RunError(f"cannot write {path}: it is a folder; name a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_errors(path):
         try:
@@ -74,6 +76,17 @@ def is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.glob("[!.]*"))
 
 
+def check_is_new(folder: Path) -> None:
+    """Raises a RunError if something is where a folder is to be written: it may be all that there is of somebody's work."""
+    if folder.is_dir() and not is_empty(folder):
+        names = sorted(path.name for path in folder.glob("[!.]*"))
+        raise RunError(
+            f"{folder} exists and holds {', '.join(names[:4])}{', ...' * (len(names) > 4)}: name a new folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: name a new folder")
+
+
 def folder_faults(path: Path) -> list[str]:
     """What of a folder that `atomic_folder` made is not as it was written, in words; empty if all of it is."""
     try:
@@ -120,6 +133,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, indented, keys in their order."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def pickle_fault(error: Exception) -> str:
+    """Why torch did not read a file as tensors alone, without its advice to run what the file says."""
+    return str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
 
 
 def sha256_of(path: Path) -> str:

@@ -60,6 +60,8 @@ def resolve_blocks(blocks: "str | int | Sequence[int]", num_blocks: int) -> list
 
 def _check_blocks(blocks: "str | int | tuple[int, ...]") -> "str | int | tuple[int, ...]":
     resolve_blocks(blocks, num_blocks=1)
+    if blocks == ():
+        raise ValueError("names no block")
     return blocks
 
 

@@ -25,6 +25,7 @@ from . import distillation, finetuning
 from .calibration import CalibrateConfig, calibrate
 from .checkpoint import (
     WEIGHTS_NAME,
+    find_model,
     load_model,
     load_operators,
     save_model,
@@ -33,7 +34,7 @@ from .checkpoint import (
 from .contract import ClassConditional, NoiseProcess, Site, Step, TrainingData
 from .costing import PlanCost, plan_cost
 from .data import DataConfig
-from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path, testbed_model_folder
+from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path
 from .decoding import Decoder, VaeConfig, load_decoder
 from .devices import default_device
 from .diffusion import Diffusion
@@ -223,7 +224,8 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
         torch.manual_seed(source.seed)
         return _construct(source), hash_json(source.model_dump(mode="json", exclude_none=True))
     name = source.weights if isinstance(source, FreshModel) else source
-    folder = testbed_model_folder() if name == "testbed" else Path(name or "")
+    is_here = name == "testbed" or Path(name or "").exists()
+    folder = find_model(name) if name and is_here else Path(name or "")
     model, plan = load_model(folder)
     if plan.edits:
         raise RecipeError(f"source {name} is already grafted: a recipe starts from a model without a plan")

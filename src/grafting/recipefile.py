@@ -46,11 +46,11 @@ def faults_of(error: ValidationError) -> list[str]:
 def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings in a YAML file, those of its `base:` included. Raises as `load_recipe`, unchecked otherwise."""
     if not path.is_file():
-        raise RecipeError(f"no recipe file {path}")
+        raise RecipeError(f"no recipe file {path}" + ": it is a folder" * path.is_dir())
     if path.resolve() in seen:
         raise RecipeError(f"{path} is its own base: {' -> '.join(map(str, seen))}")
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -62,6 +62,21 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base names one file, found {base!r}")
     return merge(read_settings(path.parent / base, (*seen, path.resolve())), settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, in which a key that is given twice is a fault: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"{key.value} is given twice, in lines {seen[name]} and {line}")
+            seen[name] = line
+        return super().construct_mapping(node, deep=deep)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
 from . import parallel
-from .errors import MissingBackend, RecipeError, RunError
+from .errors import GraftingError, MissingBackend, RecipeError, RunError
 from .files import write_bytes, write_json
 from .plan import fault_list
 from .recipe import Job, OnStep, Recipe, Row, prepare, row_fingerprint, rows_of, run, training_flops
@@ -133,10 +133,13 @@ def run_sweep(
         following: opened around each run; gives what is called with its steps.
 
     Raises:
-        RecipeError: no recipe has those labels, or no such row. GraftingError: as `recipe.run`.
+        RecipeError: no recipe has those labels, no such row, or some recipes have faults; all are checked before the
+            first is carried out. GraftingError: as `recipe.run`.
     """
     folder, table = Path(folder), Path(table)
-    for point in _chosen(sweep, only or {}, rows):
+    chosen = _chosen(sweep, only or {}, rows)
+    _check(chosen)
+    for point in chosen:
         with following(point) if following else nullcontext() as on_step:
             lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)
         if parallel.is_main():
@@ -165,6 +168,7 @@ def run_sweep_on_ray(
     except ImportError as error:
         raise MissingBackend("a sweep over machines needs Ray: pip install 'grafting[ray]'") from error
     chosen = _chosen(sweep, only or {}, rows)
+    _check(chosen)
     known = _known(table)
 
     def task(point: Point) -> list[dict[str, Any]]:
@@ -287,6 +291,18 @@ def _chosen(sweep: Sweep, only: Mapping[str, str], rows: Sequence[str] | None) -
         names = "\n  ".join(f"{point.name}: {point.labels}" for point in everything)
         raise RecipeError(f"no recipe of sweep {sweep.name} has {asked}; there are\n  {names}")
     return chosen
+
+
+def _check(chosen: Sequence[Point]) -> None:
+    """Finds faults of all recipes before the first is carried out. Raises a RecipeError that lists them."""
+    faults = []
+    for point in chosen:
+        try:
+            prepare(point.recipe)
+        except GraftingError as error:
+            faults.append(f"{point.name}: {error}")
+    if faults:
+        raise RecipeError(fault_list(faults, f"recipes of {len(chosen)}"))
 
 
 def _known(table: Path) -> frozenset[str]:

@@ -36,7 +36,10 @@ def check(recipe: RecipeFile, as_json: Json = False) -> None:
     edits = [[e["block"], e["role"], e["path"], e["operator"]["name"]] for e in summary["edits"]]
     if edits:
         out.print(plain_table(["block", "role", "path", "operator"], edits))
-    say(out, f"{len(edits)} of {summary['num_sites']} sites are edited")
+    num_blocks = sum(edit["role"] == "block" for edit in summary["edits"])
+    say(out, f"{len(edits) - num_blocks} of {summary['num_sites']} sites are edited")
+    if num_blocks:
+        say(out, f"{num_blocks} blocks are merged or dropped")
     for what in ("params", "attention_flops"):
         before, after = summary[what]["before"], summary[what]["after"]
         change = f" ({after / before - 1:+.1%})" if before else ""

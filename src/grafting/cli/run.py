@@ -91,6 +91,10 @@ def run(
             as_json=as_json,
         )
         return
+    options = {"--device": device, "--processes": processes != 1, "--mfu": mfu != 0.3, "--json": as_json}
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise RecipeError(f"{', '.join(given)} belongs to --dry-run; a run takes the devices that torch sees")
     _run(recipe, out_folder, until, track=track, peak_tflops=peak_tflops)
 
 

@@ -41,8 +41,10 @@ def convert(
     """
     from ..convert import PublishedFacts, convert_weights, read_published
     from ..diffusersfolder import export_diffusers
+    from ..files import check_is_new
     from ..portable import Base
 
+    check_is_new(folder)
     made_from = None if base is None else Base(id=base, licence=licence)
     facts = PublishedFacts(
         num_heads=num_heads, num_classes=num_classes, window=window, mlp_ratio=mlp_ratio, base=made_from
@@ -72,7 +74,9 @@ def merge(
     [dim]$ grafting merge my-delta my-model[/]
     """
     from ..checkpoint import find_model, merge_delta
+    from ..files import check_is_new
 
+    check_is_new(folder)
     merge_delta(find_model(delta), folder, base=base)
     say(out, f"Model: {folder}")
 

@@ -129,12 +129,17 @@ def model_cost(
 
 
 def changes(before: ModelCost, after: ModelCost) -> dict[str, float]:
-    """By how many percent a plan changes costs: of all operators of the edited roles, and of the whole model.
+    """By how many percent a plan changes costs: of all operators of the edited and dropped roles, and of the
+    whole model.
 
     `flops_op` and `flops_ft` are dFLOPs_op and dFLOPs_ft of arXiv:2506.05340 Table 4, counted by its rules; all other
     FLOPs are complete. A part that costs nothing before and after has changed by 0.
     """
-    roles = frozenset(cost.site.role for cost in after.sites if cost.operator is not None)
+    left = {cost.site.path for cost in after.sites}
+    roles = frozenset(
+        [cost.site.role for cost in after.sites if cost.operator is not None]
+        + [cost.site.role for cost in before.sites if cost.site.path not in left]
+    )
     old, new = before.of_roles(roles), after.of_roles(roles)
     measures: dict[str, Callable[[SiteCost], int]] = {
         "flops_op": lambda cost: cost.table4.mixing,

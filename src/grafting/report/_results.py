@@ -30,7 +30,7 @@ _FURTHER = {
     "recall": ("Recall", figure),
     "density": ("Density", figure),
     "coverage": ("Coverage", figure),
-    "inception_score": ("Inception score form", figure),
+    "inception_score": ("Inception score's formula", figure),
     "attention_mixing_flops": ("Mixing FLOPs", amount),
     "num_images": ("Images", lambda value: f"{value:,}".replace(",", THIN_SPACE)),
 }
