@@ -128,7 +128,7 @@ RECIPES = [
         "trainable: .*blocks.9.* selects none of the model's [0-9]+ parameters, such as ",
     ),
     edits("block out of range", {"role": "attention", "blocks": [1, 9], "operator": "softmax"}, "no block 9", r"blocks 0\.\.1"),
-    edits("no block", {"role": "attention", "blocks": [], "operator": "softmax"}, "plan.0.blocks: names no block"),
+    edits("plan of no block", {"role": "attention", "blocks": [], "operator": "softmax"}, "plan.0.blocks: names no block"),
     edits("block named twice", {"role": "attention", "blocks": [1, 1], "operator": "softmax"}, "named twice"),
     edits("no block", {"role": "attention", "blocks": "some", "operator": "softmax"}, "'some' names no blocks", "write all, odd"),
     edits("range backwards", {"role": "attention", "blocks": "8-2", "operator": "softmax"}, "'8-2': a range ends before it begins"),

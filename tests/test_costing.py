@@ -66,6 +66,7 @@ def test_dropped_blocks_cost_nothing():
 def test_merged_blocks_are_part_of_the_whole():
     found = plan_cost(model(), plan({"edit": "merge", "blocks": [0, 1]})).to_json()
     assert {site["block"] for site in found["sites"]} == {2}
+    assert found["num_merged"] == 2
     dim, tokens = 32, 64
     assert found["model"]["params"]["after"] - found["model"]["params"]["before"] == 2 * dim * dim + dim
     more = found["model"]["flops"]["after"] - found["model"]["flops"]["before"]

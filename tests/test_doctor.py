@@ -90,7 +90,7 @@ def _imports(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     plain = {a.name.partition(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
     return plain | {
-        n.module.partition(".")[0]
+        n.module.removeprefix("torch.utils.").partition(".")[0]  # torch wraps tensorboard
         for n in nodes
         if isinstance(n, ast.ImportFrom) and n.module and not n.level
     }

@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_map_only
 
 from .contract import Grid, OperatorConfig, Site
 from .errors import PlanError
-from .hosts import Host, LayoutTracker, SdpaHost, host_of
+from .hosts import Host, SdpaHost, host_of
 from .metrics.cost import ModelCost, SiteCost, changes, model_cost
 from .metrics.latency import peak_memory, time_forward
 from .plan import Drop, Merge, Plan, fault_list
 from .portable import Record
-from .surgery import build_operators, grafted, holds_operators, resolve
+from .surgery import build_operators, grafted, holds_operators, leaving_no_hook, resolve
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class PlanCost:
     grid: Grid
     before: ModelCost
     after: ModelCost
+    num_merged: int = 0
+    """Blocks that are merged, whose sites are not told apart."""
 
     def to_json(self) -> dict[str, Any]:
         """All figures: changes in percent, of the whole model, and of every site."""
@@ -42,6 +44,7 @@ class PlanCost:
             "grid": [self.grid.rows, self.grid.cols],
             **changes(self.before, self.after),
             "model": whole,
+            "num_merged": self.num_merged,
             "sites": [_site_json(cost, after.get(cost.site.path)) for cost in self.before.sites],
         }
 
@@ -84,14 +87,15 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
     def inputs() -> dict[str, Any]:
         return _example(model, grid)
 
-    with _untracked_after(model):
+    with leaving_no_hook(model):
         with next(model.parameters()).device:
             operators = build_operators(model, plan)
         with _knowing(host, grid):
             before = model_cost(model, sites, standing, inputs)
             with grafted(model, operators):
                 after = model_cost(model, kept, standing | chosen, inputs)
-    return PlanCost(grid, before, after)
+    merged = [site for site, edit in resolve(model, plan).items() if isinstance(edit, Merge)]
+    return PlanCost(grid, before, after, len(merged))
 
 
 def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repeats: int = 5) -> Measured:
@@ -105,7 +109,7 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
     host, (sites, _) = host_of(model), _sites(model, plan, grid)
     device, example = next(model.parameters()).device, _example(model, grid or host.sites(model)[0].grid)
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), example)
-    with _untracked_after(model):
+    with leaving_no_hook(model):
         operators = build_operators(model, plan)
         with grafted(model, operators):
             standing = {path for path, _ in model.named_modules()}
@@ -166,17 +170,6 @@ def _knowing(host: Host, grid: Grid) -> Iterator[None]:
         yield
     finally:
         host.grid = before
-
-
-@contextmanager
-def _untracked_after(model: nn.Module) -> Iterator[None]:
-    """Take away the hook that operators add, where there was none before."""
-    was_tracked = LayoutTracker.of(model) is not None
-    try:
-        yield
-    finally:
-        if not was_tracked:
-            host_of(model).untrack_layout(model)
 
 
 def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site], dict[Site, OperatorConfig]]:

@@ -222,6 +222,11 @@ def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
     }
     for name, title in titles.items():
         say(console, f"All operators of the edited roles, {title}: {facts[f'{name}_delta_pct']:+.2f} %")
+    if facts["num_merged"]:
+        say(
+            console,
+            f"{facts['num_merged']} blocks are merged; what is in them is counted in the model's lines alone",
+        )
     if measured := facts["measured"]:
         ms = measured["ms"]
         say(

@@ -50,7 +50,7 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise RecipeError(f"{path} is its own base: {' -> '.join(map(str, seen))}")
     try:
-        settings = yaml.load(path.read_text(), _Loader)
+        settings = _Loader(path.read_text()).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):

@@ -206,6 +206,18 @@ def grafted(
         record.undo()
 
 
+@contextmanager
+def leaving_no_hook(model: nn.Module) -> Iterator[None]:
+    """What operators were built for a model inside the block are not used after it: it loses the hook that they read."""
+    was_tracked = LayoutTracker.of(model) is not None
+    try:
+        yield
+    finally:
+        tracker = LayoutTracker.of(model)
+        if tracker and not was_tracked:
+            tracker.host.untrack_layout(model)
+
+
 def _check_whole(model: nn.Module) -> None:
     """A plan's block numbers are those of the model as it was, so there is one restructuring at a time."""
     if any(isinstance(module, MergedBlocks | Passage) for module in model.modules()):

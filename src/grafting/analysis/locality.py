@@ -31,7 +31,7 @@ from ..errors import HostError
 from ..hosts import Host, host_of
 from ..plan import Plan, Replace
 from ..randomness import sample_noise
-from ..surgery import KernelAttention, MixerAdapter, build_operators, grafted
+from ..surgery import KernelAttention, MixerAdapter, build_operators, grafted, leaving_no_hook
 
 _CHUNK_SCORES = 2**22  # scores held at a time: 16 MiB
 
@@ -135,10 +135,11 @@ def watching_locality(model: nn.Module, *, host: Host | None = None) -> Iterator
     """
     host = host or host_of(model)
     sites = {site.path: site for site in host.sites(model) if site.role == "attention"}
-    operators = build_operators(model, _watch_all(model, sites), host=host)
-    kernels = {sites[path]: cast(_Recording, operator.kernel) for path, operator in operators.items()}
-    with grafted(model, operators):
-        yield lambda: _result(kernels)
+    with leaving_no_hook(model):
+        operators = build_operators(model, _watch_all(model, sites), host=host)
+        kernels = {sites[path]: cast(_Recording, operator.kernel) for path, operator in operators.items()}
+        with grafted(model, operators):
+            yield lambda: _result(kernels)
 
 
 @torch.no_grad()

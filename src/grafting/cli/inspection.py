@@ -115,7 +115,9 @@ def cost(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe's plan changes in cost, an image and forward pass; neither weights nor data are needed.
+    """Say what a recipe's plan changes in cost, an image and forward pass.
+
+    Data is not needed, nor are weights where the source is described by host and config.
 
     FLOPs, parameters and the activations kept for training (float32), of every site and of the whole model. The first two
     lines of changes are those of Table 4 of the paper, over all operators of the edited roles.

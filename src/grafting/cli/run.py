@@ -58,7 +58,7 @@ def run(
     peak_tflops: PeakTflops = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only say what it will take: time, memory, disk. Needs no weights."),
+        typer.Option("--dry-run", help="Only say what it will take: time, memory, disk. Needs no data."),
     ] = False,
     device: Annotated[
         str | None,
