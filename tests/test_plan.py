@@ -112,10 +112,10 @@ def test_one_message_lists_every_fault_once():
         faulty.resolve(sites(3), host="host 'dit'")
     assert str(caught.value).splitlines() == [
         "4 faults in plan for host 'dit' (blocks 0..2)",
-        "  Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 3",
-        "  Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 4",
-        "  Replace(role='attention', blocks=(2, 2), operator='linear'): the attention of block 2 is named twice",
-        "  Replace(role='mlp', blocks=1, operator='hyena-x'), block 1: hyena-x replaces attention, not mlp",
+        "  plan.0: Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 3",
+        "  plan.0: Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 4",
+        "  plan.1: Replace(role='attention', blocks=(2, 2), operator='linear'): the attention of block 2 is named twice",
+        "  plan.2: Replace(role='mlp', blocks=1, operator='hyena-x'), block 1: hyena-x replaces attention, not mlp",
     ]
 
 
@@ -252,15 +252,15 @@ def test_every_fault_of_merges_and_drops_is_listed():
         Merge(blocks=[2, 4]),
         Merge(blocks=[1, 0]),
     ) == [
-        "Merge(blocks='0-2'): 3 blocks do not form pairs",
-        "Merge(blocks=(3, 5)): blocks 3 and 5 are not consecutive",
-        "Drop(blocks=(3, 9)): block 3 is named twice",
-        "Drop(blocks=(3, 9)): no block 9",
-        "Merge(blocks=(2, 4)): block 2 is named twice",
-        "Merge(blocks=(2, 4)): blocks 2 and 4 are not consecutive",
-        "Merge(blocks=(1, 0)): block 1 is named twice",
-        "Merge(blocks=(1, 0)): block 0 is named twice",
-        "Merge(blocks=(1, 0)): blocks 1 and 0 are not consecutive",
+        "plan.0: Merge(blocks='0-2'): 3 blocks do not form pairs",
+        "plan.1: Merge(blocks=(3, 5)): blocks 3 and 5 are not consecutive",
+        "plan.2: Drop(blocks=(3, 9)): block 3 is named twice",
+        "plan.2: Drop(blocks=(3, 9)): no block 9",
+        "plan.3: Merge(blocks=(2, 4)): block 2 is named twice",
+        "plan.3: Merge(blocks=(2, 4)): blocks 2 and 4 are not consecutive",
+        "plan.4: Merge(blocks=(1, 0)): block 1 is named twice",
+        "plan.4: Merge(blocks=(1, 0)): block 0 is named twice",
+        "plan.4: Merge(blocks=(1, 0)): blocks 1 and 0 are not consecutive",
     ]
 
 
@@ -274,7 +274,7 @@ def test_what_the_host_says_of_its_blocks_is_honoured():
     two_streams = BlockCall(arguments=("x", "text"), returns=("text", "x"))
     joint = whole_blocks(2, call=two_streams)
     assert faults_of(Merge(), num_blocks=2, blocks=joint) == [
-        "Merge(blocks='all'): blocks 0 and 1 give text and x: only one tensor of tokens can be merged"
+        "plan.0: Merge(blocks='all'): blocks 0 and 1 give text and x: only one tensor of tokens can be merged"
     ]
     single = [*whole_blocks(1, path="double"), *whole_blocks(2, path="single")[1:]]
     assert faults_of(Merge(), num_blocks=2, blocks=single) == [

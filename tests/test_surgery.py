@@ -321,9 +321,9 @@ def test_a_faulty_restructuring_changes_nothing(model):
         graft(model, Plan(edits=[Merge(), Drop(blocks=[7]), *plan(("attention", 9, "linear")).edits]))
     assert str(caught.value).splitlines() == [
         "3 faults in plan for host 'dit' (blocks 0..2)",
-        "  Merge(blocks='all'): 3 blocks do not form pairs",
-        "  Drop(blocks=(7,)): no block 7",
-        "  Replace(role='attention', blocks=9, operator='linear'): no block 9",
+        "  plan.0: Merge(blocks='all'): 3 blocks do not form pairs",
+        "  plan.1: Drop(blocks=(7,)): no block 7",
+        "  plan.2: Replace(role='attention', blocks=9, operator='linear'): no block 9",
     ]
     assert unchanged(model, before)
 

@@ -197,25 +197,26 @@ class Plan(BaseModel):
         num_blocks = 1 + max(site.block for site in (*sites, *blocks))
         chosen: dict[Site, Choice] = {}
         faults = []
-        for edit in self.edits:
+        for number, edit in enumerate(self.edits):
+            name = f"plan.{number}: {edit}"
             numbers = resolve_blocks(edit.blocks, num_blocks)
             role = edit.role if isinstance(edit, Replace) else "block"
             available = {s.block: s for s in (*sites, *blocks) if s.role == role}
             for block in numbers:
                 site = available.get(block)
                 if site is None:
-                    faults.append(f"{edit}: {_missing(block, num_blocks, role)}")
+                    faults.append(f"{name}: {_missing(block, num_blocks, role)}")
                 elif site in chosen:
-                    faults.append(f"{edit}: {words_of(site)} is named twice")
+                    faults.append(f"{name}: {words_of(site)} is named twice")
                 elif isinstance(edit, Replace):
                     chosen[site] = edit.operator
                     misfits = _misfits(edit.operator, site, mixer_roles)
-                    faults += [f"{edit}, block {block}: {fault}" for fault in misfits]
+                    faults += [f"{name}, block {block}: {fault}" for fault in misfits]
                 else:
                     chosen[site] = edit
-                    faults += [f"{edit}: block {block} cannot be edited: {site.fixed}"] if site.fixed else []
+                    faults += [f"{name}: block {block} cannot be edited: {site.fixed}"] if site.fixed else []
             if isinstance(edit, Merge):
-                faults += [f"{edit}: {fault}" for fault in _unpaired(numbers, available)]
+                faults += [f"{name}: {fault}" for fault in _unpaired(numbers, available)]
         faults += _left_without_block(chosen, num_blocks)
         if faults:
             raise PlanError(fault_list(faults, f"plan for {host} (blocks 0..{num_blocks - 1})"))
