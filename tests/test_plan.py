@@ -278,7 +278,7 @@ def test_what_the_host_says_of_its_blocks_is_honoured():
     ]
     single = [*whole_blocks(1, path="double"), *whole_blocks(2, path="single")[1:]]
     assert faults_of(Merge(), num_blocks=2, blocks=single) == [
-        "Merge(blocks='all'): blocks 0 and 1 are of different kinds (double and single)"
+        "plan.0: Merge(blocks='all'): blocks 0 and 1 are of different kinds (double and single)"
     ]
     head = Site(
         role="block", block=0, path="b.0", dim=16, grid=Grid(4, 4), call=ONE_STREAM, fixed="the head reads it"
