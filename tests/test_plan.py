@@ -284,7 +284,7 @@ def test_what_the_host_says_of_its_blocks_is_honoured():
         role="block", block=0, path="b.0", dim=16, grid=Grid(4, 4), call=ONE_STREAM, fixed="the head reads it"
     )
     assert faults_of(Drop(blocks=[0]), blocks=[head, *whole_blocks(6)[1:]]) == [
-        "Drop(blocks=(0,)): block 0 cannot be edited: the head reads it"
+        "plan.0: Drop(blocks=(0,)): block 0 cannot be edited: the head reads it"
     ]
     assert faults_of(Drop(blocks=[1]), blocks=[]) == [
         "Drop(blocks=(1,)): the host does not declare how block 1 is called"
