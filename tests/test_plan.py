@@ -287,7 +287,7 @@ def test_what_the_host_says_of_its_blocks_is_honoured():
         "plan.0: Drop(blocks=(0,)): block 0 cannot be edited: the head reads it"
     ]
     assert faults_of(Drop(blocks=[1]), blocks=[]) == [
-        "Drop(blocks=(1,)): the host does not declare how block 1 is called"
+        "plan.0: Drop(blocks=(1,)): the host does not declare how block 1 is called"
     ]
 
 
