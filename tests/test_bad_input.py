@@ -238,6 +238,8 @@ MODELS = [
 
 SAMPLES = [
     calls("no samples", "evaluate {w}/none.npz", "no samples file {w}/none.npz"),
+    calls("folder for samples", "evaluate {w}/dit", "no samples file {w}/dit: it is a folder; a run's samples are its samples/ROW"),
+    calls("recipe for samples", "evaluate {w}/recipe.yaml", "samples are an .npz or a .safetensors file, found {w}/recipe.yaml"),
     calls("npz without arr_0", "evaluate {w}/nameless.npz", "arr_0 is not a file in the archive", r"arr_0 \[N, H, W, C\] and labels \[N\]"),
     calls("pickled npz", "evaluate {w}/pickled.npz", "pickled.npz is not a whole .npz file of arrays"),
     calls("floats", "evaluate {w}/floats.npz", "arr_0 must be uint8", "found float64"),

@@ -140,8 +140,12 @@ def open_samples(path: str | Path) -> SampleFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"no samples file {path}")
-    return _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
+        found = ": it is a folder; a run's samples are its samples/ROW.safetensors" if path.is_dir() else ""
+        raise DataError(f"no samples file {path}{found}")
+    readers = {".npz": _open_npz, ".safetensors": _open_safetensors}
+    if path.suffix not in readers:
+        raise DataError(f"samples are an {' or a '.join(readers)} file, found {path}")
+    return readers[path.suffix](path)
 
 
 def _checked(batches: Batches, *, num_images: int, shape: tuple[int, int, int]) -> Batches:
