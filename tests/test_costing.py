@@ -127,3 +127,18 @@ def test_a_grafted_model_is_counted_with_the_operators_that_it_holds(tmp_path):
     assert plan_cost(loaded, more).before.flops == plan_cost(model(), first).after.flops
     with pytest.raises(PlanError, match="grafted in place, so what stands at its sites is not on record"):
         plan_cost(grafted, more)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("pixart", {"sample_size": 128, "num_attention_heads": 3, "cross_attention_dim": 48}),
+        ("flux", {"guidance_embeds": True}),
+    ],
+)
+def test_models_with_more_conditions_are_counted(name, settings):
+    """PixArt-alpha of 1024 pixels is told the image's size, FLUX.1-dev its guidance."""
+    host = hosts()[name]
+    config = {key: value for key, value in host.tiny().config.items() if not key.startswith("_")}
+    model = host.model_class(**config | settings)
+    assert plan_cost(model, plan(), grid=Grid(4, 6)).before.flops > 0

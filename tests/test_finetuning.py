@@ -207,3 +207,11 @@ def test_a_shard_lost_while_training_ends_it_with_its_name(tmp_path):
     assert done == list(range(1, len(done) + 1))
     assert 1 <= len(done) <= 5
     assert not _readers() - of_others
+
+
+def test_half_precision_weights_are_not_trained():
+    model = HOST.tiny().bfloat16()
+    before = _weights(model)
+    with pytest.raises(TrainingError, match="the weights to train are bfloat16, .* call model.float"):
+        list(_run(model, precision="bf16"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
