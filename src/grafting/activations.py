@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .contract import ClassConditional, NoiseProcess, Predict, TrainingData
-from .devices import mixed_precision
+from .devices import half_types, is_half, mixed_precision
 from .errors import TrainingError
 from .files import write_json
 from .noising import NoisedBatch, draw_noised
@@ -191,17 +191,15 @@ def prepare_for_training(
     Raises:
         TrainingError: the teacher's weights are of half precision, so nothing can be computed in fp32.
     """
-    half = {p.dtype for p in teacher.parameters() if p.is_floating_point() and p.itemsize < 4}
+    half = half_types(teacher.parameters())
     if half and precision == "fp32":
-        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
         raise TrainingError(
-            f"{stage}: the model's weights are {names}, and precision is fp32: set precision: bf16, or load the model in float32"
+            f"{stage}: the model's weights are {half}, and precision is fp32: set precision: bf16, or load the model in float32"
         )
     device = next(teacher.parameters()).device
-    for parameter in (p for operator in operators.values() for p in operator.parameters()):
-        if parameter.is_floating_point() and parameter.itemsize < 4:
-            parameter.data = parameter.data.float()
     for operator in operators.values():
+        for parameter in filter(is_half, operator.parameters()):
+            parameter.data = parameter.data.float()
         operator.to(device)
 
 

@@ -148,7 +148,10 @@ class Mixer(nn.Module, ABC):
     """How many neurons of the replaced MLP `inherit` took one by one; 0 if it took none, or the mixer has none."""
 
     def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, "kept"]) -> None:
-        """Take these neurons, by index, in the place of those that `inherit` chose."""
+        """Take these neurons, by index, in the place of those that `inherit` chose.
+
+        Asked only of mixers whose `num_inherited_neurons` is positive, which have this method.
+        """
         raise NotImplementedError(f"{type(self).__name__} takes no neurons one by one")
 
 

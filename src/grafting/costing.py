@@ -79,9 +79,9 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
         PlanError: the plan does not fit the model, or an operator does not fit this grid.
     """
     host, (sites, chosen) = host_of(model), _sites(model, plan, grid)
-    standing = _standing(model, sites)
+    standing, edits = _standing(model, sites), resolve(model, plan)
     grid = grid or host.sites(model)[0].grid
-    dropped = {site.block for site, edit in resolve(model, plan).items() if isinstance(edit, Drop)}
+    dropped = {site.block for site, edit in edits.items() if isinstance(edit, Drop)}
     kept = [site for site in sites if site.block not in dropped]
 
     def inputs() -> dict[str, Any]:
@@ -94,8 +94,7 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
             before = model_cost(model, sites, standing, inputs)
             with grafted(model, operators):
                 after = model_cost(model, kept, standing | chosen, inputs)
-    merged = [site for site, edit in resolve(model, plan).items() if isinstance(edit, Merge)]
-    return PlanCost(grid, before, after, len(merged))
+    return PlanCost(grid, before, after, sum(isinstance(edit, Merge) for edit in edits.values()))
 
 
 def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repeats: int = 5) -> Measured:
@@ -153,9 +152,8 @@ def _standing(model: nn.Module, sites: Sequence[Site]) -> dict[Site, OperatorCon
         raise PlanError(
             "the model was grafted in place, so what stands at its sites is not on record: undo that graft first"
         )
-    by_path = {
-        s.path: o for s, o in resolve(model, Record.read(record, source="the model's config").plan).items()
-    }
+    plan = Record.read(record, source="the model's config").plan
+    by_path = {site.path: operator for site, operator in resolve(model, plan).items()}
     return {site: by_path[site.path] for site in held}
 
 

@@ -1,11 +1,12 @@
 """Where work runs, and in which precision."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import RunError
@@ -31,6 +32,16 @@ def default_device() -> torch.device:
             f"process {number} of this machine finds {count} {accelerator.type} devices: start one process a device"
         )
     return torch.device(accelerator.type, number)
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether its type is below float32, in which most of an optimizer's steps round away."""
+    return tensor.is_floating_point() and tensor.itemsize < 4
+
+
+def half_types(tensors: Iterable[Tensor]) -> str:
+    """The types below float32 among some tensors, in words; empty if there are none."""
+    return " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors if is_half(t)}))
 
 
 @contextmanager

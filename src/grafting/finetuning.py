@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import parallel
 from .contract import ClassConditional, NoiseProcess, Predict, Step, TrainingData
 from .data.loader import Loader
-from .devices import default_device, mixed_precision
+from .devices import default_device, half_types, mixed_precision
 from .errors import CheckpointError, TrainingError
 from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
@@ -474,12 +474,9 @@ def _select_parameters(
             f"trainable: {trainable!r} selects none of the model's {len(candidates)} parameters, "
             f"such as {next(iter(candidates), 'none')}"
         )
-    half = {
-        str(candidates[name].dtype).removeprefix("torch.") for name in chosen if candidates[name].itemsize < 4
-    }
-    if half:
+    if half := half_types(candidates[name] for name in chosen):
         raise TrainingError(
-            f"stage 2: the weights to train are {' and '.join(sorted(half))}, in which most of an optimizer's steps round "
+            f"stage 2: the weights to train are {half}, in which most of an optimizer's steps round "
             "away: call model.float() first; with precision: bf16 it is computed in bf16 all the same"
         )
     for name, parameter in candidates.items():

@@ -224,8 +224,12 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
         torch.manual_seed(source.seed)
         return _construct(source), hash_json(source.model_dump(mode="json", exclude_none=True))
     name = source.weights if isinstance(source, FreshModel) else source
-    is_here = name == "testbed" or Path(name or "").exists()
-    folder = find_model(name) if name and is_here else Path(name or "")
+    assert name is not None
+    if name != "testbed" and not Path(name).exists():
+        raise RecipeError(
+            f"no model in {name}: it does not exist; a source is `testbed`, a model's folder, or a host and its config"
+        )
+    folder = find_model(name)
     model, plan = load_model(folder)
     if plan.edits:
         raise RecipeError(f"source {name} is already grafted: a recipe starts from a model without a plan")

@@ -186,8 +186,7 @@ class RunFolder:
         """Note that what stages made may be of an earlier recipe, until they are opened again; `after` one, or all."""
         names = list(self._manifest["stages"])
         for name in names if after is None else names[names.index(after) + 1 :]:
-            self._manifest["stages"][name] |= {"stale": True}
-        self._write()
+            self.write_entry(name, self._manifest["stages"][name] | {"stale": True})
 
     def write_entry(self, name: str, entry: dict[str, Any]) -> None:
         self._manifest["stages"][name] = entry

@@ -167,20 +167,19 @@ def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _settle(operator: nn.Module, path: str, replaced: Operators, *, cast: bool) -> None:
     """Give an operator the device of what it replaces, and its dtype: what it copied each its own, the rest the linears'."""
     old = replaced[path]
+    if not cast:
+        operator.to(next(old.parameters()).device)
+        return
     weights = (module.weight for module in old.modules() if isinstance(module, nn.Linear))
     reference = next((w for w in weights if w.is_floating_point()), next(old.parameters()))
-    dtypes = {
-        id(parameter): original.dtype
-        for copied, module in _copies(operator, path, replaced)
-        for name, original in module.named_parameters()
-        for parameter in [dict(copied.named_parameters()).get(name)]
-    }
+    dtypes: dict[int, torch.dtype] = {}
+    for copied, module in _copies(operator, path, replaced):
+        originals = dict(module.named_parameters())
+        dtypes |= {id(p): originals[name].dtype for name, p in copied.named_parameters() if name in originals}
 
     def settle(tensor: Tensor) -> Tensor:
-        casts = cast and tensor.is_floating_point()
-        return tensor.to(
-            device=reference.device, dtype=dtypes.get(id(tensor), reference.dtype) if casts else None
-        )
+        dtype = dtypes.get(id(tensor), reference.dtype) if tensor.is_floating_point() else None
+        return tensor.to(device=reference.device, dtype=dtype)
 
     operator._apply(settle)
 

@@ -129,8 +129,7 @@ def model_cost(
 
 
 def changes(before: ModelCost, after: ModelCost) -> dict[str, float]:
-    """By how many percent a plan changes costs: of all operators of the edited and dropped roles, and of the
-    whole model.
+    """By how many percent a plan changes costs: of all operators of the edited and dropped roles, and of the whole model.
 
     `flops_op` and `flops_ft` are dFLOPs_op and dFLOPs_ft of arXiv:2506.05340 Table 4, counted by its rules; all other
     FLOPs are complete. A part that costs nothing before and after has changed by 0.
