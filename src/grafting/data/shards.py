@@ -6,6 +6,7 @@ and threads that read do not hold Python's lock.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import sha256_of
 
+# before a column's name: the lengths of its rows
+LENGTHS = "lengths:"
 # safetensors' own limit
 _LONGEST_HEADER = 100_000_000
 # torch's names of dtypes, and safetensors'
@@ -154,6 +157,62 @@ class ShardFile(TensorFile):
         """
         length = into.shape[1]
         self.read("latents", ((into[place], row * length) for place, row in zip(places, rows, strict=True)))
+
+
+class RaggedFile(TensorFile):
+    """A safetensors file of columns: `count` rows each, or, where rows have their own lengths, the rows end to end.
+
+    Args:
+        columns: dtype and shape of a row of each; of a ragged one, less the first axis.
+        lengths: of all rows of each ragged column together; `lengths:NAME` [count] in the file has them one by one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        count: int,
+        columns: Mapping[str, tuple[str, tuple[int, ...]]],
+        lengths: Mapping[str, int],
+        sha256: str | None,
+    ):
+        tensors = {
+            name: (dtype, (lengths.get(name, count), *shape)) for name, (dtype, shape) in columns.items()
+        }
+        super().__init__(
+            path, tensors | {LENGTHS + name: ("int32", (count,)) for name in lengths}, sha256=sha256
+        )
+        self.count = count
+        self._spans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def spans(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where along a column's first axis each row begins [count], and its length [count]: 1 where they are not ragged.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        if name not in self._spans:
+            lengths = np.ones(self.count, np.int64)
+            if LENGTHS + name in self.tensors:
+                lengths = self.integers(LENGTHS + name).astype(np.int64)
+            if lengths.min() < 0 or lengths.sum() != self.tensors[name][1][0]:
+                raise DataError(f"the shard {self.path} is damaged: the lengths of {name} do not add up")
+            self._spans[name] = (lengths.cumsum() - lengths, lengths)
+        return self._spans[name]
+
+    def read_rows(
+        self, name: str, rows: list[int], into: UInt8[np.ndarray, "b n"], places: list[int]
+    ) -> None:
+        """Copies the bytes of a column's `rows` to the beginnings of `places` of `into`.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        starts, lengths = self.spans(name)
+        dtype, (_, *shape) = self.tensors[name]
+        size = getattr(torch, dtype).itemsize * math.prod(shape)
+        targets = (into[place, : lengths[row] * size] for place, row in zip(places, rows, strict=True))
+        self.read(name, zip(targets, (int(starts[row]) * size for row in rows), strict=True))
 
 
 def _read_at(descriptor: int, target: np.ndarray, start: int) -> None:
