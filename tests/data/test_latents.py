@@ -9,6 +9,7 @@ import torch
 
 from closeness import assert_close
 from grafting.contract import TrainingData
+from grafting.data.latentfolder import LatentFolder
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names, write_latents
 from grafting.data.subset import Subset, write_subset
 from grafting.errors import DataError
@@ -59,6 +60,13 @@ def test_indexes_of_before_shifts_are_read_and_keep_their_hash(folder: Path):
     assert LatentsConfig(folder=folder).describe()["sha256"] == hash_json(older)
 
 
+def test_latents_of_prompts_say_which(folder: Path, tmp_path: Path):
+    assert LatentsConfig(folder=folder).load().conditions_sha256 is None
+    bound = LatentsConfig(folder=write(tmp_path / "bound", dtype=torch.float32, conditions_sha256="ab" * 32))
+    assert bound.load().take(torch.tensor([3])).conditions_sha256 == "ab" * 32
+    assert bound.describe()["sha256"] != LatentsConfig(folder=folder).describe()["sha256"]
+
+
 def test_names_of_items(folder: Path):
     with pytest.raises(DataError, match=r"the items in .* have no names, only numbers 0\.\.10"):
         read_item_names(folder, read_index(folder))
@@ -70,6 +78,52 @@ def test_names_of_items(folder: Path):
     (folder / "items.txt").write_text("a\nc\n")
     with pytest.raises(DataError, match="items.txt, the names of the items, is missing or damaged"):
         read_item_names(folder, read_index(folder))
+
+
+VIDEOS = torch.randn(11, 4, 3, 2, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_videos(tmp_path: Path):
+    folder = write(tmp_path, VIDEOS, dtype=torch.float32)
+    indices = torch.tensor([10, 0, 4])
+    x, labels = LatentsConfig(folder=folder).load().batch(indices)
+    assert torch.equal(x, 0.5 * VIDEOS[indices])
+    assert torch.equal(labels, LABELS[indices])
+    assert read_index(folder).shape == (4, 3, 2, 3)
+
+
+def test_samples_of_videos_from_means_and_variances(tmp_path: Path):
+    videos = VIDEOS.clone()
+    videos[:, 2:] = -100  # log variances of next to nothing
+    latents = LatentsConfig(folder=write(tmp_path, videos, stored="moments", dtype=torch.float32)).load()
+    x, _ = latents.batch(torch.arange(11))
+    assert_close("means", x, 0.5 * VIDEOS[:, :2], ratio=1e-5)
+
+
+def test_a_folder_of_videos_filled_shard_by_shard(tmp_path: Path):
+    folder = LatentFolder(
+        folder=tmp_path, facts={}, num_images=11, per_shard=4, shape=(4, 3, 2, 3), dtype="fp32", num_classes=3
+    )
+    with folder.working(rank=0, world_size=1) as shards:
+        for number in shards:
+            items = list(folder.images_of(number))
+            labels, names = LABELS[items].tolist(), [str(item) for item in items]
+            folder.write(number, VIDEOS[items], labels, names=names, unreadable={})
+    folder.finish(
+        {"source": "toy", "vae": "toy", "scale": 1.0, "stored": "samples", "conditions_sha256": "cd" * 32},
+        max_unreadable=0,
+    )
+    latents = LatentsConfig(folder=tmp_path).load()
+    assert torch.equal(latents.batch(torch.arange(11))[0], VIDEOS)
+    assert latents.conditions_sha256 == "cd" * 32
+
+
+def test_files_of_an_index_stay_in_its_folder(folder: Path):
+    text = (folder / INDEX_NAME).read_text()
+    for name in ("../latents-00001.safetensors", "/latents-00001.safetensors"):
+        (folder / INDEX_NAME).write_text(text.replace("latents-00001.safetensors", name))
+        with pytest.raises(DataError, match=f"{name} leads out of the folder"):
+            read_index(folder)
 
 
 def test_half_precision_by_default(tmp_path: Path):

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import DataError, RunError
 from ..files import atomic_path, is_empty, sha256_of, write_bytes, write_json
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
+from .shards import facts_of
 
 FORMAT = 1
 WORK_NAME = "work.json"
@@ -55,7 +56,7 @@ class LatentFolder:
     facts: Mapping[str, Any]  # all that the shards' bytes depend on, as JSON
     num_images: int
     per_shard: int
-    shape: tuple[int, int, int]  # of an item as it is stored
+    shape: tuple[int, ...]  # of an item as it is stored
     dtype: Dtype
     num_classes: int
     items_per_image: int = 1
@@ -159,7 +160,7 @@ class LatentFolder:
     def write(
         self,
         number: int,
-        latents: Float[Tensor, "n c h w"],
+        latents: Float[Tensor, "n c *fhw"],
         labels: Sequence[int],
         *,
         names: Sequence[str],
@@ -182,9 +183,7 @@ class LatentFolder:
                     {"latents": stored, "labels": torch.tensor(labels, dtype=torch.int32)},
                     temporary,
                 )
-            shard = Shard(
-                file=path.name, count=len(labels), bytes=path.stat().st_size, sha256=sha256_of(path)
-            )
+            shard = Shard(**facts_of(path), count=len(labels))
         record = Record(shard=shard, names=tuple(names), unreadable=dict(unreadable))
         write_json(self._record_path(number), record.model_dump(mode="json"))
 

@@ -1,16 +1,15 @@
 """Latents of large data sets in a folder: safetensors shards and a JSON index that says what they are. Reader and writer.
 
-A batch reads the rows that it names and nothing else. A shard holds `latents` (samples [n, C, h, w], or the VAE's means and
-log variances [n, 2C, h, w]) as the VAE gives them, and `labels` [n]; the scale and shift of the diffusion model are in the index
-and are applied as they are read.
+A batch reads the rows that it names and nothing else. A shard holds `latents` (samples [n, C, ...], or the VAE's means and
+log variances [n, 2C, ...]; of images [C, h, w], of videos [C, F, h, w]) as the VAE gives them, and `labels` [n], which are classes
+or numbers of prompts; the scale and shift of the diffusion model are in the index and are applied as they are read.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     FiniteFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import atomic_path, hash_json, sha256_of, write_json
 from ..randomness import item_noise
-from .shards import ShardFile
+from .shards import ShardFile, StoredFile, by_shard, facts_of
 from .subset import Listing, PartialData, subset_sha256
 
 INDEX_NAME = "latents.json"
@@ -38,15 +38,10 @@ INDEX_NAME = "latents.json"
 Stored = Literal["samples", "moments"]
 
 
-class Shard(BaseModel):
-    """A file of an index."""
+class Shard(StoredFile):
+    """A file of so many items."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str
     count: PositiveInt
-    bytes: PositiveInt
-    sha256: str
 
 
 class ItemNames(BaseModel):
@@ -69,8 +64,8 @@ class LatentIndex(BaseModel):
     shift: FiniteFloat = 0.0
     stored: Stored
     dtype: str
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # of an item as it is stored
-    num_classes: PositiveInt
+    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3)]  # of an item as it is stored
+    num_classes: PositiveInt  # of prompts, where labels are their numbers
     shards: tuple[Shard, ...]
     vae_revision: str | None = None  # the commit on the Hub
     vae_sha256: str | None = None  # of its config and weights
@@ -81,6 +76,7 @@ class LatentIndex(BaseModel):
     unreadable: NonNegativeInt = 0  # images that are left out
     notes: str = ""
     items: ItemNames | None = None
+    conditions_sha256: str | None = None  # of the prompts whose numbers the labels are
 
     @property
     def count(self) -> int:
@@ -155,9 +151,7 @@ class LatentSet:
 
     def __init__(self, folder: Path, index: LatentIndex, items: Int[Tensor, "m"], *, seed: int):
         self.folder, self.index, self.items, self.seed = folder, index, items, seed
-        counts = torch.tensor([shard.count for shard in index.shards])
-        self._ends = counts.cumsum(0)
-        self._starts = self._ends - counts
+        self._ends = torch.tensor([shard.count for shard in index.shards]).cumsum(0)
         self._shards = [
             ShardFile(folder / shard.file, count=shard.count, dtype=index.dtype, shape=index.shape)
             for shard in index.shards
@@ -170,6 +164,11 @@ class LatentSet:
     def num_classes(self) -> int:
         return self.index.num_classes
 
+    @property
+    def conditions_sha256(self) -> str | None:
+        """The hash of the prompts whose numbers the labels are; None where they are classes."""
+        return self.index.conditions_sha256
+
     @cached_property
     def labels(self) -> Int[Tensor, "m"]:
         """The class of every item of this set."""
@@ -178,7 +177,7 @@ class LatentSet:
             labels[places] = shard.labels[rows]
         return torch.from_numpy(labels)
 
-    def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]:
+    def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c *fhw"], Int[Tensor, "b"]]:
         """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
 
         Raises:
@@ -188,18 +187,15 @@ class LatentSet:
         stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
         content, labels = stored.flatten(1).view(torch.uint8).numpy(), np.empty(len(numbers), np.int64)
         for shard, rows, places in self._by_shard(numbers):
-            shard.read(rows, content, places)
+            shard.read_rows(rows, content, places)
             labels[places] = shard.labels[rows]
         latents = self._samples(stored.float(), numbers)
         return latents.sub_(self.index.shift).mul_(self.index.scale), torch.from_numpy(labels)
 
     def _by_shard(self, numbers: Tensor) -> Iterator[tuple[ShardFile, list[int], list[int]]]:
         """Each shard that holds some of these items, their rows in it, and their places among `numbers`."""
-        shard_of = torch.searchsorted(self._ends, numbers, right=True)
-        rows, order = (numbers - self._starts[shard_of]).tolist(), shard_of.argsort().tolist()
-        for number, group in groupby(order, key=shard_of.tolist().__getitem__):
-            places = list(group)
-            yield self._shards[number], [rows[place] for place in places], places
+        for number, rows, places in by_shard(self._ends, numbers):
+            yield self._shards[number], rows, places
 
     def take(self, indices: Int[Tensor, "m"]) -> "LatentSet":
         """The set of these items, in this order."""
@@ -207,18 +203,9 @@ class LatentSet:
 
     def check(self, *, hashes: bool) -> None:
         """Raises a DataError that names every shard of this set's items that is missing or not what the index says."""
-        faults = []
-        for number in torch.searchsorted(self._ends, self.items, right=True).unique().tolist():
-            shard = self.index.shards[number]
-            path = self.folder / shard.file
-            if not path.is_file():
-                faults.append(f"{shard.file} is missing")
-            elif path.stat().st_size != shard.bytes:
-                faults.append(
-                    f"{shard.file} is cut short or changed: {path.stat().st_size} bytes, not {shard.bytes}"
-                )
-            elif hashes and sha256_of(path) != shard.sha256:
-                faults.append(f"{shard.file} is damaged: its sha256 is not {shard.sha256[:12]}")
+        used = torch.searchsorted(self._ends, self.items, right=True).unique().tolist()
+        found = (self.index.shards[number].fault(self.folder, hashes=hashes) for number in used)
+        faults = [fault for fault in found if fault]
         if faults:
             raise DataError("\n  ".join([f"the latents in {self.folder} are not whole:", *faults]))
 
@@ -265,13 +252,14 @@ def read_item_names(folder: Path, index: LatentIndex) -> list[str]:
 
 def write_latents(
     folder: Path,
-    batches: Iterable[tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]],
+    batches: Iterable[tuple[Float[Tensor, "b c *fhw"], Int[Tensor, "b"]]],
     *,
     source: str,
     vae: str,
     scale: float,
     shift: float = 0.0,
     num_classes: int,
+    conditions_sha256: str | None = None,
     stored: Stored = "samples",
     dtype: torch.dtype = torch.float16,
     shard_size: int = 2048,
@@ -279,6 +267,10 @@ def write_latents(
     """Write batches of unscaled latents (or means and log variances) and labels as shards, and then their index.
 
     Only `shard_size` items are in memory. A folder with an index is complete.
+
+    Args:
+        num_classes: labels are below it; the number of prompts, where labels are their numbers.
+        conditions_sha256: `Prompts.sha256` of those prompts; left out, labels are classes.
 
     Raises:
         DataError: no items, or a label that is no class.
@@ -291,15 +283,12 @@ def write_latents(
             raise DataError(
                 f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
             )
-        channels, height, width = latents.shape[1:]
-        shape = (channels, height, width)
+        shape = tuple(latents.shape[1:])
         path = folder / f"latents-{number:05}.safetensors"
         tensors = {"latents": latents.to(dtype).contiguous(), "labels": labels.to(torch.int32).contiguous()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
-        shards.append(
-            Shard(file=path.name, count=len(labels), bytes=path.stat().st_size, sha256=sha256_of(path))
-        )
+        shards.append(Shard(**facts_of(path), count=len(labels)))
     if shape is None:
         raise DataError(f"no latents to write to {folder}")
     index = LatentIndex(
@@ -312,6 +301,7 @@ def write_latents(
         shape=shape,
         num_classes=num_classes,
         shards=tuple(shards),
+        conditions_sha256=conditions_sha256,
     )
     write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
     return index
@@ -319,7 +309,7 @@ def write_latents(
 
 def _regrouped(
     batches: Iterable[tuple[Tensor, Tensor]], size: int
-) -> Iterator[tuple[Float[Tensor, "n c h w"], Int[Tensor, "n"]]]:
+) -> Iterator[tuple[Float[Tensor, "n c *fhw"], Int[Tensor, "n"]]]:
     """The same items in groups of `size`, the last of what is left."""
     latents: list[Tensor] = []
     labels: list[Tensor] = []

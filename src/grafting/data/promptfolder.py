@@ -1,0 +1,198 @@
+"""A folder of encoded prompts while it is written, shard by shard; the index is written last: a folder with one is complete."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DataError, RunError
+from ..files import atomic_path, write_bytes, write_json
+from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
+from .shards import LENGTHS, StoredFile, facts_of
+
+WORDS_NAME = "words.jsonl"
+COMMON_NAME = "common.safetensors"
+
+
+class Prompt(NamedTuple):
+    """A prompt to write."""
+
+    words: str
+    tensors: Mapping[str, Tensor]  # by the names of arguments, without a batch axis
+    null: int = 0  # which of the nulls stands for it where it is dropped, counted from 0
+
+
+def write_prompts(
+    folder: Path,
+    rows: Iterable[Prompt],
+    *,
+    source: str,
+    nulls: Sequence[Prompt] = (),
+    lengths: Mapping[str, str] | None = None,
+    mask_dtype: torch.dtype = torch.bool,
+    common: Mapping[str, Tensor] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    dropout: float = 0.0,
+    shard_bytes: int = 1 << 28,
+) -> PromptIndex:
+    """Write prompts as shards, and then their index: a folder with an index is complete.
+
+    In memory are the tensors of one shard, and all words.
+
+    Args:
+        rows: the prompts; all have the same tensors, of the same dtypes and shapes but for declared lengths.
+        source: where the words are from, and what encoded them.
+        nulls: prompts that ask for nothing: one for all, or several, which `Prompt.null` chooses among.
+        lengths: tensors that each prompt has in a length of its own, along the first axis, and the name of the mask of each:
+            `{"encoder_hidden_states": "encoder_attention_mask"}`. A prompt without that mask is given one of ones.
+        mask_dtype: of the masks that are made.
+        common: tensors that are the same for all prompts, expanded along a batch axis that is put before theirs.
+        constants: tensors and JSON values that are passed as they are, `{"guidance": 3.5}`.
+        dropout: share of prompts that training replaces by their null.
+        shard_bytes: a shard ends with the prompt that makes it this large.
+
+    Raises:
+        DataError: no prompts, one that is not like those before it, or no null to drop prompts for.
+        RunError: the folder holds prompts, or cannot be written.
+    """
+    if (folder / INDEX_NAME).exists():
+        raise RunError(f"{folder} holds prompts already: name another folder")
+    check_dropout(dropout, num_nulls=len(nulls))
+    shared = _write_shared(folder, common or {}, constants or {})
+    names = [*shared["shared"], *shared["values"]]
+    table = _Table(lengths or {}, mask_dtype, num_nulls=len(nulls), others=names)
+    own = (null._replace(null=number) for number, null in enumerate(nulls))
+    shards = [
+        _write_shard(folder / f"prompts-{number:05}.safetensors", prompts, table.columns)
+        for number, prompts in enumerate(_sharded(map(table.admit, chain(rows, own)), shard_bytes))
+    ]
+    if len(table.lines) == len(nulls):
+        raise DataError(f"no prompts to write to {folder}")
+    write_bytes(folder / WORDS_NAME, "".join(table.lines).encode("utf-8", "surrogatepass"))
+    index = PromptIndex(
+        source=source,
+        count=len(table.lines) - len(nulls),
+        num_nulls=len(nulls),
+        columns=table.columns,
+        shards=tuple(shards),
+        words=StoredFile(**facts_of(folder / WORDS_NAME)),
+        dropout=dropout,
+        **shared,
+    )
+    write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
+    return index
+
+
+class _Table:
+    """What the prompts are, as the first has it, and the words of those that were admitted."""
+
+    def __init__(
+        self, lengths: Mapping[str, str], mask_dtype: torch.dtype, *, num_nulls: int, others: list[str]
+    ):
+        self.lengths, self.mask_dtype, self.num_nulls, self.others = lengths, mask_dtype, num_nulls, others
+        self.columns: dict[str, Column] = {}
+        self.lines: list[str] = []
+
+    def admit(self, prompt: Prompt) -> dict[str, Tensor]:
+        """A prompt's tensors, with its masks; copies, since a part of a batch holds the batch in memory.
+
+        Raises:
+            DataError: it is not like those before.
+        """
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in prompt.tensors.items()
+        }
+        for name, mask in self.lengths.items():
+            if name in tensors and mask not in tensors:
+                tensors[mask] = torch.ones(tensors[name].shape[:1], dtype=self.mask_dtype)
+        if faults := [*self._length_faults(tensors), *self._faults(prompt, tensors)]:
+            head = f"prompt {len(self.lines)}, {prompt.words!r}, cannot be stored:"
+            raise DataError("\n  ".join([head, *faults]))
+        line = {"words": prompt.words} | ({"null": prompt.null} if prompt.null else {})
+        self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        return tensors
+
+    def _faults(self, prompt: Prompt, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        found = {name: self._column(name, tensor) for name, tensor in tensors.items()}
+        self.columns = self.columns or found
+        if odd := odd_names([*found, *self.others]):
+            yield f"arguments without names of their own: {', '.join(odd)}"
+        if found.keys() != self.columns.keys():
+            yield f"it has {', '.join(found)}, and the first prompt {', '.join(self.columns)}"
+        for name in [name for name in found if name in self.columns]:
+            if found[name] != self.columns[name]:
+                yield _difference(name, found[name], self.columns[name])
+            if tensors[name].is_floating_point() and tensors[name].isnan().any():
+                yield f"{name} holds NaN"
+        if not 0 <= prompt.null < max(self.num_nulls, 1):
+            yield f"its null is number {prompt.null}, and there are {self.num_nulls}, counted from 0"
+
+    def _length_faults(self, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        for name, mask in self.lengths.items():
+            if name not in tensors:
+                yield f"it has no {name}, of which a mask is declared"
+            elif (size := tensors[name].shape[:1]) != tensors[mask].shape[:1] or not size:
+                shapes = list(tensors[name].shape), list(tensors[mask].shape)
+                yield f"{name} {shapes[0]} and its mask {mask} {shapes[1]} differ in length"
+
+    def _column(self, name: str, tensor: Tensor) -> Column:
+        ragged = name in self.lengths or name in self.lengths.values() or name.endswith("[]")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Column(dtype=dtype, shape=tuple(tensor.shape[1:] if ragged else tensor.shape), ragged=ragged)
+
+
+def _difference(name: str, found: Column, first: Column) -> str:
+    text = f"{name} is {found.dtype} {list(found.shape)}, and of the first prompt {first.dtype} {list(first.shape)}"
+    if found.dtype == first.dtype and found.shape[1:] == first.shape[1:]:
+        text += f": name its mask, `lengths={{{name!r}: MASK}}`, or bring all to one length"
+    return text
+
+
+def _sharded(rows: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:
+    """The same rows in groups of `size` bytes or little more, the last of what is left."""
+    held: list[dict[str, Tensor]] = []
+    num_bytes = 0
+    for row in rows:
+        held.append(row)
+        num_bytes += sum(tensor.nbytes for tensor in row.values())
+        if num_bytes >= size:
+            yield held
+            held, num_bytes = [], 0
+    if held:
+        yield held
+
+
+def _write_shard(path: Path, rows: list[dict[str, Tensor]], columns: Mapping[str, Column]) -> PromptShard:
+    tensors, lengths = {}, {}
+    for name, column in columns.items():
+        parts = [row[name] for row in rows]
+        tensors[name] = torch.cat(parts) if column.ragged else torch.stack(parts)
+        if column.ragged:
+            lengths[name] = len(tensors[name])
+            tensors[LENGTHS + name] = torch.tensor([len(part) for part in parts], dtype=torch.int32)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+    return PromptShard(**facts_of(path), count=len(rows), lengths=lengths)
+
+
+def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the tensors that are the same for all prompts; gives what the index says of them and of other constants."""
+    constant = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
+    kinds = dict.fromkeys(common, "common") | dict.fromkeys(constant, "constant")
+    if odd := odd_names([*common, *constants]):
+        raise DataError(f"arguments without names of their own: {', '.join(odd)}")
+    try:
+        values = json.loads(json.dumps({n: value for n, value in constants.items() if n not in constant}))
+    except TypeError as error:
+        raise DataError(f"constants are tensors or JSON values: {error}") from error
+    if not kinds:
+        return {"shared": kinds, "values": values}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in {**common, **constant}.items()}
+    with atomic_path(folder / COMMON_NAME) as temporary:
+        save_file(tensors, temporary)
+    return {"shared": kinds, "values": values, "common": StoredFile(**facts_of(folder / COMMON_NAME))}
