@@ -26,9 +26,7 @@ import torch
 from torch import nn
 
 from grafting.data.images import ImageSet
-from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
-from grafting.hosts import host_of
 from grafting.models.dit import DiT
 from grafting.plan import Plan, Replace
 from grafting.surgery import build_operators
@@ -189,9 +187,6 @@ def _distill(
         operators,
         data,
         config,
-        roles=dict.fromkeys(operators, "attention"),
-        predict=host_of(teacher).predict,
-        diffusion=Diffusion(),
         cache_folder=folder,
     )
 

@@ -18,10 +18,8 @@ import torch
 
 from grafting.calibration import CalibrateConfig, calibrate
 from grafting.data.bundled import bundled_subset, testbed_model_folder
-from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
 from grafting.files import write_json
-from grafting.hosts import host_of
 from grafting.models.dit import DiT
 from grafting.plan import Plan, Replace
 from grafting.surgery import build_operators
@@ -88,12 +86,6 @@ class Bench:
     def __init__(self, config: DistillConfig):
         self.teacher, self.data = DiT.from_pretrained(testbed_model_folder()).eval(), bundled_subset()
         self.config = config
-        host = host_of(self.teacher)
-        self.common = {
-            "predict": host.predict,
-            "diffusion": Diffusion(),
-            "classes": host.class_conditional(self.teacher),
-        }
 
     def measure(self, operator: dict[str, Any], role: str, start: str) -> dict[str, Any]:
         """Means over the sites before and after stage 1, R^2 by site before it, and seconds."""
@@ -101,13 +93,10 @@ class Bench:
         plan = Plan(edits=(Replace(role=role, blocks="all", operator=operator),))
         operators = build_operators(self.teacher, plan.randomised() if start == "random" else plan)
         if start == "calibrate":
-            for _ in calibrate(
-                self.teacher, operators, self.data, CalibrateConfig(samples=256), **self.common
-            ):
+            for _ in calibrate(self.teacher, operators, self.data, CalibrateConfig(samples=256)):
                 pass
         calibrated = time.perf_counter()
-        roles = dict.fromkeys(operators, role)
-        steps = distill(self.teacher, operators, self.data, self.config, roles=roles, **self.common)
+        steps = distill(self.teacher, operators, self.data, self.config)
         before, *_, after = (step.values for step in steps)
         return {
             "loss_before": _mean(before, "holdout_loss"),

@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from grafting.checkpoint import load
-from grafting.contract import ClassConditional
 from grafting.decoding import Decoder
 from grafting.drawing import Drawing, describe_model
 from grafting.files import sha256_of
@@ -125,16 +124,15 @@ def draw_share(
 ) -> None:
     os.sched_setaffinity(0, {core})
     host = host_of(model)
-    facts = host.class_conditional(model)
-    assert isinstance(facts, ClassConditional)
     drawing = Drawing(
         path.with_suffix(".shards"),
         config,
-        facts=facts,
+        denoiser=host.denoiser(model),
+        shape=host.shape(model),
         decoder=Decoder(),
         identity=describe_model(model, settings={}),
     )
-    for _ in drawing.draw(model, predict=host.predict, rank=rank, world_size=world_size):
+    for _ in drawing.draw(model, rank=rank, world_size=world_size):
         pass
     if rank == 0:
         for _ in drawing.wait():

@@ -49,9 +49,10 @@ from grafting.errors import GraftingError
 from grafting.files import hash_json, sha256_of
 from grafting.interruption import Interrupted, catching_signals
 from grafting.parallel import is_main
-from grafting.recipe import Recipe, run
-from grafting.recipefile import merge
 from grafting.runfolder import read_log
+from grafting.runs.file import merge
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 
 SAVE_EVERY = 5
 RECIPE = {

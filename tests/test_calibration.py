@@ -16,7 +16,7 @@ from grafting.hosts import hosts
 from grafting.models.dit import DiT
 from grafting.plan import Plan, Replace
 from grafting.surgery import build_operators
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
 DATA = noise_images(64, size=16)
@@ -30,7 +30,7 @@ def _setup(operator, *, role="attention", host=HOST):
 
 def _calibrate(teacher, operators, **settings):
     config = CalibrateConfig(**{"samples": 128, "batch_size": 32} | settings)
-    return list(calibrate(teacher, operators, DATA, config, predict=HOST.predict, diffusion=Diffusion()))
+    return list(calibrate(teacher, operators, DATA, config, denoiser=denoiser()))
 
 
 def _states(operators):
@@ -171,11 +171,7 @@ def test_a_wider_mlp_of_the_testbed_is_exact_before_and_after():
     for path, (args, kwargs, want) in calls.items():
         assert_close(path, operators[path](*args, **kwargs), want, 1e-6)
     config = CalibrateConfig(samples=16, batch_size=16)
-    list(
-        calibrate(
-            teacher, operators, bundled.bundled_subset(), config, predict=HOST.predict, diffusion=Diffusion()
-        )
-    )
+    list(calibrate(teacher, operators, bundled.bundled_subset(), config, denoiser=denoiser()))
     for path, (args, kwargs, want) in calls.items():
         assert_close(path, operators[path](*args, **kwargs), want, 1e-5)
 
@@ -185,11 +181,7 @@ def test_a_narrower_mlp_of_the_testbed_starts_with_little_error():
     teacher, built = _testbed({"name": "mlp", "ratio": 3})
     operators = copy.deepcopy(built)
     config = CalibrateConfig(samples=128)
-    list(
-        calibrate(
-            teacher, built, bundled.bundled_subset(), config, predict=HOST.predict, diffusion=Diffusion()
-        )
-    )
+    list(calibrate(teacher, built, bundled.bundled_subset(), config, denoiser=denoiser()))
     for path, (args, _, want) in _calls(teacher, built).items():
         fitted, inherited = (
             (want - mlp.mixer(args[0], built[path].tracker.layout)).square().mean()
@@ -219,15 +211,13 @@ def test_images_that_stage_1_holds_out_are_not_used():
     teacher, operators = _setup("softmax")
     calibration, stage_1 = _Watched(), _Watched()
     config = CalibrateConfig(samples=48, batch_size=16, seed=4)
-    list(calibrate(teacher, operators, calibration, config, predict=HOST.predict, diffusion=Diffusion()))
+    list(calibrate(teacher, operators, calibration, config, denoiser=denoiser()))
     steps = distill(
         teacher,
         operators,
         stage_1,
         DistillConfig(steps=0, holdout=16, seed=4),
-        roles=dict.fromkeys(operators, "attention"),
-        predict=HOST.predict,
-        diffusion=Diffusion(),
+        denoiser=denoiser(),
     )
     next(steps)
     assert len(stage_1.read) == 16

@@ -12,9 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from grafting import cli, recipe
+from grafting import cli
 from grafting.errors import RunError
 from grafting.operators import PRESETS, operator_configs
+from grafting.runs.recipe import Recipe
+from grafting.runs.stages import STAGES
 
 # a model of two blocks, 16 tokens; ten images are the fewest that can be measured
 RECIPE = {
@@ -96,7 +98,7 @@ def test_help_lists_every_command():
 
 
 def test_stages_of_until_are_those_of_a_run():
-    assert get_args(cli.run.StageName) == tuple(recipe.STAGES)
+    assert get_args(cli.run.StageName) == tuple(STAGES)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
@@ -170,7 +172,7 @@ def test_interruption_is_exit_code_130(tmp_path: Path, monkeypatch: pytest.Monke
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "run", interrupted)
+    monkeypatch.setattr("grafting.runs.run.run", interrupted)
     result = call("run", write_recipe(tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 130
     assert "same command goes on" in result.stderr
@@ -180,7 +182,7 @@ def test_errors_of_a_run_are_one_message(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*args: object, **kwargs: object) -> None:
         raise RunError("cannot write x: no space left")
 
-    monkeypatch.setattr(recipe, "run", full)
+    monkeypatch.setattr("grafting.runs.run.run", full)
     assert fails("distill", write_recipe(tmp_path)) == "Error: cannot write x: no space left\n"
 
 
@@ -225,7 +227,7 @@ def test_the_schema_in_the_repository_is_current(tmp_path: Path):
 def test_schema_describes_recipes(tmp_path: Path):
     assert call("schema", "--out", tmp_path / "schema.json").exit_code == 0
     schema = json.loads((tmp_path / "schema.json").read_text())
-    assert set(recipe.Recipe.model_fields) | {"base"} == set(schema["properties"])
+    assert set(Recipe.model_fields) | {"base"} == set(schema["properties"])
     assert {"required": ["base"]} in schema["anyOf"]
     assert json.loads(call("schema").output) == schema
 
@@ -371,8 +373,11 @@ def test_missing_and_truncated_samples(tmp_path: Path):
         (["--num", "0"], "num_images: Input should be greater than 0, found 0"),
         (["--steps", "-1"], "steps: "),
         (["--labels", "3,coat"], "--labels is balanced, random, or classes"),
-        (["--labels", "3,10"], "labels [10] are out of range: classes are 0..9"),
-        (["--sampler", "euler"], "sampler: Input should be 'ddpm', 'ddim' or 'dpm-solver++', found 'euler'"),
+        (["--labels", "3,10"], "labels [10] are out of range: conditions are 0..9"),
+        (
+            ["--sampler", "euler"],
+            "sampler euler does not run predicted noise, which takes ddpm, ddim, dpm-solver++",
+        ),
         (["--out", "x.jpg"], "--out names an .npz file"),
     ],
 )

@@ -22,7 +22,9 @@ from grafting.functional.pixels import to_uint8
 from grafting.hosts import hosts
 from grafting.models.dit import DiT
 from grafting.plan import Plan
-from grafting.recipe import Recipe, prepare, run
+from grafting.runs.job import prepare
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 from grafting.samples import open_samples, origin_of, read_samples
 from grafting.sampling import SamplingConfig, sample
 from imagefiles import write_vae
@@ -120,9 +122,7 @@ def test_latents_become_pixels(tmp_path, folders):
         sampler="ddim", steps=2, cfg_scale=1.5, guided_channels=1, num_images=10, batch_size=4
     )
     model = DiT.from_pretrained(latents)
-    drawn = sample(
-        model, config, predict=hosts()["dit"].predict, shape=(2, 8, 8), num_classes=10, null_label=10
-    )
+    drawn = sample(model, config, denoiser=hosts()["dit"].denoiser(model), shape=(2, 8, 8))
     want = torch.cat([to_uint8(load_autoencoder(vae).decode(batch.x)) for batch in drawn])
     difference = (read_samples(tmp_path / "s.npz").images.int() - want.int()).abs()
     assert difference.max() <= 1

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from closeness import assert_close
-from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
 from grafting.errors import CheckpointError, TrainingError
 from grafting.functional.losses import regression_loss
@@ -14,7 +13,7 @@ from grafting.hosts import hosts
 from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import build_operators
 from plainprocess import in_a_plain_process
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
 
@@ -25,16 +24,14 @@ def _setup(operator, role="attention", blocks="all"):
     return teacher, build_operators(teacher, plan)
 
 
-def _run(teacher, operators, *, state=None, role="attention", cache_folder=None, **settings):
+def _run(teacher, operators, *, state=None, cache_folder=None, **settings):
     config = DistillConfig(**{"steps": 6, "batch_size": 8, "holdout": 16, "holdout_every": 3} | settings)
     return distill(
         teacher,
         operators,
         noise_images(64, size=16),
         config,
-        roles=dict.fromkeys(operators, role),
-        predict=HOST.predict,
-        diffusion=Diffusion(),
+        denoiser=denoiser(),
         cache_folder=cache_folder,
         state=state,
     )
@@ -132,18 +129,13 @@ def _merged(plan=MERGED):
 
 
 def _run_merged(teacher, operators, **settings):
-    """Roles as a recipe gives them: of every site and block that the plan names."""
-    paths = ("blocks.0.attn", "blocks.2.attn", "blocks.1", "blocks.2")
-    roles = {path: "attention" if "attn" in path else "block" for path in paths}
     config = DistillConfig(**{"steps": 6, "batch_size": 8, "holdout": 16, "holdout_every": 3} | settings)
     return distill(
         teacher,
         operators,
         noise_images(64, size=16),
         config,
-        roles=roles,
-        predict=HOST.predict,
-        diffusion=Diffusion(),
+        denoiser=denoiser(),
     )
 
 
@@ -212,9 +204,7 @@ def test_merged_pairs_resume_and_replay_exactly(tmp_path):
             operators,
             noise_images(64, size=16),
             config,
-            roles=dict.fromkeys(operators, "block"),
-            predict=HOST.predict,
-            diffusion=Diffusion(),
+            denoiser=denoiser(),
             cache_folder=tmp_path / folder,
             **more,
         )
@@ -341,8 +331,7 @@ def test_trains_on_as_many_images_as_asked():
             return noise_images(64, size=16).batch(indices)
 
     config = DistillConfig(steps=8, batch_size=8, images=24, holdout=16, holdout_every=100)
-    settings = {"roles": {"blocks.0.attn": "attention"}, "predict": HOST.predict, "diffusion": Diffusion()}
-    list(distill(teacher, operators, Recorded(), config, **settings))
+    list(distill(teacher, operators, Recorded(), config, denoiser=denoiser()))
     assert len(seen) == 24 + 16
     with pytest.raises(TrainingError, match="train on 49 images, but the data has 64.*48 are left"):
         list(_run(teacher, operators, images=49))

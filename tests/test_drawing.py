@@ -22,6 +22,7 @@ from grafting.hosts import hosts
 from grafting.samples import open_samples, read_samples
 from grafting.sampling import SamplingConfig
 from processes import run_in_processes
+from toydata import denoiser
 
 HOST = hosts()["dit"]
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
@@ -33,21 +34,24 @@ def model() -> torch.nn.Module:
     return HOST.tiny().eval()
 
 
-def new(folder: Path, model, *, pictures: Path | None = None, identity=None, **settings) -> Drawing:
+def new(
+    folder: Path, model, *, pictures: Path | None = None, identity=None, predict=None, **settings
+) -> Drawing:
     defaults = {"sampler": "ddim", "steps": 3, "num_images": 21, "batch_size": 4, "clip": True}
     return Drawing(
         folder / "shards",
         SamplingConfig(**defaults | settings),
-        facts=HOST.class_conditional(model),
+        denoiser=denoiser(predict),
+        shape=HOST.shape(model),
         decoder=Decoder(),
         identity=identity or describe_model(model, settings={}),
         pictures=pictures,
     )
 
 
-def draw(drawing: Drawing, model, *, predict=HOST.predict, rank: int = 0, world_size: int = 1) -> list[int]:
+def draw(drawing: Drawing, model, *, rank: int = 0, world_size: int = 1) -> list[int]:
     """Draws, and says after how many images each step came."""
-    return [step.done for step in drawing.draw(model, predict=predict, rank=rank, world_size=world_size)]
+    return [step.done for step in drawing.draw(model, rank=rank, world_size=world_size)]
 
 
 def drawn_by(num_processes: int, folder: Path, model, **settings) -> Path:
@@ -161,13 +165,13 @@ def counted(die_at: int | None = None):
 
 def test_a_killed_process_loses_the_batch_that_it_was_at(tmp_path, model, whole):
     predict, _ = counted(die_at=8)  # in the third of six batches of three steps
-    killed(lambda: draw(new(tmp_path, model), model, predict=predict))
-    again = new(tmp_path, model)
+    killed(lambda: draw(new(tmp_path, model, predict=predict), model))
+    predict, calls = counted()
+    again = new(tmp_path, model, predict=predict)
     assert again.num_drawn == 8
     assert [step.done for step in again.drawn_before()] == [4, 8]
     assert all(step.values["ms_per_image"] > 0 for step in again.drawn_before())
-    predict, calls = counted()
-    assert draw(again, model, predict=predict) == [12, 16, 20, 21]
+    assert draw(again, model) == [12, 16, 20, 21]
     assert len(calls) == 12
     again.write(tmp_path / "s.npz")
     assert (tmp_path / "s.npz").read_bytes() == whole.read_bytes()
@@ -329,7 +333,7 @@ def test_a_full_disk_is_seen_before_any_work(tmp_path, model, monkeypatch):
     monkeypatch.setattr(drawing_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     predict, calls = counted()
     with pytest.raises(RunError, match=r"21 images of \[1, 16, 16\] need 1.08e-05 GB.*1e-05 GB are free"):
-        draw(new(tmp_path, model), model, predict=predict)
+        draw(new(tmp_path, model, predict=predict), model)
     assert calls == []
     assert not (tmp_path / "shards").exists()
 
@@ -347,10 +351,10 @@ def test_pictures_are_the_images(tmp_path, model, whole):
 
 def test_pictures_can_be_asked_for_later(tmp_path, model):
     draw(new(tmp_path, model), model)
-    later = new(tmp_path, model, pictures=tmp_path / "png")
-    assert later.num_drawn == 0
     predict, calls = counted()
-    assert draw(later, model, predict=predict) == []
+    later = new(tmp_path, model, pictures=tmp_path / "png", predict=predict)
+    assert later.num_drawn == 0
+    assert draw(later, model) == []
     assert calls == []
     assert (later.num_drawn, len(list((tmp_path / "png").iterdir()))) == (21, 21)
     later.write(tmp_path / "s.npz")
@@ -361,12 +365,12 @@ def test_pictures_can_be_asked_for_later(tmp_path, model):
 
 
 def test_pictures_of_many_channels_are_refused(tmp_path, model):
-    latents = HOST.class_conditional(model)._replace(shape=(4, 16, 16))
     with pytest.raises(DataError, match="these images have 4 channels: leave --png out"):
         Drawing(
             tmp_path / "shards",
             SamplingConfig(),
-            facts=latents,
+            denoiser=denoiser(),
+            shape=(4, 16, 16),
             decoder=Decoder(),
             identity={},
             pictures=tmp_path / "png",

@@ -34,7 +34,10 @@ from grafting.metrics.adm import adm_inception_score, adm_precision_recall
 from grafting.metrics.features import ModuleNetwork, extract
 from grafting.metrics.frechet import FeatureStatistics, frechet_distance
 from grafting.metrics.inception import Inception
-from grafting.recipe import Recipe, prepare, row_fingerprint, run
+from grafting.runs.identity import row_fingerprint
+from grafting.runs.job import prepare
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 
 
 class Spatial(nn.Module):

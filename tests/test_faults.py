@@ -25,9 +25,10 @@ from grafting import cli, interruption
 from grafting.checkpoint import load_tensors
 from grafting.errors import CheckpointError, FaultWarning, RunError
 from grafting.interruption import Interrupted, catching_signals, deferred
-from grafting.recipe import Recipe, run
 from grafting.runfolder import read_log
-from grafting.store import OperatorStore
+from grafting.runs.operator_cache import OperatorStore
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 
 TINY = tinyrecipe.TINY | {
     "plan": [

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from grafting.data.latents import LatentsConfig, write_latents
-from grafting.diffusion import Diffusion
 from grafting.errors import DataError, TrainingError
 from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
 from grafting.surgery import graft
 from plainprocess import in_a_plain_process
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
 BASE = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9}
@@ -25,8 +24,7 @@ def _run(model, *, state=None, teacher=None, new_parameters=frozenset(), data=No
         model,
         data or noise_images(32, size=16),
         FinetuneConfig(**BASE | settings),
-        predict=HOST.predict,
-        diffusion=Diffusion(),
+        denoiser=denoiser(),
         blocks=blocks,
         teacher=teacher,
         new_parameters=new_parameters,

@@ -1,19 +1,25 @@
 """Straight paths: the process is diffusers', and both stages run on the hosts that are trained with it."""
 
 import copy
+import math
+from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from closeness import assert_close
-from grafting.contract import NoiseProcess
+from grafting.contract import Conditions, NoiseProcess
 from grafting.diffusion import Diffusion, FlowMatching
 from grafting.distillation import DistillConfig, distill
+from grafting.errors import ProtocolError
 from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
+from grafting.randomness import generator
+from grafting.sampling import SamplingConfig, check_sampling, sample
 from grafting.surgery import build_operators, place
+from toydata import denoiser
 
 X, NOISE = torch.randn(2, 6, 4, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()
 PROCESSES = {
@@ -23,7 +29,7 @@ PROCESSES = {
 }
 
 
-class Prompts:
+class Latents:
     """Random latents, each with one of four prompts."""
 
     num_classes = 4
@@ -38,14 +44,27 @@ class Prompts:
         return self.x[indices], indices % 4
 
 
-def of_prompts(host, inputs: dict[str, torch.Tensor]):
-    """The host's call, of latents with the number of a prompt in the place of its embedding."""
-    names = [name for name in ("encoder_hidden_states", "pooled_projections") if name in inputs]
+class Prompts:
+    """The first four prompts of an example's inputs; the last stands for none, and is asked for in a third of the batches."""
 
-    def predict(model, x_t, t, labels):
-        return host.predict(model, x_t, t, {name: inputs[name][labels] for name in names})
+    dropout = 0.3
+    identity: ClassVar = {"name": "example"}
 
-    return predict
+    def __init__(self, inputs: dict[str, torch.Tensor]):
+        names = ("encoder_hidden_states", "pooled_projections")
+        self.tensors = {name: inputs[name] for name in names if name in inputs}
+
+    def __len__(self) -> int:
+        return 4
+
+    def nulls(self, numbers: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(numbers, 4)
+
+    def at(self, numbers: torch.Tensor, *, shape, device, dtype) -> dict[str, torch.Tensor]:
+        return {name: tensor[numbers].to(device, dtype) for name, tensor in self.tensors.items()}
+
+    def words(self, number: int) -> str:
+        return f"prompt {number}"
 
 
 @pytest.mark.parametrize("process", [Diffusion(), *PROCESSES.values()])
@@ -93,17 +112,17 @@ def test_the_loss_is_that_of_the_velocity():
 def test_both_stages_train(name):
     host, process = hosts()[name], PROCESSES[name]
     teacher = host.tiny().eval()
-    inputs = host.example(teacher, rows=4, cols=4, batch_size=4)
+    prompts = Prompts(host.example(teacher, rows=4, cols=4, batch_size=5))
+    assert isinstance(prompts, Conditions)
     frames = (2,) if name == "wan" else ()
-    data = Prompts(4, *frames, 8, 8)
-    how = {"predict": of_prompts(host, inputs), "diffusion": process}
+    data = Latents(4, *frames, 8, 8)
+    how = {"denoiser": host.denoiser(teacher, prompts, process)}
     operator = {"name": "softmax", "projections": "random"}
     operators = build_operators(
         teacher, Plan(edits=(Replace(role="attention", blocks=[1], operator=operator),))
     )
     config = DistillConfig(steps=100, batch_size=8, lr=1e-2, holdout=8, holdout_every=100)
-    roles = dict.fromkeys(operators, "attention")
-    steps = list(distill(teacher, operators, data, config, roles=roles, **how))
+    steps = list(distill(teacher, operators, data, config, **how))
     (path,) = operators
     assert steps[-1].values[f"r2/{path}"] > max(0.3, steps[0].values[f"r2/{path}"])
 
@@ -112,3 +131,76 @@ def test_both_stages_train(name):
     config = FinetuneConfig(steps=20, batch_size=8, lr=1e-3, warmup_steps=0, ema_decay=0.5, output_weight=1.0)
     losses = [step.values["loss"] for step in finetune(student, data, config, teacher=teacher, **how)]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def velocity_to(known: torch.Tensor, scale: float):
+    """A model that knows the image: its velocity leads from x_t straight to it."""
+    return lambda model, x, t, y: (x - known) / (t / scale).view(-1, *[1] * (x.ndim - 1)).clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 3, 4, 6)])
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
+@pytest.mark.parametrize("sampler", FlowMatching().samplers)
+def test_chains_of_any_length_recover_what_the_model_knows(sampler, num_steps, shape):
+    known = torch.linspace(-0.9, 0.9, math.prod(shape)).view(1, *shape)
+    process = FlowMatching(scale=1000.0, shift=3.0)
+    config = SamplingConfig(sampler=sampler, steps=num_steps, cfg_scale=1, num_images=2)
+    how = denoiser(velocity_to(known, 1000.0), process=process)
+    (batch,) = sample(torch.nn.Linear(1, 1), config, denoiser=how, shape=shape)
+    # diffusers' DPM-Solver++ ends at its smallest sigma's clean image, from times rounded to whole numbers
+    assert_close(sampler, batch.x, known.expand(2, *known.shape[1:]), 0.05 if "dpm" in sampler else 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_eulers_steps_are_those_of_a_pipeline(scale):
+    """SD3's loop: the scheduler's own steps, told to the model in its unit."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4)
+    seen = []
+
+    def predict(model, x, t, y):
+        seen.append(t[0].item())
+        return torch.einsum("oc,bchw->bohw", weight, x) * (t / scale).view(-1, 1, 1, 1)
+
+    config = SamplingConfig(sampler="euler", steps=4, cfg_scale=1, num_images=1)
+    how = denoiser(predict, process=FlowMatching(scale=scale, shift=3.0))
+    (batch,) = sample(torch.nn.Linear(1, 1), config, denoiser=how, shape=(4, 2, 2))
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    x = torch.randn(4, 2, 2, generator=generator(0, 0))[None]
+    for t in scheduler.timesteps:
+        velocity = torch.einsum("oc,bchw->bohw", weight, x) * (t / 1000)
+        x = scheduler.step(velocity, t, x).prev_sample
+    assert_close("x", batch.x, x, 1e-5)
+    assert seen == pytest.approx([scale * t / 1000 for t in scheduler.timesteps.tolist()], rel=1e-6)
+
+
+def test_heun_calls_the_model_twice_per_step_but_the_last():
+    calls = []
+
+    def predict(model, x, t, y):
+        calls.append(t[0].item())
+        return x
+
+    config = SamplingConfig(sampler="heun", steps=5, cfg_scale=1, num_images=1)
+    list(
+        sample(
+            torch.nn.Linear(1, 1), config, denoiser=denoiser(predict, process=FlowMatching()), shape=(1, 2, 2)
+        )
+    )
+    assert len(calls) == config.calls == 9
+
+
+def test_samplers_of_another_process_are_refused():
+    flow, noise = denoiser(process=FlowMatching()), denoiser()
+    with pytest.raises(
+        ProtocolError, match="sampler ddpm does not run a predicted velocity, which takes euler, heun"
+    ):
+        check_sampling(SamplingConfig(), denoiser=flow)
+    with pytest.raises(ProtocolError, match="sampler heun does not run predicted noise, which takes ddpm"):
+        check_sampling(SamplingConfig(sampler="heun"), denoiser=noise)
+    with pytest.raises(ProtocolError, match="euler has no clean image to clip"):
+        check_sampling(SamplingConfig(sampler="euler", clip=True), denoiser=flow)
+    with pytest.raises(ProtocolError, match="dpm-solver\\+\\+ takes at most 999 steps; found 1000"):
+        check_sampling(SamplingConfig(sampler="dpm-solver++", steps=1000), denoiser=noise)

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 import tinyrecipe
 from grafting import cli
 from grafting.errors import RecipeError
-from grafting.forecast import Forecast, StageForecast, forecast
-from grafting.recipe import Recipe, run
-from grafting.recipefile import load_recipe
+from grafting.runs.file import load_recipe
+from grafting.runs.forecast import Forecast, StageForecast, forecast
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 
 IMAGENET = Path(__file__).parents[1] / "recipes" / "imagenet"
 TINY = tinyrecipe.TINY | {"save_every": 1}
@@ -92,9 +93,9 @@ def test_what_is_not_trained_has_no_moments():
 
 def test_counted_activations_are_those_of_a_real_pass():
     """What torch keeps for the backward pass of the grafted model, with real tensors, for one image more."""
-    from grafting.forecast import _saved_an_image
     from grafting.hosts import host_of
-    from grafting.recipe import skeleton
+    from grafting.runs.forecast import _saved_an_image
+    from grafting.runs.job import skeleton
     from grafting.surgery import build_operators, grafted
 
     recipe = tiny()
@@ -151,7 +152,7 @@ def test_guidance_doubles_sampling():
 
 
 def test_without_a_known_device_there_is_no_time(monkeypatch):
-    monkeypatch.setattr("grafting.forecast.device_at", lambda device: None)
+    monkeypatch.setattr("grafting.runs.forecast.device_at", lambda device: None)
     found = stage(forecast(tiny()), "distill")
     assert found.hours is None
     assert "give --device or --peak-tflops" in found.basis

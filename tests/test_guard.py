@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from grafting.activations import shuffled
-from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
 from grafting.errors import TrainingError
 from grafting.finetuning import FinetuneConfig, finetune
@@ -15,7 +14,7 @@ from grafting.guard import Guard, GuardConfig
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
 from grafting.surgery import build_operators
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
 # in stage 1's order the first image that is trained on
@@ -44,8 +43,7 @@ def _finetuned(model, *, state=None, **guard):
         model,
         _Poisoned(),
         FinetuneConfig(steps=8, batch_size=8, lr=1e-3, warmup_steps=0, guard=GuardConfig(**guard)),
-        predict=HOST.predict,
-        diffusion=Diffusion(),
+        denoiser=denoiser(),
         state=state,
     )
 
@@ -56,9 +54,7 @@ def _distilled(operators, teacher, *, state=None, **guard):
         operators,
         _Poisoned(),
         DistillConfig(steps=7, batch_size=8, holdout=8, lr=1e-3, guard=GuardConfig(**guard)),
-        roles=dict.fromkeys(operators, "attention"),
-        predict=HOST.predict,
-        diffusion=Diffusion(),
+        denoiser=denoiser(),
         state=state,
     )
 

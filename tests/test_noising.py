@@ -2,20 +2,17 @@
 
 import torch
 
-from grafting.contract import ClassConditional
-from grafting.diffusion import Diffusion
 from grafting.noising import draw_noised
 from grafting.randomness import generator
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 CPU = torch.device("cpu")
 
 
-def _draw(size, *, dropout=0.3, part=slice(None), classes=True):
-    facts = ClassConditional((1, 16, 16), 10, 10, dropout) if classes else None
+def _draw(size, *, dropout=0.3, part=slice(None)):
     images = noise_images(size, size=16).batch(torch.arange(size)[part])
     return draw_noised(
-        images, generator(5), batch_size=size, diffusion=Diffusion(), device=CPU, classes=facts, part=part
+        images, generator(5), batch_size=size, denoiser=denoiser(dropout=dropout), device=CPU, part=part
     )
 
 
@@ -31,15 +28,15 @@ def test_shares_and_parts_make_up_the_whole_batch():
 
 
 def test_labels_are_dropped_in_the_hosts_share():
-    labels = _draw(1000, dropout=0.1).labels
+    labels = _draw(1000, dropout=0.1).numbers
     assert 70 <= (labels == 10).sum() <= 130
-    assert (_draw(8, dropout=1.0).labels == 10).all()
+    assert (_draw(8, dropout=1.0).numbers == 10).all()
     kept = labels != 10
     assert torch.equal(labels[kept], (torch.arange(1000) % 10)[kept])
 
 
 def test_what_is_dropped_changes_nothing_else():
-    dropped, kept = _draw(16, dropout=0.5), _draw(16, classes=False)
-    assert torch.equal(kept.labels, torch.arange(16) % 10)
+    dropped, kept = _draw(16, dropout=0.5), _draw(16, dropout=0.0)
+    assert torch.equal(kept.numbers, torch.arange(16) % 10)
     for name in ("x", "noise", "x_t", "t"):
         assert torch.equal(getattr(dropped, name), getattr(kept, name)), name

@@ -13,17 +13,17 @@ import yaml
 from closeness import assert_close
 from grafting import parallel
 from grafting.checkpoint import load_tensors
-from grafting.diffusion import Diffusion
 from grafting.distillation import DistillConfig, distill
 from grafting.errors import CheckpointError, RunError, TrainingError
 from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
-from grafting.recipe import Recipe, run
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 from grafting.sharding import read_tensors
 from grafting.surgery import build_operators
 from processes import run_in_processes
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
 RANDOM = Plan(edits=(Replace(role="attention", operator={"name": "softmax", "projections": "random"}),))
@@ -42,9 +42,7 @@ def _finetuned(settings, until=None, state=None, folder=None):
             FinetuneConfig(
                 **{"steps": 6, "batch_size": 16, "lr": 1e-2, "warmup_steps": 0, "ema_decay": 0.9} | settings
             ),
-            predict=HOST.predict,
-            diffusion=Diffusion(),
-            classes=HOST.class_conditional(model)._replace(label_dropout=0.4),
+            denoiser=denoiser(dropout=0.4),
             blocks=[site.path for site in HOST.blocks(model)],
             teacher=teacher,
             state=state,
@@ -68,10 +66,7 @@ def _distilled(settings, until=None, state=None):
             operators,
             noise_images(64, size=16),
             DistillConfig(**config | settings),
-            roles=dict.fromkeys(operators, "attention"),
-            predict=HOST.predict,
-            diffusion=Diffusion(),
-            classes=HOST.class_conditional(teacher)._replace(label_dropout=0.4),
+            denoiser=denoiser(dropout=0.4),
             state=state,
         ):
             steps.append(step.values)

@@ -17,11 +17,14 @@ from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.subset import write_subset
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
 from grafting.plan import Plan
-from grafting.recipe import FreshModel, Recipe, load_source, prepare, run, skeleton, training_flops
-from grafting.recipefile import load_recipe
 from grafting.report import write_report
 from grafting.runfolder import stale_stages
-from grafting.store import OperatorStore
+from grafting.runs.file import load_recipe
+from grafting.runs.job import load_source, prepare, skeleton
+from grafting.runs.operator_cache import OperatorStore
+from grafting.runs.recipe import FreshModel, Recipe
+from grafting.runs.run import run
+from grafting.runs.stages import training_flops
 from grafting.surgery import build_operators
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,11 @@ import yaml
 from torch import nn
 
 from grafting.costing import PlanCost, plan_cost
-from grafting.recipe import FreshModel, Recipe, skeleton
-from grafting.recipefile import load_recipe
+from grafting.runs.file import load_recipe
+from grafting.runs.job import skeleton
+from grafting.runs.recipe import FreshModel, Recipe
+from grafting.runs.sweep import load_sweep, points
 from grafting.surgery import resolve
-from grafting.sweep import load_sweep, points
 
 ROOT = Path(__file__).parents[1] / "recipes"
 FILES = sorted(path for path in ROOT.rglob("*.yaml") if path.name != "base.yaml")

@@ -24,9 +24,10 @@ from grafting.data.tars import members
 from grafting.errors import GraftingError
 from grafting.files import atomic_folder
 from grafting.metrics.inception import load_inception
-from grafting.recipe import Recipe, run
-from grafting.recipefile import load_recipe
 from grafting.runfolder import STATE_NAME, _read_state
+from grafting.runs.file import load_recipe
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
 from grafting.samples import read_samples
 
 SOURCE = Path(grafting.__file__).parent

@@ -16,11 +16,13 @@ from grafting.diffusion import BETA_END, BETA_START, NUM_STEPS
 from grafting.errors import GraftingError
 from grafting.models.dit import DiT
 from grafting.randomness import sample_noise
-from grafting.sampling import SamplingConfig, check_sampling, labels_of, retained_steps, sample
+from grafting.samplers import retained_steps
+from grafting.sampling import SamplingConfig, check_sampling, labels_of, sample
+from toydata import denoiser
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 WEIGHTS = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}
-FACTS = {"shape": (4, 8, 8), "num_classes": 10, "null_label": 10}
+SHAPE = (4, 8, 8)
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 
 
@@ -47,9 +49,10 @@ class Recorder:
         return self.answer(model, x, t, y)
 
 
-def draw(model, indices=None, predict=None, facts=FACTS, **settings) -> torch.Tensor:
+def draw(model, indices=None, predict=None, shape=SHAPE, classes=None, **settings) -> torch.Tensor:
     config = SamplingConfig(**{"steps": 5, "num_images": 8} | settings)
-    batches = sample(model, config, predict=predict or Recorder(), indices=indices, **facts)
+    how = denoiser(predict or Recorder(), **classes or {})
+    batches = sample(model, config, denoiser=how, shape=shape, indices=indices)
     return torch.cat([batch.x for batch in batches])
 
 
@@ -99,11 +102,11 @@ def test_chains_of_any_length_recover_an_image_that_the_model_knows(sampler, num
         alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
         return ((x - alpha_bar.sqrt() * known) / (1 - alpha_bar).sqrt()).float()
 
-    facts = {"shape": (1, 8, 8), "num_classes": 2, "null_label": None}
     got = draw(
         torch.nn.Linear(1, 1),
         predict=noise_of_the_known,
-        facts=facts,
+        shape=(1, 8, 8),
+        classes={"count": 2, "null_label": None},
         sampler=sampler,
         steps=num_steps,
         cfg_scale=1,
@@ -183,7 +186,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(model, sampler, labels):
             num_images=8,
             batch_size=batch_size,
         )
-        batches = list(sample(model, config, predict=Recorder(), indices=indices, **FACTS))
+        batches = list(sample(model, config, denoiser=denoiser(Recorder()), shape=SHAPE, indices=indices))
         return torch.cat([b.images() for b in batches]), torch.cat([b.labels for b in batches])
 
     want, want_labels = images()
@@ -206,7 +209,7 @@ def test_another_seed_gives_other_images(model):
 
 def test_labels_by_rule():
     def labels(rule, seed=0, indices=range(12)):
-        return labels_of(indices, SamplingConfig(labels=rule, seed=seed), num_classes=10).tolist()
+        return labels_of(indices, SamplingConfig(labels=rule, seed=seed), count=10).tolist()
 
     assert labels("balanced") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert labels((3, 8)) == [3, 8] * 6
@@ -219,10 +222,10 @@ def test_labels_by_rule():
 
 def test_batches_say_which_images_they_hold(model):
     config = SamplingConfig(steps=1, num_images=5, batch_size=2, labels=(9,))
-    batches = list(sample(model, config, predict=Recorder(), **FACTS))
+    batches = list(sample(model, config, denoiser=denoiser(Recorder()), shape=SHAPE))
     assert [batch.indices for batch in batches] == [(0, 1), (2, 3), (4,)]
     assert all(batch.labels.tolist() == [9] * len(batch.indices) for batch in batches)
-    assert list(sample(model, config, predict=Recorder(), indices=[], **FACTS)) == []
+    assert list(sample(model, config, denoiser=denoiser(Recorder()), shape=SHAPE, indices=[])) == []
 
 
 def test_without_guidance_the_null_half_is_not_computed(model):
@@ -254,7 +257,7 @@ def test_guidance_extrapolates_the_guided_channels_and_no_variance(model):
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 4])
     config = SamplingConfig(cfg_scale=4, guided_channels=2)
     model.eval()
-    got = sampling._prediction(model, config, Recorder(), x, labels, step=300, null_label=10)
+    got = sampling._prediction(model, config.guidance, denoiser(Recorder()), x, labels, step=300)
     t = torch.full((2,), 300)
     with torch.no_grad():
         conditional, null = model(x, t, labels), model(x, t, torch.full((2,), 10))
@@ -263,12 +266,9 @@ def test_guidance_extrapolates_the_guided_channels_and_no_variance(model):
 
 
 def test_guidance_of_zero_is_the_null_label(model):
-    facts = FACTS | {"null_label": 10}
     got = draw(model, cfg_scale=0, sampler="ddim", num_images=2)
     # asked for directly: the label that stands for no class counts as a class here
-    want = draw(
-        model, facts=facts | {"num_classes": 11}, cfg_scale=1, labels=(10,), sampler="ddim", num_images=2
-    )
+    want = draw(model, classes={"count": 11}, cfg_scale=1, labels=(10,), sampler="ddim", num_images=2)
     assert_close("no class", got, want, 1e-4)
 
 
@@ -282,7 +282,9 @@ def test_the_models_modes_are_restored_between_and_after_batches(model):
         seen.append((any(module.training for module in model.modules()), torch.is_grad_enabled()))
         return model(x, t, y)
 
-    for _ in sample(model, SamplingConfig(steps=2, num_images=2, batch_size=1), predict=predict, **FACTS):
+    for _ in sample(
+        model, SamplingConfig(steps=2, num_images=2, batch_size=1), denoiser=denoiser(predict), shape=SHAPE
+    ):
         assert [module.training for module in model.modules()] == modes
         assert torch.is_grad_enabled()
     assert seen == [(False, False)] * 4
@@ -311,13 +313,14 @@ def test_bf16_is_for_the_model_alone_and_stays_close(model):
 
 
 COMPILED = """
+from dataclasses import replace
+
 import torch
 from grafting.hosts import hosts
 from grafting.sampling import SamplingConfig, sample
 
 host = hosts()["dit"]
 model = host.tiny().train()
-facts = host.class_conditional(model)
 settings = {"sampler": "ddim", "clip": True, "num_images": 6, "batch_size": 4, "steps": 3}
 sizes = []
 
@@ -325,9 +328,11 @@ def predict(model, x, t, y):
     sizes.append((type(model).__name__, len(x)))
     return host.predict(model, x, t, y)
 
+how = replace(host.denoiser(model), predict=predict)
+
 def images(**more):
     config = SamplingConfig(**settings, **more)
-    batches = sample(model, config, predict=predict, shape=facts.shape, num_classes=10, null_label=10)
+    batches = sample(model, config, denoiser=how, shape=host.shape(model))
     return torch.cat([batch.images() for batch in batches]).int()
 
 difference = (images(compile=True) - images()).abs()
@@ -350,8 +355,10 @@ def test_a_compiled_model_draws_the_same_images():
         ({"batch_size": 0}, "batch_size"),
         ({"steps": -5}, "steps"),
         ({"steps": 1001}, "steps"),
-        ({"sampler": "dpm-solver++", "steps": 1000}, "at most 999 steps"),
-        ({"sampler": "euler"}, "sampler"),
+        ({"sampler": "midpoint"}, "sampler"),
+        ({"cfg_rescale": 1.5}, "cfg_rescale"),
+        ({"negative": -1}, "negative"),
+        ({"shape": (4, 0, 8)}, "shape"),
         ({"seed": -1}, "seed"),
         ({"cfg_scale": float("nan")}, "cfg_scale"),
         ({"cfg_interval": (0.8, 0.2)}, r"found \[0.8, 0.2\]"),
@@ -369,7 +376,9 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 
 def test_a_config_survives_json():
-    config = SamplingConfig(labels=(1, 2), cfg_interval=(0.1, 0.9), guided_channels=3)
+    config = SamplingConfig(
+        labels=(1, 2), cfg_interval=(0.1, 0.9), guided_channels=3, cfg_rescale="norm", shape=(4, 8, 8)
+    )
     assert SamplingConfig.model_validate_json(config.model_dump_json()) == config
 
 
@@ -379,27 +388,29 @@ def test_every_fault_is_named_at_the_call_before_any_work(model):
 
     config = SamplingConfig(labels=(0, 12, 10), guided_channels=5)
     with pytest.raises(GraftingError) as caught:
-        sample(model, config, predict=predict, shape=(4, 8, 8), num_classes=10, null_label=None)
+        sample(model, config, denoiser=denoiser(predict, null_label=None), shape=SHAPE)
     assert str(caught.value).splitlines() == [
         "these samples cannot be drawn:",
-        "  cfg_scale is 1.5, but the model has no null label (it was trained with class_dropout_prob 0): "
-        "set cfg_scale to 1",
+        "  cfg_scale is 1.5, but the model has no null label or prompt to lead away from (it was trained without one, or "
+        "distilled): set cfg_scale to 1",
         "  guided_channels is 5, but images have 4 channels",
-        "  labels [10, 12] are out of range: classes are 0..9",
+        "  labels [10, 12] are out of range: conditions are 0..9",
     ]
     with pytest.raises(GraftingError, match="numbered from 0; asked for number -2"):
-        sample(model, SamplingConfig(), predict=predict, indices=[3, -2], **FACTS)
+        sample(model, SamplingConfig(), denoiser=denoiser(predict), shape=SHAPE, indices=[3, -2])
 
 
 def test_a_model_without_null_label_is_sampled_without_guidance():
-    check_sampling(SamplingConfig(cfg_scale=1), num_classes=10, null_label=None)
+    check_sampling(SamplingConfig(cfg_scale=1), denoiser=denoiser(null_label=None))
     model = DiT(input_size=8, hidden_size=48, depth=1, num_heads=4, num_classes=10, class_dropout_prob=0.0)
-    assert draw(model, facts=FACTS | {"null_label": None}, cfg_scale=1, num_images=2).isfinite().all()
+    assert draw(model, classes={"null_label": None}, cfg_scale=1, num_images=2).isfinite().all()
 
 
 def test_samples_that_are_not_finite_do_not_become_pixels(model):
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(float("nan"))
-    (batch,) = sample(model, SamplingConfig(steps=1, num_images=2), predict=Recorder(), **FACTS)
+    (batch,) = sample(
+        model, SamplingConfig(steps=1, num_images=2), denoiser=denoiser(Recorder()), shape=SHAPE
+    )
     with pytest.raises(GraftingError, match="not finite"):
         batch.images()

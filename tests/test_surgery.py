@@ -12,18 +12,15 @@ from torch import nn
 
 from closeness import assert_close
 from grafting.checkpoint import save_model
-from grafting.contract import BlockCall, Grid, Kernel
+from grafting.contract import BlockCall, Grid, Kernel, Site
 from grafting.errors import HostError, PlanError
 from grafting.hosts import Call, LayoutTracker, hosts
 from grafting.hosts._host import Branches
 from grafting.models.dit import DiT
 from grafting.operators.softmax import Softmax, SoftmaxConfig
+from grafting.placed import KernelAttention, MergedBlocks, MixerAdapter, Passage
 from grafting.plan import Drop, Merge, Plan, Replace
 from grafting.surgery import (
-    KernelAttention,
-    MergedBlocks,
-    MixerAdapter,
-    Passage,
     build_operators,
     graft,
     grafted,
@@ -33,6 +30,7 @@ from grafting.surgery import (
 )
 
 HOST = hosts()["dit"]
+SITE = Site(role="attention", block=0, path="attn", dim=4, grid=Grid(1, 3), num_heads=1)
 
 
 def plan(*edits) -> Plan:
@@ -423,7 +421,9 @@ def tracker_of(rows: int, cols: int) -> LayoutTracker:
 
 
 def kernel_attention(num_tokens: int, kernel: Kernel | None = None, *, times: int = 1) -> KernelAttention:
-    return KernelAttention(Attention(times), kernel or Softmax(), tracker_of(1, num_tokens))
+    return KernelAttention(
+        Attention(times), kernel or Softmax(), site=SITE, tracker=tracker_of(1, num_tokens)
+    )
 
 
 def qkv(heads=4, kv_heads=4, length=6):
@@ -470,7 +470,7 @@ def test_tokens_that_are_not_the_layouts_are_refused():
 
 
 def test_an_operator_outside_of_a_forward_pass_says_so():
-    attention = KernelAttention(Attention(), Softmax(), LayoutTracker(HOST))
+    attention = KernelAttention(Attention(), Softmax(), site=SITE, tracker=LayoutTracker(HOST))
     with pytest.raises(HostError, match="no forward pass of its model has set the token layout"):
         attention(*qkv())
 
@@ -488,7 +488,7 @@ def test_attention_must_call_sdpa_once(times):
 
 def test_a_mixer_refuses_what_changes_attentions_meaning():
     mixer = build_operators(HOST.tiny(), plan(("attention", 0, "mha")))["blocks.0.attn"].mixer
-    adapter = MixerAdapter(mixer, Call("x", must_be_none=("mask",)), tracker_of(2, 3))
+    adapter = MixerAdapter(mixer, Call("x", must_be_none=("mask",)), site=SITE, tracker=tracker_of(2, 3))
     x = torch.randn(1, 6, 32)
     assert torch.equal(adapter(x, mask=None, other=1), adapter(x=x))
     with pytest.raises(HostError, match="the host passes mask to its attention"):

@@ -10,8 +10,18 @@ from typer.testing import CliRunner
 
 from grafting.cli import app
 from grafting.errors import MissingBackend, RecipeError, RunError
-from grafting.recipe import prepare, row_fingerprint, training_flops
-from grafting.sweep import _in_order, load_sweep, measure, points, read_table, run_sweep, run_sweep_on_ray
+from grafting.runs.identity import row_fingerprint
+from grafting.runs.job import prepare
+from grafting.runs.stages import training_flops
+from grafting.runs.sweep import (
+    _in_order,
+    load_sweep,
+    measure,
+    points,
+    read_table,
+    run_sweep,
+    run_sweep_on_ray,
+)
 from test_recipe import TINY
 
 SWEEP = {

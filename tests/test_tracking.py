@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from grafting import cli
 from grafting.contract import Step
 from grafting.errors import MissingBackend, RunError
+from grafting.runs.trackers import check_trackers, run_id_of, tracking
 from grafting.throughput import DEVICES, Work, device_called, measured
-from grafting.tracking import check_trackers, run_id_of, tracking
 
 SETTINGS = {"name": "small", "finetune": {"lr": 1e-4}}
 
@@ -49,7 +49,7 @@ def fake(monkeypatch, name: str) -> list[Run]:
     module = types.ModuleType(name)
     module.__dict__.update(init=init, Settings=lambda **settings: settings)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("grafting.tracking.find_spec", lambda name: sys.modules.get(name))
+    monkeypatch.setattr("grafting.runs.trackers.find_spec", lambda name: sys.modules.get(name))
     return runs
 
 
@@ -135,7 +135,7 @@ def test_nothing_is_written_without_a_tracker_or_a_step(tmp_path, monkeypatch):
 
 
 def test_a_missing_or_unknown_tracker_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("grafting.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("grafting.runs.trackers.find_spec", lambda name: None)
     with pytest.raises(
         MissingBackend, match=r"not installed: wandb, trackio. pip install 'grafting\[track\]'"
     ):
@@ -215,7 +215,8 @@ def test_devices_are_known_by_the_names_of_drivers(name: str, kind: str | None):
 
 
 def test_a_run_logs_how_fast_it_is(tmp_path):
-    from grafting.recipe import Recipe, run
+    from grafting.runs.recipe import Recipe
+    from grafting.runs.run import run
 
     recipe = Recipe.model_validate(
         {

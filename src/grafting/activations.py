@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .contract import ClassConditional, NoiseProcess, Predict, TrainingData
+from .contract import Denoiser, TrainingData
 from .devices import half_types, is_half, mixed_precision
 from .errors import TrainingError
 from .files import write_json
@@ -93,6 +93,7 @@ class ActivationCache:
             self._calls[path] = (leaves, tree)
         for leaf, value in zip(self._calls[path][0], values, strict=True):
             if isinstance(leaf, _OnDisk) and write:
+                leaf.check(value, path)
                 leaf[slice(start, start + size)] = value
 
     @staticmethod
@@ -109,6 +110,14 @@ class _OnDisk:
         self._device = example.device
         self._tensor = torch.from_file(str(path), shared=True, size=size, dtype=example.dtype).view(shape)
         self.num_bytes = size * example.element_size()
+
+    def check(self, value: Tensor, path: str) -> None:
+        """Raises a TrainingError unless a batch's items are of the first batch's shape, as prompts of one length are."""
+        if value.shape[1:] != self._tensor.shape[1:]:
+            raise TrainingError(
+                f"cache_samples keeps calls of one shape; {path} was called with {list(self._tensor.shape[1:])} and then "
+                f"{list(value.shape[1:])} per item, as prompts of unequal length do: leave cache_samples out"
+            )
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
         self._tensor[rows] = value.detach().cpu()
@@ -157,30 +166,22 @@ def run_noised(
     indices: Tensor,
     entropy: tuple[int, ...],
     *,
-    predict: Predict,
-    diffusion: NoiseProcess,
-    classes: ClassConditional | None = None,
+    denoiser: Denoiser,
     precision: Precision = "fp32",
 ) -> None:
-    """Run the teacher on these images, with noise, steps and dropped labels drawn from `entropy`."""
+    """Run the teacher on these images, with noise, steps and dropped conditions drawn from `entropy`."""
     device = next(teacher.parameters()).device
     with seeded(*entropy) as draw:
-        batch = draw_noised(
-            data.batch(indices),
-            draw,
-            batch_size=len(indices),
-            diffusion=diffusion,
-            device=device,
-            classes=classes,
-        )
-        run_on_batch(teacher, batch, predict=predict, precision=precision)
+        images = data.batch(indices)
+        batch = draw_noised(images, draw, batch_size=len(indices), denoiser=denoiser, device=device)
+        run_on_batch(teacher, batch, denoiser=denoiser, precision=precision)
 
 
 @torch.no_grad()
-def run_on_batch(teacher: nn.Module, batch: NoisedBatch, *, predict: Predict, precision: Precision) -> None:
+def run_on_batch(teacher: nn.Module, batch: NoisedBatch, *, denoiser: Denoiser, precision: Precision) -> None:
     """Run the teacher, for those who visit it."""
     with mixed_precision(batch.x_t.device, precision):
-        predict(teacher, batch.x_t, batch.t, batch.labels)
+        denoiser(teacher, batch.x_t, batch.t, batch.numbers)
 
 
 def prepare_for_training(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from torch import Tensor, nn
 
 from .activations import Precision, prepare_for_training, run_noised, shuffled, visiting
-from .contract import ClassConditional, MlpWeights, NoiseProcess, Predict, Step, TrainingData
+from .contract import Denoiser, MlpWeights, Step, TrainingData
 from .functional.ridge import (
     error_removed,
     error_without,
@@ -25,7 +25,8 @@ from .functional.ridge import (
     ridge_correction,
     with_ones,
 )
-from .surgery import KernelAttention, MixerAdapter
+from .hosts import host_of
+from .placed import KernelAttention, MixerAdapter, Placed
 
 
 class CalibrateConfig(BaseModel):
@@ -46,13 +47,11 @@ class CalibrateConfig(BaseModel):
 
 def calibrate(
     teacher: nn.Module,
-    operators: Mapping[str, nn.Module],
+    operators: Mapping[str, Placed],
     data: TrainingData,
     config: CalibrateConfig,
     *,
-    predict: Predict,
-    diffusion: NoiseProcess,
-    classes: ClassConditional | None = None,
+    denoiser: Denoiser | None = None,
 ) -> Iterator[Step]:
     """Fit what has a closed form in `operators` (by site path, built for `teacher`), in place. The teacher is unchanged.
 
@@ -60,9 +59,10 @@ def calibrate(
     `r2/PATH` of the others, on the calibration images: 1 minus the squared error over the variance of the teacher's output.
 
     Args:
-        classes: what the host knows of classes; with it labels are dropped in its share, so that operators also see the
-            null label of guidance.
+        denoiser: how the teacher is called, its process and its conditions, which are dropped in their share; by
+            default its host's.
     """
+    denoiser = denoiser or host_of(teacher).denoiser(teacher)
     prepare_for_training("calibration", teacher, operators, precision=config.precision)
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]
@@ -78,9 +78,7 @@ def calibrate(
                     data,
                     indices,
                     (config.seed, batch, number, 3),
-                    predict=predict,
-                    diffusion=diffusion,
-                    classes=classes,
+                    denoiser=denoiser,
                     precision=config.precision,
                 )
             yield Step(
@@ -153,7 +151,7 @@ class _OutputFit:
 _Sites = dict[str, _NeuronChoice] | dict[str, _OutputFit]
 
 
-def _neuron_choices(teacher: nn.Module, operators: Mapping[str, nn.Module]) -> dict[str, _NeuronChoice]:
+def _neuron_choices(teacher: nn.Module, operators: Mapping[str, Placed]) -> dict[str, _NeuronChoice]:
     """The sites whose operators took some of the host's neurons, but not all."""
     sites = {}
     for path, operator in operators.items():
@@ -164,7 +162,7 @@ def _neuron_choices(teacher: nn.Module, operators: Mapping[str, nn.Module]) -> d
     return sites
 
 
-def _output_fits(operators: Mapping[str, nn.Module]) -> dict[str, _OutputFit]:
+def _output_fits(operators: Mapping[str, Placed]) -> dict[str, _OutputFit]:
     """The sites whose operators have an output layer."""
     layers = {path: _output_layer(operator) for path, operator in operators.items()}
     return {

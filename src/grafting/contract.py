@@ -5,13 +5,14 @@ images are `b c h w`. This file holds no behaviour of its own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Generator, Tensor, nn
 
 Role = Literal["attention", "mlp", "block"]
@@ -235,22 +236,64 @@ def softmax_attention_flops(site: Site, num_pairs: int, *, num_heads: int | None
     return num_pairs * (4 * site.dim + 2 * (site.num_heads if num_heads is None else num_heads))
 
 
-class ClassConditional(NamedTuple):
-    """What a class-conditional model makes, and of which classes."""
-
-    shape: tuple[int, int, int]  # channels, height, width of an image or latent
-    num_classes: int
-    null_label: int | None  # the label that stands for no class; None if the model was trained without one
-    label_dropout: float = 0.0  # share of labels that training replaces by the null label
-
-
-# calls a model on noised inputs [B, C, H, W], steps [B] and a condition (for a class-conditional host: labels [B])
+# calls a model on noised inputs [B, ...], steps [B] and a condition: what `Conditions.at` gives
 Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+
+# x_t's successor, from the model's prediction at x_t and x_t
+Update = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class Conditions(Protocol):
+    """What a model may be asked for, as a table: classes, or prompts; a condition is its number in the table.
+
+    So dropout, image i's condition, shards, sample files and guidance are arithmetic on integers for every kind of model.
+    """
+
+    dropout: float
+    """Share of items whose condition training replaces by the null one."""
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """What figures depend on, by content: part of protocols and of a stage's inputs."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def nulls(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"] | None:
+        """For each condition, the number of what asks for nothing; None if the model has no such thing."""
+        ...
+
+    def at(
+        self,
+        numbers: Int[Tensor, "b"],
+        *,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Any:
+        """What the host's `predict` takes for these conditions: labels [B], or keyword arguments by name.
+
+        Args:
+            shape: of one input; sizes that a model is told come from it.
+            dtype: of floating-point tensors.
+        """
+        ...
+
+    def words(self, number: int) -> str:
+        """What the condition says: `sandal`, `a red ring left of a blue cross`."""
+        ...
 
 
 @runtime_checkable
 class NoiseProcess(Protocol):
-    """How a model's inputs are noised in training, and what its prediction is trained to be."""
+    """How a model's inputs are noised, what its prediction is trained to be, and how a sampler steps back."""
+
+    samplers: tuple[str, ...]
+    """The samplers that can run it, the usual one first."""
+
+    @property
+    def identity(self) -> dict[str, JsonValue]: ...
 
     def draw_steps(self, count: int, draw: Generator) -> Tensor:
         """Random steps [count], in the host's unit."""
@@ -258,6 +301,10 @@ class NoiseProcess(Protocol):
 
     def steps_at(self, shares: Tensor) -> Tensor:
         """The steps at these shares, in 0..1, of the way from clean to noise."""
+        ...
+
+    def share_of(self, step: int | float) -> float:
+        """The share, in 0..1, of the way from clean to noise at a step."""
         ...
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -268,18 +315,64 @@ class NoiseProcess(Protocol):
         """Per-sample training loss [B]."""
         ...
 
+    def chain(
+        self, sampler: str, *, steps: int, clip: bool, streams: list[Generator]
+    ) -> Iterator[tuple[int | float, Update]]:
+        """The steps of a sampling chain, from the noisiest, each with the update to make there.
+
+        Args:
+            clip: clip the predicted clean image to [-1, 1].
+            streams: one generator per image, for samplers that add noise.
+        """
+        ...
+
+    def sampling_faults(self, sampler: str, *, steps: int, clip: bool) -> list[str]:
+        """Why this process cannot be sampled in this way; empty if it can."""
+        ...
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model as every stage sees it: how it is called, its noise process, and what it may be asked for.
+
+    It holds no model, so a teacher, its student, their averages and compiled copies share one.
+    """
+
+    predict: Predict
+    process: NoiseProcess
+    conditions: Conditions
+    distilled: bool = False
+    """Distilled for guidance or few steps: such a model is trained on its teacher's output, not on the process's loss."""
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """Process and conditions, by content.
+
+        Predicted noise and a model's own classes are left out: records of the time when there was nothing else name neither.
+        """
+        parts = {"process": self.process.identity, "conditions": self.conditions.identity}
+        return {key: value for key, value in parts.items() if value["name"] not in ("diffusion", "classes")}
+
+    def __call__(self, model: nn.Module, x_t: Tensor, t: Tensor, numbers: Int[Tensor, "b"]) -> Tensor:
+        """The model's raw prediction for noised inputs x_t [B, ...] at steps t [B] under these conditions."""
+        shape = tuple(x_t.shape[1:])
+        condition = self.conditions.at(numbers, shape=shape, device=x_t.device, dtype=x_t.dtype)
+        return self.predict(model, x_t, t, condition)
+
 
 @runtime_checkable
 class TrainingData(Protocol):
     """What training reads: items by index, as model inputs."""
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """How many conditions the items' numbers may name: 0 to `num_classes` - 1."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Float[Tensor, "b c h w"], Tensor]:
-        """Images or latents in the model's range, and their labels [B]."""
+    def batch(self, indices: Tensor) -> tuple[Float[Tensor, "b *shape"], Tensor]:
+        """Images, videos or latents in the model's range, and the numbers of their conditions [B]."""
         ...
 
 

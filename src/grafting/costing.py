@@ -3,8 +3,7 @@
 The counted part needs shapes only: a model on the `meta` device, no weights and no data.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .contract import Grid, OperatorConfig, Site
 from .errors import PlanError
-from .hosts import Host, SdpaHost, host_of
+from .hosts import host_of
 from .metrics.cost import ModelCost, SiteCost, changes, model_cost
 from .metrics.latency import peak_memory, time_forward
 from .plan import Drop, Merge, Plan, fault_list
@@ -89,11 +88,11 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
 
     with leaving_no_hook(model):
         with next(model.parameters()).device:
-            operators = build_operators(model, plan)
-        with _knowing(host, grid):
-            before = model_cost(model, sites, standing, inputs)
-            with grafted(model, operators):
-                after = model_cost(model, kept, standing | chosen, inputs)
+            # a host of packed tokens cannot read the grid from positions without values
+            operators = build_operators(model, plan, host=host.at_grid(grid))
+        before = model_cost(model, sites, standing, inputs)
+        with grafted(model, operators):
+            after = model_cost(model, kept, standing | chosen, inputs)
     return PlanCost(grid, before, after, sum(isinstance(edit, Merge) for edit in edits.values()))
 
 
@@ -155,19 +154,6 @@ def _standing(model: nn.Module, sites: Sequence[Site]) -> dict[Site, OperatorCon
     plan = Record.read(record, source="the model's config").plan
     by_path = {site.path: operator for site, operator in resolve(model, plan).items()}
     return {site: by_path[site.path] for site in held}
-
-
-@contextmanager
-def _knowing(host: Host, grid: Grid) -> Iterator[None]:
-    """A host of packed tokens is told the grid, which it cannot read from positions without values."""
-    if not isinstance(host, SdpaHost):
-        yield
-        return
-    host.grid, before = grid, host.grid
-    try:
-        yield
-    finally:
-        host.grid = before
 
 
 def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site], dict[Site, OperatorConfig]]:

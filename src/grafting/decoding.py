@@ -1,4 +1,4 @@
-"""From what a class-conditional model makes to 8-bit pixels: by rounding where it makes pixels, through a VAE where latents."""
+"""From what a model makes to 8-bit pixels: by rounding where it makes pixels, through a VAE where latents."""
 
 from typing import Any, Literal
 
@@ -65,15 +65,15 @@ class Decoder:
         """The autoencoder's name, revision and hash, for the record; None without one."""
         return None if self._vae is None else self._vae.describe()
 
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Channels, height and width of the images of samples [c, h, w]."""
+    def image_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Channels, height and width of the images of samples [c, h, w]; videos have frames after the channels."""
         if self._vae is None:
             return shape
         _, height, width = shape
         channels = int(self._vae.module.config.out_channels)
         return (channels, height * self._vae.factor, width * self._vae.factor)
 
-    def __call__(self, x: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c2 h2 w2"]:
+    def __call__(self, x: Float[Tensor, "b c *size"]) -> UInt8[Tensor, "b c2 *size2"]:
         """8-bit images of samples as the model makes them, by DiT's rounding; on the CPU.
 
         Raises:
@@ -86,7 +86,7 @@ class Decoder:
         return torch.cat([to_uint8(vae.decode(part, precision=precision)) for part in parts])
 
 
-def load_decoder(shape: tuple[int, int, int], config: VaeConfig | None) -> Decoder:
+def load_decoder(shape: tuple[int, ...], config: VaeConfig | None) -> Decoder:
     """What makes pixels of the samples [c, h, w] of a model, on the CPU.
 
     Raises:
@@ -100,6 +100,11 @@ def load_decoder(shape: tuple[int, int, int], config: VaeConfig | None) -> Decod
                 "them: name its folder or owner/name on the Hub, with --vae, or `vae: {source: ...}` in a recipe"
             )
         return Decoder()
+    if len(shape) != 3:
+        raise ProtocolError(
+            f"the model makes videos of latents {list(shape)}, and the autoencoder that `vae` names is of images: leave it out "
+            "where nothing is sampled"
+        )
     vae = load_autoencoder(config.source, revision=config.revision)
     if vae.channels != shape[0]:
         raise ProtocolError(
@@ -109,6 +114,6 @@ def load_decoder(shape: tuple[int, int, int], config: VaeConfig | None) -> Decod
     return Decoder(vae, config)
 
 
-def makes_pixels(shape: tuple[int, int, int]) -> bool:
-    """Whether samples [c, h, w] are images, grey or in colour, and not latents."""
+def makes_pixels(shape: tuple[int, ...]) -> bool:
+    """Whether samples [c, h, w] or [c, frames, h, w] are images, grey or in colour, and not latents."""
     return shape[0] in _PIXEL_CHANNELS

@@ -1,6 +1,7 @@
-"""Noise processes and their losses: that of DiT and PixArt, and the straight paths of SD3, Flux and Wan.
+"""Noise processes: that of DiT and PixArt, and the straight paths of SD3, Flux and Wan.
 
-Pure functions of tensors; the model is called by whoever calls these. Sampling is in `sampling.py`, by diffusers' schedulers.
+A process says how inputs are noised, what a prediction is trained to be, and how a sampler steps back. Pure functions of
+tensors; the model is called by whoever calls these.
 
 Source: arXiv:2006.11239 (process), arXiv:2102.09672 (learned variance, L_vlb), constants as in openai/guided-diffusion;
 arXiv:2209.03003 (straight paths), arXiv:2403.03206 (the distribution of steps, shift).
@@ -8,10 +9,14 @@ arXiv:2209.03003 (straight paths), arXiv:2403.03206 (the distribution of steps, 
 
 import math
 from functools import cached_property
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat
+from torch import Generator, Tensor
+
+from .samplers import Chain, ddim, ddpm, dpm_solver, dpm_solver_flow, euler, heun
 
 NUM_STEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
@@ -20,7 +25,14 @@ BETA_START, BETA_END = 1e-4, 0.02
 class Diffusion:
     """Linear betas over 1,000 steps, predicted noise, learned variance (DiT, PixArt).
 
-    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), for t in 0..999."""
+    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), for t in 0..999.
+    """
+
+    samplers: tuple[str, ...] = ("ddpm", "ddim", "dpm-solver++")
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        return {"name": "diffusion"}
 
     @cached_property
     def betas(self) -> Float[Tensor, "steps"]:
@@ -46,6 +58,9 @@ class Diffusion:
     def steps_at(self, shares: Float[Tensor, "count"]) -> Int[Tensor, "count"]:
         return (shares * NUM_STEPS + 1e-6).long().clamp(max=NUM_STEPS - 1)  # shares of whole steps stay whole
 
+    def share_of(self, step: int | float) -> float:
+        return step / (NUM_STEPS - 1)
+
     def add_noise(
         self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Int[Tensor, "b"]
     ) -> Float[Tensor, "b *chw"]:
@@ -56,11 +71,11 @@ class Diffusion:
 
     def loss(
         self,
-        prediction: Float[Tensor, "b out_c h w"],
+        prediction: Float[Tensor, "b out_c *hw"],
         *,
-        x: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        noise: Float[Tensor, "b c h w"],
+        x: Float[Tensor, "b c *hw"],
+        x_t: Float[Tensor, "b c *hw"],
+        noise: Float[Tensor, "b c *hw"],
         t: Int[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
         """Per-sample training loss: mse of the noise, plus the variational bound where the variance is predicted too.
@@ -73,6 +88,21 @@ class Diffusion:
         eps, variance = prediction.chunk(2, dim=1)
         mse = (noise - eps).square().flatten(1).mean(1)
         return mse + self._bound(eps.detach(), variance, x=x, x_t=x_t, t=t)
+
+    def sampling_faults(self, sampler: str, *, steps: int, clip: bool) -> list[str]:
+        if sampler not in self.samplers:
+            return [_unknown(sampler, self.samplers, "predicted noise")]
+        most = NUM_STEPS - (
+            sampler == "dpm-solver++"
+        )  # spaced for one step more, two of them would be the same
+        return [f"{sampler} takes at most {most} steps; found {steps}"] if steps > most else []
+
+    def chain(self, sampler: str, *, steps: int, clip: bool, streams: list[Generator]) -> Chain:
+        if sampler == "ddpm":
+            return ddpm(self.alpha_bars, steps=steps, clip=clip, streams=streams)
+        if sampler == "ddim":
+            return ddim(self.alpha_bars, steps=steps, clip=clip)
+        return dpm_solver(self.betas, steps=steps, clip=clip)
 
     def _bound(self, eps: Tensor, variance: Tensor, *, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL of the true posterior from the model's, in bits a dimension; at t = 0 the negative log likelihood of x."""
@@ -115,11 +145,18 @@ class FlowMatching:
 
     Args:
         scale: the step of pure noise in the host's unit: 1 for Flux, 1000 for SD3 and Wan.
-        shift: 1 is none; 3 for SD3 at 1024 x 1024 pixels.
+        shift: of the steps towards noise, in training and in sampling; 1 leaves them as they are. 3 for SD3 at 1024 x 1024
+            pixels.
     """
+
+    samplers: tuple[str, ...] = ("euler", "heun", "dpm-solver++")
 
     def __init__(self, *, scale: float = 1.0, shift: float = 1.0):
         self.scale, self.shift = scale, shift
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        return {"name": "flow", "scale": self.scale, "shift": self.shift}
 
     def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, "count"]:
         s = torch.randn(count, generator=draw).sigmoid()
@@ -127,6 +164,9 @@ class FlowMatching:
 
     def steps_at(self, shares: Float[Tensor, "count"]) -> Float[Tensor, "count"]:
         return self.scale * shares.float()
+
+    def share_of(self, step: int | float) -> float:
+        return step / self.scale
 
     def add_noise(
         self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Float[Tensor, "b"]
@@ -146,6 +186,51 @@ class FlowMatching:
     ) -> Float[Tensor, "b"]:
         """Per-sample training loss: mse of the velocity."""
         return (noise - x - prediction.float()).square().flatten(1).mean(1)
+
+    def sampling_faults(self, sampler: str, *, steps: int, clip: bool) -> list[str]:
+        if sampler not in self.samplers:
+            return [_unknown(sampler, self.samplers, "a predicted velocity")]
+        if clip and sampler != "dpm-solver++":
+            return [f"{sampler} has no clean image to clip: set clip to false, or sampler to dpm-solver++"]
+        return []
+
+    def chain(self, sampler: str, *, steps: int, clip: bool, streams: list[Generator]) -> Chain:
+        if sampler == "dpm-solver++":
+            return dpm_solver_flow(steps=steps, shift=self.shift, scale=self.scale, clip=clip)
+        method = {"euler": euler, "heun": heun}[sampler]
+        return method(steps=steps, shift=self.shift, scale=self.scale)
+
+
+class _ProcessConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DiffusionConfig(_ProcessConfig):
+    """Predicted noise over 1,000 steps (DiT, PixArt)."""
+
+    name: Literal["diffusion"] = "diffusion"
+
+    def build(self, *, scale: float) -> Diffusion:
+        return Diffusion()
+
+
+class FlowConfig(_ProcessConfig):
+    """A predicted velocity along straight paths (SD3, Flux, Wan)."""
+
+    name: Literal["flow"] = "flow"
+    shift: PositiveFloat = 1.0
+    """Shift of the steps towards noise, in training and sampling; 1 leaves them as they are."""
+
+    def build(self, *, scale: float) -> FlowMatching:
+        return FlowMatching(scale=scale, shift=self.shift)
+
+
+ProcessConfig = Annotated[DiffusionConfig | FlowConfig, Field(discriminator="name")]
+"""A noise process as data; `build` takes the host's step of pure noise."""
+
+
+def _unknown(sampler: str, known: tuple[str, ...], prediction: str) -> str:
+    return f"sampler {sampler} does not run {prediction}, which takes {', '.join(known)}"
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

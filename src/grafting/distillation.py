@@ -1,7 +1,7 @@
 """Stage 1: fit each new operator to the old one's activations, all sites in one streaming pass of the teacher.
 
-Inputs follow arXiv:2506.05340 Eq. 2: data noised by the host's process, t and noise fresh at each step, labels in their
-place. At each site the operator sees the site's input and is fitted to the old module's output inside the teacher's
+Inputs follow arXiv:2506.05340 Eq. 2: data noised by the host's process, t and noise fresh at each step, conditions in
+their place. At each site the operator sees the site's input and is fitted to the old module's output inside the teacher's
 forward pass; its graph is freed before the next site, so memory holds one site's graph and disk holds nothing. A merged
 pair of blocks is one site, fitted to the second block's output for the first one's input.
 
@@ -40,16 +40,18 @@ from .activations import (
     shuffled,
     visiting,
 )
-from .contract import ClassConditional, NoiseProcess, Predict, Role, Step, TrainingData
+from .contract import Denoiser, Role, Step, TrainingData
 from .data.loader import Loader
 from .errors import CheckpointError, TrainingError
 from .functional.losses import Regression, regression_loss
 from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
+from .hosts import host_of
 from .noising import NoisedBatch, check_batch_size, draw_noised
+from .placed import Placed
 from .randomness import batch_indices, seeded
 from .sharding import kept_copy
-from .surgery import MergedBlocks, Passage, grafted, sequence
+from .surgery import grafted
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
 LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
@@ -116,14 +118,11 @@ class DistillConfig(BaseModel):
 
 def distill(
     teacher: nn.Module,
-    operators: Mapping[str, nn.Module],
+    operators: Mapping[str, Placed],
     data: TrainingData,
     config: DistillConfig,
     *,
-    roles: Mapping[str, Role],
-    predict: Predict,
-    diffusion: NoiseProcess,
-    classes: ClassConditional | None = None,
+    denoiser: Denoiser | None = None,
     cache_folder: Path | None = None,
     state: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
@@ -136,9 +135,8 @@ def distill(
     the variance of the teacher's output.
 
     Args:
-        roles: the role of each operator's site; `block` of a merged pair.
-        classes: what the host knows of classes; with it labels are dropped in its share, so that operators also see the
-            null label of guidance.
+        denoiser: how the teacher is called, its process and its conditions, which are dropped in their share, so that
+            operators also see the null one of guidance; by default its host's.
         cache_folder: where activations go when `config.cache_samples` is set.
         state: what an earlier step's `state()` returned, to go on from there.
 
@@ -148,16 +146,8 @@ def distill(
     """
     check_division(config)
     train, held_out = split(len(data), config)
-    fitting = _Fitting(
-        teacher,
-        operators,
-        data,
-        config,
-        roles=roles,
-        predict=predict,
-        diffusion=diffusion,
-        classes=classes,
-    )
+    denoiser = denoiser or host_of(teacher).denoiser(teacher)
+    fitting = _Fitting(teacher, operators, data, config, denoiser)
     first = fitting.load(state) if state else 0
     with fitting.training(), fitting.loader(train) as loader:
         cache = fitting.record(train, cache_folder) if config.cache_samples else None
@@ -200,20 +190,15 @@ class _Fitting:
     def __init__(
         self,
         teacher: nn.Module,
-        operators: Mapping[str, nn.Module],
+        operators: Mapping[str, Placed],
         data: TrainingData,
         config: DistillConfig,
-        *,
-        roles: Mapping[str, Role],
-        predict: Predict,
-        diffusion: NoiseProcess,
-        classes: ClassConditional | None,
+        denoiser: Denoiser,
     ):
         self.teacher, self.operators, self.data, self.config = teacher, operators, data, config
-        self.predict, self.diffusion, self.classes = predict, diffusion, classes
-        # what stands where a block was only passes tokens on
-        self.fitted = {path: o for path, o in operators.items() if not isinstance(o, Passage)}
-        self.losses = {path: config.loss or LOSS_BY_ROLE[roles[path]] for path in self.fitted}
+        self.denoiser = denoiser
+        self.fitted = {path: operator for path, operator in operators.items() if operator.fits}
+        self.losses = {path: config.loss or LOSS_BY_ROLE[o.site.role] for path, o in self.fitted.items()}
         self.device = next(teacher.parameters()).device
         prepare_for_training("stage 1", teacher, operators, precision=config.precision)
         # the sites that this process fits, and the part of each batch that it fits them on
@@ -271,9 +256,8 @@ class _Fitting:
                 images,
                 draw,
                 batch_size=batch_size,
-                diffusion=self.diffusion,
+                denoiser=self.denoiser,
                 device=self.device,
-                classes=self.classes,
                 part=part,
             )
 
@@ -281,7 +265,7 @@ class _Fitting:
         """Run the teacher on a batch and visit these sites on the way."""
         config = self.config
         with _visiting(self.teacher, self.operators, paths, config.inputs, visit), seeded(*entropy):
-            run_on_batch(self.teacher, batch, predict=self.predict, precision=config.precision)
+            run_on_batch(self.teacher, batch, denoiser=self.denoiser, precision=config.precision)
 
     def _run_whole(
         self, indices: Tensor, paths: Sequence[str], entropy: tuple[int, ...], visit: Visit
@@ -528,14 +512,14 @@ class _Measured:
 @contextmanager
 def _visiting(
     teacher: nn.Module,
-    operators: Mapping[str, nn.Module],
+    operators: Mapping[str, Placed],
     paths: Sequence[str],
     inputs: str,
     visit: Visit,
 ) -> Iterator[None]:
     """While the teacher runs, `visit` these sites with their calls' arguments and what the old modules give for them."""
     fitted = {path: operators[path] for path in paths}
-    old = {path: _replaced(teacher, path, operator) for path, operator in fitted.items()}
+    old = {path: [teacher.get_submodule(p) for p in o.replaces] for path, o in fitted.items()}
     if inputs == "teacher":
         first, last = ({path: blocks[end] for path, blocks in old.items()} for end in (0, -1))
         with visiting(first, visit, until=last):
@@ -543,20 +527,10 @@ def _visiting(
         return
 
     def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
-        operator = fitted[path]
-        if isinstance(operator, MergedBlocks):
-            visit(path, args, kwargs, sequence(old[path], operator.call, args, kwargs))
-        else:
-            visit(path, args, kwargs, old[path][0](*args, **kwargs))
+        visit(path, args, kwargs, fitted[path].replaced_output(old[path], args, kwargs))
 
     with grafted(teacher, operators, cast=False), visiting(fitted, visit_student):
         yield
-
-
-def _replaced(teacher: nn.Module, path: str, operator: nn.Module) -> list[nn.Module]:
-    """The teacher's modules in whose place an operator stands, in the order in which they run."""
-    paths = operator.paths if isinstance(operator, MergedBlocks) else (path,)
-    return [teacher.get_submodule(path) for path in paths]
 
 
 def split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .contract import ClassConditional, Predict, Step
+from .contract import Denoiser, Step
 from .decoding import Decoder
 from .errors import DataError, FaultWarning, RunError
 from .files import atomic_path, hash_json, is_empty, partial_folder, write_json
@@ -48,7 +48,8 @@ class Drawing:
     Args:
         folder: of the shards; made when the first is drawn, of no use when the samples file is written.
         config: which images, and how.
-        facts: what the model makes.
+        denoiser: how the model is called, its process and its conditions.
+        shape: of a sample, as the model makes it; `config.shape` goes before it.
         decoder: makes pixels of it.
         identity: what else the images depend on, as JSON: the model, with `weights_dtype`, and versions.
         pictures: a folder in which each image also becomes a PNG file, named by its number; None for none.
@@ -62,16 +63,22 @@ class Drawing:
         folder: Path,
         config: SamplingConfig,
         *,
-        facts: ClassConditional,
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
         decoder: Decoder,
         identity: Mapping[str, Any],
         pictures: Path | None = None,
     ):
         self.folder, self.config, self.pictures = folder, config, pictures
-        self._facts, self._decoder = facts, decoder
+        self._denoiser, self._sample_shape, self._decoder = denoiser, config.shape or shape, decoder
         sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in _CIRCUMSTANCES}
-        self.description: dict[str, Any] = {"sampling": sampling, "vae": decoder.identity, **identity}
-        self.shape = decoder.image_shape(facts.shape)
+        self.description: dict[str, Any] = {
+            "sampling": sampling,
+            "vae": decoder.identity,
+            **denoiser.identity,
+            **identity,
+        }
+        self.shape = decoder.image_shape(self._sample_shape)
         # shards of another size hold other images under the same number
         self._index = {"format": _FORMAT, "batch_size": config.batch_size, "drawing": self.description}
         self._key = hash_json(self._index)
@@ -108,13 +115,8 @@ class Drawing:
             )
         return True
 
-    def draw(
-        self, model: nn.Module, *, predict: Predict, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Step]:
-        """Draws this process's share of what is missing, a step a shard; its `ms_per_image` is this process's own.
-
-        Args:
-            predict: calls the model on noised images, steps and labels.
+    def draw(self, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
+        """Draw this process's share of what is missing, one step per shard; its `ms_per_image` is this process's own.
 
         Raises:
             ProtocolError: the model cannot be sampled in this way; raised before any work.
@@ -133,10 +135,8 @@ class Drawing:
         batches = sample(
             model,
             self.config,
-            predict=predict,
-            shape=self._facts.shape,
-            num_classes=self._facts.num_classes,
-            null_label=self._facts.null_label,
+            denoiser=self._denoiser,
+            shape=self._sample_shape,
             indices=[i for shard in todo for i in self._numbers(shard)],
         )
         started = time.perf_counter()
@@ -212,9 +212,10 @@ class Drawing:
     def origin(self) -> dict[str, Any]:
         """What the images' protocol says of them."""
         dtype = self.description.get("weights_dtype", "float32")
-        return origin_of(self.config, weights_dtype=dtype, vae=self._decoder.identity)
+        vae = self._decoder.identity
+        return origin_of(self.config, weights_dtype=dtype, denoiser=self._denoiser, vae=vae)
 
-    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"]]]:
+    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, "b"]]]:
         """The images and labels of all shards, in their order.
 
         Raises:
@@ -242,6 +243,8 @@ class Drawing:
             raise DataError(
                 f"pictures are grey or in colour; these images have {self.shape[0]} channels: leave --png out"
             )
+        if self.pictures is not None and len(self.shape) != 3:
+            raise DataError("pictures are of images; this model makes videos: leave --png out")
         if not self.folder.exists():
             return
         path = self.folder / INDEX_NAME

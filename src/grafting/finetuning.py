@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
-from .contract import ClassConditional, NoiseProcess, Predict, Step, TrainingData
+from .contract import Denoiser, Step, TrainingData
 from .data.loader import Loader
 from .devices import default_device, half_types, mixed_precision
 from .errors import CheckpointError, TrainingError
 from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
+from .hosts import host_of
 from .noising import NoisedBatch, check_batch_size, draw_noised
 from .randomness import seeded
 from .sharding import ShardedState, copy_whole, kept_copy, read_facts, read_tensors, shard, whole
@@ -96,9 +97,7 @@ def finetune(
     data: TrainingData,
     config: FinetuneConfig,
     *,
-    predict: Predict,
-    diffusion: NoiseProcess,
-    classes: ClassConditional | None = None,
+    denoiser: Denoiser | None = None,
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
     new_parameters: frozenset[str] = frozenset(),
@@ -111,10 +110,9 @@ def finetune(
 
     Args:
         model: the grafted model.
-        data: images or latents with labels.
-        predict: the host's call of a model on (x_t, t, labels).
-        diffusion: the host's noise process and loss.
-        classes: what the host knows of classes; with it, labels are dropped in its share.
+        data: images or latents with the numbers of their conditions.
+        denoiser: how a model is called, its process and loss, and its conditions, which are dropped in their share;
+            by default the host's.
         blocks: paths of the model's blocks, which `compile` and `shard` treat one by one.
         teacher: the pretrained model, needed when `output_weight` is positive.
         new_parameters: names of the parameters of new operators, for `trainable: new`.
@@ -126,13 +124,12 @@ def finetune(
             the loss is not finite.
     """
     _check(config, teacher, blocks)
+    denoiser = denoiser or host_of(model).denoiser(model)
     training = _Training(
         model,
         data,
         config,
-        predict=predict,
-        diffusion=diffusion,
-        classes=classes,
+        denoiser=denoiser,
         blocks=blocks,
         teacher=teacher,
         new_parameters=new_parameters,
@@ -161,15 +158,13 @@ class _Training:
         data: TrainingData,
         config: FinetuneConfig,
         *,
-        predict: Predict,
-        diffusion: NoiseProcess,
-        classes: ClassConditional | None,
+        denoiser: Denoiser,
         blocks: Sequence[str],
         teacher: nn.Module | None,
         new_parameters: frozenset[str],
     ):
         self.model, self.config = model, config
-        self.predict, self.diffusion, self.classes = predict, diffusion, classes
+        self.denoiser = denoiser
         self.device = default_device()
         self.loader = Loader(
             data,
@@ -192,7 +187,7 @@ class _Training:
         for block in self.compiled:
             block.compile()
         model.train()
-        student = _Student(model, predict)
+        student = _Student(model, denoiser)
         if self.model is not self.whole_model:
             shard(student, [model.get_submodule(path) for path in blocks], self.device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -245,14 +240,15 @@ class _Training:
         config = self.config
         losses: dict[str, Tensor] = {}
         with seeded(*entropy), mixed_precision(self.device, config.precision):
-            prediction = self.student(batch.x_t, batch.t, batch.labels)
+            prediction = self.student(batch.x_t, batch.t, batch.numbers)
         if config.diffusion_weight:
             x, noise, x_t, t = batch.x, batch.noise, batch.x_t, batch.t
-            losses["diffusion"] = self.diffusion.loss(prediction, x=x, x_t=x_t, noise=noise, t=t).mean()
+            per_item = self.denoiser.process.loss(prediction, x=x, x_t=x_t, noise=noise, t=t)
+            losses["diffusion"] = per_item.mean()
         if config.output_weight:
             assert self.teacher is not None
             with torch.no_grad(), mixed_precision(self.device, config.precision):
-                target = self.predict(self.teacher, batch.x_t, batch.t, batch.labels)
+                target = self.denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
             losses["output"] = (prediction.float() - target.float()).square().mean()
         weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
         return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
@@ -265,9 +261,8 @@ class _Training:
                 images,
                 draw,
                 batch_size=self.config.batch_size,
-                diffusion=self.diffusion,
+                denoiser=self.denoiser,
                 device=self.device,
-                classes=self.classes,
                 part=parallel.share(),
             )
 
@@ -413,12 +408,12 @@ class _Average:
 class _Student(nn.Module):
     """A model as its host calls it, so that what averages gradients over processes stands outside of that call."""
 
-    def __init__(self, model: nn.Module, predict: Predict):
+    def __init__(self, model: nn.Module, denoiser: Denoiser):
         super().__init__()
-        self.model, self.predict = model, predict
+        self.model, self.denoiser = model, denoiser
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        prediction = self.predict(self.model, x_t, t, labels)
+    def forward(self, x_t: Tensor, t: Tensor, numbers: Tensor) -> Tensor:
+        prediction = self.denoiser(self.model, x_t, t, numbers)
         # FSDP wants no view as the result: an operation in place on it would lose its hook
         return prediction.clone() if prediction._is_view() else prediction
 

@@ -1,4 +1,4 @@
-"""A training batch as both stages see it: images noised at random steps, some labels dropped (arXiv:2506.05340 Eq. 2).
+"""A training batch as both stages see it: images noised at random steps, some conditions dropped (arXiv:2506.05340 Eq. 2).
 
 Everything is drawn for the step's whole batch and then cut, so that a batch is the same however many processes share it
 and in however many parts each of them takes its share.
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import ClassConditional, NoiseProcess
+from .contract import Denoiser
 from .errors import TrainingError
 
 _WHOLE = slice(None)
 
 
 class NoisedBatch(NamedTuple):
-    """Clean images x, standard normal noise and x_t [B, C, H, W], or videos of any shape; labels and steps t [B]."""
+    """Clean inputs x, standard normal noise and x_t, [B, ...] of any shape; numbers of the conditions and steps t [B]."""
 
     x: Tensor
     noise: Tensor
     x_t: Tensor
-    labels: Tensor
+    numbers: Tensor
     t: Tensor
 
     def split(self, parts: int) -> "list[NoisedBatch]":
@@ -35,28 +35,28 @@ def draw_noised(
     draw: torch.Generator,
     *,
     batch_size: int,
-    diffusion: NoiseProcess,
+    denoiser: Denoiser,
     device: torch.device,
-    classes: ClassConditional | None = None,
     part: slice = _WHOLE,
 ) -> NoisedBatch:
-    """Images or latents and their labels, noised.
+    """Images or latents and the numbers of their conditions, noised.
 
     Args:
         images: those in `part` of the step's batch.
         batch_size: of the whole batch.
         draw: a fresh CPU generator of the step.
-        classes: what the model knows of classes; with it, labels are dropped in the model's share.
+        denoiser: its process noises; its conditions are dropped in their share.
     """
-    x, labels = images
+    x, numbers = images
     noise = torch.randn((batch_size, *x.shape[1:]), generator=draw)[part]
-    t = diffusion.draw_steps(batch_size, draw)[part]
-    if classes is not None and classes.label_dropout:
-        assert classes.null_label is not None
-        is_dropped = torch.rand(batch_size, generator=draw)[part] < classes.label_dropout
-        labels = torch.where(is_dropped, classes.null_label, labels)
-    x, labels, noise, t = (a.to(device, non_blocking=True) for a in (x, labels, noise, t))
-    return NoisedBatch(x, noise, diffusion.add_noise(x, noise, t), labels, t)
+    t = denoiser.process.draw_steps(batch_size, draw)[part]
+    if dropout := denoiser.conditions.dropout:
+        nulls = denoiser.conditions.nulls(numbers)
+        assert nulls is not None, "conditions that are dropped have a null"
+        numbers = torch.where(torch.rand(batch_size, generator=draw)[part] < dropout, nulls, numbers)
+    # numbers stay here: what a table of prompts holds is found by them
+    x, noise, t = (a.to(device, non_blocking=True) for a in (x, noise, t))
+    return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), numbers, t)
 
 
 def check_batch_size(stage: str, batch_size: int, *, processes: int, accumulate: int) -> None:

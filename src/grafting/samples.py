@@ -1,7 +1,7 @@
 """Sampled images as one file, written and read in batches: fifty thousand of them are never in memory at once.
 
-An .npz file holds arr_0 [N, H, W, C] of 8 bits, as ADM's evaluation reads it, and labels [N]; a run's folder holds
-`samples/ROW.safetensors`, with images [N, C, H, W] and labels. Both also say how the images were sampled, so that
+An .npz file holds arr_0 [N, H, W, C] of 8 bits, as ADM's evaluation reads it, and labels [N] (of videos
+[N, F, H, W, C]); a run's folder holds `samples/ROW.safetensors`, with images [N, C, H, W] and labels. Both also say how the images were sampled, so that
 measuring them later knows the protocol, and what drew them.
 """
 
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .contract import Denoiser
 from .errors import CheckpointError, DataError, ProtocolError
 from .files import atomic_path, sha256_of
 from .sampling import SamplingConfig
@@ -36,7 +37,7 @@ _IMAGES = "arr_0"
 class Samples(NamedTuple):
     """Images, labels, and how they came about: `sampling`, `labels` and `weights_dtype` of their protocol."""
 
-    images: UInt8[Tensor, "n c h w"]
+    images: UInt8[Tensor, "n c *size"]
     labels: Int[Tensor, "n"]
     origin: dict[str, Any]
 
@@ -46,7 +47,7 @@ class SampleFile:
     """A file of samples, of which only the labels have been read.
 
     Args:
-        shape: channels, height and width of an image.
+        shape: channels, height and width of an image; of a video its frames after the channels.
         labels: None where the file has none, as ADM's own files.
         origin: `sampling`, `labels` and `weights_dtype` of the images' protocol.
         record: what drew them: model, autoencoder, versions; empty where it was not recorded.
@@ -55,13 +56,13 @@ class SampleFile:
 
     path: Path
     num_images: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     labels: Int[Tensor, "n"] | None
     origin: dict[str, Any]
     record: dict[str, Any]
     read: Callable[[int], Iterator[Tensor]]
 
-    def images(self, size: int = 500) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    def images(self, size: int = 500) -> Iterator[UInt8[Tensor, "b c *size"]]:
         """The images in their order, `size` at a time.
 
         Raises:
@@ -69,7 +70,7 @@ class SampleFile:
         """
         return self.read(size)
 
-    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c h w"], Int[Tensor, "b"]]]:
+    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, "b"]]]:
         """The images with their labels, `size` at a time. Raises as `images`, and at the call if there are no labels."""
         if self.labels is None:
             raise DataError(
@@ -79,10 +80,14 @@ class SampleFile:
 
 
 def origin_of(
-    config: SamplingConfig, *, weights_dtype: str = "float32", vae: Mapping[str, Any] | None = None
+    config: SamplingConfig,
+    *,
+    weights_dtype: str = "float32",
+    denoiser: Denoiser | None = None,
+    vae: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a protocol says of images that were drawn so; the autoencoder, where there is one, is part of the sampling."""
-    sampling = config.model_dump(mode="json")
+    """What a protocol says of images that were drawn so; process, conditions and autoencoder are part of the sampling."""
+    sampling = config.model_dump(mode="json") | (denoiser.identity if denoiser else {})
     return {
         "sampling": sampling if vae is None else sampling | {"vae": dict(vae)},
         "labels": config.labels_rule,
@@ -95,7 +100,7 @@ def write_samples(
     batches: Batches,
     *,
     num_images: int,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     origin: Mapping[str, Any],
     record: Mapping[str, Any] | None = None,
 ) -> None:
@@ -105,7 +110,7 @@ def write_samples(
 
     Args:
         num_images: how many the batches hold together.
-        shape: channels, height and width of an image.
+        shape: channels, height and width of an image; of a video its frames after the channels.
         origin: see `origin_of`.
         record: what drew the images, as JSON.
 
@@ -148,7 +153,7 @@ def open_samples(path: str | Path) -> SampleFile:
     return readers[path.suffix](path)
 
 
-def _checked(batches: Batches, *, num_images: int, shape: tuple[int, int, int]) -> Batches:
+def _checked(batches: Batches, *, num_images: int, shape: tuple[int, ...]) -> Batches:
     """The same batches, known to be what the file's header says."""
     done = 0
     for images, labels in batches:
@@ -168,18 +173,18 @@ def _write_npz(
     batches: Batches,
     *,
     num_images: int,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     words: dict[str, str],
 ) -> None:
-    channels, height, width = shape
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, height, width, channels)}
+    channels, *size = shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *size, channels)}
     labels = [torch.empty(0, dtype=torch.int64)]
     # members are stored as they are, with the time of 1980: what is read is what was written, byte for byte
     with ZipFile(file, "w") as archive:
         with archive.open(f"{_IMAGES}.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for images, batch_labels in batches:
-                member.write(images.permute(0, 2, 3, 1).contiguous().numpy().data)
+                member.write(images.movedim(1, -1).contiguous().numpy().data)
                 labels.append(batch_labels.cpu().long())
         arrays = {"labels": torch.cat(labels).numpy(), **{key: np.array(text) for key, text in words.items()}}
         for name, array in arrays.items():
@@ -192,7 +197,7 @@ def _write_safetensors(
     batches: Batches,
     *,
     num_images: int,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     words: dict[str, str],
 ) -> None:
     """Source: the format's own page, github.com/huggingface/safetensors: length, JSON header, then the tensors' bytes.
@@ -232,7 +237,7 @@ def _open_npz(path: Path) -> SampleFile:
             record = json.loads(str(arrays["record"])) if "record" in arrays else {}
         with ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
             shape, is_fortran, dtype = _read_header(member)
-    is_batch = dtype == np.uint8 and len(shape) == 4
+    is_batch = dtype == np.uint8 and len(shape) in (4, 5)
     if labels is not None:
         is_batch = is_batch and labels.shape == shape[:1] and np.issubdtype(labels.dtype, np.integer)
     if not is_batch:
@@ -243,11 +248,11 @@ def _open_npz(path: Path) -> SampleFile:
         )
     if is_fortran:
         raise DataError(f"{path}: arr_0 is in Fortran order; save np.ascontiguousarray of it")
-    num_images, height, width, channels = shape
+    num_images, *size, channels = shape
     return SampleFile(
         path=path,
         num_images=num_images,
-        shape=(channels, height, width),
+        shape=(channels, *size),
         labels=None if labels is None else torch.from_numpy(labels).long(),
         origin=origin,
         record=record,
@@ -263,7 +268,7 @@ def _read_npz(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Tensor]
             rows = np.empty((min(size, num_images - first), *image), np.uint8)
             if member.readinto(rows.reshape(-1).data) != rows.size:
                 raise EOFError(f"{_IMAGES} ends before its {num_images} images do")
-            yield torch.from_numpy(rows).permute(0, 3, 1, 2)
+            yield torch.from_numpy(rows).movedim(-1, 1)
         # the archive's checksum is compared at the end of the member only
         member.read(1)
 
@@ -304,16 +309,16 @@ def _open_safetensors(path: Path) -> SampleFile:
             dtype = file.get_slice("images").get_dtype()
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-    if dtype != "U8" or len(shape) != 4 or labels.shape != shape[:1]:
+    if dtype != "U8" or len(shape) not in (4, 5) or labels.shape != shape[:1]:
         raise CheckpointError(
             f"{path}: images must be uint8 [N, C, H, W] and labels [N]; "
             f"found {dtype} {list(shape)} and {list(labels.shape)}"
         )
-    num_images, channels, height, width = shape
+    num_images, *image = shape
     return SampleFile(
         path=path,
         num_images=num_images,
-        shape=(channels, height, width),
+        shape=tuple(image),
         labels=labels,
         origin=json.loads(words["origin"]) if "origin" in words else _origin_in_run(path, num_images),
         record=json.loads(words.get("record", "{}")),

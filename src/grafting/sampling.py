@@ -1,25 +1,33 @@
-"""Class-conditional sampling: a loop around diffusers' schedulers, with classifier-free guidance as in DiT.
+"""Sampling: a model's process run back from noise, with or without guidance, under the conditions that are asked for.
 
-Yields batches; saving and measuring them is the caller's business. Label and noise of image i come from (seed, i)
+Yields batches; saving and measuring them is the caller's business. Condition and noise of image i come from (seed, i)
 alone, so a set of images may be drawn in batches of any size and by any number of processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, repeat
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Int, UInt8
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
-from .contract import Predict
-from .diffusion import BETA_END, BETA_START, NUM_STEPS, Diffusion
+from .contract import Conditions, Denoiser
 from .errors import ProtocolError
 from .functional.pixels import to_uint8
+from .guidance import Guidance
+from .hosts import host_of
 from .randomness import generator
 
 _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
@@ -29,17 +37,29 @@ class SamplingConfig(BaseModel):
     """How images are drawn from a model. The defaults are DiT's, but for the number of images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    _absent_by_default: ClassVar[frozenset[str]] = frozenset({"cfg_rescale", "negative", "shape"})
+    """Fields that protocols and records leave out at their defaults: those written before had none of them."""
 
-    sampler: Literal["ddpm", "ddim", "dpm-solver++"] = "ddpm"
-    """`ddpm` is ancestral sampling with the predicted variance; `ddim` (eta 0) and `dpm-solver++` add no noise."""
-    steps: Annotated[PositiveInt, Field(le=NUM_STEPS)] = 250
-    """Calls of the model an image; spread evenly over the 1,000 of training (at most 999 for `dpm-solver++`)."""
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "euler", "heun"] = "ddpm"
+    """Predicted noise: `ddpm` is ancestral sampling with the predicted variance; `ddim` (eta 0) and `dpm-solver++` add no
+    noise. Flow: `euler`, `heun` (two calls of the model per step) or `dpm-solver++`."""
+    steps: Annotated[PositiveInt, Field(le=1000)] = 250
+    """Steps per image; those of predicted noise are spread evenly over the 1,000 of training (at most 999 for
+    `dpm-solver++`)."""
     cfg_scale: FiniteFloat = 1.5
-    """Guidance: null + cfg_scale * (conditional - null). At 1 there is none, and the null half is not computed."""
+    """Guidance scale, of null + cfg_scale * (conditional - null). 1 = off: the null half is not computed."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance is on at the training steps t with low <= t / 999 <= high: 0 is the cleanest, 1 is pure noise."""
+    """Guidance is on between these shares of the way from clean (0) to pure noise (1)."""
     guided_channels: PositiveInt | None = None
     """Guide the first channels only (3 in DiT's published protocol, of 4); all of them when None."""
+    cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Literal["norm"] = 0.0
+    """Share in which a guided prediction is given back the spread of the conditional one (arXiv:2305.08891); `norm` gives it
+    back its length at every place."""
+    negative: NonNegativeInt | None = None
+    """Number of the condition that guidance leads away from; the null one when None."""
+    shape: tuple[PositiveInt, ...] | None = None
+    """Of one sample as the model makes it: channels, then frames of a video, then height and width. When None, that of the
+    training data in a recipe, else the model's native one."""
     clip: bool = False
     """Clip the predicted clean image to [-1, 1] at each step: for models of pixels, not of latents."""
     num_images: PositiveInt = 64
@@ -51,7 +71,8 @@ class SamplingConfig(BaseModel):
     labels: Literal["balanced", "random"] | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (
         "balanced"
     )
-    """Class of image i: `balanced` i mod num_classes, `random` from (seed, i), or the i-th of a list, repeated."""
+    """Condition of image i, by number (a class, or a row of the prompts): `balanced` i mod their count, `random` from
+    (seed, i), or the i-th of a list, repeated."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the model's forward pass (bf16 by autocast); the samplers' arithmetic is always fp32."""
     compile: bool = False
@@ -62,10 +83,32 @@ class SamplingConfig(BaseModel):
         low, high = self.cfg_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"cfg_interval is [low, high] with 0 <= low <= high <= 1; found [{low}, {high}]")
-        if self.sampler == "dpm-solver++" and self.steps == NUM_STEPS:
-            # spaced for one step more, two of them would be the same
-            raise ValueError(f"dpm-solver++ takes at most {NUM_STEPS - 1} steps; found {self.steps}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        absent = {
+            n for n in self._absent_by_default if getattr(self, n) == type(self).model_fields[n].default
+        }
+        return {name: value for name, value in to_dict(self).items() if name not in absent}
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model per image, those for guidance not counted."""
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """Guidance as an object; None where it is off."""
+        if self.cfg_scale == 1:
+            return None
+        return Guidance(
+            scale=self.cfg_scale,
+            interval=self.cfg_interval,
+            channels=self.guided_channels,
+            negative=self.negative,
+            rescale=self.cfg_rescale,
+        )
 
     @property
     def labels_rule(self) -> str:
@@ -76,21 +119,19 @@ class SamplingConfig(BaseModel):
             return "uniform, from (seed, i)"
         return f"given, in turn: {', '.join(map(str, self.labels))}"
 
-    def guides_at(self, step: int) -> bool:
-        """Whether guidance is on at training step `step`, 0..999."""
-        low, high = self.cfg_interval
-        return self.cfg_scale != 1 and low <= step / (NUM_STEPS - 1) <= high
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples x of the images `indices`, as the model makes them: pixels about in [-1, 1], or latents."""
+    """Samples x of the images `indices`, as the model makes them: pixels about in [-1, 1], or latents.
+
+    `labels` are the numbers of their conditions.
+    """
 
     indices: tuple[int, ...]
     labels: Int[Tensor, "b"]
-    x: Float[Tensor, "b c h w"]
+    x: Float[Tensor, "b *shape"]
 
-    def images(self) -> UInt8[Tensor, "b c h w"]:
+    def images(self) -> UInt8[Tensor, "b *shape"]:
         """The samples of a model of pixels as 8-bit pixels."""
         return to_uint8(self.x)
 
@@ -99,25 +140,25 @@ def sample(
     model: nn.Module,
     config: SamplingConfig,
     *,
-    predict: Predict,
-    shape: tuple[int, int, int],
-    num_classes: int,
-    null_label: int | None,
+    denoiser: Denoiser | None = None,
+    shape: tuple[int, ...] | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Images drawn from a model, batch by batch; while a batch is drawn the model is in eval mode.
 
     Args:
-        predict: calls the model on noised images, steps and labels; it gives the noise, or noise and variance.
-        shape: c, h, w of an image.
-        num_classes: labels are 0..num_classes - 1.
-        null_label: the label that stands for no class; None if the model was trained without one.
+        denoiser: how the model is called, its process and its conditions; by default its host's.
+        shape: of a sample, [c, h, w] or [c, frames, h, w]; by default the model's native one. `config.shape` goes before it.
         indices: numbers of the images to draw (a process's share, or those missing); all when None.
 
     Raises:
         ProtocolError: the model cannot be sampled in this way; raised at the call, before any work.
     """
-    check_sampling(config, num_classes=num_classes, null_label=null_label, channels=shape[0])
+    how, size = (
+        denoiser or host_of(model).denoiser(model),
+        config.shape or shape or host_of(model).shape(model),
+    )
+    check_sampling(config, denoiser=how, channels=size[0])
     numbers = tuple(range(config.num_images) if indices is None else indices)
     called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
     if numbers and min(numbers) < 0:
@@ -126,195 +167,98 @@ def sample(
     def batches() -> Iterator[Batch]:
         for start in range(0, len(numbers), config.batch_size):
             chosen = numbers[start : start + config.batch_size]
-            labels = labels_of(chosen, config, num_classes=num_classes)
-            x = _draw(
-                called, config, predict, shape=shape, indices=chosen, labels=labels, null_label=null_label
-            )
+            labels = labels_of(chosen, config, count=len(how.conditions))
+            x = _draw(called, config, how, shape=size, indices=chosen, labels=labels)
             yield Batch(chosen, labels, x)
 
     return batches()
 
 
-def check_sampling(
-    config: SamplingConfig, *, num_classes: int, null_label: int | None, channels: int | None = None
-) -> None:
+def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int | None = None) -> None:
     """Raises a ProtocolError that lists why such a model cannot be sampled in this way, if it cannot.
 
     Args:
-        channels: of an image; None if not known yet, then `guided_channels` is not checked.
+        channels: of a sample; None if not known yet, then `guided_channels` is not checked.
     """
-    faults = []
-    if config.cfg_scale != 1 and null_label is None:
+    conditions = denoiser.conditions
+    faults = denoiser.process.sampling_faults(config.sampler, steps=config.steps, clip=config.clip)
+    if config.guidance is not None and config.negative is None and _has_no_null(conditions):
         faults.append(
-            f"cfg_scale is {config.cfg_scale:g}, but the model has no null label (it was trained with "
-            f"class_dropout_prob 0): set cfg_scale to 1"
+            f"cfg_scale is {config.cfg_scale:g}, but the model has no null label or prompt to lead away from (it was trained "
+            "without one, or distilled): set cfg_scale to 1"
         )
     if channels is not None and config.guided_channels is not None and config.guided_channels > channels:
         faults.append(f"guided_channels is {config.guided_channels}, but images have {channels} channels")
-    if isinstance(config.labels, tuple):
-        unknown = sorted({label for label in config.labels if label >= num_classes})
+    asked = config.labels if isinstance(config.labels, tuple) else ()
+    for name, numbers in (
+        ("labels", asked),
+        ("negative", () if config.negative is None else (config.negative,)),
+    ):
+        unknown = sorted({number for number in numbers if number >= len(conditions)})
         if unknown:
-            faults.append(f"labels {unknown} are out of range: classes are 0..{num_classes - 1}")
+            faults.append(f"{name} {unknown} are out of range: conditions are 0..{len(conditions) - 1}")
     if faults:
         raise ProtocolError("\n  ".join(["these samples cannot be drawn:", *faults]))
 
 
-def labels_of(indices: Sequence[int], config: SamplingConfig, *, num_classes: int) -> Int[Tensor, "b"]:
-    """The class of each image, by number."""
+def _has_no_null(conditions: Conditions) -> bool:
+    return conditions.nulls(torch.tensor([0])) is None
+
+
+def labels_of(indices: Sequence[int], config: SamplingConfig, *, count: int) -> Int[Tensor, "b"]:
+    """The number of each image's condition, of `count`."""
     if config.labels == "balanced":
-        labels = [i % num_classes for i in indices]
+        labels = [i % count for i in indices]
     elif config.labels == "random":
         streams = [generator(config.seed, i, _LABEL_STREAM) for i in indices]
-        labels = [int(torch.randint(num_classes, (), generator=stream)) for stream in streams]
+        labels = [int(torch.randint(count, (), generator=stream)) for stream in streams]
     else:
         labels = [config.labels[i % len(config.labels)] for i in indices]
     return torch.tensor(labels, dtype=torch.int64)
-
-
-def retained_steps(num_steps: int) -> list[int]:
-    """The training steps that a chain of `num_steps` visits, from the noisiest: 999 to 0 at even distances.
-
-    A single step starts at 999. (DiT's would be 0, where the model expects an image without any noise.)
-
-    Source: facebookresearch/DiT `diffusion/respace.py`, whose steps these are for every number of two or more.
-    """
-    if num_steps == 1:
-        return [NUM_STEPS - 1]
-    stride = (NUM_STEPS - 1) / (num_steps - 1)
-    # summed up as in the source: a product would round some halves the other way
-    return [round(step) for step in accumulate(repeat(stride, num_steps - 1), initial=0.0)][::-1]
 
 
 @torch.no_grad()
 def _draw(
     model: nn.Module,
     config: SamplingConfig,
-    predict: Predict,
+    denoiser: Denoiser,
     *,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     indices: Sequence[int],
     labels: Tensor,
-    null_label: int | None,
-) -> Float[Tensor, "b c h w"]:
+) -> Float[Tensor, "b *shape"]:
     """One batch, on the CPU."""
     device = next(model.parameters()).device
     streams = [generator(config.seed, i) for i in indices]
     x = _initial_noise(streams, shape).to(device)
-    labels = labels.to(device)
+    chain = denoiser.process.chain(config.sampler, steps=config.steps, clip=config.clip, streams=streams)
     with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        for step, update in _updates(config, streams):
-            prediction = _prediction(model, config, predict, x, labels, step=step, null_label=null_label)
+        for step, update in chain:
+            prediction = _prediction(model, config.guidance, denoiser, x, labels, step=step)
             x = update(prediction.float(), x)
     return x.cpu()
 
 
-def _initial_noise(streams: list[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+def _initial_noise(streams: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
 def _prediction(
     model: nn.Module,
-    config: SamplingConfig,
-    predict: Predict,
-    x: Tensor,
+    guidance: Guidance | None,
+    denoiser: Denoiser,
+    x: Float[Tensor, "b c *hw"],
     labels: Tensor,
     *,
-    step: int,
-    null_label: int | None,
-) -> Tensor:
-    """The model's prediction [B, C or 2C, H, W], with its first channels of noise guided where guidance is on.
-
-    The other channels of noise and the variance are the conditional ones.
-
-    Source: facebookresearch/DiT `DiT.forward_with_cfg`.
-    """
-    t = torch.full_like(labels, step)
-    if null_label is None or not config.guides_at(step):
-        return predict(model, x, t, labels)
-    null_labels = torch.full_like(labels, null_label)
-    both = predict(model, torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null_labels])).float()
-    conditional, null = both.chunk(2)
-    guided = config.guided_channels or x.shape[1]
-    eps, null_eps = conditional[:, :guided], null[:, :guided]
-    return torch.cat([null_eps + config.cfg_scale * (eps - null_eps), conditional[:, guided:]], dim=1)
-
-
-Update = Callable[[Tensor, Tensor], Tensor]
-"""x_t's successor, from a prediction and x_t."""
-
-
-def _updates(config: SamplingConfig, streams: list[torch.Generator]) -> Iterator[tuple[int, Update]]:
-    """The training steps of a chain, from the noisiest, each with the update to make there."""
-    return {"ddpm": _ddpm, "ddim": _ddim, "dpm-solver++": _dpm_solver}[config.sampler](config, streams)
-
-
-def _ddpm(config: SamplingConfig, streams: list[torch.Generator]) -> Iterator[tuple[int, Update]]:
-    scheduler = _respaced(DDPMScheduler, config, variance_type="learned_range")
-    for position, step in _positions(config):
-
-        def update(prediction: Tensor, x: Tensor, position: int = position) -> Tensor:
-            if prediction.shape[1] == x.shape[1]:
-                # -1 is the small end of the range between which a variance is predicted: that of the true posterior
-                prediction = torch.cat([prediction, torch.full_like(x, -1)], dim=1)
-            return scheduler.step(prediction, position, x, generator=streams).prev_sample
-
-        yield step, update
-
-
-def _ddim(config: SamplingConfig, streams: list[torch.Generator]) -> Iterator[tuple[int, Update]]:
-    scheduler = _respaced(DDIMScheduler, config)
-    for position, step in _positions(config):
-
-        def update(prediction: Tensor, x: Tensor, position: int = position) -> Tensor:
-            eps = prediction[:, : x.shape[1]]
-            return scheduler.step(eps, position, x, use_clipped_model_output=config.clip).prev_sample
-
-        yield step, update
-
-
-def _dpm_solver(config: SamplingConfig, streams: list[torch.Generator]) -> Iterator[tuple[int, Update]]:
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=NUM_STEPS,
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        algorithm_type="dpmsolver++",
-        timestep_spacing="linspace",
-        # this solver's only way to clip to [-1, 1]: dynamic thresholding whose threshold cannot exceed 1
-        thresholding=config.clip,
-        sample_max_value=1.0,
-    )
-    scheduler.set_timesteps(config.steps)
-    for step in scheduler.timesteps.tolist():
-
-        def update(prediction: Tensor, x: Tensor, step: int = step) -> Tensor:
-            return scheduler.step(prediction[:, : x.shape[1]], step, x).prev_sample
-
-        yield step, update
-
-
-def _positions(config: SamplingConfig) -> Iterator[tuple[int, int]]:
-    """Each retained step's position in the shorter chain, and the step itself, from the noisiest."""
-    return zip(range(config.steps - 1, -1, -1), retained_steps(config.steps), strict=True)
-
-
-def _respaced(scheduler_class: type, config: SamplingConfig, **options: str) -> Any:
-    """A scheduler over the retained steps alone, as if they were all there are.
-
-    diffusers' own spacing would do for DDPM, but its DDIM takes the step before t to be t - 1000 // steps, which it is
-    not when steps end at 999 and 0.
-    """
-    alpha_bars = Diffusion().alpha_bars[retained_steps(config.steps)[::-1]]
-    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
-    scheduler = scheduler_class(
-        num_train_timesteps=config.steps,
-        trained_betas=(1 - alpha_bars / before).tolist(),
-        clip_sample=config.clip,
-        **options,
-    )
-    # in float32 the differences of neighbours near 1 would keep four digits
-    scheduler.alphas_cumprod = alpha_bars
-    scheduler.set_timesteps(config.steps)
-    return scheduler
+    step: int | float,
+) -> Float[Tensor, "b c2 *hw"]:
+    """The model's prediction of c or 2c channels, guided where guidance is on; both halves are one batch."""
+    t = torch.full((len(x),), step, device=x.device)
+    if guidance is None or not guidance.is_on(denoiser.process.share_of(step)):
+        return denoiser(model, x, t, labels)
+    numbers = torch.cat([labels, guidance.nulls(denoiser.conditions, labels)])
+    both = denoiser(model, torch.cat([x, x]), torch.cat([t, t]), numbers).float()
+    return guidance(*both.chunk(2), channels=x.shape[1])
 
 
 @contextmanager

@@ -1,33 +1,23 @@
 """The only file that changes a model: it builds operators for a plan's sites, places them, and takes them out again.
 
-A kernel stands inside a copy of the host's attention module, whose call of `scaled_dot_product_attention` it answers;
-a mixer stands behind an adapter with the host's calling convention. A merged pair stands in the place of its first
-block; where a block is no more, a module passes the tokens on, so that all others keep their numbers. Everything is
-checked and built before anything is edited, so a failed graft leaves the model as it was.
+What it places is in `placed.py`. Where blocks are merged or dropped, all others keep their numbers. Everything is checked
+and built before anything is edited, so a failed graft leaves the model as it was.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .contract import BlockCall, Kernel, Mixer, OperatorConfig, Site
-from .errors import HostError, PlanError
-from .hosts import Call, Host, LayoutTracker, host_of
+from .contract import Kernel, OperatorConfig, Site
+from .errors import PlanError
+from .hosts import Host, LayoutTracker, host_of
+from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed
 from .plan import Choice, Drop, Merge, Plan, fault_list, merged_pairs, words_of
 from .randomness import seeded
-
-Operators = dict[str, nn.Module]
-"""New modules, ready to stand at a site, by the site's path.
-
-Those of merged and dropped blocks stand at the blocks' own paths; operators of a merged block stand inside its pair.
-"""
 
 
 def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> "Graft":
@@ -74,10 +64,10 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
                     host, model.get_submodule(site.path), site, config, inherit=inherit
                 )
         elif isinstance(config, Drop):
-            operators[site.path] = _passage(host, site)
+            operators[site.path] = Passage(site, LayoutTracker(host))
     for first, second, merge in merged_pairs(chosen):
         operators[first.path] = _merged(host, model, (first, second), merge, operators)
-        operators[second.path] = _passage(host, second)
+        operators[second.path] = Passage(second, LayoutTracker(host))
     _track(operators, host, model)
     return operators
 
@@ -114,7 +104,7 @@ class Graft:
 
     model: nn.Module
     operators: Operators
-    replaced: Operators
+    replaced: dict[str, nn.Module]
     kind: tuple[torch.device, torch.dtype]
     """Of the model, when it was grafted."""
 
@@ -143,7 +133,7 @@ class Graft:
             tracker.host.untrack_layout(self.model)
 
 
-def place(model: nn.Module, operators: Mapping[str, nn.Module], *, cast: bool = True) -> Graft:
+def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
     """Put operators at their sites, in place. They may have been built on a copy of the model, or distilled since.
 
     Args:
@@ -151,7 +141,6 @@ def place(model: nn.Module, operators: Mapping[str, nn.Module], *, cast: bool = 
     """
     kind, replaced = _kind(model), {path: model.get_submodule(path) for path in operators}
     for path, operator in operators.items():
-        assert _is_operator(operator)
         _settle(operator, path, replaced, cast=cast)
         operator.train(model.training)
         _track({path: operator}, operator.tracker.host, model)
@@ -164,7 +153,7 @@ def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
-def _settle(operator: nn.Module, path: str, replaced: Operators, *, cast: bool) -> None:
+def _settle(operator: nn.Module, path: str, replaced: Mapping[str, nn.Module], *, cast: bool) -> None:
     """Give an operator the device of what it replaces, and its dtype: what it copied each its own, the rest the linears'."""
     old = replaced[path]
     if not cast:
@@ -184,19 +173,19 @@ def _settle(operator: nn.Module, path: str, replaced: Operators, *, cast: bool) 
     operator._apply(settle)
 
 
-def _copies(operator: nn.Module, path: str, replaced: Operators) -> list[tuple[nn.Module, nn.Module]]:
+def _copies(
+    operator: nn.Module, path: str, replaced: Mapping[str, nn.Module]
+) -> list[tuple[nn.Module, nn.Module]]:
     """The parts of an operator that are copies of the model's modules, and those modules."""
     if isinstance(operator, KernelAttention):
         return [(operator.attention, replaced[path])]
     if isinstance(operator, MergedBlocks):
-        return [(b, replaced[p]) for b, p in zip(operator.branches, operator.paths, strict=True)]
+        return [(b, replaced[p]) for b, p in zip(operator.branches, operator.replaces, strict=True)]
     return []
 
 
 @contextmanager
-def grafted(
-    model: nn.Module, operators: Mapping[str, nn.Module], *, cast: bool = True
-) -> Iterator[nn.Module]:
+def grafted(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Iterator[nn.Module]:
     """The model with operators in place, for the duration of a `with`; `cast` as in `place`."""
     record = place(model, operators, cast=cast)
     try:
@@ -238,22 +227,22 @@ def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
 
 def _build(
     host: Host, module: nn.Module, site: Site, config: OperatorConfig, *, inherit: bool
-) -> "KernelAttention | MixerAdapter":
+) -> KernelAttention | MixerAdapter:
     operator, tracker = config.build(site), LayoutTracker(host)
     if isinstance(operator, Kernel):
         attention = _own_copy(module)
         if config.projections == "random":
             host.redraw(attention)
-        return KernelAttention(attention, operator, tracker)
+        return KernelAttention(attention, operator, site=site, tracker=tracker)
     if inherit and config.init == "inherit":
         weights = host.attention_weights if site.role == "attention" else host.mlp_weights
         operator.inherit(weights(module))
-    return MixerAdapter(operator, host.calls[site.role], tracker)
+    return MixerAdapter(operator, host.calls[site.role], site=site, tracker=tracker)
 
 
 def _merged(
     host: Host, model: nn.Module, pair: tuple[Site, Site], merge: Merge, operators: Operators
-) -> "MergedBlocks":
+) -> MergedBlocks:
     """The pair as one module; the operators of its blocks move from `operators` into it."""
     blocks = [_own_copy(model.get_submodule(site.path)) for site in pair]
     for site, block in zip(pair, blocks, strict=True):
@@ -264,10 +253,8 @@ def _merged(
     assert call is not None
     return MergedBlocks(
         host.branches(blocks, call),
-        pair[0].dim,
         merge,
-        call=call,
-        paths=tuple(site.path for site in pair),
+        sites=pair,
         tracker=LayoutTracker(host),
     )
 
@@ -282,189 +269,12 @@ def _own_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _passage(host: Host, site: Site) -> "Passage":
-    assert site.call is not None
-    return Passage(site.call, LayoutTracker(host))
-
-
 def _track(operators: Operators, host: Host, model: nn.Module) -> None:
     for module in (module for operator in operators.values() for module in operator.modules()):
-        if _is_operator(module):
+        if isinstance(module, Placed):
             module.tracker = host.track_layout(model)
 
 
 def holds_operators(module: nn.Module) -> bool:
     """Whether a module is one that surgery placed, or has one within."""
-    return any(map(_is_operator, module.modules()))
-
-
-def _is_operator(module: nn.Module) -> "TypeGuard[KernelAttention | MixerAdapter | MergedBlocks | Passage]":
-    return isinstance(module, KernelAttention | MixerAdapter | MergedBlocks | Passage)
-
-
-class KernelAttention(nn.Module):
-    """A host's attention module in which a kernel does what softmax attention did."""
-
-    def __init__(self, attention: nn.Module, kernel: Kernel, tracker: LayoutTracker):
-        super().__init__()
-        self.attention = attention
-        self.kernel = kernel
-        self.tracker = tracker
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        calls: list[tuple[int, ...]] = []
-        with _Interception(self.kernel, self.tracker, calls):
-            output = self.attention(*args, **kwargs)
-        if len(calls) != 1:
-            raise HostError(
-                f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} "
-                "times; a kernel needs exactly one call (choose the native attention backend)"
-            )
-        return output
-
-
-class MixerAdapter(nn.Module):
-    """A mixer behind the calling convention of the module that it replaces."""
-
-    def __init__(self, mixer: Mixer, call: Call, tracker: LayoutTracker):
-        super().__init__()
-        self.mixer = mixer
-        self.call = call
-        self.tracker = tracker
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else kwargs[self.call.tokens]
-        for name in self.call.must_be_none:
-            if kwargs.get(name) is not None:
-                raise HostError(
-                    f"the host passes {name} to its attention, and a mixer cannot honour it: use a kernel"
-                )
-        return self.mixer(x, self.tracker.layout)
-
-
-class MergedBlocks(nn.Module):
-    """Blocks that were sequential, as branches on one input, and a linear layer that merges them; see `plan.Merge`.
-
-    Args:
-        branches: called as a block is; gives what each branch adds to the tokens, [B, L, D] each.
-        dim: channels of a token, D.
-        merge: what is merged, and how that starts.
-        call: how the model calls a block.
-        paths: where the blocks stood, in order.
-    """
-
-    def __init__(
-        self,
-        branches: nn.ModuleList,
-        dim: int,
-        merge: Merge,
-        *,
-        call: BlockCall,
-        paths: tuple[str, ...],
-        tracker: LayoutTracker,
-    ):
-        super().__init__()
-        self.branches = branches
-        self.merge = nn.Linear(len(branches) * dim, dim)
-        self.of_outputs = merge.of == "outputs"
-        self.call = call
-        self.paths = paths
-        self.tracker = tracker
-        share = 1 / len(branches) if merge.start == "average" else 1.0
-        with torch.no_grad():
-            self.merge.weight.copy_(share * torch.eye(dim).repeat(1, len(branches)))
-            self.merge.bias.zero_()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = self.call.argument(self.call.returns[0], args, kwargs)
-        updates = self.branches(*args, **kwargs)
-        if self.of_outputs:
-            return self.merge(_concatenated([x + update for update in updates]))
-        return x + self.merge(_concatenated(updates))
-
-
-def _concatenated(updates: Tensor | Sequence[Tensor]) -> Tensor:
-    """What n branches add to the tokens, [n, B, L, D] or one by one, as [B, L, n D]."""
-    if isinstance(updates, Tensor):
-        return updates.permute(1, 2, 0, 3).flatten(2)
-    return torch.cat(tuple(updates), dim=-1)
-
-
-class Passage(nn.Module):
-    """Stands where a block was and passes its tokens on; it has no parameters."""
-
-    def __init__(self, call: BlockCall, tracker: LayoutTracker):
-        super().__init__()
-        self.call = call
-        self.tracker = tracker
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tokens = tuple(self.call.argument(name, args, kwargs) for name in self.call.returns)
-        return tokens if len(tokens) > 1 else tokens[0]
-
-
-def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What blocks give one after the other, each called with these arguments but for the tokens."""
-    (name,) = call.returns
-    place = call.arguments.index(name)
-    for block in blocks:
-        x = block(*args, **kwargs)
-        if place < len(args):
-            args = (*args[:place], x, *args[place + 1 :])
-        else:
-            kwargs = kwargs | {name: x}
-    return x
-
-
-class _Interception(TorchFunctionMode):
-    """Answers `scaled_dot_product_attention` with a kernel; every other function runs as it is.
-
-    It adds the shape of each answer to `calls`: a list of the caller's, since torch.compile forgets the
-    attributes of a mode when its `with` ends.
-    """
-
-    def __init__(self, kernel: Kernel, tracker: LayoutTracker, calls: list[tuple[int, ...]]):
-        super().__init__()
-        self.kernel = kernel
-        self.tracker = tracker
-        self.calls = calls
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.unflatten:
-            # written in Python with super(), which torch.compile cannot trace inside a mode; this is its native form
-            return torch.unflatten(*args, **kwargs)
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        output = _answer(self.kernel, self.tracker, *args, **kwargs)
-        self.calls.append(tuple(output.shape))
-        return output
-
-
-def _answer(
-    kernel: Kernel,
-    tracker: LayoutTracker,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The kernel's output for the arguments of `scaled_dot_product_attention`."""
-    if attn_mask is not None or dropout_p or is_causal:
-        raise HostError(
-            "the host calls scaled_dot_product_attention with a mask, dropout or is_causal, which a kernel replaces "
-            f"(attn_mask {'given' if attn_mask is not None else 'None'}, dropout_p {dropout_p}, is_causal {is_causal})"
-        )
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if query.shape[2] != key.shape[2] or query.shape[2] != tracker.layout.num_tokens:
-        raise HostError(
-            f"attention over {query.shape[2]} queries and {key.shape[2]} keys, but the model's layout is "
-            f"{tracker.layout}: {tracker.layout.num_tokens} tokens"
-        )
-    return kernel(query, key, value, tracker.layout, scale=scale)
+    return any(isinstance(part, Placed) for part in module.modules())

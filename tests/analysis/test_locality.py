@@ -12,12 +12,11 @@ from grafting.analysis import Locality, SiteLocality, noised_locality, watching_
 from grafting.analysis.locality import _Recording, _result, uniform_share
 from grafting.cli import app
 from grafting.contract import Grid, Site, TokenLayout
-from grafting.diffusion import Diffusion
 from grafting.errors import HostError, PlanError
 from grafting.hosts import hosts
 from grafting.plan import Plan
 from grafting.surgery import graft
-from toydata import noise_images
+from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
 DATA = noise_images(32, size=16)
@@ -35,7 +34,7 @@ def _recorded(q, k, layout: TokenLayout) -> SiteLocality:
 
 def _noised(model, **settings) -> Locality:
     settings = {"samples": 12, "batch_size": 5} | settings
-    return noised_locality(model, DATA, predict=HOST.predict, diffusion=Diffusion(), **settings)
+    return noised_locality(model, DATA, denoiser=denoiser(), **settings)
 
 
 def _pairs_within(grid: Grid, *, k: int | None = None, radius: int | None = None) -> float:
@@ -153,7 +152,7 @@ def test_steps_are_evenly_spread():
         steps.extend(t.tolist())
         return HOST.predict(model, x_t, t, condition)
 
-    noised_locality(HOST.tiny().eval(), DATA, predict=predict, diffusion=Diffusion(), samples=5, batch_size=2)
+    noised_locality(HOST.tiny().eval(), DATA, denoiser=denoiser(predict), samples=5, batch_size=2)
     assert steps == [100, 300, 500, 700, 900]
 
 

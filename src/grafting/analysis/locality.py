@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ..activations import shuffled
 from ..contract import (
+    Denoiser,
     Grid,
     Kernel,
     KernelConfig,
-    NoiseProcess,
-    Predict,
     Site,
     TokenLayout,
     TrainingData,
@@ -29,9 +28,10 @@ from ..contract import (
 )
 from ..errors import HostError
 from ..hosts import Host, host_of
+from ..placed import KernelAttention, Placed
 from ..plan import Plan, Replace
 from ..randomness import sample_noise
-from ..surgery import KernelAttention, MixerAdapter, build_operators, grafted, leaving_no_hook
+from ..surgery import build_operators, grafted, leaving_no_hook
 
 _CHUNK_SCORES = 2**22  # scores held at a time: 16 MiB
 
@@ -137,7 +137,10 @@ def watching_locality(model: nn.Module, *, host: Host | None = None) -> Iterator
     sites = {site.path: site for site in host.sites(model) if site.role == "attention"}
     with leaving_no_hook(model):
         operators = build_operators(model, _watch_all(model, sites), host=host)
-        kernels = {sites[path]: cast(_Recording, operator.kernel) for path, operator in operators.items()}
+        kernels = {
+            sites[path]: cast(_Recording, cast(KernelAttention, operator).kernel)
+            for path, operator in operators.items()
+        }
         with grafted(model, operators):
             yield lambda: _result(kernels)
 
@@ -147,8 +150,7 @@ def noised_locality(
     model: nn.Module,
     data: TrainingData,
     *,
-    predict: Predict,
-    diffusion: NoiseProcess,
+    denoiser: Denoiser | None = None,
     host: Host | None = None,
     samples: int = 250,
     batch_size: int = 50,
@@ -161,26 +163,25 @@ def noised_locality(
 
     Raises: as `watching_locality`.
     """
+    denoiser = denoiser or (host or host_of(model)).denoiser(model)
     device = next(model.parameters()).device
     order = shuffled(len(data), seed)
     with watching_locality(model, host=host) as result:
         for numbers in torch.arange(samples).split(batch_size):
-            x, condition = data.batch(order[numbers % len(order)])
+            x, asked = data.batch(order[numbers % len(order)])
             noise = sample_noise(seed, numbers.tolist(), tuple(x.shape[1:]))
-            t = diffusion.steps_at((2 * numbers + 1).double() / (2 * samples))  # the middles of equal parts
-            x, noise, t, condition = (a.to(device) for a in (x, noise, t, condition))
-            predict(model, diffusion.add_noise(x, noise, t), t, condition)
+            t = denoiser.process.steps_at(
+                (2 * numbers + 1).double() / (2 * samples)
+            )  # the middles of equal parts
+            x, noise, t = (a.to(device) for a in (x, noise, t))
+            denoiser(model, denoiser.process.add_noise(x, noise, t), t, asked)
     return result()
 
 
 def _watch_all(model: nn.Module, sites: Mapping[str, Site]) -> Plan:
     """A recording kernel at every attention that is the model's own."""
     standing = dict(model.named_modules())
-    own = [
-        site.block
-        for path, site in sites.items()
-        if not isinstance(standing.get(path), KernelAttention | MixerAdapter)
-    ]
+    own = [site.block for path, site in sites.items() if not isinstance(standing.get(path), Placed)]
     if not own:
         raise HostError("no attention of the model's own is left to watch: every site holds an operator")
     return Plan(edits=(Replace(role="attention", blocks=tuple(own), operator=_RecordingConfig()),))

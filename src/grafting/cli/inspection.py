@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..analysis import Locality
-    from ..contract import OperatorConfig, Site
+    from ..contract import Conditions, OperatorConfig, Site
     from ..plan import Choice
-    from ..recipe import Job
+    from ..runs.job import Job
 
 app = typer.Typer()
 
@@ -26,8 +26,8 @@ def check(recipe: RecipeFile, as_json: Json = False) -> None:
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
-    from ..recipe import prepare
-    from ..recipefile import load_recipe
+    from ..runs.file import load_recipe
+    from ..runs.job import prepare
 
     summary = _summary(prepare(load_recipe(recipe)))
     if as_json:
@@ -127,8 +127,8 @@ def cost(
     from ..contract import Grid
     from ..costing import measure_plan, plan_cost
     from ..devices import default_device
-    from ..recipe import load_source, skeleton
-    from ..recipefile import load_recipe
+    from ..runs.file import load_recipe
+    from ..runs.job import load_source, skeleton
 
     loaded = load_recipe(recipe)
     tokens = Grid(*_parse_grid(grid)) if grid else None
@@ -206,8 +206,11 @@ def locality(
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images to measure on.")] = 250,
-    steps: Annotated[int, typer.Option(help="Calls of the model an image.")] = 50,
-    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.5,
+    steps: Annotated[int, typer.Option(help="Steps per image.")] = 50,
+    cfg_scale: Annotated[float, typer.Option(help="Guidance scale (1 = off).")] = 1.5,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Folder of encoded prompts, for models that are asked by text.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,
     noised: Annotated[
         bool,
@@ -217,16 +220,18 @@ def locality(
 ) -> None:
     """Say how local each attention is: its share inside bands of the raster order, and inside a 3 x 3 square.
 
-    By the paper's protocol: while images are drawn by DDIM with guidance. What the widest band holds most and least of are
+    By the paper's protocol: while images are drawn by DDIM (flow: by Euler's method) with guidance. What the widest band holds most and least of are
     the halves `top-local` and `low-local` of the choice of layers.
 
     [dim]$ grafting locality testbed --bands 2,4,8[/]
     """
+    from ..data import Prompts
     from ..devices import default_device
     from ..hosts import host_of
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
+    asked = Prompts(prompts) if prompts else None
     num_tokens = host_of(loaded).sites(loaded)[0].grid.num_tokens
     if wanted and max(wanted) >= num_tokens:
         raise DataError(f"--bands: of {num_tokens} tokens none are {max(wanted)} apart")
@@ -234,8 +239,10 @@ def locality(
         found = _locality_of_noised(loaded, images=images, seed=seed)
         protocol = f"{images} noised images, steps evenly spread"
     else:
-        found = _locality_of_samples(loaded, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed)
-        protocol = f"{images} images drawn by ddim with {steps} steps, cfg scale {cfg_scale:g}"
+        found, sampler = _locality_of_samples(
+            loaded, asked, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed
+        )
+        protocol = f"{images} images drawn by {sampler} with {steps} steps, cfg scale {cfg_scale:g}"
     wanted, half = wanted or found.default_bands, len(found.sites) // 2
     lists = {
         "band": max(wanted),
@@ -269,63 +276,55 @@ def _parse_bands(text: str) -> tuple[int, ...]:
 
 
 def _locality_of_samples(
-    model: "nn.Module", *, images: int, steps: int, cfg_scale: float, seed: int
-) -> "Locality":
-    """Measured while images are drawn, as the paper does."""
+    model: "nn.Module",
+    conditions: "Conditions | None",
+    *,
+    images: int,
+    steps: int,
+    cfg_scale: float,
+    seed: int,
+) -> "tuple[Locality, str]":
+    """Measured while images are drawn, as the paper does; and the sampler that drew them."""
     from ..analysis import watching_locality
     from ..contract import Step
+    from ..decoding import makes_pixels
+    from ..diffusion import Diffusion
     from ..hosts import host_of
     from ..sampling import SamplingConfig
     from ..sampling import sample as draw
 
     host = host_of(model)
-    facts = host.class_conditional(model)
-    if facts is None:
-        raise HostError(
-            f"host {host.name!r} draws nothing from class labels: run its pipeline within grafting.watching_locality"
-        )
-    is_of_pixels = facts.shape[0] in (1, 3)
+    denoiser, shape = host.denoiser(model, conditions), host.shape(model)
+    is_diffusion, is_of_pixels = isinstance(denoiser.process, Diffusion), makes_pixels(shape)
     config = SamplingConfig(
-        sampler="ddim",
+        sampler="ddim" if is_diffusion else "euler",
         steps=steps,
         cfg_scale=cfg_scale,
-        guided_channels=None if is_of_pixels else 3,  # of latents, as DiT's published samples
-        clip=is_of_pixels,
+        guided_channels=3 if host.name == "dit" and not is_of_pixels else None,  # as DiT's published samples
+        clip=is_diffusion and is_of_pixels,
         num_images=images,
         batch_size=min(images, 50),
         seed=seed,
     )
     done = 0
     with watching_locality(model) as result, follow(err) as on_step:
-        batches = draw(
-            model,
-            config,
-            predict=host.predict,
-            shape=facts.shape,
-            num_classes=facts.num_classes,
-            null_label=facts.null_label,
-        )
-        for batch in batches:
+        for batch in draw(model, config, denoiser=denoiser, shape=shape):
             done += len(batch.labels)
             on_step("sample", Step(done=done, total=images))
-    return result()
+    return result(), config.sampler
 
 
 def _locality_of_noised(model: "nn.Module", *, images: int, seed: int) -> "Locality":
     """Measured on noised images of the bundled subset."""
     from ..analysis import noised_locality
     from ..data.bundled import bundled_subset
-    from ..diffusion import Diffusion
     from ..hosts import host_of
 
     host = host_of(model)
-    facts = host.class_conditional(model)
-    if facts is None or facts.shape != (1, 32, 32):
-        takes = "no class labels" if facts is None else f"images of {list(facts.shape)}"
-        raise HostError(f"--noised has the testbed's images, of [1, 32, 32]; this model takes {takes}")
-    return noised_locality(
-        model, bundled_subset(), predict=host.predict, diffusion=Diffusion(), samples=images, seed=seed
-    )
+    data = bundled_subset()
+    if faults := host.shape_faults(model, (1, 32, 32)):
+        raise HostError(f"--noised has the testbed's images, of [1, 32, 32]: {faults[0]}")
+    return noised_locality(model, data, denoiser=host.denoiser(model), samples=images, seed=seed)
 
 
 @app.command()
@@ -415,7 +414,7 @@ def schema(
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file, which may also name a `base` that has what it leaves out."""
-    from ..recipe import Recipe
+    from ..runs.recipe import Recipe
 
     schema = Recipe.model_json_schema()
     required = schema.pop("required")

@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from ._shared import Json, Out, RecipeFile, out, print_json
 
 if TYPE_CHECKING:
-    from ..sweep import Point
+    from ..runs.sweep import Point
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
 StageName = Literal["calibrate", "distill", "finetune", "sample", "evaluate", "report"]
@@ -143,12 +143,12 @@ def _carry_out(
     track: list[str] | None,
     peak_tflops: float | None,
 ) -> None:
-    from ..tracking import check_trackers, tracking
+    from ..runs.trackers import check_trackers, tracking
 
     check_trackers(track or ())
 
-    from ..recipe import run as run_recipe
-    from ..recipefile import load_recipe
+    from ..runs.file import load_recipe
+    from ..runs.run import run as run_recipe
 
     recipe = load_recipe(recipe_path)
     folder = folder or Path("runs") / recipe.name
@@ -167,8 +167,8 @@ def _carry_out(
 
 
 def _forecast(recipe_path: Path, folder: Path | None, *, as_json: bool, **how: Any) -> None:
-    from ..forecast import forecast
-    from ..recipefile import load_recipe
+    from ..runs.file import load_recipe
+    from ..runs.forecast import forecast
 
     recipe = load_recipe(recipe_path)
     found = forecast(recipe, folder=folder or Path("runs") / recipe.name, **how).to_json()
@@ -203,7 +203,7 @@ def sweep(
     [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
     """
     from ..parallel import together
-    from ..sweep import load_sweep, run_sweep, run_sweep_on_ray
+    from ..runs.sweep import load_sweep, run_sweep, run_sweep_on_ray
 
     loaded = load_sweep(file)
     folder = out_folder or Path("runs") / loaded.name

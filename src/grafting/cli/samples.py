@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..display import follow, say
-from ..errors import DataError, HostError
+from ..errors import DataError
 from ._shared import Model, open_model, out
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..contract import Predict
     from ..drawing import Drawing
 
 app = typer.Typer()
@@ -28,9 +27,24 @@ def sample(
         Path, typer.Option("--out", help="An .npz file; a .png of the first hundred lies beside it.")
     ] = Path("samples.npz"),
     num: Annotated[int, typer.Option("--num", "--num-images", help="Images to draw.")] = 16,
-    sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm-solver++.")] = "dpm-solver++",
-    steps: Annotated[int, typer.Option(help="Calls of the model an image.")] = 20,
-    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.0,
+    sampler: Annotated[
+        str, typer.Option(help="dpm-solver++, or ddpm, ddim (predicted noise), euler, heun (flow).")
+    ] = "dpm-solver++",
+    steps: Annotated[int, typer.Option(help="Steps per image.")] = 20,
+    cfg_scale: Annotated[float, typer.Option(help="Guidance scale (1 = off).")] = 1.0,
+    negative: Annotated[
+        int | None, typer.Option(help="Number of the condition to guide away from. [dim]By default none.[/]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Folder of encoded prompts, for models that are asked by text.")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Shift of flow steps towards noise. [dim]By default the host's.[/]")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]By default the model's native one.[/]"),
+    ] = None,
     guided_channels: Annotated[
         int | None, typer.Option(help="Guide the first channels only; 3 of 4 in DiT's protocol.")
     ] = None,
@@ -61,7 +75,7 @@ def sample(
         Path | None, typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file.")
     ] = None,
 ) -> None:
-    """Draw images from a class-conditional model: arr_0 [N, H, W, C] of 8 bits and labels, in one .npz file.
+    """Draw images from a model: arr_0 [N, H, W, C] of 8 bits and labels, in one .npz file.
 
     Of several processes each draws its share, and the images are the same for any number of them. A command that was
     killed goes on where it was: finished batches lie in a folder beside the file until it is whole.
@@ -71,8 +85,10 @@ def sample(
     [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num-images 50000
       --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125 --precision bf16[/]
     """
+    from ..data import Prompts
     from ..decoding import VaeConfig, load_decoder, makes_pixels
     from ..devices import default_device
+    from ..diffusion import Diffusion, FlowConfig
     from ..drawing import Drawing, describe_model
     from ..hosts import host_of
     from ..parallel import is_main
@@ -83,6 +99,8 @@ def sample(
         "sampler": sampler,
         "steps": steps,
         "cfg_scale": cfg_scale,
+        "negative": negative,
+        "shape": None if shape is None else _parse_shape(shape),
         "guided_channels": guided_channels,
         "num_images": num,
         "batch_size": batch_size,
@@ -98,18 +116,21 @@ def sample(
         raise DataError(f"--out names an .npz file, found {out_file}")
     loaded, plan = open_model(model)
     host = host_of(loaded)
-    facts = host.class_conditional(loaded)
-    if facts is None:
-        raise HostError(f"`grafting sample` draws from class-conditional models; {host.name} is none")
-    channels, num_classes, null_label = facts.shape[0], facts.num_classes, facts.null_label
-    check_sampling(config, num_classes=num_classes, null_label=null_label, channels=channels)
-    decoder = load_decoder(facts.shape, vae_config or None)
-    # latents have no range to be clipped to
-    config = config.model_copy(update={"clip": makes_pixels(facts.shape) if clip is None else clip})
+    process = None if shift is None else FlowConfig(shift=shift).build(scale=host.time_scale)
+    denoiser = host.denoiser(loaded, Prompts(prompts) if prompts else None, process)
+    sampled = config.shape or host.shape(loaded)
+    if faults := host.shape_faults(loaded, sampled):
+        raise DataError(f"--shape: {faults[0]}")
+    decoder = load_decoder(sampled, vae_config or None)
+    # latents have no range to be clipped to, and flow no clean image
+    clips = makes_pixels(sampled) and isinstance(denoiser.process, Diffusion)
+    config = config.model_copy(update={"clip": clips if clip is None else clip})
+    check_sampling(config, denoiser=denoiser, channels=sampled[0])
     drawing = Drawing(
         out_file.with_suffix(".shards"),
         config,
-        facts=facts,
+        denoiser=denoiser,
+        shape=sampled,
         decoder=decoder.to(default_device()),
         identity={
             **describe_model(loaded, settings=[settings_of(loaded), plan.model_dump(mode="json")]),
@@ -124,16 +145,16 @@ def sample(
             drawing.discard()
             say(out, f"{num} images: {out_file}, drawn before")
         return
-    _draw(drawing, loaded.to(default_device()), host.predict, out_file)
+    _draw(drawing, loaded.to(default_device()), out_file)
 
 
-def _draw(drawing: "Drawing", model: "nn.Module", predict: "Predict", out_file: Path) -> None:
+def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     """Draws this process's share with progress shown; the main process then writes the samples file."""
     from ..parallel import is_main, rank, world_size
     from ..report import write_grid
     from ..samples import open_samples
 
-    steps = drawing.draw(model, predict=predict, rank=rank(), world_size=world_size())
+    steps = drawing.draw(model, rank=rank(), world_size=world_size())
     if not is_main():
         for _ in steps:
             pass
@@ -156,6 +177,13 @@ def _draw(drawing: "Drawing", model: "nn.Module", predict: "Predict", out_file: 
     rate = (num_images - before) / seconds
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     say(out, f"{num_images} images: {', '.join(places)} ({rate:.3g} images/s{processes})")
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(f"--shape is numbers such as 4,32,32; found {text!r}")
+    return tuple(map(int, parts))
 
 
 def _parse_labels(text: str) -> str | list[int]:

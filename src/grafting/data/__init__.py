@@ -13,6 +13,11 @@ from .images import list_image_folder
 from .latents import INDEX_NAME
 from .latents import LatentsConfig as LatentsConfig
 from .latents import LatentSet as LatentSet
+from .promptfolder import Prompt as Prompt
+from .promptfolder import write_prompts as write_prompts
+from .prompts import Prompts as Prompts
+from .prompts import PromptsConfig as PromptsConfig
+from .prompts import check_bound as check_bound
 from .subset import Listing
 
 # how a recipe names its data; `name` tells which

@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
 
 
 def write_prompts(
-    folder: Path,
+    folder: str | Path,
     rows: Iterable[Prompt],
     *,
     source: str,
@@ -60,6 +60,7 @@ def write_prompts(
         DataError: no prompts, one that is not like those before it, or no null to drop prompts for.
         RunError: the folder holds prompts, or cannot be written.
     """
+    folder = Path(folder)
     if (folder / INDEX_NAME).exists():
         raise RunError(f"{folder} holds prompts already: name another folder")
     check_dropout(dropout, num_nulls=len(nulls))

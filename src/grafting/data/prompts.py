@@ -146,7 +146,8 @@ class Prompts:
         DataError: the folder, the index or a file is missing or damaged, or there is no null to drop prompts for.
     """
 
-    def __init__(self, folder: Path, *, dropout: float | None = None, verify: bool = True):
+    def __init__(self, folder: str | Path, *, dropout: float | None = None, verify: bool = True):
+        folder = Path(folder)
         self.folder, self.index = folder, read_index(folder)
         self.dropout = self.index.dropout if dropout is None else dropout
         check_dropout(self.dropout, num_nulls=self.index.num_nulls)

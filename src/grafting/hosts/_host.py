@@ -11,7 +11,19 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, ClassConditional, MlpWeights, Role, Site, TokenLayout
+from ..contract import (
+    AttentionWeights,
+    BlockCall,
+    Conditions,
+    Denoiser,
+    Grid,
+    MlpWeights,
+    NoiseProcess,
+    Role,
+    Site,
+    TokenLayout,
+)
+from ..diffusion import Diffusion
 from ..errors import HostError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,6 +99,10 @@ class Host(ABC):
     """The class, or a property that imports it when it is asked for."""
     calls: ClassVar[dict[Role, Call]]
     """Roles whose modules mixers may replace; kernels need no declaration."""
+    time_scale: float = 1000.0
+    """What the model is told of the time of pure noise."""
+    distilled: bool = False
+    """Distilled for guidance or few steps, as published: trained on a teacher's output, not on the process's loss."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
@@ -106,7 +122,15 @@ class Host(ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """The model's raw prediction for noised inputs x_t [B, C, H, W] at steps t [B]."""
+        """The model's raw prediction for noised inputs x_t [B, C, H, W], or videos [B, C, F, H, W], at steps t [B].
+
+        Args:
+            condition: what the conditions' `at` gave: labels, or keyword arguments by name.
+        """
+
+    @abstractmethod
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        """The native shape of one input: channels, then frames of a video, then height and width."""
 
     @abstractmethod
     def tiny(self) -> nn.Module:
@@ -123,6 +147,10 @@ class Host(ABC):
             num_text: text tokens, where the model has any.
         """
 
+    def at_grid(self, grid: Grid) -> "Host":
+        """This host, for a model that sees this grid alone; itself where it reads the grid from the input's shape."""
+        return self
+
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """The blocks that can be merged or dropped, or why one cannot; by default the host declares none."""
         return ()
@@ -134,9 +162,43 @@ class Host(ABC):
         """
         return Branches(blocks, call)
 
-    def class_conditional(self, model: nn.Module) -> ClassConditional | None:
-        """What the model makes of class labels; None for hosts with other conditions."""
+    def shape_faults(self, model: nn.Module, shape: tuple[int, ...]) -> list[str]:
+        """Why the model takes no inputs of this shape; empty if it does."""
+        native = self.shape(model)
+        if len(shape) != len(native) or shape[0] != native[0]:
+            return [f"{self.name} takes inputs such as {list(native)}; found {list(shape)}"]
+        return []
+
+    def conditions(self, model: nn.Module) -> Conditions | None:
+        """What the model may be asked for, where it knows that by itself, as of classes."""
         return None
+
+    def process(self, model: nn.Module) -> NoiseProcess:
+        """The noise process that the family is trained with."""
+        return Diffusion()
+
+    def denoiser(
+        self,
+        model: nn.Module,
+        conditions: Conditions | None = None,
+        process: NoiseProcess | None = None,
+    ) -> Denoiser:
+        """A model of this family as every stage sees it.
+
+        Args:
+            conditions: what it may be asked for; by default what the model knows by itself.
+            process: how its inputs are noised; by default as its family's are.
+
+        Raises:
+            HostError: conditions are left out, and the model knows none by itself.
+        """
+        found = self.conditions(model) if conditions is None else conditions
+        if found is None:
+            raise HostError(
+                f"host {self.name!r} is asked for what prompts say, and none are given: name them in the recipe, "
+                "`conditions: {name: prompts, folder: ./prompts}`, or give `conditions=Prompts(folder)`"
+            )
+        return Denoiser(self.predict, process or self.process(model), found, distilled=self.distilled)
 
     def output_layer(self, attention: nn.Module) -> nn.Linear | None:
         """The linear layer whose output is that of one of its attention modules; None if there is no single one."""

@@ -4,6 +4,7 @@ It takes kernels only: those need no knowledge of how the model calls its attent
 a file of its own beside this one, as Flux has; for any other, pass `SdpaHost(SdpaSpec(...))` to `graft`.
 """
 
+import copy
 import inspect
 import math
 import pkgutil
@@ -12,10 +13,11 @@ from operator import attrgetter
 from typing import Any, Literal, NoReturn
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, Site, TokenLayout
+from ..diffusion import FlowMatching
 from ..errors import HostError
 from ._host import Host
 
@@ -75,6 +77,14 @@ class SdpaSpec(_Spec):
     native_grid: Grid
     """The grid that the model was trained for; a forward pass may have another."""
     native_num_text: int = 0
+    channels: Fact = "config.in_channels"
+    """Of an input, as the noise process sees it."""
+    time_scale: PositiveFloat = 1000.0
+    """What the model is told of the time of pure noise."""
+    shift: PositiveFloat = 1.0
+    """Of its steps towards noise; 1 leaves them as they are."""
+    distilled: bool = False
+    """Distilled for guidance or few steps, as published."""
 
 
 class SdpaHost(Host):
@@ -92,6 +102,12 @@ class SdpaHost(Host):
         self.name = spec.name
         self.spec = spec
         self.grid = grid
+        self.time_scale, self.distilled = spec.time_scale, spec.distilled
+
+    def at_grid(self, grid: Grid) -> "SdpaHost":
+        host = copy.copy(self)
+        host.grid = grid
+        return host
 
     @property
     def model_class(self) -> type[nn.Module]:
@@ -172,6 +188,18 @@ class SdpaHost(Host):
         if self.spec.image.kind == "packed":
             self._refuse("how to pack an image")
         return model(**{self.spec.image.argument: x_t}, timestep=t, return_dict=False, **condition)[0]
+
+    def process(self, model: nn.Module) -> FlowMatching:
+        return FlowMatching(scale=self.spec.time_scale, shift=self.spec.shift)
+
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        image, grid = self.spec.image, self.grid or self.spec.native_grid
+        if isinstance(image, PackedTokens):
+            self._refuse("the shape of an image before it is packed")
+        patch = _fact(model, image.patch_size)
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        places = (grid.frames, grid.rows, grid.cols)[-len(sides) :]
+        return (_fact(model, self.spec.channels), *(n * side for n, side in zip(places, sides, strict=True)))
 
     def tiny(self) -> nn.Module:
         self._refuse("a tiny instance")

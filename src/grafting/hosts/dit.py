@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, ClassConditional, Grid, MlpWeights, Site, TokenLayout
+from ..conditions import ClassLabels
+from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, Site, TokenLayout
 from ..models.dit import Attention, DiT, Mlp, ParallelBlocks
 from ._host import Call, Host, linear_weights, randomise
 
@@ -61,11 +62,18 @@ class DiTHost(Host):
     def predict(self, model: DiT, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return model(x_t, t, condition)
 
-    def class_conditional(self, model: DiT) -> ClassConditional:
+    def shape(self, model: DiT) -> tuple[int, ...]:
+        return (model.config.in_channels, model.config.input_size, model.config.input_size)
+
+    def shape_faults(self, model: DiT, shape: tuple[int, ...]) -> list[str]:
+        """Its positions are those of one size."""
+        native = self.shape(model)
+        return [] if shape == native else [f"dit makes inputs of {list(native)} alone; found {list(shape)}"]
+
+    def conditions(self, model: DiT) -> ClassLabels:
         config = model.config
         null_label = config.num_classes if config.class_dropout_prob > 0 else None
-        shape = (config.in_channels, config.input_size, config.input_size)
-        return ClassConditional(shape, config.num_classes, null_label, config.class_dropout_prob)
+        return ClassLabels(config.num_classes, null_label=null_label, dropout=config.class_dropout_prob)
 
     def tiny(self) -> DiT:
         model = DiT(input_size=16, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)

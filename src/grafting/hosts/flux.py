@@ -4,7 +4,7 @@ Attention is joint: the text tokens stand before the image tokens, in double blo
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ _FLUX = SdpaSpec(
     text="encoder_hidden_states",
     native_grid=Grid(64, 64),  # 1024 x 1024 pixels
     native_num_text=512,
+    time_scale=1.0,
+    shift=3.16,  # exp(1.15): what its pipeline's dynamic shift is at 1024 x 1024 pixels
+    distilled=True,
 )
 
 
@@ -53,6 +56,10 @@ class FluxHost(SdpaHost):
             **condition,
         )[0]
         return _unpack(packed, rows, cols)
+
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        grid, config = self.grid or self.spec.native_grid, cast(Any, model.config)
+        return (config.in_channels // 4, 2 * grid.rows, 2 * grid.cols)
 
     def tiny(self) -> nn.Module:
         model = self.model_class(

@@ -15,6 +15,8 @@ from ._host import Call, Host, linear_weights, randomise
 # diffusers' class, imported late: that takes seconds, and a DiT does not need it
 PixArt = Any
 
+_VAE_FACTOR = 8
+
 
 class PixArtHost(Host):
     """Blocks of self-attention, attention to the text, and MLP.
@@ -82,7 +84,11 @@ class PixArtHost(Host):
         return attention.to_out[0]
 
     def predict(self, model: PixArt, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        return model(x_t, timestep=t, return_dict=False, **condition)[0]
+        sizes = {} if "added_cond_kwargs" in condition else self._sizes(model, x_t)
+        return model(x_t, timestep=t, return_dict=False, **condition, **sizes)[0]
+
+    def shape(self, model: PixArt) -> tuple[int, ...]:
+        return (model.config.in_channels, model.config.sample_size, model.config.sample_size)
 
     def tiny(self) -> PixArt:
         model = self.model_class(
@@ -111,12 +117,17 @@ class PixArtHost(Host):
             "timestep": torch.randint(0, 1000, (batch_size,)),
             "encoder_hidden_states": torch.randn(batch_size, num_text, config.caption_channels),
             "encoder_attention_mask": mask,
-            **self._sizes(model, batch_size),
+            **self._sizes(model, torch.zeros(batch_size, 1, rows, cols)),
         }
 
-    def _sizes(self, model: PixArt, batch_size: int) -> dict[str, Any]:
-        """The image's size in pixels and its height over width, for models that are told."""
+    def _sizes(self, model: PixArt, x: Tensor) -> dict[str, Any]:
+        """The size in pixels of latents x, and its height over width, for models that are told.
+
+        Source: diffusers `PixArtAlphaPipeline.__call__`; the autoencoder of PixArt divides sizes by 8.
+        """
         if not model.use_additional_conditions:
             return {}
-        pixels, square = torch.full((batch_size, 2), 1024.0), torch.ones(batch_size, 1)
-        return {"added_cond_kwargs": {"resolution": pixels, "aspect_ratio": square}}
+        height, width = (_VAE_FACTOR * size for size in x.shape[2:])
+        pixels = torch.tensor([height, width]).to(x).expand(len(x), 2)
+        ratio = torch.tensor([height / width]).to(x).expand(len(x), 1)
+        return {"added_cond_kwargs": {"resolution": pixels, "aspect_ratio": ratio}}

@@ -26,6 +26,7 @@ _SD3 = SdpaSpec(
     text_first=False,
     native_grid=Grid(64, 64),  # 1024 x 1024 pixels
     native_num_text=333,  # 77 of CLIP and 256 of T5
+    shift=3.0,
 )
 
 

@@ -20,6 +20,7 @@ _WAN = SdpaSpec(
     blocks=(BlockList(path="blocks", attention="attn1", arguments=_TOKENS, returns=_TOKENS),),
     image=LatentTokens(),
     native_grid=Grid(rows=30, cols=52, frames=21),  # 81 frames of 480 x 832 pixels
+    shift=3.0,
 )
 
 

@@ -17,14 +17,20 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
-from . import parallel
-from .errors import GraftingError, MissingBackend, RecipeError, RunError
-from .files import write_bytes, write_json
-from .plan import fault_list
-from .recipe import Job, OnStep, Recipe, Row, prepare, row_fingerprint, rows_of, run, training_flops
-from .recipefile import faults_of, merge, parse_recipe, read_settings
-from .report import write_sweep_picture
-from .store import OperatorStore
+from .. import parallel
+from ..errors import GraftingError, MissingBackend, RecipeError, RunError
+from ..files import write_bytes, write_json
+from ..plan import fault_list
+from ..report import write_sweep_picture
+from ..words import RowName
+from .file import faults_of, merge, parse_recipe, read_settings
+from .identity import row_fingerprint
+from .job import Job, prepare
+from .operator_cache import OperatorStore
+from .recipe import Recipe
+from .rows import rows_of
+from .run import run
+from .stages import OnStep, training_flops
 
 Label = str | int | float
 Changes = dict[str, Any]
@@ -277,9 +283,9 @@ def _key(place: Any, key: str) -> str | int:
 
 
 def _chosen(sweep: Sweep, only: Mapping[str, str], rows: Sequence[str] | None) -> list[Point]:
-    unknown = [row for row in rows or () if row not in get_args(Row)]
+    unknown = [row for row in rows or () if row not in get_args(RowName)]
     if unknown:
-        raise RecipeError(f"no rows {', '.join(unknown)}; there are {', '.join(get_args(Row))}")
+        raise RecipeError(f"no rows {', '.join(unknown)}; there are {', '.join(get_args(RowName))}")
     everything = points(sweep)
     chosen = [
         point
@@ -340,7 +346,7 @@ def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, A
         return frozenset((column, str(line[column])) for column in columns & line.keys())
 
     places = {labels(point.labels): place for place, point in enumerate(points(sweep))}
-    stages = get_args(Row)
+    stages = get_args(RowName)
     latest = {(labels(line), line["stage"]): line for line in lines}
     order = sorted(latest, key=lambda key: (places.get(key[0], len(places)), stages.index(key[1])))
     return [latest[key] for key in order]

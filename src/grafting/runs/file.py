@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from .errors import GraftingError, RecipeError
-from .plan import fault_list
+from ..errors import GraftingError, RecipeError
+from ..plan import fault_list
 from .recipe import Recipe
 
 

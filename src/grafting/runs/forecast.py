@@ -18,19 +18,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .costing import PlanCost, plan_cost
-from .data import LatentsConfig
-from .devices import default_device, mixed_precision
-from .distillation import DistillConfig
-from .errors import HostError, RecipeError
-from .finetuning import FinetuneConfig
-from .hosts import host_of
-from .metrics.cost import count_parameters, dry_run
-from .plan import Drop
-from .recipe import Recipe, rows_in, skeleton, stage_flops
-from .runfolder import NUM_STATES
-from .surgery import build_operators, grafted, resolve
-from .throughput import DEVICES, Precision, device_at
+from ..costing import PlanCost, plan_cost
+from ..data import LatentsConfig
+from ..devices import default_device, mixed_precision
+from ..distillation import DistillConfig
+from ..errors import RecipeError
+from ..finetuning import FinetuneConfig
+from ..hosts import host_of
+from ..metrics.cost import count_parameters, dry_run
+from ..plan import Drop
+from ..runfolder import NUM_STATES
+from ..surgery import build_operators, grafted, resolve
+from ..throughput import DEVICES, Precision, device_at
+from .job import skeleton
+from .recipe import Recipe
+from .rows import rows_in
+from .stages import stage_flops
 
 DEFAULT_MFU = 0.3
 
@@ -128,8 +131,8 @@ class _Shapes:
     """A recipe's model before and after its plan: all that is counted of it."""
 
     cost: PlanCost
-    shape: tuple[int, int, int]  # of an image or latent
-    num_classes: int
+    shape: tuple[int, ...]  # of an image or latent
+    num_classes: int | None  # None where the model is asked for by prompts
     chosen: Mapping[Any, Any]
     new_params: int
     names: dict[str, int]  # parameters of the grafted model that train, by name
@@ -143,19 +146,18 @@ class _Shapes:
     def of(cls, recipe: Recipe) -> "_Shapes":
         model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
-        facts = host.class_conditional(model)
-        if facts is None:
-            raise HostError(f"recipes train class-conditional models; {host.name} has another condition")
+        conditions = host.conditions(model)
         cost = plan_cost(model, recipe.edits)
+        # a host of packed tokens cannot read the grid from positions without values
         with torch.device("meta"):
-            operators = build_operators(model, recipe.edits)
+            operators = build_operators(model, recipe.edits, host=host.at_grid(cost.grid))
         with grafted(model, operators):
             names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
             saved = {precision: _saved_an_image(model, precision) for precision in _precisions(recipe)}
         return cls(
             cost=cost,
-            shape=facts.shape,
-            num_classes=facts.num_classes,
+            shape=(recipe.sample and recipe.sample.shape) or host.shape(model),
+            num_classes=None if conditions is None else len(conditions),
             chosen=chosen,
             new_params=sum(count_parameters(operator) for operator in operators.values()),
             names=names,
@@ -198,9 +200,8 @@ def _saved_an_image(model: nn.Module, precision: Precision) -> int:
 
     def saved(batch_size: int) -> int:
         with mixed_precision(torch.device("cpu"), precision):
-            parts = dry_run(
-                model, [], lambda: host.example(model, rows=grid.rows, cols=grid.cols, batch_size=batch_size)
-            )
+            size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames}
+            parts = dry_run(model, [], lambda: host.example(model, batch_size=batch_size, **size))
         return parts[""].saved_bytes
 
     return saved(2) - saved(1)
@@ -354,11 +355,12 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
     config = recipe.sample
     if config is None:
         return []
-    channels, height, width = shapes.shape
+    channels, *size = shapes.shape
     if channels not in (1, 3):
-        channels, height, width = 3, _VAE_FACTOR * height, _VAE_FACTOR * width
-    guided = sum(map(config.guides_at, range(1000))) / 1000
-    calls = config.num_images * config.steps * (1 + guided)
+        channels, size = 3, [*size[:-2], *(_VAE_FACTOR * side for side in size[-2:])]
+    guidance = config.guidance
+    guided = sum(guidance.is_on(t / 999) for t in range(1000)) / 1000 if guidance else 0
+    calls = config.num_images * config.calls * (1 + guided)
     found = []
     for row in rows_in(recipe, shapes.chosen):
         cost = shapes.cost.before if row == "pretrained" else shapes.cost.after
@@ -377,7 +379,7 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
                 memory={"pretrained model": _FP32 * shapes.cost.before.params}
                 | ({} if row == "pretrained" else {"weights": _FP32 * cost.params})
                 | _copies(config.precision, cost.params),
-                disk={"images, in shards and whole": 2 * config.num_images * channels * height * width},
+                disk={"images, in shards and whole": 2 * config.num_images * channels * math.prod(size)},
             )
         )
     return found
@@ -388,8 +390,7 @@ def _data(recipe: Recipe, shapes: _Shapes) -> dict[str, int | None]:
     config = recipe.data
     if not isinstance(config, LatentsConfig):
         return {"items": None, "bytes": None}
-    if config.per_class is None:
+    if config.per_class is None or shapes.num_classes is None:
         return {"items": None, "bytes": None}
     items = config.per_class * shapes.num_classes
-    channels, height, width = shapes.shape
-    return {"items": items, "bytes": items * channels * height * width * _BF16}
+    return {"items": items, "bytes": items * math.prod(shapes.shape) * _BF16}

@@ -1,0 +1,185 @@
+"""A recipe with what it names: loaded, and checked whole before any work begins."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import distillation, finetuning
+from ..checkpoint import WEIGHTS_NAME, find_model, load_model
+from ..contract import Denoiser, Site, TrainingData
+from ..data import check_bound
+from ..decoding import Decoder, load_decoder
+from ..devices import default_device
+from ..errors import DataError, HostError, RecipeError
+from ..evaluation import AdmConfig
+from ..files import hash_json, sha256_of
+from ..hosts import Host, host_of, hosts
+from ..plan import Choice, Drop, fault_list
+from ..sampling import SamplingConfig, check_sampling
+from ..surgery import resolve
+from .operator_cache import OperatorStore
+from .recipe import FreshModel, Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with what it names: checked and loaded."""
+
+    recipe: Recipe
+    model: nn.Module
+    host: Host
+    denoiser: Denoiser
+    shape: tuple[int, ...]  # of one input, as the data has it
+    chosen: dict[Site, Choice]
+    data: TrainingData
+    identity: dict[str, Any]  # hashes of the model, plan, data, conditions and process
+    store: OperatorStore | None = None
+    decoder: Decoder | None = None  # where images are sampled
+    peak_tflops: float | None = None  # of one device, where the caller knows it
+    suite: dict[str, str] | None = None  # hashes of what measures, where not the testbed's
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the plan has anything for stage 1; where blocks are dropped there is nothing to fit."""
+        return any(not isinstance(choice, Drop) for choice in self.chosen.values())
+
+
+def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
+    """Load what a recipe names and check that everything fits, without writing anything."""
+    model, source_sha256 = load_source(recipe.source)
+    host = host_of(model)
+    chosen = resolve(model, recipe.edits)
+    denoiser = denoiser_of(recipe, model)
+    decoder = None
+    if recipe.sample is not None:
+        native = recipe.sample.shape or host.shape(model)
+        check_sampling(recipe.sample, denoiser=denoiser, channels=native[0])
+        decoder = load_decoder(native, recipe.vae)
+    data = recipe.data.load()
+    shape = _check_data(data, denoiser, host, model)
+    suite = None
+    if recipe.sample is not None and decoder is not None:
+        config = _with_shape(recipe.sample, shape, host, model)
+        recipe = recipe.model_copy(update={"sample": config})
+        suite = _check_evaluate(recipe, decoder.image_shape(config.shape or shape))
+    elif recipe.evaluate is not None:
+        raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
+    if recipe.distill is not None:
+        distillation.check_division(recipe.distill)
+    if recipe.finetune is not None:
+        finetuning.check_division(recipe.finetune)
+    if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
+        distillation.split(len(data), recipe.distill)
+    identity = {
+        "grafting": version("grafting"),
+        "source": source_sha256,
+        "plan": recipe.edits.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "data": recipe.data.describe(),
+        **denoiser.identity,
+    }
+    model = model.to(default_device())
+    return Job(recipe, model, host, denoiser, shape, chosen, data, identity, store, decoder, suite=suite)
+
+
+def _check_evaluate(recipe: Recipe, image_shape: tuple[int, ...]) -> dict[str, str] | None:
+    """The hashes of what a recipe's images are measured with; None for the testbed's."""
+    if recipe.evaluate is None:
+        return None
+    assert recipe.sample is not None
+    if image_shape[0] != 3 or recipe.sample.num_images < AdmConfig().min_images:
+        raise RecipeError(
+            f"evaluate: ADM's suite measures {AdmConfig().min_images} or more images of 3 channels; "
+            f"these are {recipe.sample.num_images} of {image_shape[0]}"
+        )
+    return recipe.evaluate.identity()
+
+
+def denoiser_of(recipe: Recipe, model: nn.Module) -> Denoiser:
+    """A recipe's model as every stage sees it."""
+    host = host_of(model)
+    conditions = recipe.conditions.load() if recipe.conditions else None
+    process = recipe.process.build(scale=host.time_scale) if recipe.process else None
+    return host.denoiser(model, conditions, process)
+
+
+def _check_data(data: TrainingData, denoiser: Denoiser, host: Host, model: nn.Module) -> tuple[int, ...]:
+    """The shape of the data's items, which the model takes, under conditions that it knows."""
+    x, _ = data.batch(torch.tensor([0]))
+    shape = tuple(x.shape[1:])
+    if faults := host.shape_faults(model, shape):
+        raise DataError(f"the data has items of shape {list(shape)}: {faults[0]}")
+    check_bound(data, denoiser.conditions)
+    if data.num_classes > len(denoiser.conditions):
+        raise DataError(
+            f"the data has {data.num_classes} classes, the model knows {len(denoiser.conditions)}"
+        )
+    return shape
+
+
+def _with_shape(
+    config: SamplingConfig, shape: tuple[int, ...], host: Host, model: nn.Module
+) -> SamplingConfig:
+    """The same, with the shape of samples where that is not the native one: the recipe's, else the data's."""
+    if config.shape is None and shape != host.shape(model):
+        config = config.model_copy(update={"shape": shape})
+    if config.shape is not None and (faults := host.shape_faults(model, config.shape)):
+        raise RecipeError(f"sample.shape: {faults[0]}")
+    return config
+
+
+def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
+    """The model that a recipe starts from, and a hash of what it is."""
+    if isinstance(source, FreshModel) and source.weights is None:
+        torch.manual_seed(source.seed)
+        return _construct(source), hash_json(source.model_dump(mode="json", exclude_none=True))
+    name = source.weights if isinstance(source, FreshModel) else source
+    assert name is not None
+    if name != "testbed" and not Path(name).exists():
+        raise RecipeError(
+            f"no model in {name}: it does not exist; a source is `testbed`, a model's folder, or a host and its config"
+        )
+    folder = find_model(name)
+    model, plan = load_model(folder)
+    if plan.edits:
+        raise RecipeError(f"source {name} is already grafted: a recipe starts from a model without a plan")
+    if isinstance(source, FreshModel):
+        _check_config(model, source)
+    return model, sha256_of(folder / WEIGHTS_NAME)
+
+
+def skeleton(source: str | FreshModel) -> nn.Module:
+    """The model that a recipe starts from, on the meta device: its modules and shapes, in eval mode, without values.
+
+    A `FreshModel` needs no weights for it, wherever they lie.
+    """
+    if not isinstance(source, FreshModel):
+        return load_source(source)[0].to("meta")
+    with torch.device("meta"):
+        return _construct(source).eval()
+
+
+def _construct(source: FreshModel) -> nn.Module:
+    if source.host not in hosts():
+        raise HostError(f"no host {source.host!r}; there are {', '.join(hosts())}")
+    try:
+        return hosts()[source.host].model_class(**source.config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HostError(f"source: {source.host} cannot be made from this config: {error}") from error
+
+
+def _check_config(model: nn.Module, source: FreshModel) -> None:
+    """Raises a RecipeError that lists where the weights' model is not the one that is described, if it is not."""
+    described = skeleton(source)
+    faults = [] if type(model) is type(described) else [f"it is a {type(model).__name__}"]
+    faults += [
+        f"{key} is {model.config.get(key)!r} there, {value!r} in the recipe"
+        for key, value in described.config.items()
+        if not key.startswith("_") and hash_json(model.config.get(key)) != hash_json(value)
+    ]
+    if faults:
+        raise RecipeError(fault_list(faults, f"source: the model in {source.weights}"))

@@ -1,0 +1,75 @@
+"""A recipe: a complete run as data.
+
+pretrained model + plan --distill--> operators --finetune--> model --sample--> images --evaluate--> metrics --> report
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
+
+from ..calibration import CalibrateConfig
+from ..data import DataConfig, PromptsConfig
+from ..decoding import VaeConfig
+from ..diffusion import ProcessConfig
+from ..distillation import DistillConfig
+from ..evaluation import AdmSuite
+from ..finetuning import FinetuneConfig
+from ..plan import Edit, Plan
+from ..sampling import SamplingConfig
+from ..words import ROW_TITLES, RowName
+
+
+class FreshModel(BaseModel):
+    """A model described by its config: with the weights of a folder, or at random for pretraining and for trials."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    host: str
+    config: dict[str, JsonValue]
+    """Constructor arguments of the host's model class."""
+    weights: str | None = None
+    """A model folder of this config, from which the weights come; left out, they are random."""
+    seed: int = Field(default=0, ge=0)
+    """Of random weights."""
+
+
+class Recipe(BaseModel):
+    """A complete run as data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    """Names the run's folder."""
+    description: str = ""
+    source: str | FreshModel = "testbed"
+    """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
+    plan: tuple[Edit, ...] = ()
+    """The edits; none trains the model as it is."""
+    data: DataConfig
+    """What stages 1 and 2 train on."""
+    conditions: PromptsConfig | None = None
+    """What the model is asked for, where it does not know that by itself, as of classes: a folder of encoded prompts."""
+    process: ProcessConfig | None = None
+    """How inputs are noised; left out, as the host's family is trained."""
+    calibrate: CalibrateConfig | None = None
+    """Fit in closed form, before stage 1, what of the operators can be; left out, they start as they are built."""
+    distill: DistillConfig | None = None
+    """Stage 1; left out, operators go to stage 2 as they are built."""
+    finetune: FinetuneConfig | None = None
+    """Stage 2; left out, the distilled model is the result."""
+    sample: SamplingConfig | None = None
+    """How images are sampled, the same for every row; left out, none are."""
+    vae: VaeConfig | None = None
+    """What makes pixels of samples, where the model makes latents."""
+    evaluate: AdmSuite | None = None
+    """What samples are measured with; left out, the testbed's feature network and reference."""
+    rows: tuple[RowName, ...] = tuple(ROW_TITLES)
+    """Which models are sampled and measured."""
+    seed: int = Field(default=0, ge=0)
+    """Of the operators' random weights."""
+    save_every: PositiveInt = 100
+    """Steps of stage 1 and 2 between saved states."""
+
+    @property
+    def edits(self) -> Plan:
+        return Plan(edits=self.plan)

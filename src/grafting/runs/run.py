@@ -1,0 +1,113 @@
+"""A run: a recipe carried out in one folder, stage by stage.
+
+Each stage reads what came before from the folder, is skipped where nothing that it depends on has changed, and resumes where a
+killed run stopped. Everything that can be wrong with a recipe is found before any work begins.
+"""
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from ..contract import Step
+from ..devices import default_device
+from ..errors import RunError
+from ..files import write_bytes, write_json
+from ..parallel import any_process, barrier, is_main, together, world_size
+from ..plan import describe_choice
+from ..runfolder import RunFolder
+from .job import Job, prepare
+from .operator_cache import OperatorStore
+from .recipe import Recipe
+from .stages import STAGES, OnStep, carry_out
+
+
+def run(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    until: str = "report",
+    on_step: OnStep | None = None,
+    store: OperatorStore | None = None,
+    peak_tflops: float | None = None,
+) -> Path:
+    """Run a recipe in `folder`, up to stage `until`, and return the folder; finished stages are skipped.
+
+    Several processes (see `parallel`) share the work; the main one writes. `on_step` is called, in that one, with the
+    stage's name and each of its steps. Operators that another run with the same store has
+    fitted, at the same site from the same start, are taken from there. `peak_tflops` is of one device, for the share of it
+    that training reaches; by default that of the device where it is a known one.
+
+    Raises:
+        GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
+    """
+    folder = Path(folder)
+    with together():
+        job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
+        with _open(job, folder) as run_folder:
+            for name, stage in STAGES.items():
+                carry_out(stage, job, run_folder, on_step if on_step and is_main() else _ignore)
+                if name == until:
+                    break
+    return folder
+
+
+def _ignore(stage: str, step: Step) -> None:
+    """What `run` does with steps when nobody follows them."""
+
+
+def _open(job: Job, folder: Path) -> RunFolder:
+    _check_subset(job.recipe, folder / "recipe.yaml")
+    run_folder = RunFolder(
+        folder, recipe_name=job.recipe.name, writes=is_main(), barrier=barrier, anyone=any_process
+    )
+    if run_folder.writes:
+        _describe(job, run_folder)
+    return run_folder
+
+
+def _check_subset(recipe: Recipe, written: Path) -> None:
+    """Raises a RunError if the run began on another subset under the same name, unless the recipe says which it wants."""
+    if recipe.data.subset is None or recipe.data.subset_sha256 is not None or not written.is_file():
+        return
+    before = yaml.safe_load(written.read_text()).get("data", {})
+    found = recipe.data.pinned().subset_sha256
+    if before.get("subset") == str(recipe.data.subset) and before.get("subset_sha256") not in (None, found):
+        raise RunError(
+            f"{recipe.data.subset} has sha256 {found}, the run in {written.parent} began with "
+            f"{before['subset_sha256']}: name another folder with --out, or write `subset_sha256: {found}` in the "
+            "recipe's data to start anew here"
+        )
+
+
+def _describe(job: Job, run_folder: RunFolder) -> None:
+    """Write down the recipe, the plan and the machine."""
+    folder = run_folder.path
+    restructured = any(site.role == "block" for site in job.chosen)
+    sites = [
+        {
+            "block": site.block,
+            "role": site.role,
+            "path": site.path,
+            "operator": describe_choice(job.chosen.get(site)),
+        }
+        for site in (*job.host.sites(job.model), *(job.host.blocks(job.model) if restructured else ()))
+    ]
+    plan = job.recipe.edits.model_dump(mode="json")
+    recipe = job.recipe.model_copy(update={"data": job.recipe.data.pinned()})
+    described = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).encode()
+    if (folder / "recipe.yaml").is_file() and (folder / "recipe.yaml").read_bytes() != described:
+        run_folder.mark_stale()
+    write_bytes(folder / "recipe.yaml", described)
+    write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
+    run_folder.describe_machine(
+        {
+            "processor": platform.processor() or platform.machine(),
+            "device": str(default_device()),
+            "processes": world_size(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+    )
