@@ -97,7 +97,9 @@ def differing_elements(a: Tensor, b: Tensor) -> Tensor:
 def read_values(path: Path) -> dict[str, Any]:
     """The values of a JSON or JSON-lines file by their paths in it, without measured ones."""
     text = path.read_text()
-    return flat([json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text))
+    return flat(
+        [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    )
 
 
 def flat(value: Any, place: str = "") -> dict[str, Any]:

@@ -41,7 +41,9 @@ def main() -> int:
     parser.add_argument(
         "b", nargs="?", default=WORKING_TREE, metavar="B", help="another; . is the working tree (default)"
     )
-    parser.add_argument("--recipe", default="recipes/testbed/quickstart.yaml", help="its path in the repository")
+    parser.add_argument(
+        "--recipe", default="recipes/testbed/quickstart.yaml", help="its path in the repository"
+    )
     parser.add_argument("--keep", type=Path, help="leave the runs' folders here, a and b; it must be new")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="same-run-") as temporary:

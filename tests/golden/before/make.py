@@ -68,7 +68,10 @@ def main() -> None:
     os.chdir(out)
     torch.set_num_threads(1)
     # a run's folder says on which machine it was made
-    with mock.patch("platform.node", lambda: "golden"), mock.patch("platform.processor", lambda: "cpu"):
+    with (
+        mock.patch("platform.node", return_value="golden"),
+        mock.patch("platform.processor", return_value="cpu"),
+    ):
         make_source()
         make_runs()
         outputs = make_models() | make_pipeline() | make_latents()
