@@ -15,6 +15,7 @@ ROOT = Path(grafting.__file__).parent
 LAYERS = (
     {"errors", "huberrors"},  # L0
     {"parallel"},
+    {"precision"},
     {"contract", "devices", "files", "interruption", "randomness"},
     {"functional"},
     {"models"},

@@ -50,6 +50,7 @@ from .metrics.features import ModuleNetwork
 from .parallel import any_process, barrier, broadcast, is_main, rank, together, world_size
 from .plan import Choice, Drop, Edit, Merge, Plan, describe_choice, fault_list, operators_of
 from .portable import Base
+from .precision import settled_run
 from .report import write_report
 from .runfolder import RunFolder, read_log
 from .samples import open_samples, origin_of
@@ -135,8 +136,10 @@ def run(
     """
     folder = Path(folder)
     with together():
+        recipe, told = settled_run(recipe, default_device(), folder=folder)
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
         with _open(job, folder) as run_folder:
+            run_folder.tell(told)
             for name, stage in STAGES.items():
                 stage(job, run_folder, on_step if on_step and is_main() else _ignore)
                 if name == until:
@@ -163,7 +166,8 @@ class Job:
 
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
-    """Load what a recipe names and check that everything fits, without writing anything."""
+    """Load what a recipe names and check that everything fits, without writing anything. The job's recipe says no `auto`."""
+    recipe, _ = settled_run(recipe, default_device())
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
     chosen = resolve(model, recipe.edits)
@@ -615,10 +619,15 @@ def _names(key: str, value: Any) -> bool:
 
 
 def _essence(value: Any) -> Any:
-    """Settings as JSON without those that have their defaults, so that a new setting of the library changes no hash."""
+    """Settings as JSON without those that have their defaults, so that a new setting of the library changes no hash.
+
+    Where a default was changed, `hashed_as_absent` of the settings' class names what is left out in its place.
+    """
     if isinstance(value, BaseModel):
-        fields = {key: (getattr(value, key), field) for key, field in type(value).model_fields.items()}
-        return {k: _essence(v) for k, (v, field) in fields.items() if _names(k, v) or v != field.default}
+        absent = {key: field.default for key, field in type(value).model_fields.items()}
+        absent |= getattr(type(value), "hashed_as_absent", {})
+        fields = {key: getattr(value, key) for key in type(value).model_fields}
+        return {key: _essence(v) for key, v in fields.items() if _names(key, v) or v != absent[key]}
     return [_essence(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, repeat
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -20,6 +20,7 @@ from .contract import Predict
 from .diffusion import BETA_END, BETA_START, NUM_STEPS, Diffusion
 from .errors import ProtocolError
 from .functional.pixels import to_uint8
+from .precision import FP32_IS_ABSENT, Precision, settled
 from .randomness import generator
 
 _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
@@ -29,6 +30,7 @@ class SamplingConfig(BaseModel):
     """How images are drawn from a model. The defaults are DiT's, but for the number of images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
 
     sampler: Literal["ddpm", "ddim", "dpm-solver++"] = "ddpm"
     """`ddpm` is ancestral sampling with the predicted variance; `ddim` (eta 0) and `dpm-solver++` add no noise."""
@@ -52,8 +54,8 @@ class SamplingConfig(BaseModel):
         "balanced"
     )
     """Class of image i: `balanced` i mod num_classes, `random` from (seed, i), or the i-th of a list, repeated."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the model's forward pass (bf16 by autocast); the samplers' arithmetic is always fp32."""
+    precision: Precision = "auto"
+    """Of the model's forward pass (bf16 by autocast; `auto`: where it is faster); the samplers' arithmetic is always fp32."""
     compile: bool = False
     """Run the model through torch.compile; changes speed, not the images (up to float rounding)."""
 
@@ -118,6 +120,7 @@ def sample(
         ProtocolError: the model cannot be sampled in this way; raised at the call, before any work.
     """
     check_sampling(config, num_classes=num_classes, null_label=null_label, channels=shape[0])
+    config = settled(config, next(model.parameters()).device)
     numbers = tuple(range(config.num_images) if indices is None else indices)
     called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
     if numbers and min(numbers) < 0:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..analysis import Locality
     from ..contract import OperatorConfig, Site
     from ..plan import Choice
+    from ..precision import Precision
     from ..recipe import Job
 
 app = typer.Typer()
@@ -224,6 +225,7 @@ def locality(
     """
     from ..devices import default_device
     from ..hosts import host_of
+    from ..precision import resolve_precision
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
@@ -234,8 +236,11 @@ def locality(
         found = _locality_of_noised(loaded, images=images, seed=seed)
         protocol = f"{images} noised images, steps evenly spread"
     else:
-        found = _locality_of_samples(loaded, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed)
-        protocol = f"{images} images drawn by ddim with {steps} steps, cfg scale {cfg_scale:g}"
+        precision = resolve_precision("auto", default_device())
+        found = _locality_of_samples(
+            loaded, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed, precision=precision
+        )
+        protocol = f"{images} images drawn by ddim with {steps} steps, cfg scale {cfg_scale:g}, {precision}"
     wanted, half = wanted or found.default_bands, len(found.sites) // 2
     lists = {
         "band": max(wanted),
@@ -269,7 +274,7 @@ def _parse_bands(text: str) -> tuple[int, ...]:
 
 
 def _locality_of_samples(
-    model: "nn.Module", *, images: int, steps: int, cfg_scale: float, seed: int
+    model: "nn.Module", *, images: int, steps: int, cfg_scale: float, seed: int, precision: "Precision"
 ) -> "Locality":
     """Measured while images are drawn, as the paper does."""
     from ..analysis import watching_locality
@@ -294,6 +299,7 @@ def _locality_of_samples(
         num_images=images,
         batch_size=min(images, 50),
         seed=seed,
+        precision=precision,
     )
     done = 0
     with watching_locality(model) as result, follow(err) as on_step:
