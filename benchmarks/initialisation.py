@@ -71,7 +71,7 @@ def main() -> None:
         "holdout": 128,
         "holdout_every": args.steps,
     }
-    bench = Bench(DistillConfig(**settings))
+    bench = Bench(DistillConfig(**settings, precision="fp32"))
     for role, operators in (("mlp", MLP), ("attention", ATTENTION)):
         for operator in operators:
             for start in STARTS:
@@ -102,7 +102,11 @@ class Bench:
         operators = build_operators(self.teacher, plan.randomised() if start == "random" else plan)
         if start == "calibrate":
             for _ in calibrate(
-                self.teacher, operators, self.data, CalibrateConfig(samples=256), **self.common
+                self.teacher,
+                operators,
+                self.data,
+                CalibrateConfig(samples=256, precision="fp32"),
+                **self.common,
             ):
                 pass
         calibrated = time.perf_counter()
