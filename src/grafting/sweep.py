@@ -204,7 +204,7 @@ def measure(
     job = prepare(recipe)
     if _is_known(job, known) or any(_is_known(prepare(r), known) for r in _either(asked) if known):
         return []
-    run(recipe, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
+    run(asked, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
     if recipe.sample is None:
         return []
     measured = json.loads((folder / point.name / "metrics.json").read_text())
