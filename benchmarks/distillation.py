@@ -181,6 +181,7 @@ def _distill(
         holdout=BATCH_SIZE,
         holdout_every=10 * steps,
         cache_samples=cache_samples,
+        precision="fp32",
     )
     return distill(
         teacher,

@@ -69,7 +69,7 @@ def main() -> None:
         "holdout": 128,
         "holdout_every": args.steps,
     }
-    bench = Bench(DistillConfig(**settings))
+    bench = Bench(DistillConfig(**settings, precision="fp32"))
     for role, operators in (("mlp", MLP), ("attention", ATTENTION)):
         for operator in operators:
             for start in STARTS:
@@ -93,7 +93,8 @@ class Bench:
         plan = Plan(edits=(Replace(role=role, blocks="all", operator=operator),))
         operators = build_operators(self.teacher, plan.randomised() if start == "random" else plan)
         if start == "calibrate":
-            for _ in calibrate(self.teacher, operators, self.data, CalibrateConfig(samples=256)):
+            config = CalibrateConfig(samples=256, precision="fp32")
+            for _ in calibrate(self.teacher, operators, self.data, config):
                 pass
         calibrated = time.perf_counter()
         steps = distill(self.teacher, operators, self.data, self.config)

@@ -59,6 +59,7 @@ def main() -> int:
         clip=True,
         num_images=args.images,
         batch_size=BATCH,
+        precision="fp32",
     )
     draws: dict[int, list[Times]] = {number: [] for number in (1, 2)}
     hashes = set()

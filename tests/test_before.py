@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import grafting
 from closeness import assert_close
 from grafting.cli import app
+from grafting.precision import settled_run
 
 BEFORE = Path(__file__).parent / "golden" / "before"
 OUTPUTS = load_file(BEFORE / "outputs.safetensors")
@@ -149,7 +150,7 @@ def test_a_killed_run_goes_on_from_the_command_line():
 
 
 def test_the_recipe_in_a_runs_folder_is_the_recipe():
-    recipe = grafting.load_recipe("recipe.yaml")
+    recipe, _ = settled_run(grafting.load_recipe("recipe.yaml"), torch.device("cpu"))
     for folder in ("run-distill", "run-finetune", "run-sample", "run-finished"):
         assert grafting.load_recipe(f"{folder}/recipe.yaml") == recipe
 

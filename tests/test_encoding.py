@@ -20,7 +20,7 @@ from grafting.data import latentfolder
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names
 from grafting.data.sources import ImageStream, centre_crop, decode, image_folder
 from grafting.encoding import EncodingConfig, encode, forecast
-from grafting.errors import DataError, RunError
+from grafting.errors import DataError, ResumeWarning, RunError
 from grafting.files import sha256_of
 
 # 12 images in shards of 5, 5 and 2, in batches of 2, 2, 1
@@ -386,3 +386,22 @@ def test_facts_on_disk_are_json(stream: ImageStream, vae: Autoencoder, tmp_path:
     assert facts["encoding"]["size"] == 16
     assert "max_unreadable" not in facts["encoding"]
     assert facts["format"] == latentfolder.FORMAT
+
+
+def test_work_goes_on_in_the_precision_that_it_began_in(
+    stream: ImageStream, vae: Autoencoder, tmp_path: Path, monkeypatch
+):
+    folder = tmp_path / "latents"
+    monkeypatch.setenv("GRAFTING_PRECISION", "bf16")
+    steps = encode(stream, vae, CONFIG, folder)
+    while not next(steps).done:
+        pass
+    steps.close()
+    assert json.loads((folder / "work.json").read_text())["encoding"]["precision"] == "bf16"
+    run(stream, vae, tmp_path / "undisturbed", CONFIG.model_copy(update={"precision": "bf16"}))
+    monkeypatch.setenv("GRAFTING_PRECISION", "fp32")
+    with pytest.warns(ResumeWarning, match="latents began in bf16 and goes on in it"):
+        run(stream, vae, folder)
+    assert hashes(folder) == hashes(tmp_path / "undisturbed")
+    with pytest.raises(RunError, match=r"encoding.precision: asked 'fp32', found 'bf16'"):
+        run(stream, vae, folder, CONFIG.model_copy(update={"precision": "fp32"}))

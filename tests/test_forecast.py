@@ -170,7 +170,7 @@ def test_dry_run_writes_nothing(tmp_path):
     told = CliRunner().invoke(cli.app, [*arguments, "--device", "h100", "--mfu", "0.5"])
     assert told.exit_code == 0, told.output
     assert "2 steps of 4 images" in told.output
-    assert "FLOPs at 50% of 67 TFLOP/s (fp32)" in told.output
+    assert "FLOPs at 50% of 989 TFLOP/s (bf16)" in told.output
     as_json = CliRunner().invoke(cli.app, [*arguments, "--json"])
     facts = json.loads(as_json.output)
     assert [s["name"] for s in facts["stages"]][:2] == ["distill", "finetune"]

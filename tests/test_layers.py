@@ -15,6 +15,7 @@ ROOT = Path(grafting.__file__).parent
 LAYERS = (
     {"errors", "huberrors", "words"},  # L0
     {"parallel"},
+    {"precision"},
     {"contract", "devices", "files", "interruption", "randomness"},
     {"conditions", "guidance", "samplers"},
     {"diffusion"},

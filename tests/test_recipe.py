@@ -65,7 +65,7 @@ def test_run_leaves_what_the_design_says(finished):
 
 
 def test_recipe_in_the_folder_is_the_recipe(finished):
-    assert load_recipe(finished[0] / "recipe.yaml") == _recipe()
+    assert load_recipe(finished[0] / "recipe.yaml") == prepare(_recipe()).recipe
 
 
 def test_nothing_is_done_twice(finished):

@@ -146,5 +146,5 @@ def test_stages_are_the_published_ones():
         0.9999,
         0,
         10,
-        "bf16",
+        "auto",
     )

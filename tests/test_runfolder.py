@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grafting.contract import Step
-from grafting.errors import CheckpointError, FaultWarning, RunError
+from grafting.errors import CheckpointError, FaultWarning, ResumeWarning, RunError
 from grafting.files import sha256_of
 from grafting.interruption import Interrupted, catching_signals
 from grafting.runfolder import RunFolder, read_log
@@ -329,6 +329,23 @@ def test_machines_are_on_record_and_change_nothing(tmp_path, monkeypatch):
     assert manifest["machine"] == {"host": "b", "device": "cpu", "threads": 8}
     assert [m["host"] for m in manifest["machines"]] == ["a", "b"]
     assert not _carry_out(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", True), ("cuda:0", False)])
+def test_other_threads_are_told_where_work_is_left(tmp_path, recwarn, device, told):
+    for threads, stages in ((2, "a"), (1, "a"), (2, "a"), (3, "abc")):
+        recwarn.clear()
+        with RunFolder(tmp_path, recipe_name="r") as run:
+            run.describe_machine({"device": device, "threads": threads})
+            for name in stages:
+                with run.stage(name, []):
+                    pass
+        expected = told and threads == 3
+        assert [w.category for w in recwarn.list] == [ResumeWarning] * expected
+    if told:
+        assert "goes on with 3 CPU threads, before it was 2: results will differ in the last bits" in str(
+            recwarn.list[0].message
+        )
 
 
 def test_folder_of_another_recipe(tmp_path):

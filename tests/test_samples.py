@@ -205,7 +205,7 @@ def test_samples_of_older_runs_have_the_origin_of_the_runs_recipe(tmp_path: Path
 
 
 def test_the_origin_names_the_autoencoder():
-    config = SamplingConfig(labels=(3, 8))
+    config = SamplingConfig(labels=(3, 8), precision="fp32")
     assert origin_of(config)["sampling"] == config.model_dump(mode="json")
     assert ORIGIN["sampling"]["vae"] == {"name": "toy", "sha256": "00"}
     assert origin_of(config, weights_dtype="bfloat16")["weights_dtype"] == "bfloat16"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,8 @@ from .devices import half_types, is_half, mixed_precision
 from .errors import TrainingError
 from .files import write_json
 from .noising import NoisedBatch, draw_noised
+from .precision import Precision, resolve_precision
 from .randomness import generator, seeded
-
-Precision = Literal["fp32", "bf16"]
 
 # what happens at a site: its path, the arguments of the call, the old module's output
 Visit = Callable[[str, tuple, dict[str, Any], Any], None]
@@ -192,12 +191,11 @@ def prepare_for_training(
     Raises:
         TrainingError: the teacher's weights are of half precision, so nothing can be computed in fp32.
     """
-    half = half_types(teacher.parameters())
-    if half and precision == "fp32":
+    half, device = half_types(teacher.parameters()), next(teacher.parameters()).device
+    if half and resolve_precision(precision, device) == "fp32":
         raise TrainingError(
             f"{stage}: the model's weights are {half}, and precision is fp32: set precision: bf16, or load the model in float32"
         )
-    device = next(teacher.parameters()).device
     for operator in operators.values():
         for parameter in filter(is_half, operator.parameters()):
             parameter.data = parameter.data.float()

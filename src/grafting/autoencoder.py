@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -22,8 +22,7 @@ from torch import Tensor
 from .checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_model
 from .errors import CheckpointError
 from .files import sha256_of
-
-Precision = Literal["fp32", "bf16"]
+from .precision import Precision, resolve_precision
 
 # of a folder of an autoencoder alone, and of one of a whole pipeline
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "diffusion_pytorch_model-*.safetensors")
@@ -90,10 +89,11 @@ class Autoencoder:
     @contextmanager
     def _running(self, precision: Precision) -> Iterator[None]:
         """No gradients, and the same algorithms at every call, so that what is done again comes out the same."""
+        bf16 = resolve_precision(precision, self.device) == "bf16"
         with (
             torch.no_grad(),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
         ):
             yield
 

@@ -7,14 +7,14 @@ One or two passes of the teacher over noised images, no gradient, nothing on dis
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from .activations import Precision, prepare_for_training, run_noised, shuffled, visiting
+from .activations import prepare_for_training, run_noised, shuffled, visiting
 from .contract import Denoiser, MlpWeights, Step, TrainingData
 from .functional.ridge import (
     error_removed,
@@ -27,20 +27,22 @@ from .functional.ridge import (
 )
 from .hosts import host_of
 from .placed import KernelAttention, MixerAdapter, Placed
+from .precision import FP32_IS_ABSENT, Precision, settled
 
 
 class CalibrateConfig(BaseModel):
     """Settings of the closed-form start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
 
     samples: PositiveInt = 1024
     """Noised images in each pass. More than the data holds: images come again, with other noise."""
     batch_size: PositiveInt = 64
     ridge: PositiveFloat = 1e-4
     """Pull of an output layer towards the weights that it has, as a share of the variance of its inputs."""
-    precision: Precision = "fp32"
-    """Of the teacher and the operators; sums and solutions are always float64."""
+    precision: Precision = "auto"
+    """Of the teacher and the operators, bf16 or fp32, `auto` the faster; sums and solutions are always float64."""
     seed: NonNegativeInt = 0
     """With stage 1's seed, images that stage 1 holds out are used last."""
 
@@ -63,6 +65,7 @@ def calibrate(
             default its host's.
     """
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
+    config = settled(config, next(teacher.parameters()).device)
     prepare_for_training("calibration", teacher, operators, precision=config.precision)
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]

@@ -1,6 +1,6 @@
 """From what a model makes to 8-bit pixels: by rounding where it makes pixels, through a VAE where latents."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -10,6 +10,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder, load_autoencoder
 from .errors import ProtocolError
 from .functional.pixels import to_uint8
+from .precision import Precision, settled
 
 # channels of images: grey and colour; anything else is a latent
 _PIXEL_CHANNELS = (1, 3)
@@ -28,8 +29,8 @@ class VaeConfig(BaseModel):
     """Latents at a time; changes speed and memory, not the images (up to float rounding). 1 needs least memory."""
     tiling: bool = False
     """Decode large latents in overlapping tiles, which bounds memory further and changes the images a little."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the decoder's forward pass; bf16 by autocast."""
+    precision: Precision = "auto"
+    """Of the decoder's forward pass; bf16 by autocast, `auto`: where it is faster."""
 
 
 class Decoder:
@@ -52,7 +53,7 @@ class Decoder:
         """All that pixels depend on beside the samples, as JSON; None without an autoencoder. Names are no part of it."""
         if self._vae is None or self._config is None:
             return None
-        vae, config = self._vae, self._config
+        vae, config = self._vae, settled(self._config, self._vae.device)
         return {
             "sha256": vae.sha256,
             "scale": vae.scale,

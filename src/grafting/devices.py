@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import RunError
 from .parallel import local_rank
+from .precision import Precision, resolve_precision
 
 # up to here float32 is faster than bfloat16, forward and backward (PyTorch 2.13, head dim 32: 3.0x at 64 tokens, 1.4x at
 # 256, 0.9x at 1,024)
@@ -45,13 +46,13 @@ def half_types(tensors: Iterable[Tensor]) -> str:
 
 
 @contextmanager
-def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
+def mixed_precision(device: torch.device, precision: Precision) -> Iterator[None]:
     """Inside, models run in `precision`: bf16 is autocast, fp32 is as they are.
 
     On a CPU, attention over few tokens that will be differentiated runs in float32 all the same: the backward pass of its
     fused attention is slow in bfloat16.
     """
-    enabled = precision == "bf16"
+    enabled = resolve_precision(precision, device) == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         if enabled and device.type == "cpu":
             with _Float32Attention():

@@ -283,6 +283,7 @@ def show_diagnosis(console: Console, found: "Diagnosis") -> None:
         "memory": f"{found.memory_free_gib:g} of {found.memory_gib:g} GiB free",
         "disk": f"{found.disk_free_gib:g} GiB free here",
         "matrix products": ", ".join(f"{dtype} {gflops:g} GFLOP/s" for dtype, gflops in found.gflops.items()),
+        "precision auto": f"{found.precision} ({found.precision_why})",
         "compiler": found.compiler or "none",
         "torch.compile": found.compile,
     }

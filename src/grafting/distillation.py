@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from . import parallel
 from .activations import (
     ActivationCache,
-    Precision,
     Visit,
     prepare_for_training,
     run_on_batch,
@@ -49,6 +48,7 @@ from .guard import Guard, GuardConfig
 from .hosts import host_of
 from .noising import NoisedBatch, check_batch_size, draw_noised
 from .placed import Placed
+from .precision import FP32_IS_ABSENT, Precision, settled
 from .randomness import batch_indices, seeded
 from .sharding import kept_copy
 from .surgery import grafted
@@ -61,6 +61,7 @@ class DistillConfig(BaseModel):
     """Settings of stage 1. The defaults are the paper's amount of training: 8k samples x 200 epochs, batch 64."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
     how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "spread", "compile"})
     """Fields that change no result beyond rounding: a run may be resumed with others."""
 
@@ -98,7 +99,8 @@ class DistillConfig(BaseModel):
     """Images kept out of training, on which loss and R^2 are measured."""
     holdout_every: PositiveInt = 100
     """Steps between measurements on the held-out images; also done at the start and at the end."""
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
     compile: bool = False
     """Compile each operator."""
     guard: GuardConfig | None = None
@@ -145,6 +147,7 @@ def distill(
         CheckpointError: the state is an earlier version's.
     """
     check_division(config)
+    config = settled(config, next(teacher.parameters()).device, together=True)
     train, held_out = split(len(data), config)
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
     fitting = _Fitting(teacher, operators, data, config, denoiser)

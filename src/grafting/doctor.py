@@ -26,6 +26,7 @@ from .data.bundled import (
 )
 from .devices import default_device
 from .errors import GraftingError
+from .precision import resolve_precision, why
 
 # large enough that starting the multiplication does not count, small enough for a slow core
 _MATMUL_SIZE = 512
@@ -97,6 +98,8 @@ class Diagnosis:
     device: str  # where models will run
     gpus: list[str]
     gflops: dict[str, float]  # of a matrix product on `device`, by dtype
+    precision: str  # what `auto` is here
+    precision_why: str
     compiler: str | None
     compile: str  # whether torch.compile works, in words
     packages: list[Package] = field(default_factory=list)
@@ -128,6 +131,8 @@ def examine(*, full: bool = False) -> Diagnosis:
         device=str(default_device()),
         gpus=_gpus(),
         gflops=measure_matmul(default_device()),
+        precision=resolve_precision("auto", default_device()),
+        precision_why=why(default_device()),
         compiler=compiler,
         compile=try_compile() if full else _compile_outlook(compiler),
         packages=[_look_for(package) for package in OPTIONAL_PACKAGES],

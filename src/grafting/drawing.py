@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from .contract import Denoiser, Step
 from .decoding import Decoder
+from .devices import default_device
 from .errors import DataError, FaultWarning, RunError
 from .files import atomic_path, hash_json, is_empty, partial_folder, write_json
 from .metrics.features import tensors_sha256
+from .precision import settled, settled_as_begun
 from .samples import open_samples, origin_of, write_samples
 from .sampling import SamplingConfig, sample
 
@@ -69,7 +71,8 @@ class Drawing:
         identity: Mapping[str, Any],
         pictures: Path | None = None,
     ):
-        self.folder, self.config, self.pictures = folder, config, pictures
+        self.folder, self.pictures = folder, pictures
+        self.config = config = settled(config, default_device())
         self._denoiser, self._sample_shape, self._decoder = denoiser, config.shape or shape, decoder
         sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in _CIRCUMSTANCES}
         self.description: dict[str, Any] = {
@@ -335,6 +338,22 @@ class Drawing:
     def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c h w"]) -> None:
         if self.pictures is not None:
             write_pictures([self._picture(number) for number in self._numbers(shard)], images)
+
+
+def settled_as_drawn(config: SamplingConfig, folder: Path, path: Path) -> SamplingConfig:
+    """With the precision of images that are drawn already, into a file of samples or shards, where the config says `auto`.
+
+    What is wrong with either is for `Drawing` to say.
+    """
+    begun, device = None, default_device()
+    if path.exists():
+        with suppress(DataError, LookupError, TypeError):
+            begun = open_samples(path).record["drawing"]["sampling"]["precision"]
+    if begun is not None and config.precision == "auto":
+        return config.model_copy(update={"precision": begun})
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        begun = json.loads((folder / INDEX_NAME).read_text())["drawing"]["sampling"]["precision"]
+    return settled_as_begun(config, device, begun=begun, where=folder)
 
 
 def write_pictures(paths: Sequence[Path], images: UInt8[Tensor, "b c h w"]) -> None:

@@ -5,11 +5,12 @@ threads while the autoencoder works. With `mirrored`, each image is encoded a se
 its own: DiT mirrors half of its images at random, and an epoch over these items is two over the images, each seen both ways.
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,11 +22,12 @@ from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
-from .autoencoder import Autoencoder, Precision
+from .autoencoder import Autoencoder
 from .contract import Step
-from .data.latentfolder import FORMAT, Dtype, LatentFolder
+from .data.latentfolder import FORMAT, WORK_NAME, Dtype, LatentFolder
 from .data.sources import ImageStream
 from .errors import DataError
+from .precision import Precision, settled_as_begun
 
 # batches that are decoded while one is encoded
 _BATCHES_AHEAD = 3
@@ -46,8 +48,8 @@ class EncodingConfig(BaseModel):
     """Images a shard: what a killed process loses at most."""
     batch_size: PositiveInt = 32
     """Images at a time; latents may differ by float rounding with it, so a work that goes on keeps it."""
-    precision: Precision = "fp32"
-    """Of the encoder's forward pass (bf16 by autocast)."""
+    precision: Precision = "auto"
+    """Of the encoder's forward pass (bf16 by autocast; `auto`: where it is faster). Work that goes on keeps what it began in."""
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of images that may be unreadable; they are left out and listed."""
 
@@ -94,6 +96,7 @@ def encode(
             finite. RunError: the folder holds something else, or the disk has not the space. What can be known before
             any work is raised at the call.
     """
+    config = _settled(config, vae, folder)
     target = _target(stream, vae, config, folder)
     target.check()
     target.check_space()
@@ -134,6 +137,7 @@ def forecast(
     stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folder: Path, *, workers: int = 2
 ) -> Forecast:
     """What `encode` would do, with the time of a first batch; nothing is written. Raises as `encode`."""
+    config = _settled(config, vae, folder)
     target = _target(stream, vae, config, folder)
     target.check()
     bytes_left, bytes_free = target.check_space()
@@ -157,6 +161,14 @@ def forecast(
         decode_seconds=(decoded - started) / count,
         encode_seconds=(time.monotonic() - begun) / count,
     )
+
+
+def _settled(config: EncodingConfig, vae: Autoencoder, folder: Path) -> EncodingConfig:
+    """With the precision that the folder's latents were begun in; `LatentFolder.check` says what is wrong with its record."""
+    begun = None
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        begun = json.loads((folder / WORK_NAME).read_text())["encoding"]["precision"]
+    return settled_as_begun(config, vae.device, begun=begun, where=folder)
 
 
 def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folder: Path) -> LatentFolder:

@@ -46,3 +46,7 @@ class MissingBackend(GraftingError):
 
 class FaultWarning(UserWarning):
     """Something on disk is damaged and an older good state is used; the command line prints it as one line."""
+
+
+class ResumeWarning(UserWarning):
+    """Work goes on in other circumstances than it began in: told, as a `FaultWarning` is."""

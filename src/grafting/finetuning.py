@@ -37,6 +37,7 @@ from .functional.schedule import learning_rate_factor
 from .guard import Guard, GuardConfig
 from .hosts import host_of
 from .noising import NoisedBatch, check_batch_size, draw_noised
+from .precision import FP32_IS_ABSENT, Precision, settled
 from .randomness import seeded
 from .sharding import ShardedState, copy_whole, kept_copy, read_facts, read_tensors, shard, whole
 
@@ -45,6 +46,7 @@ class FinetuneConfig(BaseModel):
     """Settings of stage 2. The defaults are the paper's (arXiv:2506.05340, section 5)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
     how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "ema_device"})
     """Fields that change no result beyond rounding: a run may be resumed with others."""
 
@@ -72,7 +74,8 @@ class FinetuneConfig(BaseModel):
     """Weight of the squared distance to the teacher's prediction (noise and variance)."""
     trainable: Literal["all", "new"] | tuple[str, ...] = "all"
     """All parameters, only those of new operators, or those whose names match one of these patterns."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "auto"
+    """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """Compile each block, once for all blocks of a kind."""
@@ -124,6 +127,7 @@ def finetune(
             the loss is not finite.
     """
     _check(config, teacher, blocks)
+    config = settled(config, default_device(), together=True)
     denoiser = denoiser or host_of(model).denoiser(model)
     training = _Training(
         model,

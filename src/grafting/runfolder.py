@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from .contract import FolderState, Step
-from .errors import CheckpointError, FaultWarning, RunError
+from .errors import CheckpointError, FaultWarning, ResumeWarning, RunError
 from .files import (
     atomic_folder,
     disk_errors,
@@ -76,6 +76,7 @@ class RunFolder:
         self._recipe_name = recipe_name
         self._manifest_path = path / "manifest.json"
         self._manifest: dict[str, Any] = {}
+        self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
             self._lock = _Lock(path)
@@ -153,6 +154,8 @@ class RunFolder:
         self.barrier()
         started = time.monotonic()
         with stage.patience:
+            if not stage.done:
+                self._tell()
             yield stage
             self.barrier()
             if not stage.done and self.writes:
@@ -177,10 +180,26 @@ class RunFolder:
 
     def describe_machine(self, facts: dict[str, Any]) -> None:
         """Keep facts of the machine beside the stages' times, and those of earlier machines; nothing depends on them."""
+        before = self._manifest.get("machine", {}).get("threads")
+        now = facts.get("threads")
+        if facts.get("device") == "cpu" and before not in (None, now):
+            self.tell(
+                f"{self.path} goes on with {now} CPU threads, before it was {before}: results will differ in the last bits "
+                f"from those of a run that had {before} throughout"
+            )
         facts = {"host": platform.node(), **facts}
         machines = [m for m in self._manifest.get("machines", []) if m != facts]
         self._manifest |= {"machine": facts, "machines": [*machines, facts]}
         self._write()
+
+    def tell(self, what: str) -> None:
+        """Say this, as a `ResumeWarning`, when a stage is opened that is not done: where all are done, it is of no concern."""
+        if what and self.writes:
+            self._to_tell.append(what)
+
+    def _tell(self) -> None:
+        while self._to_tell:
+            warnings.warn(self._to_tell.pop(0), ResumeWarning, stacklevel=3)
 
     def mark_stale(self, *, after: str | None = None) -> None:
         """Note that what stages made may be of an earlier recipe, until they are opened again; `after` one, or all."""

@@ -24,8 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .contract import Denoiser
+from .devices import default_device
 from .errors import CheckpointError, DataError, ProtocolError
 from .files import atomic_path, sha256_of
+from .precision import settled
 from .sampling import SamplingConfig
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -87,7 +89,8 @@ def origin_of(
     vae: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a protocol says of images that were drawn so; process, conditions and autoencoder are part of the sampling."""
-    sampling = config.model_dump(mode="json") | (denoiser.identity if denoiser else {})
+    sampling = settled(config, default_device()).model_dump(mode="json")
+    sampling |= denoiser.identity if denoiser else {}
     return {
         "sampling": sampling if vae is None else sampling | {"vae": dict(vae)},
         "labels": config.labels_rule,
@@ -340,7 +343,7 @@ def _origin_in_run(path: Path, num_images: int) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not recipe.get("sample"):
         return _unrecorded(path)
     try:
-        config = SamplingConfig.model_validate(recipe["sample"])
+        config = SamplingConfig.model_validate({"precision": "fp32"} | recipe["sample"])
     except ValidationError as error:
         raise DataError(f"{recipe_path}: its `sample` cannot be read: {error}") from error
     if num_images != config.num_images:

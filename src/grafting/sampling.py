@@ -28,6 +28,7 @@ from .errors import ProtocolError
 from .functional.pixels import to_uint8
 from .guidance import Guidance
 from .hosts import host_of
+from .precision import FP32_IS_ABSENT, Precision, settled
 from .randomness import generator
 
 _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
@@ -37,6 +38,7 @@ class SamplingConfig(BaseModel):
     """How images are drawn from a model. The defaults are DiT's, but for the number of images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
     _absent_by_default: ClassVar[frozenset[str]] = frozenset({"cfg_rescale", "negative", "shape"})
     """Fields that protocols and records leave out at their defaults: those written before had none of them."""
 
@@ -73,8 +75,8 @@ class SamplingConfig(BaseModel):
     )
     """Condition of image i, by number (a class, or a row of the prompts): `balanced` i mod their count, `random` from
     (seed, i), or the i-th of a list, repeated."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the model's forward pass (bf16 by autocast); the samplers' arithmetic is always fp32."""
+    precision: Precision = "auto"
+    """Of the model's forward pass (bf16 by autocast; `auto`: where it is faster); the samplers' arithmetic is always fp32."""
     compile: bool = False
     """Run the model through torch.compile; changes speed, not the images (up to float rounding)."""
 
@@ -159,6 +161,7 @@ def sample(
         config.shape or shape or host_of(model).shape(model),
     )
     check_sampling(config, denoiser=how, channels=size[0])
+    config = settled(config, next(model.parameters()).device)
     numbers = tuple(range(config.num_images) if indices is None else indices)
     called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
     if numbers and min(numbers) < 0:

@@ -10,13 +10,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from .contract import Step
-
-Precision = Literal["fp32", "bf16"]
+from .precision import Precision
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def test_command_on_the_testbed():
     assert f"Most local half: {local}" in shown
     sampled = ["locality", "testbed", "--images", "2", "--steps", "2"]
     shown = CliRunner().invoke(app, sampled).stdout
-    assert "2 images drawn by ddim with 2 steps, cfg scale 1.5: 8 maps a block" in shown
+    assert "2 images drawn by ddim with 2 steps, cfg scale 1.5, fp32: 8 maps a block" in shown
 
 
 @pytest.mark.parametrize("bands", ["0", "two", "4,,8", "-1"])

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from ..errors import FaultWarning, GraftingError
+from ..errors import FaultWarning, GraftingError, ResumeWarning
 from ..interruption import Interrupted, catching_signals
 from . import data, inspection, measuring, run, samples, weights
 from ._shared import err
@@ -111,7 +111,7 @@ def _global_options(
 
 @contextmanager
 def _faults_in_a_line() -> Iterator[None]:
-    """Shows each `FaultWarning` as one line, without the place in the source that raised it."""
+    """Shows each `FaultWarning` and `ResumeWarning` as one line, without the place in the source that raised it."""
     with warnings.catch_warnings():
         shown = warnings.showwarning
 
@@ -123,12 +123,13 @@ def _faults_in_a_line() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, FaultWarning):
+            if issubclass(category, FaultWarning | ResumeWarning):
                 print(f"Warning: {message}", file=sys.stderr)
             else:
                 shown(message, category, filename, lineno, file, line)
 
         warnings.simplefilter("always", FaultWarning)
+        warnings.simplefilter("always", ResumeWarning)
         warnings.showwarning = show
         yield
 

@@ -68,7 +68,10 @@ def latents(
     ] = False,
     dtype: Annotated[str, typer.Option(help="What is stored: fp16, bf16 or fp32.")] = "fp16",
     precision: Annotated[
-        str | None, typer.Option(help="What the encoder computes in: fp32 or bf16. [dim]By default fp32.[/]")
+        str | None,
+        typer.Option(
+            help="What the encoder computes in: fp32, bf16, or auto. [dim]By default auto: bf16 where the device is faster in it.[/]"
+        ),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 2048,
     batch_size: Annotated[

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..analysis import Locality
     from ..contract import Conditions, OperatorConfig, Site
     from ..plan import Choice
+    from ..precision import Precision
     from ..runs.job import Job
 
 app = typer.Typer()
@@ -228,6 +229,7 @@ def locality(
     from ..data import Prompts
     from ..devices import default_device
     from ..hosts import host_of
+    from ..precision import resolve_precision
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
@@ -239,10 +241,13 @@ def locality(
         found = _locality_of_noised(loaded, images=images, seed=seed)
         protocol = f"{images} noised images, steps evenly spread"
     else:
+        precision = resolve_precision("auto", default_device())
         found, sampler = _locality_of_samples(
-            loaded, asked, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed
+            loaded, asked, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed, precision=precision
         )
-        protocol = f"{images} images drawn by {sampler} with {steps} steps, cfg scale {cfg_scale:g}"
+        protocol = (
+            f"{images} images drawn by {sampler} with {steps} steps, cfg scale {cfg_scale:g}, {precision}"
+        )
     wanted, half = wanted or found.default_bands, len(found.sites) // 2
     lists = {
         "band": max(wanted),
@@ -283,6 +288,7 @@ def _locality_of_samples(
     steps: int,
     cfg_scale: float,
     seed: int,
+    precision: "Precision",
 ) -> "tuple[Locality, str]":
     """Measured while images are drawn, as the paper does; and the sampler that drew them."""
     from ..analysis import watching_locality
@@ -305,6 +311,7 @@ def _locality_of_samples(
         num_images=images,
         batch_size=min(images, 50),
         seed=seed,
+        precision=precision,
     )
     done = 0
     with watching_locality(model) as result, follow(err) as on_step:

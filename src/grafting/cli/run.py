@@ -147,13 +147,17 @@ def _carry_out(
 
     check_trackers(track or ())
 
+    from ..devices import default_device
+    from ..precision import settled_run
     from ..runs.file import load_recipe
     from ..runs.run import run as run_recipe
 
     recipe = load_recipe(recipe_path)
     folder = folder or Path("runs") / recipe.name
     say(out, f"Recipe {recipe.name}, in {folder}")
-    settings = recipe.model_dump(mode="json", exclude_none=True)
+    settings = settled_run(recipe, default_device(), folder=folder)[0].model_dump(
+        mode="json", exclude_none=True
+    )
     with (
         tracking(track or (), folder, name=recipe.name, settings=settings) as note,
         follow(out) as show,

@@ -58,7 +58,12 @@ def sample(
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) and its label.")] = 0,
     labels: Annotated[str, typer.Option(help="balanced, random, or classes such as 3,5.")] = "balanced",
     batch_size: Annotated[int, typer.Option(help="Images at a time, and in a shard.")] = 64,
-    precision: Annotated[str, typer.Option(help="Of the model and the autoencoder: fp32 or bf16.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the model and the autoencoder: fp32, bf16, or auto, which is bf16 where the device is faster in it."
+        ),
+    ] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
     vae: Annotated[
         str | None,
@@ -83,13 +88,13 @@ def sample(
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 
     [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num-images 50000
-      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125 --precision bf16[/]
+      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125[/]
     """
     from ..data import Prompts
     from ..decoding import VaeConfig, load_decoder, makes_pixels
     from ..devices import default_device
     from ..diffusion import Diffusion, FlowConfig
-    from ..drawing import Drawing, describe_model
+    from ..drawing import Drawing, describe_model, settled_as_drawn
     from ..hosts import host_of
     from ..parallel import is_main
     from ..portable import settings_of
@@ -109,9 +114,13 @@ def sample(
         "precision": precision,
         "compile": compiled,
     }
-    config = SamplingConfig.model_validate(settings)
+    config = settled_as_drawn(
+        SamplingConfig.model_validate(settings), out_file.with_suffix(".shards"), out_file
+    )
     vae_settings = {"revision": vae_revision, "batch_size": vae_batch_size, "tiling": vae_tiling}
-    vae_config = vae and VaeConfig.model_validate({"source": vae, "precision": precision, **vae_settings})
+    vae_config = vae and VaeConfig.model_validate(
+        {"source": vae, "precision": config.precision, **vae_settings}
+    )
     if out_file.suffix != ".npz":
         raise DataError(f"--out names an .npz file, found {out_file}")
     loaded, plan = open_model(model)

@@ -27,9 +27,10 @@ from ..finetuning import FinetuneConfig
 from ..hosts import host_of
 from ..metrics.cost import count_parameters, dry_run
 from ..plan import Drop
+from ..precision import FASTER, Precision, settled_run, settled_sections
 from ..runfolder import NUM_STATES
 from ..surgery import build_operators, grafted, resolve
-from ..throughput import DEVICES, Precision, device_at
+from ..throughput import DEVICES, device_at
 from .job import skeleton
 from .recipe import Recipe
 from .rows import rows_in
@@ -112,6 +113,11 @@ def forecast(
             f"no device {device!r} is known; there are {', '.join(DEVICES)}. --peak-tflops does without"
         )
     known = DEVICES[device] if device else device_at(default_device())
+    if device:
+        faster = DEVICES[device].bf16_tflops >= FASTER * DEVICES[device].fp32_tflops
+        recipe = settled_sections(recipe, lambda _: "bf16" if faster else "fp32")
+    else:
+        recipe, _ = settled_run(recipe, default_device(), folder=folder)
     clock = _Clock(known, peak_tflops, processes, mfu, folder)
     shapes = _Shapes.of(recipe)
     stages = [*_training(recipe, shapes, clock), *_sampling(recipe, shapes, clock)]
@@ -242,7 +248,9 @@ def _training(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
     flops, found = stage_flops(recipe, shapes.cost, shapes.chosen), []
     if recipe.calibrate and shapes.chosen:
         images = recipe.calibrate.samples
-        hours, basis = clock.hours("calibrate", flops=flops["calibrate"], images=images, precision="fp32")
+        hours, basis = clock.hours(
+            "calibrate", flops=flops["calibrate"], images=images, precision=recipe.calibrate.precision
+        )
         found.append(
             StageForecast(
                 name="calibrate",

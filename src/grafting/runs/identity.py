@@ -14,10 +14,15 @@ from .rows import ROWS
 
 
 def essence(value: Any) -> Any:
-    """Settings as JSON without those that have their defaults, so that a new setting of the library changes no hash."""
+    """Settings as JSON without those that have their defaults, so that a new setting of the library changes no hash.
+
+    Where a default was changed, `hashed_as_absent` of the settings' class names what is left out in its place.
+    """
     if isinstance(value, BaseModel):
-        fields = {key: (getattr(value, key), field) for key, field in type(value).model_fields.items()}
-        return {k: essence(v) for k, (v, field) in fields.items() if _names(k, v) or v != field.default}
+        absent = {key: field.default for key, field in type(value).model_fields.items()}
+        absent |= getattr(type(value), "hashed_as_absent", {})
+        fields = {key: getattr(value, key) for key in type(value).model_fields}
+        return {key: essence(v) for key, v in fields.items() if _names(key, v) or v != absent[key]}
     return [essence(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -19,6 +19,7 @@ from ..evaluation import AdmConfig
 from ..files import hash_json, sha256_of
 from ..hosts import Host, host_of, hosts
 from ..plan import Choice, Drop, fault_list
+from ..precision import settled_run
 from ..sampling import SamplingConfig, check_sampling
 from ..surgery import resolve
 from .operator_cache import OperatorStore
@@ -49,7 +50,8 @@ class Job:
 
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
-    """Load what a recipe names and check that everything fits, without writing anything."""
+    """Load what a recipe names and check that everything fits, without writing anything. The job's recipe says no `auto`."""
+    recipe, _ = settled_run(recipe, default_device())
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
     chosen = resolve(model, recipe.edits)

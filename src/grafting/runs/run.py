@@ -17,6 +17,7 @@ from ..errors import RunError
 from ..files import write_bytes, write_json
 from ..parallel import any_process, barrier, is_main, together, world_size
 from ..plan import describe_choice
+from ..precision import settled_run
 from ..runfolder import RunFolder
 from .job import Job, prepare
 from .operator_cache import OperatorStore
@@ -45,8 +46,10 @@ def run(
     """
     folder = Path(folder)
     with together():
+        recipe, told = settled_run(recipe, default_device(), folder=folder)
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
         with _open(job, folder) as run_folder:
+            run_folder.tell(told)
             for name, stage in STAGES.items():
                 carry_out(stage, job, run_folder, on_step if on_step and is_main() else _ignore)
                 if name == until:

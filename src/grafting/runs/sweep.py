@@ -18,9 +18,11 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
 from .. import parallel
+from ..devices import default_device
 from ..errors import GraftingError, MissingBackend, RecipeError, RunError
 from ..files import write_bytes, write_json
 from ..plan import fault_list
+from ..precision import Precision, settled_run, settled_sections
 from ..report import write_sweep_picture
 from ..words import RowName
 from .file import faults_of, merge, parse_recipe, read_settings
@@ -200,17 +202,30 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Carry out one recipe of a sweep, unless the fingerprints of its lines are all `known`; returns its lines.
 
+    Where the recipe leaves the precision to the device, lines of either precision are those that it asks for.
     A recipe that samples no images has none.
     """
     recipe = point.recipe if rows is None else _with_rows(point.recipe, rows)
+    asked, (recipe, _) = recipe, settled_run(recipe, default_device(), folder=folder / point.name)
     job = prepare(recipe)
-    if known.issuperset(row_fingerprint(job, row) for row in rows_of(job)):
+    if _is_known(job, known) or any(_is_known(prepare(r), known) for r in _either(asked) if known):
         return []
-    run(recipe, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
+    run(asked, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
     if recipe.sample is None:
         return []
     measured = json.loads((folder / point.name / "metrics.json").read_text())
     return [_line(sweep, point, job, row) for row in measured]
+
+
+def _is_known(job: Job, known: frozenset[str]) -> bool:
+    return known.issuperset(row_fingerprint(job, row) for row in rows_of(job))
+
+
+def _either(recipe: Recipe) -> list[Recipe]:
+    """The recipe in each precision, where it leaves that to the device."""
+    ways: tuple[Precision, ...] = ("fp32", "bf16")
+    settled = [settled_sections(recipe, lambda _, way=way: way) for way in ways]
+    return settled if settled[0] != settled[1] else []
 
 
 def _with_rows(recipe: Recipe, rows: Sequence[str]) -> Recipe:
