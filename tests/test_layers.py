@@ -13,7 +13,7 @@ ROOT = Path(grafting.__file__).parent
 
 # from the ground up; a line of the design's drawing that is several of these is named at its side
 LAYERS = (
-    {"errors", "huberrors"},  # L0
+    {"errors", "huberrors", "words"},  # L0
     {"parallel"},
     {"contract", "devices", "files", "interruption", "randomness"},
     {"functional"},

@@ -25,11 +25,10 @@ from .recipe import Job, OnStep, Recipe, Row, prepare, row_fingerprint, rows_of,
 from .recipefile import faults_of, merge, parse_recipe, read_settings
 from .report import write_sweep_picture
 from .store import OperatorStore
+from .words import swept
 
 Label = str | int | float
 Changes = dict[str, Any]
-
-_FIGURES = ("frechet", "frechet_low", "frechet_high", "agreement", "precision", "recall")
 
 
 class SweepGrid(BaseModel):
@@ -321,7 +320,7 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
     return {
         **point.labels,
         "stage": row,
-        **{key: measured[key] for key in _FIGURES},
+        **{key: measured[key] for key in swept(measured)},
         "params": measured["params"],
         "compute_share": sweep.pretraining_images
         and round(flops.training / (sweep.pretraining_images * 3 * flops.base), 5),
