@@ -34,19 +34,17 @@ from .checkpoint import (
 from .contract import ClassConditional, NoiseProcess, Site, Step, TrainingData
 from .costing import PlanCost, plan_cost
 from .data import DataConfig
-from .data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path
 from .decoding import Decoder, VaeConfig, load_decoder
 from .devices import default_device
 from .diffusion import Diffusion
 from .distillation import DistillConfig, distill
 from .drawing import Drawing, describe_model
 from .errors import DataError, HostError, RecipeError, RunError
-from .evaluation import AdmConfig, AdmEvaluator, AdmSuite, Evaluator, Protocol, Reference, evaluate
+from .evaluation import Suite, SuiteConfig, TestbedSuite, evaluate
 from .files import hash_json, sha256_of, write_bytes, write_json
 from .finetuning import FinetuneConfig, finetune
 from .hosts import Host, host_of, hosts
 from .metrics.cost import count_parameters, role_flops
-from .metrics.features import ModuleNetwork
 from .parallel import any_process, barrier, broadcast, is_main, rank, together, world_size
 from .plan import Choice, Drop, Edit, Merge, Plan, describe_choice, fault_list, operators_of
 from .portable import Base
@@ -100,8 +98,8 @@ class Recipe(BaseModel):
     """How images are sampled, the same for every row; left out, none are."""
     vae: VaeConfig | None = None
     """What makes pixels of samples, where the model makes latents."""
-    evaluate: AdmSuite | None = None
-    """What samples are measured with; left out, the testbed's feature network and reference."""
+    evaluate: SuiteConfig | None = None
+    """The suite that measures samples; left out, the testbed's."""
     rows: tuple[Row, ...] = ("pretrained", "random", "inherited", "distilled", "finetuned")
     """Which models are sampled and measured."""
     seed: int = Field(default=0, ge=0)
@@ -112,6 +110,10 @@ class Recipe(BaseModel):
     @property
     def edits(self) -> Plan:
         return Plan(edits=self.plan)
+
+    @property
+    def suite(self) -> Suite:
+        return self.evaluate or TestbedSuite()
 
 
 def run(
@@ -159,7 +161,7 @@ class Job:
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it
-    suite: dict[str, str] | None = None  # hashes of what measures, where not the testbed's
+    suite: dict[str, str] | None = None  # hashes of what measures, where it does not come with the library
 
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
@@ -197,17 +199,14 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 
 def _check_evaluate(recipe: Recipe, image_shape: tuple[int, int, int] | None) -> dict[str, str] | None:
-    """The hashes of what a recipe's images are measured with; None for the testbed's."""
+    """The hashes of what a recipe's images are measured with; see `Suite.identity`."""
     if recipe.evaluate is None:
         return None
     if recipe.sample is None or image_shape is None:
         raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
-    if image_shape[0] != 3 or recipe.sample.num_images < AdmConfig().min_images:
-        raise RecipeError(
-            f"evaluate: ADM's suite measures {AdmConfig().min_images} or more images of 3 channels; "
-            f"these are {recipe.sample.num_images} of {image_shape[0]}"
-        )
-    return recipe.evaluate.identity()
+    if faults := recipe.suite.faults(recipe.sample.num_images, image_shape):
+        raise RecipeError(fault_list([f"evaluate: {fault}" for fault in faults], "what the recipe samples"))
+    return recipe.suite.identity()
 
 
 def _check_data(data: TrainingData, facts: ClassConditional) -> None:
@@ -506,40 +505,22 @@ def _evaluate(job: Job, run_folder: RunFolder, on_step: OnStep) -> None:
     fingerprints = {row: run_folder.stage_outputs(f"samples/{row}") for row in rows}
     origin = origin_of(config, vae=job.decoder.identity if job.decoder else None)
     origin["num_images"] = config.num_images
-    # passing a reference's images through Inception takes minutes, which a finished stage does not
-    depends = (
-        [job.suite, origin] if job.suite else _evaluators(job, origin)().protocol.model_dump(mode="json")
-    )
-    with run_folder.stage("evaluate", [fingerprints, depends]) as stage:
+    suite = job.recipe.suite
+    with run_folder.stage("evaluate", [fingerprints, suite.inputs(job.suite, origin)]) as stage:
         if stage.done or not is_main():
             return
-        new_evaluator = _evaluators(job, origin, lambda step: on_step("reference", step))
+        new_evaluator = suite.open(origin, on_step=lambda step: on_step("reference", step))
         metrics = []
         for row in rows:
             samples = open_samples(run_folder.path / "samples" / f"{row}.safetensors")
             evaluator = new_evaluator()
-            batch_size = job.recipe.evaluate.batch_size if job.recipe.evaluate else 500
-            for step in evaluate(samples.batches(batch_size), evaluator):
+            for step in evaluate(samples.batches(suite.batch_size), evaluator):
                 on_step(f"evaluate {row}", step)
             metrics.append(
                 {"name": row} | _cost(job, run_folder, row) | evaluator.result().model_dump(mode="json")
             )
         write_json(run_folder.path / "metrics.json", metrics)
         stage.outputs = [run_folder.path / "metrics.json"]
-
-
-def _evaluators(
-    job: Job, origin: dict[str, Any], on_reference: Callable[[Step], None] | None = None
-) -> Callable[[], Evaluator | AdmEvaluator]:
-    """What makes a new evaluator for each row; all have one network, reference and protocol."""
-    if job.recipe.evaluate is not None:
-        network, images = job.recipe.evaluate.open(on_reference)
-        adm = Protocol.of(network, images, metrics=AdmConfig(), **origin)
-        return lambda: AdmEvaluator(network, images, adm)
-    classifier = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
-    reference = Reference.load(bundled_reference_path(), classifier)
-    protocol = Protocol.of(classifier, reference, **origin)
-    return lambda: Evaluator(classifier, reference, protocol)
 
 
 def _cost(job: Job, run_folder: RunFolder, row: Row) -> dict[str, Any]:
