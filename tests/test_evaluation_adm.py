@@ -404,7 +404,7 @@ def test_what_the_command_line_refuses(tiny_inception, npz, tmp_path):
     for arguments, message in (
         ((ours, "--suite", "adm"), "--suite adm needs --reference"),
         ((ours, "--suite", "adm", "--reference", ours), "--suite adm needs --weights"),
-        ((grey, *known), "--reference and --weights are for --suite adm"),
+        ((grey, *known), "suite testbed takes no --reference and no --weights; --suite adm does"),
         (
             (grey, "--suite", "adm", *known),
             "8 images of 1 channels; ADM's suite measures 4 or more images of 3",

@@ -153,10 +153,8 @@ def _check_options(name: str, written: dict[str, Any]) -> None:
     fields = SUITES[name].model_fields
     if foreign := [key for key in written if key not in fields]:
         takers = [known for known, suite in SUITES.items() if set(foreign) <= suite.model_fields.keys()]
-        fitting = f" are for --suite {' or '.join(takers)};" if takers else ":"
-        raise DataError(
-            f"{' and '.join(_option(key) for key in foreign)}{fitting} suite {name} has none such"
-        )
+        fitting = f"; --suite {' or '.join(takers)} does" if takers else ""
+        raise DataError(f"suite {name} takes no {' and no '.join(map(_option, foreign))}{fitting}")
     missing = {key: field for key, field in fields.items() if field.is_required() and key not in written}
     if missing:
         needs = (
