@@ -220,7 +220,7 @@ _ROWS = (
     Figure(key="lr", title="Learning rate", of="run", shown=("curve",)),
     Figure(key="grad_norm", title="Gradient norm before clipping", of="run", shown=("curve",)),
     Figure(
-        key="ms_per_image", title="ms / image", brief="ms/image", of="model", better="low",
+        key="ms_per_image", title="ms per image", brief="ms/image", of="model", better="low",
         shown=("main", "progress"),
     ),
     Figure(

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..files import write_bytes
-from ..words import Figure, headline
+from ..words import Figure, headline, is_number
 from ._svg import Scale, element
 
 # Okabe and Ito's palette, told apart by every kind of colour vision
@@ -39,12 +39,13 @@ def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
     *colours, last = _label_columns(lines)
     by_colour, by_line = colours[:1], [*colours[1:], last]
     grafted = [line for line in lines if line["stage"] != "pretrained"]
-    drawn = [line for line in grafted if line["stage"] in ("distilled", "finetuned")]
+    measured = [line for line in lines if is_number(line.get(figure.key))]
+    drawn = [line for line in measured if line["stage"] in ("distilled", "finetuned")]
     names = list(dict.fromkeys(_name(line, by_line) for line in grafted))
     colour_of = dict(
         zip(dict.fromkeys(_name(line, by_colour) for line in grafted), cycle(_COLOURS), strict=False)
     )
-    pretrained = next((line[figure.key] for line in lines if line["stage"] == "pretrained"), None)
+    pretrained = next((line[figure.key] for line in measured if line["stage"] == "pretrained"), None)
     height = _TOP + _ROW * len(names) + 30
     values = [value for line in drawn for value in (line[figure.key], *(figure.limits(line) or ()))]
     values += [] if pretrained is None else [pretrained]
