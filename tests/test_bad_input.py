@@ -246,7 +246,7 @@ SAMPLES = [
     calls("half an npz", "evaluate {w}/half.npz", "half.npz is not a whole .npz file"),
     calls("text for an npz", "evaluate {w}/text.npz", "text.npz is not a whole .npz file"),
     calls("zip that leaves its folder", "evaluate {w}/leaving.npz", "arr_0 is not a file in the archive"),
-    calls("images of another size", "evaluate {w}/large.npz", r"holds \[3, 64, 64\]; the bundled network measures \[1, 32, 32\]"),
+    calls("images of another size", "evaluate {w}/large.npz", r"holds images of \[3, 64, 64\]; the bundled network measures images of \[1, 32, 32\]"),
     calls("labels of no class", "evaluate {w}/labels.npz", r"label 12 is not a class of the feature network: it knows 0\.\.9"),
     calls("too few to measure", "evaluate {w}/few.npz", "3 images", "10"),
     calls("ADM without a reference", "evaluate {w}/few.npz --suite adm", "--suite adm needs --reference"),

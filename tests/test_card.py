@@ -82,7 +82,7 @@ def test_figures_stand_with_their_protocols(model, tmp_path):
         {"name": "elsewhere", "frechet": 0.123456, "protocol": {"num_images": 50, "sampling": {"steps": 8}}},
     ]
     card = model_card(config, name="x", metrics=rows, recipe="name: x\n")
-    assert "| model | Fréchet distance | classifier agreement |" in card
+    assert "| model | Fréchet distance | Agreement |" in card
     assert "| pretrained | 0.2 | 0.9 |" in card
     assert "| finetuned | 0.25 |  |" in card
     assert "| elsewhere | 0.1235 |  |" in card

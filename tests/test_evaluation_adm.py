@@ -250,7 +250,7 @@ def test_unlike_protocols_are_refused(network, npz, tmp_path):
     evaluator.update(x, torch.arange(40) % 5)
     with pytest.raises(ProtocolError, match=r"metrics\.suite: adm and nothing"):
         ratio(adm, evaluator.result())
-    with pytest.raises(ProtocolError, match="this protocol is of ADM's suite"):
+    with pytest.raises(ProtocolError, match="metrics are of type AdmConfig; an Evaluator takes"):
         Evaluator(network, own_reference, protocol_of(network, own_reference, 40))
     with pytest.raises(ProtocolError, match="its metrics must be an AdmConfig"):
         AdmEvaluator(network, reference, protocol_of(network, reference, 40, metrics=MetricsConfig()))
@@ -396,7 +396,7 @@ def test_samples_are_measured_from_the_command_line(tiny_inception, npz, tmp_pat
     assert figures["protocol"]["metrics"]["suite"] == "adm"
     assert figures["protocol"]["reference"]["name"] == "ref"
     shown = call("evaluate", ours, *options).output
-    assert "spatial frechet" in shown
+    assert "Spatial Fréchet distance" in shown
     assert "are not FID" in shown
 
 
@@ -406,8 +406,8 @@ def test_what_the_command_line_refuses(tiny_inception, npz, tmp_path):
     known = ("--reference", ours, "--weights", tiny_inception)
     for arguments, message in (
         ((ours, "--suite", "adm"), "--suite adm needs --reference"),
-        ((ours, "--suite", "adm", "--reference", ours), "--suite adm needs --reference"),
-        ((grey, *known), "--reference and --weights are for --suite adm"),
+        ((ours, "--suite", "adm", "--reference", ours), "--suite adm needs --weights"),
+        ((grey, *known), "suite testbed takes no --reference and no --weights; --suite adm does"),
         (
             (grey, "--suite", "adm", *known),
             "8 images of 1 channels; ADM's suite measures 4 or more images of 3",
@@ -517,7 +517,9 @@ def test_a_recipe_is_measured_by_the_suite(tiny_inception, npz, photographs, tmp
 def test_a_recipe_that_the_suite_cannot_measure_is_refused_first(tiny_inception, npz, photographs, tmp_path):
     suite = AdmSuite(reference=str(npz(arr_0=hwc(colour_subset(9)))), weights=str(tiny_inception))
     few = {"sampler": "ddim", "steps": 2, "cfg_scale": 1.0, "num_images": 3, "clip": True}
-    with pytest.raises(RecipeError, match="4 or more images of 3 channels; these are 3 of 3"):
+    with pytest.raises(
+        RecipeError, match="3 images of 3 channels; ADM's suite measures 4 or more images of 3"
+    ):
         run(recipe_of(photographs, suite, sample=few), tmp_path / "run")
     with pytest.raises(RecipeError, match="the recipe has no `sample`"):
         run(recipe_of(photographs, suite, sample=None), tmp_path / "run")

@@ -70,6 +70,9 @@ from .evaluation import Evaluator as Evaluator
 from .evaluation import MetricsConfig as MetricsConfig
 from .evaluation import Protocol as Protocol
 from .evaluation import Reference as Reference
+from .evaluation import Suite as Suite
+from .evaluation import SuiteEvaluator as SuiteEvaluator
+from .evaluation import TestbedSuite as TestbedSuite
 from .evaluation import evaluate as evaluate
 from .evaluation import inception_network as inception_network
 from .evaluation import open_adm_reference as open_adm_reference

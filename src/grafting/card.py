@@ -13,21 +13,9 @@ import yaml
 
 from .files import write_bytes
 from .runfolder import stale_stages
+from .words import FIGURES
 
 CARD_NAME = "README.md"
-
-# figures of an evaluation, in the words of a table's head
-_FIGURES = {
-    "frechet": "Fréchet distance",
-    "spatial_frechet": "spatial Fréchet distance",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "inception_score": "inception score",
-    "agreement": "classifier agreement",
-}
 
 
 def write_card(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -128,9 +116,9 @@ def _usage(grafting: Mapping[str, Any]) -> str:
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
-    figures = [key for key in _FIGURES if any(row.get(key) is not None for row in rows)]
-    cells = [[str(row["name"]), *(_number(row.get(key)) for key in figures)] for row in rows]
-    parts = [_table(["model", *(_FIGURES[key] for key in figures)], cells)]
+    figures = [f for f in FIGURES.values() if f.judges and any(row.get(f.key) is not None for row in rows)]
+    cells = [[str(row["name"]), *(_number(row.get(figure.key)) for figure in figures)] for row in rows]
+    parts = [_table(["model", *(figure.name(rows) for figure in figures)], cells)]
     protocols = {json.dumps(_protocol(row), sort_keys=True): _protocol(row) for row in rows}
     for protocol in protocols.values():
         measured = ", ".join(str(row["name"]) for row in rows if _protocol(row) == protocol)

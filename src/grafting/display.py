@@ -22,27 +22,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .words import ABSENT, FIGURES, ROW_TITLES, amount, duration, headline, name_of, number, shown_in
+
 if TYPE_CHECKING:
     from .contract import Step
     from .doctor import Diagnosis
-
-ROW_TITLES = {
-    "pretrained": "pretrained",
-    "random": "operators at random",
-    "inherited": "inherited",
-    "distilled": "after stage 1",
-    "finetuned": "after stage 2",
-}
-
-# kinds of values of a step that are worth showing, and what they are called
-_SHOWN = {
-    "loss": "loss",
-    "r2": "R²",
-    "ms_per_image": "ms/image",
-    "images_per_s": "images/s",
-    "mfu": "MFU",
-    "data_wait": "waiting for data",
-}
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -81,9 +65,9 @@ def describe_values(values: Mapping[str, float]) -> str:
     for name, value in values.items():
         groups[name.partition("/")[0]].append(value)
     return ", ".join(
-        f"{title} {sum(groups[kind]) / len(groups[kind]):.3g}"
-        for kind, title in _SHOWN.items()
-        if kind in groups
+        f"{figure.inline} {sum(groups[figure.key]) / len(groups[figure.key]):.3g}"
+        for figure in shown_in("progress")
+        if figure.key in groups
     )
 
 
@@ -137,23 +121,21 @@ class _RateColumn(ProgressColumn):
 
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of a run's metrics.json, in 80 columns."""
-    from .report._words import amount, distance_title, figure, interval, percent
-
+    figure = headline(rows)
+    columns = [column for column in shown_in("main") if column is not figure]
     network = rows[0]["protocol"]["feature_network"]["name"]
-    caption = f"{rows[0]['num_images']} images a model, features of {network}, 95 % intervals"
+    caption = f"{rows[0]['num_images']} images per model, features of {network}, 95 % intervals"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("model", no_wrap=True)
-    table.add_column(distance_title(rows), justify="right", no_wrap=True)
-    for heading in ("agreement", "params", "attention FLOPs", "ms an image"):
-        table.add_column(heading, justify="right")
+    table.add_column(figure.name(rows), justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.inline, justify="right")
     for row in rows:
+        interval = figure.interval(row)
         table.add_row(
             ROW_TITLES.get(row["name"], row["name"]),
-            f"[bold]{figure(row['frechet'])}[/] ({interval(row)})",
-            percent(row["agreement"]),
-            amount(row["params"]),
-            amount(row["attention_flops"]),
-            figure(row["ms_per_image"]),
+            f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else ""),
+            *(column.write(row.get(column.key)) for column in columns),
         )
     return table
 
@@ -171,16 +153,10 @@ def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Ta
 
 def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
     """An evaluation, as JSON: its figures, what they were measured with, and its notes."""
-    from .report._words import ABSENT, distance_title
-
     figures = {key: v for key, v in result.items() if key not in ("notes", "protocol", "num_images")}
     protocol = result["protocol"]
     network, reference = protocol["feature_network"]["name"], protocol["reference"]["name"]
-    names = {"frechet": "FID", "spatial_frechet": "sFID"} if distance_title([result]) == "FID" else {}
-    rows = [
-        [names.get(key, key.replace("_", " ")), ABSENT if v is None else f"{v:.4g}"]
-        for key, v in figures.items()
-    ]
+    rows = [[name_of(key, [result]), ABSENT if v is None else f"{v:.4g}"] for key, v in figures.items()]
     console.print(plain_table(["figure", "value"], rows))
     say(console, f"{result['num_images']} images, features of {network}, reference {reference}")
     say(console, f"sampling: {json.dumps(protocol['sampling'])}")
@@ -190,7 +166,6 @@ def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
 
 def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
     """What a plan does to a model's cost, as JSON: its sites, its changes, the whole model, and what was measured."""
-    from .report._words import amount
 
     def arrow(pair: Mapping[str, Any]) -> str:
         before, after = amount(pair["before"]), amount(pair["after"])
@@ -205,23 +180,15 @@ def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
         ]
         for site in facts["sites"]
     ]
-    console.print(plain_table(["block", "role", "operator", "FLOPs", "params", "bytes kept"], rows))
+    heads = [FIGURES[key].inline for key in ("flops", "params", "saved_bytes")]
+    console.print(plain_table(["block", "role", "operator", *heads], rows))
     say(console, f"An image of {facts['grid'][0]} x {facts['grid'][1]} tokens, one forward pass in float32")
-    names = {"flops": "FLOPs", "params": "parameters", "saved_bytes": "bytes kept for the backward pass"}
-    for name, title in names.items():
-        say(
-            console,
-            f"Model, {title}: {arrow(facts['model'][name])} ({facts[f'model_{name}_delta_pct']:+.2f} %)",
-        )
-    titles = {
-        "flops_op": "operator FLOPs as in Table 4",
-        "flops_ft": "projection and featurizer FLOPs as in Table 4",
-        "flops": "all FLOPs",
-        "params": "parameters",
-        "saved_bytes": "bytes kept",
-    }
-    for name, title in titles.items():
-        say(console, f"All operators of the edited roles, {title}: {facts[f'{name}_delta_pct']:+.2f} %")
+    for key in ("flops", "params", "saved_bytes"):
+        delta = f"{facts[f'model_{key}_delta_pct']:+.2f} %"
+        say(console, f"Model, {FIGURES[key].inline}: {arrow(facts['model'][key])} ({delta})")
+    for key in ("flops_op", "flops_ft", "flops", "params", "saved_bytes"):
+        delta = f"{facts[f'{key}_delta_pct']:+.2f} %"
+        say(console, f"All operators of the edited roles, {FIGURES[key].inline}: {delta}")
     if facts["num_merged"]:
         say(
             console,
@@ -238,7 +205,6 @@ def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
 
 def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
     """What a recipe will take, as JSON: a line a stage, what memory and disk hold, and what the times come from."""
-    from .report._words import ABSENT, amount, duration, figure
 
     def size(num_bytes: int | None) -> str:
         return ABSENT if num_bytes is None else f"{amount(num_bytes)}B"
@@ -248,7 +214,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         [
             stage["name"],
             stage["work"],
-            f"{figure(stage['flops'] / 1e15)} P",
+            f"{number(stage['flops'] / 1e15)} P",
             duration(3600 * stage["hours"]) if stage["hours"] is not None else ABSENT,
             size(stage["memory_bytes"]),
             size(stage["disk_bytes"]),

@@ -1,14 +1,297 @@
-"""Names of what people read: the rows of a run."""
+"""Rows and figures that are shown to people: what each is called and how it is written.
 
-from typing import Literal
+Reports, cards, sweeps and the command line look figures up here. A suite of `evaluation/` adds its figures as rows.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard
+
+INCEPTION_NAME = "inception-2015-12-05"
+"""Network of features whose distances are called FID: TensorFlow's, with the published weights."""
 
 RowName = Literal["pretrained", "random", "inherited", "distilled", "finetuned"]
+"""A row of a run: a model that is sampled and measured; `runs/rows.py` says how each is made."""
+
+PRETRAINED: RowName = "pretrained"
+DISTILLED: RowName = "distilled"
+FINETUNED: RowName = "finetuned"
 
 ROW_TITLES: dict[RowName, str] = {
-    "pretrained": "pretrained",
+    PRETRAINED: "pretrained",
     "random": "operators at random",
     "inherited": "inherited",
-    "distilled": "after stage 1",
-    "finetuned": "after stage 2",
+    DISTILLED: "after stage 1",
+    FINETUNED: "after stage 2",
 }
-"""Rows in the order in which they are measured, with their titles."""
+"""The rows in the order in which they are measured, with what heads them."""
+
+ROW_MEANINGS: dict[RowName, str] = {
+    PRETRAINED: "the model as it was",
+    "random": "operators put in at random",
+    "inherited": "operators started from its weights",
+    DISTILLED: ROW_TITLES[DISTILLED],
+    FINETUNED: ROW_TITLES[FINETUNED],
+}
+
+ABSENT = "\u2013"
+MINUS, TIMES, THIN_SPACE = "\u2212", "\u00d7", "\u202f"
+
+Measured = Mapping[str, Any]
+"""A row of metrics.json, an evaluation as JSON, or a line of a sweep's table."""
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for a finite number: what JSON says may be null, NaN or missing."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any, *, digits: int = 3) -> str:
+    """A number with `digits` significant digits and no exponent where it can be helped; a dash if there is none."""
+    if not is_number(value):
+        return ABSENT
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:,.{decimals}f}".replace("-", MINUS).replace(",", THIN_SPACE)
+    return short(value)
+
+
+def short(value: float) -> str:
+    """A number for an axis."""
+    written = f"{value:e}" if 0 < abs(value) < 1e-3 else f"{value:g}"
+    mantissa, _, exponent = written.partition("e")
+    if exponent:
+        mantissa = f"{float(mantissa):.3g}"
+    return (mantissa + (f"e{int(exponent)}" if exponent else "")).replace("-", MINUS)
+
+
+def amount(value: Any) -> str:
+    """A large count with an SI prefix: 2.63 M."""
+    if not is_number(value):
+        return ABSENT
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{number(value / factor)}\u00a0{prefix}"
+    return f"{value:g}"
+
+
+def count(value: Any) -> str:
+    """A count with all its digits: 50 000."""
+    return f"{value:,}".replace(",", THIN_SPACE) if is_number(value) else ABSENT
+
+
+def percent(value: Any) -> str:
+    """A share in percent."""
+    return f"{100 * value:.1f}\u00a0%" if is_number(value) else ABSENT
+
+
+def change(value: Any, base: Any) -> str:
+    """Difference between `value` and `base`, in percent with a sign; empty if that says nothing."""
+    if not (is_number(value) and is_number(base)) or base == 0:
+        return ""
+    relative = 100 * (value / base - 1)
+    if value == base:
+        return "same"
+    text = f"{relative:+.1f}" if abs(relative) < 100 else f"{relative:+.0f}"
+    return text.replace("-", MINUS) + "\u00a0%"
+
+
+def multiple(value: float, base: float) -> str:
+    """A multiple: 1.11×, 132×."""
+    times = value / base
+    return (f"{times:.2f}" if times < 10 else number(times)) + TIMES
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as a person says them."""
+    if not is_number(seconds):
+        return ABSENT
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure, as all who show it call it and write it.
+
+    Args:
+        key: its name in metrics.json, in logs and in a sweep's table; `key_low` and `key_high` are its interval.
+        title: heads its column.
+        brief: its name in a line of text or a narrow table; the title if left out.
+        published: its name where Inception with the published weights made the features.
+        of: the images, the model that made them, or the run.
+        better: which values are; None of what is only counted.
+        write: its values as text.
+        ratio: a multiple of the pretrained model's says something.
+        shown: beside those tables that show every figure: `main`, the first table of a run; `sweep`, a line of a sweep;
+            `progress`, while a stage runs; `curve`, a chart of stage 2.
+        help: what it is, as the end of a sentence.
+    """
+
+    key: str
+    title: str
+    brief: str = ""
+    published: str = ""
+    of: Literal["images", "model", "run"]
+    better: Literal["low", "high"] | None = None
+    write: Callable[[Any], str] = number
+    ratio: bool = False
+    shown: tuple[str, ...] = ()
+    help: str = ""
+
+    @property
+    def inline(self) -> str:
+        return self.brief or self.title
+
+    @property
+    def judges(self) -> bool:
+        """True of figures that say how good images are."""
+        return self.of == "images" and self.better is not None
+
+    def name(self, rows: Sequence[Measured]) -> str:
+        """Title in a table of these rows: FID where the features are those of its published network."""
+        networks = {(row.get("protocol") or {}).get("feature_network", {}).get("name") for row in rows}
+        return self.published or self.title if networks == {INCEPTION_NAME} else self.title
+
+    def limits(self, row: Measured) -> tuple[float, float] | None:
+        """A row's interval of this figure, if it has one."""
+        low, high = (row.get(f"{self.key}_{end}") for end in ("low", "high"))
+        return (low, high) if is_number(low) and is_number(high) else None
+
+    def interval(self, row: Measured) -> str:
+        """A row's interval as text: 4.80–5.40; empty if it has none."""
+        limits = self.limits(row)
+        return "\u2013".join(map(self.write, limits)) if limits else ""
+
+
+# in the order in which tables show them; the first that judges images and was measured is a table's main one
+_ROWS = (
+    Figure(
+        key="frechet", title="Fréchet distance", published="FID", of="images", better="low", ratio=True,
+        shown=("sweep",), help="the distance between Gaussians of features of these images and of the reference",
+    ),
+    Figure(
+        key="agreement", title="Agreement", brief="agreement", of="images", better="high", write=percent,
+        shown=("main", "sweep"),
+        help="the share of images whose most likely class, by the feature network, is the label they were sampled with",
+    ),
+    Figure(
+        key="spatial_frechet", title="Spatial Fréchet distance", published="sFID", of="images", better="low",
+        ratio=True, help="the Fréchet distance of features that have positions",
+    ),
+    Figure(
+        key="kid", title="Kernel distance", published="KID", of="images", better="low",
+        help="the squared maximum mean discrepancy of features, with a cubic kernel",
+    ),
+    Figure(
+        key="precision", title="Precision", of="images", better="high", shown=("sweep",),
+        help="the share of images that lie among those of the reference",
+    ),
+    Figure(
+        key="recall", title="Recall", of="images", better="high", shown=("sweep",),
+        help="the share of the reference that lies among these images",
+    ),
+    Figure(
+        key="density", title="Density", of="images", better="high",
+        help="how many neighbourhoods of the reference an image lies in, over the number of neighbours",
+    ),
+    Figure(
+        key="coverage", title="Coverage", of="images", better="high",
+        help="the share of the reference with an image in its neighbourhood",
+    ),
+    Figure(
+        key="inception_score", title="Inception score's formula", published="Inception score", of="images",
+        better="high", help="how sure the classes of images are, and how many there are",
+    ),
+    Figure(
+        key="params", title="Parameters", brief="params", of="model", better="low", write=amount,
+        shown=("main",),
+    ),
+    Figure(key="flops", title="FLOPs", of="model", better="low", write=amount),
+    Figure(
+        key="flops_op", title="Operator FLOPs as in Table 4", brief="operator FLOPs as in Table 4", of="model",
+        better="low", write=amount,
+    ),
+    Figure(
+        key="flops_ft", title="Projection and featurizer FLOPs as in Table 4",
+        brief="projection and featurizer FLOPs as in Table 4", of="model", better="low", write=amount,
+    ),
+    Figure(
+        key="attention_flops", title="Attention FLOPs", brief="attention FLOPs", of="model", better="low",
+        write=amount, shown=("main",),
+        help="those of all attention operators in one forward pass of one image",
+    ),
+    Figure(
+        key="attention_mixing_flops", title="Mixing FLOPs", brief="mixing FLOPs", of="model", better="low",
+        write=amount, help="those of all attention operators without their projections",
+    ),
+    Figure(
+        key="saved_bytes", title="Bytes kept for the backward pass", brief="bytes kept", of="model", better="low",
+        write=amount,
+    ),
+    Figure(key="loss", title="Loss", brief="loss", of="run", better="low", shown=("progress", "curve")),
+    Figure(key="diffusion", title="Diffusion loss", of="run", better="low", shown=("curve",)),
+    Figure(
+        key="output", title="Distance to the output of the teacher", of="run", better="low",
+        shown=("curve",),
+    ),
+    Figure(key="r2", title="R²", of="run", better="high", shown=("progress",)),
+    Figure(key="lr", title="Learning rate", of="run", shown=("curve",)),
+    Figure(key="grad_norm", title="Gradient norm before clipping", of="run", shown=("curve",)),
+    Figure(
+        key="ms_per_image", title="ms per image", brief="ms/image", of="model", better="low",
+        shown=("main", "progress"),
+    ),
+    Figure(
+        key="images_per_s", title="Images per second", brief="images/s", of="run", better="high",
+        shown=("progress", "curve"),
+    ),
+    Figure(
+        key="mfu", title="Share of the peak of the device (MFU)", brief="MFU", of="run", better="high",
+        shown=("progress", "curve"),
+    ),
+    Figure(
+        key="data_wait", title="Waiting for data", brief="waiting for data", of="run", better="low",
+        shown=("progress",),
+    ),
+    Figure(key="num_images", title="Images", brief="images", of="run", write=count),
+)  # fmt: skip
+FIGURES = {figure.key: figure for figure in _ROWS}
+
+# what an evaluation says of a figure beside its value
+_PARTS = {
+    "low": "lower limit",
+    "high": "upper limit",
+    "bias": "bias",
+    "error": "standard error",
+}
+
+
+def shown_in(place: str) -> list[Figure]:
+    """The figures of one place, such as `main`; see `Figure.shown`."""
+    return [figure for figure in FIGURES.values() if place in figure.shown]
+
+
+def headline(rows: Sequence[Measured]) -> Figure:
+    """The figure that these rows are compared by: the first that judges images and that any row has."""
+    measured = (f for f in FIGURES.values() if f.judges and any(is_number(row.get(f.key)) for row in rows))
+    return next(measured, FIGURES["frechet"])
+
+
+def name_of(key: str, rows: Sequence[Measured]) -> str:
+    """Name of a figure, or of what is said of one: `frechet_bias` is `Fréchet distance, bias`."""
+    if key in FIGURES:
+        return FIGURES[key].name(rows)
+    whole, _, part = key.rpartition("_")
+    return f"{FIGURES[whole].name(rows)}, {_PARTS[part]}"
+
+
+def swept(row: Measured) -> Iterator[str]:
+    """The keys of a row that a sweep's table keeps: figures, and their intervals."""
+    for figure in shown_in("sweep"):
+        yield from (k for k in (figure.key, f"{figure.key}_low", f"{figure.key}_high") if k in row)

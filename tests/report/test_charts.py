@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from grafting.report._charts import smooth, thin
 from grafting.report._plan_picture import operator_keys, plan_picture
 from grafting.report._svg import Scale, element, spans_decade
-from grafting.report._words import amount, change, duration, figure, replaced, short
+from grafting.report._words import replaced
 
 POSITIVE = st.floats(1e-9, 1e9)
 
@@ -76,35 +76,6 @@ def test_thinned_curves_keep_their_extremes():
     assert values[kept].max() == values.max()
     assert values[kept].min() == values.min()
     assert thin(values[:10], 300).tolist() == list(range(10))
-
-
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        (figure(5.123), "5.12"),
-        (figure(613.2), "613"),
-        (figure(0.01234), "0.0123"),
-        (figure(-0.5), "\u22120.500"),
-        (figure(0), "0"),
-        (figure(None), "\u2013"),
-        (figure(float("nan")), "\u2013"),
-        (figure(True), "\u2013"),
-        (short(0.0001), "1e\u22124"),
-        (short(250.0), "250"),
-        (short(2.5e7), "2.5e7"),
-        (amount(2_634_000), "2.63\u00a0M"),
-        (amount(999), "999"),
-        (change(90, 100), "\u221210.0\u00a0%"),
-        (change(100, 100), "same"),
-        (change(350, 100), "+250\u00a0%"),
-        (change(1, 0), ""),
-        (duration(12.34), "12.3 s"),
-        (duration(119.7), "2 min 0 s"),
-        (duration(3 * 3600 + 59), "3 h 0 min"),
-    ],
-)
-def test_figures_in_words(written, expected):
-    assert written == expected
 
 
 def _site(block: int, role: str, name: str | None) -> dict:

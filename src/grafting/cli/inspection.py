@@ -7,6 +7,7 @@ import typer
 
 from ..display import follow, plain_table, say, show_cost, show_diagnosis
 from ..errors import DataError, HostError, PlanError
+from ..words import FIGURES
 from ._shared import Json, Model, RecipeFile, err, open_model, out, print_json
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ def check(recipe: RecipeFile, as_json: Json = False) -> None:
     for what in ("params", "attention_flops"):
         before, after = summary[what]["before"], summary[what]["after"]
         change = f" ({after / before - 1:+.1%})" if before else ""
-        say(
-            out,
-            f"{what.replace('_', ' ').replace('flops', 'FLOPs an image')}: {before:,} to {after:,}{change}",
-        )
+        say(out, f"{FIGURES[what].inline}: {before:,} to {after:,}{change}")
     for stage, words in summary["stages"].items():
         say(out, f"{stage}: {words}")
     say(out, "The recipe is sound.")

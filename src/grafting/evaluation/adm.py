@@ -7,15 +7,15 @@ Any network with spatial features will do, but on other weights than the publish
 Source: openai/guided-diffusion, evaluations/evaluator.py; arXiv:2105.05233.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from pydantic import JsonValue, PositiveInt
+from pydantic import Field, JsonValue, PositiveInt, model_serializer
 from torch import Tensor
 
 from ..contract import Step
@@ -26,12 +26,12 @@ from ..metrics.adm import adm_inception_score, adm_precision_recall
 from ..metrics.features import FeatureNetwork, Features, ModuleNetwork, extract, tensors_sha256
 from ..metrics.frechet import FeatureStatistics, Gaussian, frechet_bias, frechet_distance, frechet_estimate
 from ..metrics.inception import PUBLISHED_SHA256_PREFIX, load_inception
+from ..words import INCEPTION_NAME as INCEPTION_NAME
 from ._npz import NpzFile
-from .figures import AdmEvaluation
-from .protocol import AdmConfig, Data, Identity, Protocol
+from .protocol import Data, Identity, Metrics, Protocol
 from .reference import check_made_by, read_reference
+from .suite import KeptReference, OnStep, Suite, SuiteEvaluator
 
-INCEPTION_NAME = "inception-2015-12-05"
 UNKNOWN_INCEPTION_NAME = "inception-2015-12-05 with other weights"
 
 _REFERENCE_FORMAT = "grafting-adm-reference-1"
@@ -40,32 +40,96 @@ _IMAGES = "arr_0"
 _PUBLISHED_IMAGES = 50_000
 
 
-class AdmSuite(Data):
-    """What a recipe's `evaluate` says to measure by ADM's suite."""
+class AdmConfig(Metrics):
+    """Settings of ADM's suite; the defaults are its own, so that figures compare with published ones."""
 
     suite: Literal["adm"] = "adm"
-    reference: str
+    neighbours: PositiveInt = 3
+    """k of precision and recall."""
+    score_split_size: PositiveInt = 5000
+    """Images of each part of the Inception score, in the order of the file: ten parts of 50,000."""
+    distances: Literal["float16", "float32"] = "float16"
+    """Of precision and recall; ADM rounds them to half precision."""
+
+    @property
+    def min_images(self) -> int:
+        """The fewest images for which every metric is defined."""
+        return self.neighbours + 1
+
+
+class AdmEvaluation(Data):
+    """The figures of ADM's suite. On the published weights of Inception they are FID, sFID and the Inception score.
+
+    The interval is 95 %, over other draws of as many images; the reference is taken as fixed.
+    """
+
+    frechet: float
+    """FID, between Gaussians of the pooled features."""
+    frechet_low: float
+    frechet_high: float
+    frechet_bias: float | None
+    """About how much `frechet` is too high because images are finite; None where they are too few to tell."""
+    spatial_frechet: float
+    """sFID, the same of features that have positions."""
+    inception_score: float
+    precision: float | None
+    """None, as `recall`, where the reference has statistics and no images."""
+    recall: float | None
+    agreement: None = None
+    """Inception's classes are not those of samples."""
+    num_images: int
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know about them."""
+    protocol: Protocol
+
+
+class AdmSuite(Suite):
+    """ADM's figures, as tables of ImageNet have them: FID, sFID, Inception score, precision, recall."""
+
+    name: Literal["adm"] = "adm"
+    reference: str = Field(examples=["VIRTUAL_imagenet256_labeled.npz"])
     """An .npz of ADM's, such as VIRTUAL_imagenet256_labeled.npz, or a file that `grafting reference` wrote."""
-    weights: str
+    weights: str = Field(examples=["pt_inception-2015-12-05-6726825d.pth"])
     """pt_inception-2015-12-05-6726825d.pth, or a file in the same layout."""
     batch_size: PositiveInt = 64
-    """Images a call of the network."""
+    """Images per call of the network."""
+
+    uses_labels: ClassVar[bool] = False
+
+    @model_serializer
+    def _as_before(self) -> dict[str, JsonValue]:
+        """The keys of recipe.yaml, which tells a run's folder whether its recipe is still the same."""
+        settings = {key: getattr(self, key) for key in ("reference", "weights", "batch_size")}
+        return {"suite": self.name} | settings
+
+    def faults(self, num_images: int, image_shape: tuple[int, ...]) -> list[str]:
+        least = AdmConfig().min_images
+        if image_shape[0] == 3 and num_images >= least:
+            return []
+        return [
+            f"{num_images} images of {image_shape[0]} channels; ADM's suite measures {least} or more images of 3"
+        ]
 
     def identity(self) -> dict[str, str]:
-        """What the figures depend on, by content.
-
-        Raises:
-            DataError, CheckpointError: a file is missing, or is something else.
-        """
         check_adm_reference(Path(self.reference))
         load_inception(Path(self.weights))
         return {name: sha256_of(Path(getattr(self, name))) for name in ("reference", "weights")}
 
-    def open(self, on_step: Callable[[Step], None] | None = None) -> "tuple[ModuleNetwork, AdmReference]":
-        """The network on the default device, and the reference by it; `on_step` as in `AdmReference.of_npz`."""
-        network = inception_network(Path(self.weights))
-        path = Path(self.reference)
-        return network, open_adm_reference(path, network, batch_size=self.batch_size, on_step=on_step)
+    def open(
+        self, origin: Mapping[str, Any], *, on_step: OnStep | None = None
+    ) -> Callable[[], SuiteEvaluator]:
+        network = inception_network(self.weights)
+        reference = open_adm_reference(self.reference, network, batch_size=self.batch_size, on_step=on_step)
+        protocol = Protocol.of(network, reference, metrics=AdmConfig(), **origin)
+        return lambda: AdmEvaluator(network, reference, protocol)
+
+    def keep_reference(self, path: Path, *, on_step: OnStep | None = None) -> KeptReference:
+        network = inception_network(self.weights)
+        reference = AdmReference.of_npz(
+            Path(self.reference), network, batch_size=self.batch_size, on_step=on_step
+        )
+        reference.save(path)
+        return KeptReference(reference.facts(), reference.words())
 
 
 def inception_network(weights: str | Path) -> ModuleNetwork:
@@ -114,7 +178,7 @@ class AdmReference:
         network: FeatureNetwork,
         *,
         batch_size: int = 64,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> "AdmReference":
         """The reference of an .npz file, by one call of the network for each `batch_size` of its images.
 
@@ -200,15 +264,31 @@ class AdmReference:
             spread=(pooled, spatial) if words["spread"] else None,
         )
 
+    @property
+    def num_images(self) -> int:
+        return 0 if self.features is None else len(self.features)
+
     def facts(self) -> dict[str, JsonValue]:
-        """What it is, as JSON."""
+        """Facts as JSON."""
         return {
+            "num_images": self.num_images,
             "name": self.name,
             "sha256": self.sha256,
             "network": self.network.model_dump(),
             "statistics": self.statistics,
             "spread": None if self.spread is None else list(self.spread),
         }
+
+    def words(self) -> list[str]:
+        """The same as lines of text."""
+        origin = "as the file has them" if self.statistics == "given" else "of these images"
+        lines = [f"{self.num_images} images, statistics {origin}, features of {self.network.name}"]
+        if self.spread is not None:
+            pooled, spatial = self.spread
+            lines.append(
+                f"Its own images lie {pooled:.4g} (pooled) and {spatial:.4g} (spatial) from its statistics"
+            )
+        return lines
 
     def _tensors(self) -> dict[str, Tensor]:
         moments = {
@@ -224,7 +304,7 @@ def open_adm_reference(
     network: FeatureNetwork,
     *,
     batch_size: int = 64,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> AdmReference:
     """The reference of an .npz file or of a file that `AdmReference.save` wrote. Raises as either does."""
     path = Path(path)
@@ -265,7 +345,7 @@ def check_adm_reference(path: Path) -> None:
         raise DataError(f"{path} cannot be a reference:" + "".join(f"\n  {fault}" for fault in faults))
 
 
-class AdmEvaluator:
+class AdmEvaluator(SuiteEvaluator):
     """Gathers the features of images as they come, and turns them into an `AdmEvaluation`.
 
     Keeps one float32 row of pooled features and logits an image, on the CPU; of spatial features, their statistics.
@@ -463,7 +543,7 @@ def _notes(features: Tensor, bias: float | None, config: AdmConfig, reference: A
     if reference.spread is not None:
         pooled, spatial = reference.spread
         notes.append(
-            f"the reference's own {len(reference.features if reference.features is not None else ())} images lie "
+            f"the reference's own {reference.num_images} images lie "
             f"{pooled:.4g} (pooled) and {spatial:.4g} (spatial) from the statistics beside them"
         )
     return notes

@@ -13,13 +13,13 @@ from ..metrics.inception_score import inception_score
 from ..metrics.kid import kernel_distance
 from ..metrics.manifold import density_coverage, precision_recall
 from ..randomness import generator
-from .adm import AdmEvaluator
 from .figures import Evaluation
 from .protocol import MetricsConfig, Protocol
 from .reference import Reference
+from .suite import SuiteEvaluator
 
 
-class Evaluator:
+class Evaluator(SuiteEvaluator):
     """Gathers the features of images as they come, and turns them into an `Evaluation`.
 
     Keeps one float32 row of features (and logits) an image, on the CPU.
@@ -97,9 +97,7 @@ class Evaluator:
         return _measure(rows, self._reference, self._protocol, self._config)
 
 
-def evaluate(
-    batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: Evaluator | AdmEvaluator
-) -> Iterator[Step]:
+def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEvaluator) -> Iterator[Step]:
     """Feed sampled batches (images of 8 bits [B, C, H, W], labels [B] or None) to the evaluator, a step a batch.
 
     When the iterator ends, `evaluator.result()` has the figures.
@@ -165,7 +163,9 @@ def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[
 def _check_protocol(network: FeatureNetwork, reference: Reference, protocol: Protocol) -> MetricsConfig:
     faults, config = protocol.misfits(network, reference), protocol.metrics
     if not isinstance(config, MetricsConfig):
-        raise ProtocolError("this protocol is of ADM's suite: measure with an AdmEvaluator")
+        raise ProtocolError(
+            f"this protocol's metrics are of type {type(config).__name__}; an Evaluator takes a MetricsConfig"
+        )
     num_neighbours = max(config.precision_neighbours, config.density_neighbours)
     if len(reference.features) <= num_neighbours:
         faults.append(

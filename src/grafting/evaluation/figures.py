@@ -1,7 +1,8 @@
-"""The figures of one model's images with the protocol under which they hold, and their ratio under one protocol."""
+"""The figures that an `Evaluator` makes, with the protocol under which they hold, and their ratio under one protocol."""
 
 from ..errors import ProtocolError
 from .protocol import Data, Protocol
+from .suite import Result
 
 
 class Evaluation(Data):
@@ -32,33 +33,7 @@ class Evaluation(Data):
     protocol: Protocol
 
 
-class AdmEvaluation(Data):
-    """The figures of ADM's suite. On the published weights of Inception they are FID, sFID and the Inception score.
-
-    The interval is 95 %, over other draws of as many images; the reference is taken as fixed.
-    """
-
-    frechet: float
-    """FID, between Gaussians of the pooled features."""
-    frechet_low: float
-    frechet_high: float
-    frechet_bias: float | None
-    """About how much `frechet` is too high because images are finite; None where they are too few to tell."""
-    spatial_frechet: float
-    """sFID, the same of features that have positions."""
-    inception_score: float
-    precision: float | None
-    """None, as `recall`, where the reference has statistics and no images."""
-    recall: float | None
-    agreement: None = None
-    """Inception's classes are not those of samples."""
-    num_images: int
-    notes: tuple[str, ...] = ()
-    """What a reader of the figures should know about them."""
-    protocol: Protocol
-
-
-def ratio(a: Evaluation | AdmEvaluation, b: Evaluation | AdmEvaluation, metric: str = "frechet") -> float:
+def ratio(a: Result, b: Result, metric: str = "frechet") -> float:
     """a's figure over b's.
 
     Raises:

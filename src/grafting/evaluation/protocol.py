@@ -1,11 +1,21 @@
 """What a figure depends on: networks and references by content, settings of metrics, and how images were sampled."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, Literal, runtime_checkable
+from typing import Annotated, Any, runtime_checkable
 from typing import Protocol as Interface
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    SerializeAsAny,
+)
 
 from ..errors import ProtocolError
 from ..functional.pixels import UINT8_RULE
@@ -36,7 +46,16 @@ class Identified(Interface):
     def sha256(self) -> str: ...
 
 
-class MetricsConfig(Data):
+class Metrics(Data, ABC):
+    """Settings of a suite's figures, with a field `suite: Literal[...]` that says whose they are."""
+
+    @property
+    @abstractmethod
+    def min_images(self) -> int:
+        """The fewest images for which every figure is defined."""
+
+
+class MetricsConfig(Metrics):
     """Settings of the metrics; the defaults are those of their papers."""
 
     precision_neighbours: PositiveInt = 3
@@ -54,21 +73,15 @@ class MetricsConfig(Data):
         return max(4, self.precision_neighbours + 1, self.score_splits)
 
 
-class AdmConfig(Data):
-    """Settings of ADM's suite; the defaults are its own, so that figures compare with published ones."""
-
-    suite: Literal["adm"] = "adm"
-    neighbours: PositiveInt = 3
-    """k of precision and recall."""
-    score_split_size: PositiveInt = 5000
-    """Images of each part of the Inception score, in the order of the file: ten parts of 50,000."""
-    distances: Literal["float16", "float32"] = "float16"
-    """Of precision and recall; ADM rounds them to half precision."""
-
-    @property
-    def min_images(self) -> int:
-        """The fewest images for which every metric is defined."""
-        return self.neighbours + 1
+def _metrics_of(value: Any) -> Any:
+    """A suite's settings read from JSON, where `suite` says whose they are; the first suite's do not say it."""
+    if not isinstance(value, Mapping):
+        return value
+    for kind in Metrics.__subclasses__():
+        suite = kind.model_fields.get("suite")
+        if value.get("suite") == (suite and suite.default):
+            return kind.model_validate(value)
+    raise ValueError(f"no suite {value.get('suite')!r} measures here")
 
 
 class Protocol(Data):
@@ -83,7 +96,7 @@ class Protocol(Data):
     feature_network: Identity
     reference: Identity
     uint8_rule: str = UINT8_RULE
-    metrics: MetricsConfig | AdmConfig = MetricsConfig()
+    metrics: Annotated[SerializeAsAny[Metrics], BeforeValidator(_metrics_of)] = MetricsConfig()
     definitions: int = 1
     """Counts changes of this library after which the same images give other figures."""
     recorded: dict[str, JsonValue] = Field(default_factory=dict)
@@ -99,7 +112,7 @@ class Protocol(Data):
         num_images: int,
         labels: str,
         weights_dtype: str,
-        metrics: MetricsConfig | AdmConfig | None = None,
+        metrics: Metrics | None = None,
     ) -> "Protocol":
         """The protocol of measuring with this network against this reference, the versions in use recorded."""
         return cls(
@@ -140,12 +153,12 @@ class Protocol(Data):
         return faults
 
     def check_room(self, num_images: int) -> None:
-        """Raises a ProtocolError if that many images are more than it says."""
+        """Raise a ProtocolError if that many images are more than it says."""
         if num_images > self.num_images:
             raise ProtocolError(f"the protocol says {self.num_images} images; {num_images} came")
 
     def check_whole(self, num_images: int) -> None:
-        """Raises a ProtocolError if so many images are none, or not as many as it says."""
+        """Raise a ProtocolError unless exactly `num_images` images were seen, and at least one."""
         if not num_images:
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         if num_images != self.num_images:

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup
 
+from ..words import number, short
 from ._svg import Scale, element, picture
-from ._words import figure, short
 
 INTERVAL_WIDTH = 230.0
 _AXIS_HEIGHT, _ROW_HEIGHT = 30.0, 58.0
@@ -49,7 +49,7 @@ def interval_mark(
     left, right = scale(low), scale(high)
     # an interval too narrow to see is drawn as a thin line, behind its dot
     width = max(right - left, 1.5)
-    label = f"{figure(value)}, interval {figure(low)} to {figure(high)}"
+    label = f"{number(value)}, interval {number(low)} to {number(high)}"
     return picture(
         element("title", label),
         *lines,
@@ -112,7 +112,7 @@ def _draw(curve: Curve, across: Scale, up: Scale) -> Markup:
         dots = [
             element(
                 "circle",
-                element("title", f"step {step:g}: {figure(value)}"),
+                element("title", f"step {step:g}: {number(value)}"),
                 cx=across(step),
                 cy=up(value),
                 r=3,

@@ -10,13 +10,14 @@ from typing import Any
 import jinja2
 
 from ..files import write_bytes
+from ..words import duration
 from ._gallery import gallery
 from ._plan_picture import operator_keys, plan_picture, plan_width
 from ._protocols import alike, flatten, protocol_table
 from ._results import baseline, further, notes, results
 from ._run import Run, read_run
 from ._training import stage_1, stage_2
-from ._words import duration, last_measured, replaced, summary
+from ._words import last_measured, replaced, summary
 
 
 def write_report(folder: str | Path) -> Path:

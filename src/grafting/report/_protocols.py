@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ._words import ABSENT
+from ..words import ABSENT
 
 # these say where and how fast a run went, not what came out
 _CIRCUMSTANCES = frozenset(

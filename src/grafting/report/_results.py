@@ -5,103 +5,104 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..words import (
+    FIGURES,
+    FINETUNED,
+    PRETRAINED,
+    ROW_MEANINGS,
+    Figure,
+    change,
+    headline,
+    is_number,
+    shown_in,
+)
 from ._charts import INTERVAL_WIDTH, interval_axis, interval_mark
 from ._protocols import alike, protocol_table
 from ._svg import Scale, spans_decade
-from ._words import (
-    ABSENT,
-    MEANINGS,
-    THIN_SPACE,
-    amount,
-    change,
-    distance_title,
-    figure,
-    interval,
-    is_number,
-    percent,
-    ratio,
-)
-
-# what metrics.json calls the further figures, and how they are headed and written
-_FURTHER = {
-    "spatial_frechet": ("Spatial Fréchet distance", figure),
-    "kid": ("Kernel distance", figure),
-    "precision": ("Precision", figure),
-    "recall": ("Recall", figure),
-    "density": ("Density", figure),
-    "coverage": ("Coverage", figure),
-    "inception_score": ("Inception score's formula", figure),
-    "attention_mixing_flops": ("Mixing FLOPs", amount),
-    "num_images": ("Images", lambda value: f"{value:,}".replace(",", THIN_SPACE)),
-}
+from ._words import ratio
 
 
 def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The main table: a line for each model, with its interval drawn on an axis that all share; None without rows."""
     if not rows:
         return None
-    base = baseline(rows)
-    values = [row["frechet"] for row in rows if is_number(row.get("frechet"))]
-    limits = [row[key] for row in rows for key in ("frechet_low", "frechet_high") if is_number(row.get(key))]
-    scale = Scale.around([*values, *limits], start=10.0, end=INTERVAL_WIDTH - 10, log=spans_decade(values))
+    figure, base = headline(rows), baseline(rows)
+    columns = [column for column in shown_in("main") if column is not figure]
+    values = [row[figure.key] for row in rows if is_number(row.get(figure.key))]
+    limits = [limit for row in rows for limit in figure.limits(row) or ()]
+    scale = Scale.around(
+        [*values, *limits],
+        start=10.0,
+        end=INTERVAL_WIDTH - 10,
+        log=figure.ratio and spans_decade(values),
+    )
     return {
-        "title": distance_title(rows),
+        "title": figure.name(rows),
+        "figure": figure,
+        "columns": columns,
         "axis": interval_axis(scale),
         "logarithmic": scale.log,
-        "rows": [_result(row, base, scale) for row in rows],
+        "rows": [_result(row, base, figure, columns, scale) for row in rows],
         "protocols_differ": len(protocol_table(rows).columns) > 1,
     }
 
 
-def _result(row: Mapping[str, Any], base: Mapping[str, Any] | None, scale: Scale) -> dict[str, Any]:
-    is_base = row is base
-    others = {} if is_base or base is None else base
-    comparable = (
-        bool(others) and alike(row, others) and all(is_number(r.get("frechet")) for r in (row, others))
-    )
+def _result(
+    row: Mapping[str, Any],
+    base: Mapping[str, Any] | None,
+    figure: Figure,
+    columns: Sequence[Figure],
+    scale: Scale,
+) -> dict[str, Any]:
+    others = {} if row is base or base is None else base
     return {
         "name": str(row["name"]),
-        "meaning": MEANINGS.get(row["name"], ""),
-        "frechet": figure(row.get("frechet")),
-        "interval": interval(row),
-        "ratio": ratio(row["frechet"], others["frechet"]) if comparable and others["frechet"] > 0 else "",
-        "plot": _interval_mark(row, base, scale),
-        "agreement": percent(row.get("agreement")),
-        "params": amount(row.get("params")),
-        "params_change": change(row.get("params"), others.get("params")),
-        "flops": amount(row.get("attention_flops")),
-        "flops_change": change(row.get("attention_flops"), others.get("attention_flops")),
-        "ms": figure(row.get("ms_per_image")),
-        "ms_change": change(row.get("ms_per_image"), others.get("ms_per_image")),
+        "meaning": ROW_MEANINGS.get(row["name"], ""),
+        "value": figure.write(row.get(figure.key)),
+        "interval": figure.interval(row),
+        "ratio": ratio(figure, row, others) if others and alike(row, others) else "",
+        "plot": _interval_mark(row, base, figure, scale),
+        "cells": [(column.write(row.get(column.key)), _change(column, row, others)) for column in columns],
     }
 
 
-def _interval_mark(row: Mapping[str, Any], base: Mapping[str, Any] | None, scale: Scale) -> Markup | str:
-    value = row.get("frechet")
+def _change(column: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    """Difference in cost from the pretrained model; None where a figure is no cost."""
+    return change(row.get(column.key), base.get(column.key)) if column.of == "model" else None
+
+
+def _interval_mark(
+    row: Mapping[str, Any], base: Mapping[str, Any] | None, figure: Figure, scale: Scale
+) -> Markup | str:
+    value = row.get(figure.key)
     if not is_number(value):
         return ""
-    low, high = (row[k] if is_number(row.get(k)) else value for k in ("frechet_low", "frechet_high"))
-    reference = base.get("frechet") if base is not None else None
+    low, high = figure.limits(row) or (value, value)
+    reference = base.get(figure.key) if base is not None else None
     return interval_mark(
         value,
         low,
         high,
         scale=scale,
         reference=reference if is_number(reference) else None,
-        strong=row["name"] in ("pretrained", "finetuned"),
+        strong=row["name"] in (PRETRAINED, FINETUNED),
     )
 
 
 def further(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The figures that are not in the first table, those that any row has."""
-    keys = [key for key in _FURTHER if any(is_number(row.get(key)) for row in rows)]
-    if not keys:
-        return None
-    lines = [
-        [str(row["name"]), *(_FURTHER[k][1](row[k]) if is_number(row.get(k)) else ABSENT for k in keys)]
-        for row in rows
+    first = [headline(rows), *shown_in("main")]
+    figures = [
+        figure
+        for figure in FIGURES.values()
+        if figure not in first and any(is_number(row.get(figure.key)) for row in rows)
     ]
-    return {"heads": [_FURTHER[key][0] for key in keys], "lines": lines}
+    if not figures:
+        return None
+    return {
+        "heads": [(figure.name(rows), figure.help) for figure in figures],
+        "lines": [[str(row["name"]), *(f.write(row.get(f.key)) for f in figures)] for row in rows],
+    }
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -115,4 +116,4 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row that others are compared with."""
-    return next((row for row in rows if row["name"] == "pretrained"), None)
+    return next((row for row in rows if row["name"] == PRETRAINED), None)

@@ -16,8 +16,7 @@ from jaxtyping import Int64, UInt8
 
 from ..errors import RunError
 from ..runfolder import read_log, stale_stages
-
-MODEL_NAMES = ("pretrained", "random", "inherited", "distilled", "finetuned")
+from ..words import ROW_TITLES
 
 # more than any picture in the report shows
 MAX_IMAGES = 100
@@ -124,7 +123,7 @@ _STAGE_OF = {"distill/log.jsonl": "distill", "finetune/log.jsonl": "finetune", "
 
 def _sample_paths(folder: Path) -> list[Path]:
     """Sample files: the models of a recipe in their order, then any others by name."""
-    order = {name: place for place, name in enumerate(MODEL_NAMES)}
+    order = {name: place for place, name in enumerate(ROW_TITLES)}
     paths = folder.glob("samples/[!.]*.safetensors")
     return sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
 

@@ -1,4 +1,4 @@
-"""A sweep's table as one picture: a line for each design, a mark for each recipe, on one axis of Frechet distance."""
+"""A sweep's table as one picture: a line for each design, a mark for each recipe, on one axis of their main figure."""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from ..files import write_bytes
+from ..words import DISTILLED, FINETUNED, PRETRAINED, Figure, headline, is_number
 from ._svg import Scale, element
-from ._words import figure
 
 # Okabe and Ito's palette, told apart by every kind of colour vision
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -35,33 +35,38 @@ def write_sweep_picture(path: str | Path, lines: Sequence[Mapping[str, Any]]) ->
 
 def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
     """The same as markup."""
+    figure = headline(lines)
     *colours, last = _label_columns(lines)
     by_colour, by_line = colours[:1], [*colours[1:], last]
-    grafted = [line for line in lines if line["stage"] != "pretrained"]
-    drawn = [line for line in grafted if line["stage"] in ("distilled", "finetuned")]
+    grafted = [line for line in lines if line["stage"] != PRETRAINED]
+    measured = [line for line in lines if is_number(line.get(figure.key))]
+    drawn = [line for line in measured if line["stage"] in (DISTILLED, FINETUNED)]
     names = list(dict.fromkeys(_name(line, by_line) for line in grafted))
     colour_of = dict(
         zip(dict.fromkeys(_name(line, by_colour) for line in grafted), cycle(_COLOURS), strict=False)
     )
-    pretrained = next((line["frechet"] for line in lines if line["stage"] == "pretrained"), None)
+    pretrained = next((line[figure.key] for line in measured if line["stage"] == PRETRAINED), None)
     height = _TOP + _ROW * len(names) + 30
-    values = [line[key] for line in drawn for key in ("frechet", "frechet_low", "frechet_high")]
+    values = [value for line in drawn for value in (line[figure.key], *(figure.limits(line) or ()))]
     values += [] if pretrained is None else [pretrained]
-    across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=True)
+    across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=figure.ratio)
     stages = {line["stage"] for line in drawn}
-    marks = [*_axis(across, height), *_legend(colour_of if by_colour else {}, stages)]
+    marks = [
+        *_axis(across, height),
+        *_legend(_axis_title(figure, lines), colour_of if by_colour else {}, stages),
+    ]
     for place, name in enumerate(names):
         y = _TOP + _ROW * (place + 0.5)
         marks.append(element("text", name, x=_LEFT - 14, y=y + 4, text_anchor="end"))
         marks += [
-            _mark(line, across, y, colour_of[_name(line, by_colour)])
+            _mark(line, figure, across, y, colour_of[_name(line, by_colour)])
             for line in drawn
             if _name(line, by_line) == name
         ]
     if pretrained is not None:
         x = across(pretrained)
         marks.append(element("path", d=f"M{x:.1f} {_TOP - 6}V{height - 26}", class_="reference"))
-        label = f"pretrained {figure(pretrained)}"
+        label = f"pretrained {figure.write(pretrained)}"
         marks.append(element("text", label, x=x + 4, y=_TOP - 10, class_="quiet"))
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" height="{h:g}" role="img">'
@@ -88,12 +93,17 @@ def _axis(across: Scale, height: float) -> list[Markup]:
     return marks
 
 
-def _legend(colour_of: Mapping[str, str], stages: Collection[str]) -> list[Markup]:
-    """What colours mean, then what full and hollow marks mean."""
-    marks = [element("text", "Frechet distance, logarithmic; less is better", x=_LEFT, y=20, class_="quiet")]
+def _axis_title(figure: Figure, lines: Sequence[Mapping[str, Any]]) -> str:
+    better = "less is better" if figure.better == "low" else "more is better"
+    return f"{figure.name(lines)}{', logarithmic' if figure.ratio else ''}; {better}"
+
+
+def _legend(title: str, colour_of: Mapping[str, str], stages: Collection[str]) -> list[Markup]:
+    """The axis' title, what colours mean, then what full and hollow marks mean."""
+    marks = [element("text", title, x=_LEFT, y=20, class_="quiet")]
     keys = [(name, {"fill": colour}) for name, colour in colour_of.items()]
-    keys += [("after stage 2", {"fill": _GREY})] if "finetuned" in stages else []
-    keys += [("after stage 1", {"stroke": _GREY, "class_": "hollow"})] if "distilled" in stages else []
+    keys += [("after stage 2", {"fill": _GREY})] if FINETUNED in stages else []
+    keys += [("after stage 1", {"stroke": _GREY, "class_": "hollow"})] if DISTILLED in stages else []
     x = _LEFT
     for name, style in keys:
         marks.append(element("circle", cx=x + 5, cy=36.0, r=4, **style))
@@ -102,13 +112,14 @@ def _legend(colour_of: Mapping[str, str], stages: Collection[str]) -> list[Marku
     return marks
 
 
-def _mark(line: Mapping[str, Any], across: Scale, y: float, colour: str) -> Markup:
-    is_last = line["stage"] == "finetuned"
-    bar = f"M{across(line['frechet_low']):.1f} {y:.1f}H{across(line['frechet_high']):.1f}"
-    centre = {"cx": across(line["frechet"]), "cy": y}
+def _mark(line: Mapping[str, Any], figure: Figure, across: Scale, y: float, colour: str) -> Markup:
+    is_last, value = line["stage"] == FINETUNED, line[figure.key]
+    low, high = figure.limits(line) or (value, value)
+    bar = f"M{across(low):.1f} {y:.1f}H{across(high):.1f}"
+    centre = {"cx": across(value), "cy": y}
     return element(
         "g",
-        element("title", f"{figure(line['frechet'])} ({line['stage']})"),
+        element("title", f"{figure.write(value)} ({line['stage']})"),
         element("path", d=bar, stroke=colour, stroke_width=2 if is_last else 1),
         element("circle", **centre, r=4.5, fill=colour)
         if is_last

@@ -5,20 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from ..words import ABSENT, MINUS, is_number, number, short, shown_in
 from ._charts import Curve, change_mark, smooth, step_chart
 from ._svg import Scale, spans_decade
-from ._words import ABSENT, MINUS, figure, is_number, short
 
 _SMALL, _LARGE = (300.0, 150.0), (380.0, 200.0)
-_FINETUNE_CURVES = {
-    "loss": "Loss",
-    "diffusion": "Diffusion loss",
-    "output": "Distance to the output of the teacher",
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm before clipping",
-    "images_per_s": "Images a second",
-    "mfu": "Share of the peak of the device (MFU)",
-}
 
 
 def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -66,11 +57,11 @@ def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) 
     _, loss = _series(log, f"holdout_loss/{path}")
     _, r2 = _series(log, f"r2/{path}")
     scale = Scale(0.0, 1.0, 8.0, 192.0)
-    label = f"R² of {name} from {figure(r2[0])} to {figure(r2[-1])}" if len(r2) else ""
+    label = f"R² of {name} from {number(r2[0])} to {number(r2[-1])}" if len(r2) else ""
     return {
         "name": name,
         "operator": operator,
-        "loss": [figure(float(v)) for v in (loss[0], loss[-1])] if len(loss) else [ABSENT, ABSENT],
+        "loss": [number(float(v)) for v in (loss[0], loss[-1])] if len(loss) else [ABSENT, ABSENT],
         "r2": [f"{v:.3f}".replace("-", MINUS) for v in (r2[0], r2[-1])] if len(r2) else [ABSENT, ABSENT],
         "plot": change_mark(float(r2[0]), float(r2[-1]), scale=scale, label=label) if len(r2) else "",
     }
@@ -79,7 +70,8 @@ def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) 
 def stage_2(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A chart for each value that the log speaks of; None if it is empty."""
     charts = []
-    for key, title in _FINETUNE_CURVES.items():
+    for figure in shown_in("curve"):
+        key, title = figure.key, figure.title
         steps, values = _series(log, key)
         if not len(steps):
             continue

@@ -1,87 +1,10 @@
-"""Figures and facts as a person reads them: numbers with few digits, durations, and the run in one sentence."""
+"""A run's facts as a person reads them: what was replaced by what, and the run in one sentence."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
-MEANINGS = {
-    "pretrained": "the model as it was",
-    "random": "operators put in at random",
-    "inherited": "operators started from its weights",
-    "distilled": "after stage 1",
-    "finetuned": "after stage 2",
-}
-ABSENT = "\u2013"
-MINUS, TIMES, THIN_SPACE = "\u2212", "\u00d7", "\u202f"
-
-
-def figure(value: Any, *, digits: int = 3) -> str:
-    """A number with `digits` significant digits and no exponent where it can be helped; a dash if there is none."""
-    if not is_number(value):
-        return ABSENT
-    if value == 0 or 1e-4 <= abs(value) < 1e6:
-        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-        return f"{value:,.{decimals}f}".replace("-", MINUS).replace(",", THIN_SPACE)
-    return short(value)
-
-
-def short(value: float) -> str:
-    """A number for an axis."""
-    written = f"{value:e}" if 0 < abs(value) < 1e-3 else f"{value:g}"
-    mantissa, _, exponent = written.partition("e")
-    if exponent:
-        mantissa = f"{float(mantissa):.3g}"
-    return (mantissa + (f"e{int(exponent)}" if exponent else "")).replace("-", MINUS)
-
-
-def amount(value: Any) -> str:
-    """A large count with an SI prefix: 2.63 M."""
-    if not is_number(value):
-        return ABSENT
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{figure(value / factor)}\u00a0{prefix}"
-    return f"{value:g}"
-
-
-def percent(value: Any) -> str:
-    """A share in percent."""
-    return f"{100 * value:.1f}\u00a0%" if is_number(value) else ABSENT
-
-
-def change(value: Any, base: Any) -> str:
-    """How much `value` differs from `base`, in percent with a sign; empty if that says nothing."""
-    if not (is_number(value) and is_number(base)) or base == 0:
-        return ""
-    relative = 100 * (value / base - 1)
-    if value == base:
-        return "same"
-    text = f"{relative:+.1f}" if abs(relative) < 100 else f"{relative:+.0f}"
-    return text.replace("-", MINUS) + "\u00a0%"
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """A row's interval: 4.80–5.40; empty if it has none."""
-    low, high = row.get("frechet_low"), row.get("frechet_high")
-    return f"{figure(low)}\u2013{figure(high)}" if is_number(low) and is_number(high) else ""
-
-
-def duration(seconds: Any) -> str:
-    """Seconds as a person says them."""
-    if not is_number(seconds):
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether this is a finite number: what JSON says may be null, NaN or missing."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+from ..words import FINETUNED, PRETRAINED, ROW_MEANINGS, Figure, headline, is_number, multiple
 
 
 def operator_label(operator: Mapping[str, Any]) -> str:
@@ -121,44 +44,43 @@ def summary(sites: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]
 
 
 def _outcome(rows: Sequence[Mapping[str, Any]], *, alike: bool) -> str:
-    measured = {row["name"]: row for row in rows if is_number(row.get("frechet"))}
-    base = measured.get("pretrained")
+    figure = headline(rows)
+    measured = {row["name"]: row for row in rows if is_number(row.get(figure.key))}
+    base = measured.get(PRETRAINED)
     last = last_measured(rows)
     if last is None:
         return (
             "not measured yet"
             if base is None
-            else f"so far only the pretrained model is measured: {_of(base)}"
+            else f"so far only the pretrained model is measured: {_of(figure, base)}"
         )
-    when = "" if last["name"] == "finetuned" else f" ({last['name']}: {MEANINGS.get(last['name'], 'so far')})"
-    outcome = f"{distance_title(rows)} {_of(last)}{when}"
+    when = (
+        "" if last["name"] == FINETUNED else f" ({last['name']}: {ROW_MEANINGS.get(last['name'], 'so far')})"
+    )
+    outcome = f"{figure.name(rows)} {_of(figure, last)}{when}"
     if base is None:
         return outcome
-    outcome += f" against {_of(base)} pretrained"
+    outcome += f" against {_of(figure, base)} pretrained"
     if not alike:
         return f"{outcome}, measured differently"
-    return f"{outcome}: {ratio(last['frechet'], base['frechet'])}" if base["frechet"] > 0 else outcome
-
-
-def distance_title(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the distance of these rows is called: FID where the features are those of its published network."""
-    networks = {(row.get("protocol") or {}).get("feature_network", {}).get("name") for row in rows}
-    return "FID" if networks == {"inception-2015-12-05"} else "Fréchet distance"
+    times = ratio(figure, last, base)
+    return f"{outcome}: {times}" if times else outcome
 
 
 def last_measured(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row of the furthest stage that has a Fréchet distance, other than the pretrained model's."""
-    return next(
-        (r for r in reversed(rows) if r["name"] != "pretrained" and is_number(r.get("frechet"))), None
-    )
+    """The row of the furthest stage that was measured, other than the pretrained model's."""
+    key = headline(rows).key
+    return next((r for r in reversed(rows) if r["name"] != PRETRAINED and is_number(r.get(key))), None)
 
 
-def ratio(value: float, base: float) -> str:
-    """A multiple: 1.11×, 132×."""
-    multiple = value / base
-    return (f"{multiple:.2f}" if multiple < 10 else figure(multiple)) + TIMES
+def ratio(figure: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """A row's figure as a multiple of another's; empty if that says nothing."""
+    value, other = row.get(figure.key), base.get(figure.key)
+    if not (figure.ratio and is_number(value) and is_number(other) and other > 0):
+        return ""
+    return multiple(value, other)
 
 
-def _of(row: Mapping[str, Any]) -> str:
-    limits = interval(row)
-    return figure(row["frechet"]) + (f" ({limits})" if limits else "")
+def _of(figure: Figure, row: Mapping[str, Any]) -> str:
+    limits = figure.interval(row)
+    return figure.write(row[figure.key]) + (f" ({limits})" if limits else "")

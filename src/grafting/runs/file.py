@@ -93,8 +93,8 @@ def _where(location: tuple[int | str, ...]) -> str:
     if location[:1] == ("plan",):
         # after an edit's number pydantic names its kind, which is no key of the file
         location = (*location[:2], *location[3:])
-    elif location[:1] == ("data",):
-        # and after the word, the name of the data
+    elif location[:1] in (("data",), ("evaluate",)):
+        # and after the word, the name of the data or suite
         location = (*location[:1], *location[2:])
     return ".".join(map(str, location)) or "recipe"
 

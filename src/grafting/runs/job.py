@@ -15,7 +15,6 @@ from ..data import check_bound
 from ..decoding import Decoder, load_decoder
 from ..devices import default_device
 from ..errors import DataError, HostError, RecipeError
-from ..evaluation import AdmConfig
 from ..files import hash_json, sha256_of
 from ..hosts import Host, host_of, hosts
 from ..plan import Choice, Drop, fault_list
@@ -41,7 +40,8 @@ class Job:
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it
-    suite: dict[str, str] | None = None  # hashes of what measures, where not the testbed's
+    is_measured: bool = False  # whether a suite fits its images
+    suite: dict[str, str] | None = None  # hashes of what measures, where it does not come with the library
 
     @property
     def is_fitted(self) -> bool:
@@ -63,11 +63,12 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         decoder = load_decoder(native, recipe.vae)
     data = recipe.data.load()
     shape = _check_data(data, denoiser, host, model)
-    suite = None
+    is_measured, suite = False, None
     if recipe.sample is not None and decoder is not None:
         config = _with_shape(recipe.sample, shape, host, model)
         recipe = recipe.model_copy(update={"sample": config})
-        suite = _check_evaluate(recipe, decoder.image_shape(config.shape or shape))
+        is_measured = _is_measured(recipe, decoder.image_shape(config.shape or shape))
+        suite = recipe.suite.identity() if is_measured else None
     elif recipe.evaluate is not None:
         raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
     if recipe.distill is not None:
@@ -85,20 +86,34 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         **denoiser.identity,
     }
     model = model.to(default_device())
-    return Job(recipe, model, host, denoiser, shape, chosen, data, identity, store, decoder, suite=suite)
+    return Job(
+        recipe,
+        model,
+        host,
+        denoiser,
+        shape,
+        chosen,
+        data,
+        identity,
+        store,
+        decoder,
+        is_measured=is_measured,
+        suite=suite,
+    )
 
 
-def _check_evaluate(recipe: Recipe, image_shape: tuple[int, ...]) -> dict[str, str] | None:
-    """The hashes of what a recipe's images are measured with; None for the testbed's."""
-    if recipe.evaluate is None:
-        return None
+def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
+    """Whether images of this shape have figures: by the suite that the recipe names, else by the testbed's if it knows such.
+
+    Raises:
+        RecipeError: the suite cannot measure them.
+    """
     assert recipe.sample is not None
-    if image_shape[0] != 3 or recipe.sample.num_images < AdmConfig().min_images:
-        raise RecipeError(
-            f"evaluate: ADM's suite measures {AdmConfig().min_images} or more images of 3 channels; "
-            f"these are {recipe.sample.num_images} of {image_shape[0]}"
-        )
-    return recipe.evaluate.identity()
+    if recipe.evaluate is None and (recipe.conditions or recipe.suite.faults(1_000_000, image_shape)):
+        return False
+    if faults := recipe.suite.faults(recipe.sample.num_images, image_shape):
+        raise RecipeError(fault_list([f"evaluate: {fault}" for fault in faults], "what the recipe samples"))
+    return True
 
 
 def denoiser_of(recipe: Recipe, model: nn.Module) -> Denoiser:

@@ -12,7 +12,7 @@ from ..data import DataConfig, PromptsConfig
 from ..decoding import VaeConfig
 from ..diffusion import ProcessConfig
 from ..distillation import DistillConfig
-from ..evaluation import AdmSuite
+from ..evaluation import Suite, SuiteConfig, TestbedSuite
 from ..finetuning import FinetuneConfig
 from ..plan import Edit, Plan
 from ..sampling import SamplingConfig
@@ -61,8 +61,8 @@ class Recipe(BaseModel):
     """How images are sampled, the same for every row; left out, none are."""
     vae: VaeConfig | None = None
     """What makes pixels of samples, where the model makes latents."""
-    evaluate: AdmSuite | None = None
-    """What samples are measured with; left out, the testbed's feature network and reference."""
+    evaluate: SuiteConfig | None = None
+    """The suite that measures samples; left out, the testbed's where it fits them."""
     rows: tuple[RowName, ...] = tuple(ROW_TITLES)
     """Which models are sampled and measured."""
     seed: int = Field(default=0, ge=0)
@@ -73,3 +73,7 @@ class Recipe(BaseModel):
     @property
     def edits(self) -> Plan:
         return Plan(edits=self.plan)
+
+    @property
+    def suite(self) -> Suite:
+        return self.evaluate or TestbedSuite()

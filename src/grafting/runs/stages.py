@@ -15,15 +15,13 @@ from ..calibration import calibrate
 from ..checkpoint import save_model, save_operators
 from ..contract import Site, Step
 from ..costing import PlanCost, plan_cost
-from ..data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path
 from ..devices import default_device
 from ..distillation import distill
 from ..drawing import Drawing, describe_model
-from ..evaluation import AdmConfig, AdmEvaluator, Evaluator, Protocol, Reference, evaluate
+from ..evaluation import evaluate
 from ..files import write_json
 from ..finetuning import finetune
 from ..metrics.cost import count_parameters, role_flops
-from ..metrics.features import ModuleNetwork
 from ..parallel import barrier, broadcast, is_main, rank, world_size
 from ..placed import Operators
 from ..plan import Choice, Merge, operators_of
@@ -214,29 +212,30 @@ def _row_of(part: Part) -> RowName:
 
 
 def _evaluate(work: Opened) -> list[Path]:
+    """Figures of every row; where no suite fits the images, what the rows cost alone."""
     job, run = work.job, work.run
-    new_evaluator = _evaluators(job, _origin(job), lambda step: work.tell("reference", step))
-    metrics = []
+    metrics, suite = [], job.recipe.suite
+    new_evaluator = (
+        suite.open(_origin(job), on_step=lambda step: work.tell("reference", step))
+        if job.is_measured
+        else None
+    )
     for row in rows_of(job):
-        samples = open_samples(run.path / "samples" / f"{row}.safetensors")
-        evaluator = new_evaluator()
-        batch_size = job.recipe.evaluate.batch_size if job.recipe.evaluate else 500
-        for step in evaluate(samples.batches(batch_size), evaluator):
-            work.tell(f"evaluate {row}", step)
-        metrics.append({"name": row} | _cost(job, run, row) | evaluator.result().model_dump(mode="json"))
+        figures = {}
+        if new_evaluator is not None:
+            samples, evaluator = open_samples(run.path / "samples" / f"{row}.safetensors"), new_evaluator()
+            for step in evaluate(samples.batches(suite.batch_size), evaluator):
+                work.tell(f"evaluate {row}", step)
+            figures = evaluator.result().model_dump(mode="json")
+        metrics.append({"name": row} | _cost(job, run, row) | figures)
     write_json(run.path / "metrics.json", metrics)
     return [run.path / "metrics.json"]
 
 
 def _evaluate_inputs(job: Job, run: RunFolder, part: Part) -> list[Any]:
     fingerprints = {row: run.stage_outputs(f"samples/{row}") for row in rows_of(job)}
-    # passing a reference's images through Inception takes minutes, which a finished stage does not
-    depends = (
-        [job.suite, _origin(job)]
-        if job.suite
-        else _evaluators(job, _origin(job))().protocol.model_dump(mode="json")
-    )
-    return [fingerprints, depends]
+    suite = job.recipe.suite.inputs(job.suite, _origin(job)) if job.is_measured else None
+    return [fingerprints, suite]
 
 
 def _origin(job: Job) -> dict[str, Any]:
@@ -245,20 +244,6 @@ def _origin(job: Job) -> dict[str, Any]:
     vae = job.decoder.identity if job.decoder else None
     origin = origin_of(job.recipe.sample, denoiser=job.denoiser, vae=vae)
     return origin | {"num_images": job.recipe.sample.num_images}
-
-
-def _evaluators(
-    job: Job, origin: dict[str, Any], on_reference: Callable[[Step], None] | None = None
-) -> Callable[[], Evaluator | AdmEvaluator]:
-    """What makes a new evaluator for each row; all have one network, reference and protocol."""
-    if job.recipe.evaluate is not None:
-        network, images = job.recipe.evaluate.open(on_reference)
-        adm = Protocol.of(network, images, metrics=AdmConfig(), **origin)
-        return lambda: AdmEvaluator(network, images, adm)
-    classifier = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
-    reference = Reference.load(bundled_reference_path(), classifier)
-    protocol = Protocol.of(classifier, reference, **origin)
-    return lambda: Evaluator(classifier, reference, protocol)
 
 
 def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
@@ -24,7 +24,7 @@ from ..files import write_bytes, write_json
 from ..plan import fault_list
 from ..precision import Precision, settled_run, settled_sections
 from ..report import write_sweep_picture
-from ..words import RowName
+from ..words import swept
 from .file import faults_of, merge, parse_recipe, read_settings
 from .identity import row_fingerprint
 from .job import Job, prepare
@@ -36,8 +36,6 @@ from .stages import OnStep, training_flops
 
 Label = str | int | float
 Changes = dict[str, Any]
-
-_FIGURES = ("frechet", "frechet_low", "frechet_high", "agreement", "precision", "recall")
 
 
 class SweepGrid(BaseModel):
@@ -298,9 +296,9 @@ def _key(place: Any, key: str) -> str | int:
 
 
 def _chosen(sweep: Sweep, only: Mapping[str, str], rows: Sequence[str] | None) -> list[Point]:
-    unknown = [row for row in rows or () if row not in get_args(RowName)]
+    unknown = [row for row in rows or () if row not in tuple(ROW_TITLES)]
     if unknown:
-        raise RecipeError(f"no rows {', '.join(unknown)}; there are {', '.join(get_args(RowName))}")
+        raise RecipeError(f"no rows {', '.join(unknown)}; there are {', '.join(tuple(ROW_TITLES))}")
     everything = points(sweep)
     chosen = [
         point
@@ -342,7 +340,7 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
     return {
         **point.labels,
         "stage": row,
-        **{key: measured[key] for key in _FIGURES},
+        **{key: measured[key] for key in swept(measured)},
         "params": measured["params"],
         "compute_share": sweep.pretraining_images
         and round(flops.training / (sweep.pretraining_images * 3 * flops.base), 5),
@@ -361,7 +359,7 @@ def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, A
         return frozenset((column, str(line[column])) for column in columns & line.keys())
 
     places = {labels(point.labels): place for place, point in enumerate(points(sweep))}
-    stages = get_args(RowName)
+    stages = tuple(ROW_TITLES)
     latest = {(labels(line), line["stage"]): line for line in lines}
     order = sorted(latest, key=lambda key: (places.get(key[0], len(places)), stages.index(key[1])))
     return [latest[key] for key in order]

@@ -1,0 +1,121 @@
+"""The form of a suite: a config says what measures, opening it makes evaluators, and each of these measures one model.
+
+A suite is one file of this folder and one line of the union in `__init__.py`; its figures are rows of `words.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, runtime_checkable
+from typing import Protocol as Interface
+
+from pydantic import JsonValue, PositiveInt
+from torch import Tensor
+
+from ..contract import Step
+from ..errors import DataError
+from .protocol import Data, Protocol
+
+OnStep = Callable[[Step], None]
+
+
+@runtime_checkable
+class Result(Interface):
+    """Figures of one model's images: a pydantic model whose numbers are rows of `words.py`."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def protocol(self) -> Protocol: ...
+
+    def model_dump(self, *, mode: str = "python") -> dict[str, Any]: ...
+
+
+class SuiteEvaluator(ABC):
+    """Takes images as they come, and gives their figures at the end."""
+
+    @property
+    @abstractmethod
+    def protocol(self) -> Protocol: ...
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int:
+        """Images seen so far."""
+
+    @abstractmethod
+    def update(self, images: Tensor, labels: Tensor | None) -> None:
+        """Add images [B, C, H, W] of 8 bits with the numbers [B] of the conditions they were sampled with.
+
+        Raises:
+            DataError: images that this suite cannot measure. ProtocolError: more of them than the protocol says.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to resume from here, as tensors."""
+
+    @abstractmethod
+    def result(self) -> Result:
+        """The figures of all images given.
+
+        Raises:
+            ProtocolError: no image came, or fewer than the protocol says.
+        """
+
+
+class KeptReference(NamedTuple):
+    """A reference that was written to a file: facts as JSON, `num_images` among them, and lines of text for people."""
+
+    facts: dict[str, JsonValue]
+    words: list[str]
+
+
+class Suite(Data, ABC):
+    """A suite's settings, as a recipe's `evaluate` has them."""
+
+    name: str
+    batch_size: PositiveInt = 500
+    """Images per call of the network."""
+
+    uses_labels: ClassVar[bool] = True
+    """False of a suite that measures images whose conditions are not known."""
+
+    @abstractmethod
+    def faults(self, num_images: int, image_shape: tuple[int, ...]) -> list[str]:
+        """Reasons why it cannot measure these images; each tells them first: `3 images; at least 10 are needed`."""
+
+    def identity(self) -> dict[str, str] | None:
+        """Hashes of the files that it measures with; None if all of it comes with this library.
+
+        Raises:
+            DataError, CheckpointError: a file is missing, or is something else.
+        """
+        return None
+
+    def inputs(self, identity: dict[str, str] | None, origin: Mapping[str, Any]) -> Any:
+        """JSON of everything that figures depend on beside the images, known before `open`, which may take minutes."""
+        return [identity, dict(origin)]
+
+    @abstractmethod
+    def open(
+        self, origin: Mapping[str, Any], *, on_step: OnStep | None = None
+    ) -> Callable[[], SuiteEvaluator]:
+        """Load what measures; the result makes an evaluator for each model, all with one protocol.
+
+        Args:
+            origin: what the protocol says of the images: `sampling`, `num_images`, `labels`, `weights_dtype`.
+            on_step: called after each batch of a reference's images.
+        """
+
+    def keep_reference(self, path: Path, *, on_step: OnStep | None = None) -> KeptReference:
+        """Write what `open` needs of the reference to a file, which then stands for it.
+
+        Raises:
+            DataError: this suite has no reference of the user's.
+        """
+        raise DataError(f"suite {self.name} has no reference to keep")

@@ -1,0 +1,34 @@
+"""The table of figures: names, formats, and that suites and reports find theirs in it."""
+
+import pytest
+
+from grafting.words import amount, change, duration, number, short
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (number(5.123), "5.12"),
+        (number(613.2), "613"),
+        (number(0.01234), "0.0123"),
+        (number(-0.5), "\u22120.500"),
+        (number(0), "0"),
+        (number(None), "\u2013"),
+        (number(float("nan")), "\u2013"),
+        (number(True), "\u2013"),
+        (short(0.0001), "1e\u22124"),
+        (short(250.0), "250"),
+        (short(2.5e7), "2.5e7"),
+        (amount(2_634_000), "2.63\u00a0M"),
+        (amount(999), "999"),
+        (change(90, 100), "\u221210.0\u00a0%"),
+        (change(100, 100), "same"),
+        (change(350, 100), "+250\u00a0%"),
+        (change(1, 0), ""),
+        (duration(12.34), "12.3 s"),
+        (duration(119.7), "2 min 0 s"),
+        (duration(3 * 3600 + 59), "3 h 0 min"),
+    ],
+)
+def test_numbers_in_words(written, expected):
+    assert written == expected
