@@ -57,6 +57,7 @@ def _result(
     others = {} if row is base or base is None else base
     return {
         "name": str(row["name"]),
+        "is_key": row["name"] in (PRETRAINED, FINETUNED),
         "meaning": ROW_MEANINGS.get(row["name"], ""),
         "value": figure.write(row.get(figure.key)),
         "interval": figure.interval(row),

@@ -123,7 +123,7 @@ _STAGE_OF = {"distill/log.jsonl": "distill", "finetune/log.jsonl": "finetune", "
 
 def _sample_paths(folder: Path) -> list[Path]:
     """Sample files: the models of a recipe in their order, then any others by name."""
-    order = {name: place for place, name in enumerate(ROW_TITLES)}
+    order: dict[str, int] = {name: place for place, name in enumerate(ROW_TITLES)}
     paths = folder.glob("samples/[!.]*.safetensors")
     return sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
 

@@ -33,7 +33,7 @@ from ..surgery import build_operators, grafted, resolve
 from ..throughput import DEVICES, device_at
 from .job import skeleton
 from .recipe import Recipe
-from .rows import rows_in
+from .rows import ROWS, rows_in
 from .stages import stage_flops
 
 DEFAULT_MFU = 0.3
@@ -371,7 +371,8 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
     calls = config.num_images * config.calls * (1 + guided)
     found = []
     for row in rows_in(recipe, shapes.chosen):
-        cost = shapes.cost.before if row == "pretrained" else shapes.cost.after
+        is_edited = ROWS[row].is_edited
+        cost = shapes.cost.after if is_edited else shapes.cost.before
         flops = round(calls * cost.flops)
         hours, basis = clock.hours(
             f"samples/{row}", flops=flops, images=config.num_images, precision=config.precision
@@ -385,7 +386,7 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
                 hours=hours,
                 basis=basis,
                 memory={"pretrained model": _FP32 * shapes.cost.before.params}
-                | ({} if row == "pretrained" else {"weights": _FP32 * cost.params})
+                | ({"weights": _FP32 * cost.params} if is_edited else {})
                 | _copies(config.precision, cost.params),
                 disk={"images, in shards and whole": 2 * config.num_images * channels * math.prod(size)},
             )

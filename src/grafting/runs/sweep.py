@@ -24,13 +24,13 @@ from ..files import write_bytes, write_json
 from ..plan import fault_list
 from ..precision import Precision, settled_run, settled_sections
 from ..report import write_sweep_picture
-from ..words import swept
+from ..words import FINETUNED, ROW_TITLES, swept
 from .file import faults_of, merge, parse_recipe, read_settings
 from .identity import row_fingerprint
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .recipe import Recipe
-from .rows import rows_of
+from .rows import ROWS, rows_of
 from .run import run
 from .stages import OnStep, training_flops
 
@@ -229,9 +229,9 @@ def _either(recipe: Recipe) -> list[Recipe]:
 def _with_rows(recipe: Recipe, rows: Sequence[str]) -> Recipe:
     """A recipe with those of its rows, up to the last stage that they need."""
     kept = tuple(row for row in recipe.rows if row in rows)
-    stages = {"finetuned": "finetune", "distilled": "distill", "inherited": "calibrate"}
-    last = next((number for number, row in enumerate(stages) if row in kept), len(stages))
-    return recipe.model_copy(update={"rows": kept} | dict.fromkeys(list(stages.values())[:last]))
+    needed = {stage for row in kept for stage in ROWS[row].after}
+    dropped = [stage for stage in ROWS[FINETUNED].after if stage not in needed]
+    return recipe.model_copy(update={"rows": kept} | dict.fromkeys(dropped))
 
 
 def read_table(table: Path) -> list[dict[str, Any]]:
