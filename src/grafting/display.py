@@ -122,19 +122,25 @@ class _RateColumn(ProgressColumn):
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of a run's metrics.json, in 80 columns."""
     figure = headline(rows)
-    columns = [column for column in shown_in("main") if column is not figure]
-    network = rows[0]["protocol"]["feature_network"]["name"]
-    caption = f"{rows[0]['num_images']} images per model, features of {network}, 95 % intervals"
+    protocol = rows[0].get("protocol")
+    columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
+    caption = f"{rows[0]['num_images']} images per model"
+    if protocol:
+        caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
+    else:
+        caption += ", which no suite measures: name one with `evaluate`"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("model", no_wrap=True)
-    table.add_column(figure.name(rows), justify="right", no_wrap=True)
+    if protocol:
+        table.add_column(figure.name(rows), justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.inline, justify="right")
     for row in rows:
         interval = figure.interval(row)
+        value = f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else "")
         table.add_row(
             ROW_TITLES.get(row["name"], row["name"]),
-            f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else ""),
+            *([value] if protocol else []),
             *(column.write(row.get(column.key)) for column in columns),
         )
     return table

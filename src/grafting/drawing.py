@@ -335,7 +335,7 @@ class Drawing:
         warnings.warn(f"{path} is damaged, and is drawn anew", FaultWarning, stacklevel=2)
         return None
 
-    def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c h w"]) -> None:
+    def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c *size"]) -> None:
         if self.pictures is not None:
             write_pictures([self._picture(number) for number in self._numbers(shard)], images)
 

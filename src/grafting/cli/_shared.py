@@ -44,3 +44,11 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """A shape such as 4,32,32."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(f"--shape is numbers such as 4,32,32; found {text!r}")
+    return tuple(map(int, parts))

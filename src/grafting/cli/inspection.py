@@ -8,13 +8,13 @@ import typer
 from ..display import follow, plain_table, say, show_cost, show_diagnosis
 from ..errors import DataError, HostError, PlanError
 from ..words import FIGURES
-from ._shared import Json, Model, RecipeFile, err, open_model, out, print_json
+from ._shared import Json, Model, RecipeFile, err, open_model, out, parse_shape, print_json
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..analysis import Locality
-    from ..contract import Conditions, OperatorConfig, Site
+    from ..contract import Conditions, Grid, OperatorConfig, Site
     from ..plan import Choice
     from ..precision import Precision
     from ..runs.job import Job
@@ -106,7 +106,7 @@ def cost(
             "--grid",
             "--resolution",
             metavar="ROWSxCOLS",
-            help="Image tokens. [dim]By default the model's native grid.[/]",
+            help="Image tokens; of a video FRAMESxROWSxCOLS. [dim]By default those of `sample.shape`, else the native ones.[/]",
         ),
     ] = None,
     measure: Annotated[
@@ -123,15 +123,18 @@ def cost(
 
     [dim]$ grafting cost my-recipe.yaml --grid 64x64[/]
     """
-    from ..contract import Grid
     from ..costing import measure_plan, plan_cost
     from ..devices import default_device
+    from ..hosts import host_of
     from ..runs.file import load_recipe
     from ..runs.job import load_source, skeleton
 
     loaded = load_recipe(recipe)
-    tokens = Grid(*_parse_grid(grid)) if grid else None
-    counted = plan_cost(skeleton(loaded.source), loaded.edits, grid=tokens)
+    bare = skeleton(loaded.source)
+    tokens = _parse_grid(grid) if grid else None
+    if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:
+        tokens = host_of(bare).grid_of(bare, loaded.sample.shape)
+    counted = plan_cost(bare, loaded.edits, grid=tokens)
     facts = {"recipe": loaded.name, **counted.to_json(), "measured": None}
     if measure:
         source = loaded.source
@@ -145,11 +148,16 @@ def cost(
         show_cost(out, facts)
 
 
-def _parse_grid(text: str) -> tuple[int, int]:
+def _parse_grid(text: str) -> "Grid":
+    from ..contract import Grid
+
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DataError(f"--grid is rows x columns of tokens, such as 64x64; found {text!r}")
-    return int(parts[0]), int(parts[1])
+    if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DataError(
+            f"--grid is rows x columns of tokens, such as 64x64, or 16x64x64 of 16 frames; found {text!r}"
+        )
+    *frames, rows, cols = map(int, parts)
+    return Grid(rows, cols, *frames)
 
 
 @app.command()
@@ -210,6 +218,10 @@ def locality(
     prompts: Annotated[
         Path | None, typer.Option(help="Folder of encoded prompts, for models that are asked by text.")
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]By default the model's native one.[/]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,
     noised: Annotated[
         bool,
@@ -241,7 +253,14 @@ def locality(
     else:
         precision = resolve_precision("auto", default_device())
         found, sampler = _locality_of_samples(
-            loaded, asked, images=images, steps=steps, cfg_scale=cfg_scale, seed=seed, precision=precision
+            loaded,
+            asked,
+            shape=None if shape is None else parse_shape(shape),
+            images=images,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            precision=precision,
         )
         protocol = (
             f"{images} images drawn by {sampler} with {steps} steps, cfg scale {cfg_scale:g}, {precision}"
@@ -282,6 +301,7 @@ def _locality_of_samples(
     model: "nn.Module",
     conditions: "Conditions | None",
     *,
+    shape: tuple[int, ...] | None,
     images: int,
     steps: int,
     cfg_scale: float,
@@ -298,7 +318,7 @@ def _locality_of_samples(
     from ..sampling import sample as draw
 
     host = host_of(model)
-    denoiser, shape = host.denoiser(model, conditions), host.shape(model)
+    denoiser, shape = host.denoiser(model, conditions), shape or host.shape(model)
     is_diffusion, is_of_pixels = isinstance(denoiser.process, Diffusion), makes_pixels(shape)
     config = SamplingConfig(
         sampler="ddim" if is_diffusion else "euler",

@@ -10,7 +10,7 @@ import typer
 
 from ..display import follow, say
 from ..errors import DataError
-from ._shared import Model, open_model, out
+from ._shared import Model, open_model, out, parse_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,7 +105,7 @@ def sample(
         "steps": steps,
         "cfg_scale": cfg_scale,
         "negative": negative,
-        "shape": None if shape is None else _parse_shape(shape),
+        "shape": None if shape is None else parse_shape(shape),
         "guided_channels": guided_channels,
         "num_images": num,
         "batch_size": batch_size,
@@ -177,6 +177,8 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     seconds = time.monotonic() - started
     drawing.write(out_file)
     first = next(open_samples(out_file).images(100)).numpy()
+    if first.ndim == 5:
+        first = first[:, :, first.shape[2] // 2]  # of videos the frame in the middle
     places = [str(out_file)]
     if first.shape[1] in (1, 3):
         scale = 2 if first.shape[-1] <= 64 else 1
@@ -186,13 +188,6 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     rate = (num_images - before) / seconds
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     say(out, f"{num_images} images: {', '.join(places)} ({rate:.3g} images/s{processes})")
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DataError(f"--shape is numbers such as 4,32,32; found {text!r}")
-    return tuple(map(int, parts))
 
 
 def _parse_labels(text: str) -> str | list[int]:

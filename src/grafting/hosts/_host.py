@@ -169,6 +169,13 @@ class Host(ABC):
             return [f"{self.name} takes inputs such as {list(native)}; found {list(shape)}"]
         return []
 
+    def grid_of(self, model: nn.Module, shape: tuple[int, ...]) -> Grid:
+        """The image tokens of an input of this shape: as many as those of the native one, in proportion."""
+        native, grid = self.shape(model), self.sites(model)[0].grid
+        rows, cols = grid.rows * shape[-2] // native[-2], grid.cols * shape[-1] // native[-1]
+        frames = grid.frames * shape[1] // native[1] if len(shape) == 4 else grid.frames
+        return Grid(rows, cols, frames)
+
     def conditions(self, model: nn.Module) -> Conditions | None:
         """What the model may be asked for, where it knows that by itself, as of classes."""
         return None

@@ -132,12 +132,17 @@ def _read_samples(path: Path) -> Samples:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return Samples(
-                _first(file.get_slice("images")),
+                _pictures(_first(file.get_slice("images"))),
                 _first(file.get_slice("labels")).astype(np.int64),
                 file.get_slice("images").get_shape()[0],
             )
     except (safetensors.SafetensorError, OSError) as error:
         raise RunError(f"{path} is not a whole file of samples: {error}") from error
+
+
+def _pictures(images: np.ndarray) -> np.ndarray:
+    """Images [n, c, h, w] as they are, and of videos [n, c, frames, h, w] the frame in the middle."""
+    return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
 
 
 def _first(rows: Any) -> np.ndarray:

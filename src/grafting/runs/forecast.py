@@ -9,6 +9,7 @@ decoding latents, evaluation, workspaces of kernels and what a memory allocator 
 import fnmatch
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..contract import Grid
 from ..costing import PlanCost, plan_cost
 from ..data import LatentsConfig
 from ..devices import default_device, mixed_precision
@@ -153,16 +155,19 @@ class _Shapes:
         model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
         conditions = host.conditions(model)
-        cost = plan_cost(model, recipe.edits)
+        shape = (recipe.sample and recipe.sample.shape) or host.shape(model)
+        cost = plan_cost(model, recipe.edits, grid=host.grid_of(model, shape))
         # a host of packed tokens cannot read the grid from positions without values
         with torch.device("meta"):
             operators = build_operators(model, recipe.edits, host=host.at_grid(cost.grid))
         with grafted(model, operators):
             names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-            saved = {precision: _saved_an_image(model, precision) for precision in _precisions(recipe)}
+            saved = {
+                precision: _saved_an_image(model, precision, cost.grid) for precision in _precisions(recipe)
+            }
         return cls(
             cost=cost,
-            shape=(recipe.sample and recipe.sample.shape) or host.shape(model),
+            shape=shape,
             num_classes=None if conditions is None else len(conditions),
             chosen=chosen,
             new_params=sum(count_parameters(operator) for operator in operators.values()),
@@ -199,13 +204,14 @@ def _precisions(recipe: Recipe) -> set[Precision]:
     return {config.precision for config in (recipe.distill, recipe.finetune) if config is not None}
 
 
-def _saved_an_image(model: nn.Module, precision: Precision) -> int:
+def _saved_an_image(model: nn.Module, precision: Precision, grid: Grid) -> int:
     """Bytes that one image more keeps for the backward pass; bf16 copies of weights, kept once, are not among them."""
     host = host_of(model)
-    grid = host.sites(model)[0].grid
 
     def saved(batch_size: int) -> int:
-        with mixed_precision(torch.device("cpu"), precision):
+        with mixed_precision(torch.device("cpu"), precision), warnings.catch_warnings():
+            # a norm in fp32 of activations in bf16 says that it will be slower here, where nothing is computed
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames}
             parts = dry_run(model, [], lambda: host.example(model, batch_size=batch_size, **size))
         return parts[""].saved_bytes

@@ -214,6 +214,7 @@ def _row_of(part: Part) -> RowName:
 def _evaluate(work: Opened) -> list[Path]:
     """Figures of every row; where no suite fits the images, what the rows cost alone."""
     job, run = work.job, work.run
+    assert job.recipe.sample is not None
     metrics, suite = [], job.recipe.suite
     new_evaluator = (
         suite.open(_origin(job), on_step=lambda step: work.tell("reference", step))
@@ -221,7 +222,7 @@ def _evaluate(work: Opened) -> list[Path]:
         else None
     )
     for row in rows_of(job):
-        figures = {}
+        figures: dict[str, Any] = {"num_images": job.recipe.sample.num_images}
         if new_evaluator is not None:
             samples, evaluator = open_samples(run.path / "samples" / f"{row}.safetensors"), new_evaluator()
             for step in evaluate(samples.batches(suite.batch_size), evaluator):

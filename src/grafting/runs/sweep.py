@@ -347,7 +347,7 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
         "model_flops": flops.model,
         "num_images": measured["num_images"],
         "fingerprint": row_fingerprint(job, row),
-        "protocol": measured["protocol"],
+        "protocol": measured.get("protocol"),
     }
 
 
