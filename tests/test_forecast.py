@@ -116,7 +116,9 @@ def test_counted_activations_are_those_of_a_real_pass():
         return sum(storage.nbytes() for storage in found.values())
 
     with grafted(model, operators):
-        assert _saved_an_image(model, "fp32") == pytest.approx(kept(2) - kept(1), rel=0.02)
+        assert _saved_an_image(model, "fp32", host.sites(model)[0].grid) == pytest.approx(
+            kept(2) - kept(1), rel=0.02
+        )
 
 
 def test_a_rate_that_the_run_has_logged_goes_before_a_computed_one(tmp_path):

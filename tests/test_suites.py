@@ -10,8 +10,6 @@ from typing import Annotated, Literal, get_type_hints
 
 import pytest
 import torch
-from grafting.recipe import Recipe, prepare, row_fingerprint, run
-from grafting.sweep import Sweep, points
 from pydantic import Field
 from rich.console import Console
 from typer.testing import CliRunner
@@ -36,6 +34,11 @@ from grafting.evaluation import (
 from grafting.evaluation.protocol import Data
 from grafting.files import hash_json
 from grafting.report import write_report, write_sweep_picture
+from grafting.runs.identity import row_fingerprint
+from grafting.runs.job import prepare
+from grafting.runs.recipe import Recipe
+from grafting.runs.run import run
+from grafting.runs.sweep import Sweep, points
 from tinyrecipe import TINY
 
 

@@ -125,7 +125,7 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
 
     from ..evaluation import SUITES
     from ..plan import fault_list
-    from ..recipefile import faults_of
+    from ..runs.file import faults_of
 
     if name not in SUITES:
         lines = [f"{known}: {(suite.__doc__ or '').splitlines()[0]}" for known, suite in SUITES.items()]
