@@ -22,8 +22,8 @@ LAYERS = (
     {"functional"},
     {"models"},
     {"operators", "hosts", "metrics", "data", "runfolder", "throughput"},  # L1
-    {"plan", "noising", "guard", "sharding"},  # L2
-    {"placed"},  # L3
+    {"plan", "noising", "guard", "sharding", "average"},  # L2
+    {"placed", "trainee"},  # L3
     {"surgery"},
     {"portable", "card"},
     {"activations", "checkpoint"},

@@ -1,15 +1,17 @@
 """A teacher's activations: visited while it runs on noised images, or kept on disk.
 
-Those on disk are for stage 1 on a fixed set of samples, as the paper trains it; streaming (see `distillation.py`) needs
-none. Files are memory-mapped: a site's inputs and outputs for all samples, in the teacher's own dtype.
+Both are sources of one kind: `source.visit(step, visit)`. Those on disk are for stage 1 on a fixed set of samples, as the
+paper trains it. Files are memory-mapped: a site's inputs and outputs for all samples, in the teacher's own dtype.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,119 @@ from .contract import Denoiser, TrainingData
 from .devices import half_types, is_half, mixed_precision
 from .errors import TrainingError
 from .files import write_json
-from .noising import NoisedBatch, draw_noised
+from .noising import Batches, NoisedBatch, draw_noised
+from .placed import Placed
 from .precision import Precision, resolve_precision
 from .randomness import generator, seeded
+from .surgery import grafted
 
 # what happens at a site: its path, the arguments of the call, the old module's output
 Visit = Callable[[str, tuple, dict[str, Any], Any], None]
+
+
+class Source(Protocol):
+    """Where the activations of training steps come from."""
+
+    def visit(self, step: int, visit: Visit) -> None:
+        """Visit every site with the calls of a step's batch, one micro-batch after the other."""
+        ...
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A teacher whose sites are visited while it runs on noised images.
+
+    `operators` are built for it, by site path. What a visitor sees is what the old modules give for the teacher's own
+    activations, or, with `inputs` of a student, for those of the model with all `operators` in it.
+    """
+
+    teacher: nn.Module
+    operators: Mapping[str, Placed]
+    denoiser: Denoiser
+    precision: Precision
+    inputs: Literal["teacher", "student"] = "teacher"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
+
+    def prepare(self, stage: str) -> None:
+        """Move operators to the teacher's device, and to fp32: in half precision most of an optimizer's steps round away.
+
+        Raises:
+            TrainingError: the teacher's weights are of half precision, so nothing can be computed in fp32.
+        """
+        half = half_types(self.teacher.parameters())
+        if half and resolve_precision(self.precision, self.device) == "fp32":
+            raise TrainingError(
+                f"{stage}: the model's weights are {half}, and precision is fp32: set precision: bf16, or load the model in "
+                "float32"
+            )
+        for operator in self.operators.values():
+            for parameter in filter(is_half, operator.parameters()):
+                parameter.data = parameter.data.float()
+            operator.to(self.device)
+
+    def run(self, batch: NoisedBatch, paths: Sequence[str], entropy: tuple[int, ...], visit: Visit) -> None:
+        """Run the teacher, visiting these sites on the way; what is random in its modules comes from `entropy`."""
+        computing = mixed_precision(self.device, self.precision)
+        with self._visiting(paths, visit), seeded(*entropy), torch.no_grad(), computing:
+            self.denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
+
+    @contextmanager
+    def _visiting(self, paths: Sequence[str], visit: Visit) -> Iterator[None]:
+        fitted = {path: self.operators[path] for path in paths}
+        old = {path: [self.teacher.get_submodule(p) for p in o.replaces] for path, o in fitted.items()}
+        if self.inputs == "teacher":
+            first, last = ({path: modules[end] for path, modules in old.items()} for end in (0, -1))
+            with visiting(first, visit, until=last):
+                yield
+            return
+
+        def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+            visit(path, args, kwargs, fitted[path].replaced_output(old[path], args, kwargs))
+
+        with grafted(self.teacher, self.operators, cast=False), visiting(fitted, visit_student):
+            yield
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Activations of the teacher as it runs on every step's own batch; nothing is kept."""
+
+    visited: Visited
+    batches: Batches
+    paths: Sequence[str]
+
+    def visit(self, step: int, visit: Visit) -> None:
+        for number, batch in enumerate(self.batches.at(step)):
+            self.visited.run(batch, self.paths, (self.batches.config.seed, step, number), visit)
+
+
+@dataclass(frozen=True)
+class Repeatable:
+    """Activations of the teacher on given images, whose noise, steps and dropped conditions are the same at every visit.
+
+    `indices` are the images of each step; all draws come from the seed, the step and `stream`.
+    """
+
+    visited: Visited
+    data: TrainingData
+    indices: Sequence[Tensor]
+    seed: int
+    stream: tuple[int, ...]
+    paths: Sequence[str]
+
+    def visit(self, step: int, visit: Visit) -> None:
+        indices, entropy = self.indices[step], (self.seed, step, *self.stream)
+        batch = draw_noised(
+            self.data.batch(indices),
+            generator(*entropy),
+            batch_size=len(indices),
+            denoiser=self.visited.denoiser,
+            device=self.visited.device,
+        )
+        self.visited.run(batch, self.paths, (*entropy, 1), visit)
 
 
 class ActivationCache:
@@ -32,56 +141,48 @@ class ActivationCache:
 
     Tensors whose first dimension is the batch are kept a sample at a time; all else about a call must be the same for
     every sample, and is kept once, in memory.
+
+    Args:
+        batches: which samples a step takes.
+        paths: the sites that are visited.
     """
 
-    def __init__(self, folder: Path, num_samples: int):
-        self.folder = folder
-        self.num_samples = num_samples
+    def __init__(self, folder: Path, num_samples: int, *, batches: Batches, paths: Sequence[str]):
+        self.folder, self.num_samples, self.batches, self.paths = folder, num_samples, batches, paths
         self._calls: dict[str, tuple[list[Any], Any]] = {}  # leaves, tree of (args, kwargs, output)
 
-    def fill(self, batches: Iterable[Callable[[Visit], None]]) -> None:
-        """Record every batch that `batches` runs through the teacher; each calls its argument at each site.
+    def fill(self, source: Source) -> None:
+        """Record all samples, a whole batch of them at each step of the source.
 
         A cache that an earlier process completed is not written again: one batch is run, for the form of the calls.
         """
         complete = self.folder / "complete.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        start = 0
-        for run in batches:
-            size = 0
+        write = not complete.is_file()
+        starts = range(0, self.num_samples, self.batches.config.batch_size)
+        for number, start in enumerate(starts if write else starts[:1]):
+            source.visit(number, partial(self._record, start, write))
+        if write:
+            write_json(complete, {"samples": self.num_samples, "bytes": self.num_bytes})
 
-            def visit(path: str, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-                nonlocal size
-                size = self._batch_size(output)
-                self._write(path, (args, kwargs, output), start, write=not complete.is_file())  # noqa: B023
-
-            run(visit)
-            start += size
-            if complete.is_file():
-                return
-        write_json(complete, {"samples": self.num_samples, "bytes": self.num_bytes})
-
-    def replay(self, indices: Tensor, paths: Iterable[str], visit: Visit) -> None:
-        """Visit these sites with the recorded calls of these samples, as one batch."""
-        for path in paths:
-            leaves, tree = self._calls[path]
-            batch = [leaf[indices] if isinstance(leaf, _OnDisk) else leaf for leaf in leaves]
-            args, kwargs, output = _pytree.tree_unflatten(batch, tree)
-            visit(path, args, kwargs, output)
+    def visit(self, step: int, visit: Visit) -> None:
+        for numbers in self.batches.numbers(step, self.num_samples):
+            for path in self.paths:
+                leaves, tree = self._calls[path]
+                batch = [leaf[numbers] if isinstance(leaf, _OnDisk) else leaf for leaf in leaves]
+                visit(path, *_pytree.tree_unflatten(batch, tree))
 
     @property
     def num_bytes(self) -> int:
         """Size of the files."""
-        return sum(
-            leaf.num_bytes
-            for leaves, _ in self._calls.values()
-            for leaf in leaves
-            if isinstance(leaf, _OnDisk)
-        )
+        leaves = (leaf for leaves, _ in self._calls.values() for leaf in leaves)
+        return sum(leaf.num_bytes for leaf in leaves if isinstance(leaf, _OnDisk))
 
-    def _write(self, path: str, call: tuple, start: int, *, write: bool) -> None:
-        values, tree = _pytree.tree_flatten(call)
-        size = self._batch_size(call[2])
+    def _record(
+        self, start: int, write: bool, path: str, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        values, tree = _pytree.tree_flatten((args, kwargs, output))
+        size = len(_pytree.tree_leaves(output)[0])
         if path not in self._calls:
             leaves = [
                 _OnDisk(self.folder / f"{path}.{i}.bin", value, self.num_samples)
@@ -94,10 +195,6 @@ class ActivationCache:
             if isinstance(leaf, _OnDisk) and write:
                 leaf.check(value, path)
                 leaf[slice(start, start + size)] = value
-
-    @staticmethod
-    def _batch_size(output: Any) -> int:
-        return len(_pytree.tree_leaves(output)[0])
 
 
 class _OnDisk:
@@ -157,49 +254,6 @@ def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:
         visit(path, *calls.pop(), output)
 
     return before, after
-
-
-def run_noised(
-    teacher: nn.Module,
-    data: TrainingData,
-    indices: Tensor,
-    entropy: tuple[int, ...],
-    *,
-    denoiser: Denoiser,
-    precision: Precision = "fp32",
-) -> None:
-    """Run the teacher on these images, with noise, steps and dropped conditions drawn from `entropy`."""
-    device = next(teacher.parameters()).device
-    with seeded(*entropy) as draw:
-        images = data.batch(indices)
-        batch = draw_noised(images, draw, batch_size=len(indices), denoiser=denoiser, device=device)
-        run_on_batch(teacher, batch, denoiser=denoiser, precision=precision)
-
-
-@torch.no_grad()
-def run_on_batch(teacher: nn.Module, batch: NoisedBatch, *, denoiser: Denoiser, precision: Precision) -> None:
-    """Run the teacher, for those who visit it."""
-    with mixed_precision(batch.x_t.device, precision):
-        denoiser(teacher, batch.x_t, batch.t, batch.numbers)
-
-
-def prepare_for_training(
-    stage: str, teacher: nn.Module, operators: Mapping[str, nn.Module], *, precision: Precision
-) -> None:
-    """Move operators to the teacher's device, and to fp32: in half precision most of an optimizer's steps round away.
-
-    Raises:
-        TrainingError: the teacher's weights are of half precision, so nothing can be computed in fp32.
-    """
-    half, device = half_types(teacher.parameters()), next(teacher.parameters()).device
-    if half and resolve_precision(precision, device) == "fp32":
-        raise TrainingError(
-            f"{stage}: the model's weights are {half}, and precision is fp32: set precision: bf16, or load the model in float32"
-        )
-    for operator in operators.values():
-        for parameter in filter(is_half, operator.parameters()):
-            parameter.data = parameter.data.float()
-        operator.to(device)
 
 
 def shuffled(num_items: int, seed: int) -> Tensor:

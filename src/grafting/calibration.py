@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from .activations import prepare_for_training, run_noised, shuffled, visiting
+from .activations import Repeatable, Visited, shuffled
 from .contract import Denoiser, MlpWeights, Step, TrainingData
 from .functional.ridge import (
     error_removed,
@@ -64,26 +64,18 @@ def calibrate(
         denoiser: how the teacher is called, its process and its conditions, which are dropped in their share; by
             default its host's.
     """
-    denoiser = denoiser or host_of(teacher).denoiser(teacher)
     config = settled(config, next(teacher.parameters()).device)
-    prepare_for_training("calibration", teacher, operators, precision=config.precision)
+    visited = Visited(teacher, operators, denoiser or host_of(teacher).denoiser(teacher), config.precision)
+    visited.prepare("calibration")
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]
     batches = _batches(len(data), config)
     for module in (teacher, *operators.values()):
         module.eval()
     for number, sites in enumerate(passes):
-        modules = {path: teacher.get_submodule(path) for path in sites}
-        for batch, indices in enumerate(batches):
-            with visiting(modules, partial(_add, sites)):
-                run_noised(
-                    teacher,
-                    data,
-                    indices,
-                    (config.seed, batch, number, 3),
-                    denoiser=denoiser,
-                    precision=config.precision,
-                )
+        source = Repeatable(visited, data, batches, config.seed, stream=(number, 3), paths=tuple(sites))
+        for batch in range(len(batches)):
+            source.visit(batch, partial(_add, sites))
             yield Step(
                 done=number * len(batches) + batch + 1,
                 total=len(passes) * len(batches),

@@ -8,9 +8,8 @@ pair of blocks is one site, fitted to the second block's output for the first on
 Sites do not know each other: each has its own optimizer and guard. So several processes may share every batch, or the sites.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,27 +30,15 @@ from pydantic import (
 from torch import Tensor, nn
 
 from . import parallel
-from .activations import (
-    ActivationCache,
-    Visit,
-    prepare_for_training,
-    run_on_batch,
-    shuffled,
-    visiting,
-)
+from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
 from .contract import Denoiser, Role, Step, TrainingData
-from .data.loader import Loader
 from .errors import CheckpointError, TrainingError
 from .functional.losses import Regression, regression_loss
-from .functional.schedule import learning_rate_factor
-from .guard import Guard, GuardConfig
+from .guard import GuardConfig
 from .hosts import host_of
-from .noising import NoisedBatch, check_batch_size, draw_noised
+from .noising import Batches, check_batch_size
 from .placed import Placed
-from .precision import FP32_IS_ABSENT, Precision, settled
-from .randomness import batch_indices, seeded
-from .sharding import kept_copy
-from .surgery import grafted
+from .trainee import Trainee
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
 LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
@@ -148,37 +135,29 @@ def distill(
     """
     check_division(config)
     config = settled(config, next(teacher.parameters()).device, together=True)
-    train, held_out = split(len(data), config)
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
-    fitting = _Fitting(teacher, operators, data, config, denoiser)
+    fitting = _Fitting(Visited(teacher, operators, denoiser, config.precision, config.inputs), data, config)
     first = fitting.load(state) if state else 0
-    with fitting.training(), fitting.loader(train) as loader:
-        cache = fitting.record(train, cache_folder) if config.cache_samples else None
+    with _training(teacher, operators):
+        source = fitting.source(cache_folder)
         if first == 0:
-            yield Step(
-                done=0,
-                total=config.steps,
-                values=fitting.measure(held_out),
-                state=lambda: fitting.snapshot(0),
-            )
-        for step in range(first, config.steps):
-            waited = loader.seconds_waited
-            if cache is None:
-                values = fitting.step(step, fitting.runs(loader.at(step), step))
-            else:
-                indices = batch_indices(cache.num_samples, config.batch_size, step, config.seed)
-                parts = indices[fitting.share].chunk(config.accumulate)
-                values = fitting.step(step, [partial(cache.replay, part, fitting.mine) for part in parts])
-            if (step + 1) % config.holdout_every == 0 or step + 1 == config.steps:
-                values |= fitting.measure(held_out)
-            yield Step(
-                done=step + 1,
-                total=config.steps,
-                values=values,
-                state=partial(fitting.snapshot, step + 1),
-                seconds_waited=loader.seconds_waited - waited,
-            )
+            start = partial(fitting.snapshot, 0)
+            yield Step(done=0, total=config.steps, values=fitting.measure(), state=start)
+        yield from fitting.batches.steps(first, partial(fitting.step, source), fitting.snapshot)
         fitting.exchange()
+
+
+@contextmanager
+def _training(teacher: nn.Module, operators: Mapping[str, Placed]) -> Iterator[None]:
+    """Operators in training mode."""
+    teacher.eval()
+    for operator in operators.values():
+        operator.train()
+    try:
+        yield
+    finally:
+        for operator in operators.values():
+            operator.eval()
 
 
 def check_division(config: DistillConfig) -> None:
@@ -188,145 +167,73 @@ def check_division(config: DistillConfig) -> None:
 
 
 class _Fitting:
-    """The operators in training: their losses and optimizers, and the teacher that they are fitted to."""
+    """The operators in training, and where the activations come from that they are fitted to."""
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        operators: Mapping[str, Placed],
-        data: TrainingData,
-        config: DistillConfig,
-        denoiser: Denoiser,
-    ):
-        self.teacher, self.operators, self.data, self.config = teacher, operators, data, config
-        self.denoiser = denoiser
-        self.fitted = {path: operator for path, operator in operators.items() if operator.fits}
-        self.losses = {path: config.loss or LOSS_BY_ROLE[o.site.role] for path, o in self.fitted.items()}
-        self.device = next(teacher.parameters()).device
-        prepare_for_training("stage 1", teacher, operators, precision=config.precision)
+    def __init__(self, visited: Visited, data: TrainingData, config: DistillConfig):
+        self.visited, self.data, self.config = visited, data, config
+        self.train, held_out = split(len(data), config)
+        visited.prepare("stage 1")
+        self.sites = {path: _Site(o, config) for path, o in visited.operators.items() if o.fits}
         # the sites that this process fits, and the part of each batch that it fits them on
-        spreads_sites = config.spread == "sites"
-        self.mine = tuple(self.fitted)[parallel.share() if spreads_sites else slice(None)]
-        self.share = slice(None) if spreads_sites else parallel.share()
-        self.forward = {path: operator.forward for path, operator in self.fitted.items()}
-        if config.compile:
-            self.forward = {path: torch.compile(forward) for path, forward in self.forward.items()}
-        self.sites = {path: _Site(self.fitted[path], config) for path in self.mine}
-        self.guards = {path: Guard(config.guard) for path in self.fitted}
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Operators in training mode."""
-        self.teacher.eval()
-        for operator in self.operators.values():
-            operator.train()
-        try:
-            yield
-        finally:
-            for operator in self.operators.values():
-                operator.eval()
-
-    def loader(self, train: Tensor) -> Loader:
-        """Reads this process's part of each batch of these items."""
-        config = self.config
-        return Loader(
-            self.data,
-            config.batch_size,
-            seed=config.seed,
-            items=train,
-            steps=config.steps,
-            share=self.share,
-            pin=self.device.type != "cpu",
+        mine, share = slice(None), parallel.share()
+        if config.spread == "sites":
+            mine, share = share, mine
+        self.mine = tuple(self.sites)[mine]
+        self.batches = Batches(
+            data, config, denoiser=visited.denoiser, device=visited.device, items=self.train, share=share
         )
+        self.held_out = self._repeatable(held_out, stream=1, paths=self.mine)
 
-    def runs(self, images: tuple[Tensor, Tensor], step: int) -> list[Callable[[Visit], None]]:
-        """What runs the teacher on this process's part of a batch, one micro-batch after the other."""
-        entropy, config = (self.config.seed, step), self.config
-        batch = self._draw(images, entropy, batch_size=config.batch_size, part=self.share)
-        parts = batch.split(config.accumulate)
-        return [partial(self._run, part, self.mine, (*entropy, number)) for number, part in enumerate(parts)]
+    def source(self, cache_folder: Path | None) -> Source:
+        """The teacher as it runs, or its activations on the first `cache_samples` noised samples, on disk."""
+        num_samples = self.config.cache_samples
+        if num_samples is None:
+            return Streamed(self.visited, self.batches, self.mine)
+        if cache_folder is None:
+            raise TrainingError("cache_samples is set, but there is no folder for the activations")
+        cache = ActivationCache(cache_folder, num_samples, batches=self.batches, paths=self.mine)
+        chosen = self.train[torch.arange(num_samples) % len(self.train)]
+        with parallel.main_first():
+            cache.fill(self._repeatable(chosen, stream=2, paths=tuple(self.sites)))
+        return cache
 
-    def _draw(
-        self,
-        images: tuple[Tensor, Tensor],
-        entropy: tuple[int, ...],
-        *,
-        batch_size: int,
-        part: slice = slice(None),
-    ) -> NoisedBatch:
-        with seeded(*entropy) as draw:
-            return draw_noised(
-                images,
-                draw,
-                batch_size=batch_size,
-                denoiser=self.denoiser,
-                device=self.device,
-                part=part,
-            )
+    def _repeatable(self, items: Tensor, *, stream: int, paths: tuple[str, ...]) -> Repeatable:
+        """These items in batches, which are whole in every process."""
+        indices = items.split(self.config.batch_size)
+        return Repeatable(self.visited, self.data, indices, self.config.seed, (1, stream), paths)
 
-    def _run(self, batch: NoisedBatch, paths: Sequence[str], entropy: tuple[int, ...], visit: Visit) -> None:
-        """Run the teacher on a batch and visit these sites on the way."""
+    def step(self, source: Source, step: int) -> dict[str, float]:
+        """One step of every operator. Each site's loss, what its guard found and did, and measurements that are due."""
         config = self.config
-        with _visiting(self.teacher, self.operators, paths, config.inputs, visit), seeded(*entropy):
-            run_on_batch(self.teacher, batch, denoiser=self.denoiser, precision=config.precision)
+        for path in self.mine:
+            self.sites[path].keep(step)
+        losses = self._figures(self._gradients(source, step))
+        norms = self._figures({path: self.sites[path].clip() for path in self.mine})
+        findings = {path: self._judge(path, step, losses[path], norms[path]) for path in self.sites}
+        values = {f"loss/{path}": loss for path, loss in losses.items() if math.isfinite(loss)}
+        for path, finding in findings.items():
+            told = self.sites[path].settle(step, finding)
+            values |= {f"guard_{name}/{path}": value for name, value in told.items()}
+        due = (step + 1) % config.holdout_every == 0 or step + 1 == config.steps
+        return values | self.measure() if due else values
 
-    def _run_whole(
-        self, indices: Tensor, paths: Sequence[str], entropy: tuple[int, ...], visit: Visit
-    ) -> None:
-        batch = self._draw(self.data.batch(indices), entropy, batch_size=len(indices))
-        self._run(batch, paths, (*entropy, 1), visit)
-
-    def step(self, step: int, runs: Sequence[Callable[[Visit], None]]) -> dict[str, float]:
-        """One step of every operator; each of `runs` takes the teacher past the sites. Returns each site's loss."""
-        sums = {path: torch.zeros((), device=self.device) for path in self.mine}
+    def _gradients(self, source: Source, step: int) -> dict[str, Tensor]:
+        """Take the gradients of a step, site by site; the losses of this process's sites."""
+        sums = {path: torch.zeros((), device=self.visited.device) for path in self.mine}
 
         def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+            site = self.sites[path]
             with torch.enable_grad():
-                loss = self._loss(path, self.forward[path](*args, **kwargs), target) / len(runs)
+                loss = site.loss(site.forward(*args, **kwargs), target) / self.config.accumulate
             sums[path] += loss.detach()
-            if self.sites[path].parameters:
+            if site.parameters:
                 loss.backward()
 
-        for path in self.mine:
-            if self.guards[path].keeps_at(step):
-                self.sites[path].keep()
-        for run in runs:
-            run(visit)
+        source.visit(step, visit)
         if self.config.spread == "data":
-            gradients = [p for s in self.sites.values() for p in s.parameters if p.grad is not None]
-            parallel.average_gradients(gradients)
-        losses = self._figures(sums)
-        norms = self._figures({path: site.clip() for path, site in self.sites.items()})
-        findings = {
-            path: self.guards[path].judge({"loss": losses[path], "grad_norm": norms[path]})
-            for path in self.fitted
-        }
-        values = {f"loss/{path}": loss for path, loss in losses.items()}
-        for path, finding in findings.items():
-            lr = self._learning_rate(path, step)
-            if finding and self.guards[path].stops:
-                raise TrainingError(
-                    f"stage 1, step {step}, {path}: the loss is {losses[path]}, its gradient norm {norms[path]}. Lower lr "
-                    f"(now {lr:g}), use precision: fp32, or normalised: true{self.guards[path].why()}"
-                )
-        for path, finding in findings.items():
-            if finding:
-                values = self._pass_over(path, finding, step, values)
-            elif path in self.sites:
-                self.sites[path].step(self._learning_rate(path, step))
-        return values
-
-    def _pass_over(
-        self, path: str, finding: Mapping[str, float], step: int, values: dict[str, float]
-    ) -> dict[str, float]:
-        """Do with a site's bad step what the guard says; the values, with words for it and without what JSON has none for."""
-        guard, done = self.guards[path], {"skipped": 1.0}
-        if guard.rolls_back:
-            done = {"rolled_back_to": float(step - step % guard.config.window), "lr_factor": guard.lr_factor}
-        if path in self.sites:
-            self.sites[path].pass_over(back=guard.rolls_back)
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        return finite | {f"guard_{name}/{path}": value for name, value in (finding | done).items()}
+            parameters = (p for site in self.sites.values() for p in site.parameters)
+            parallel.average_gradients([p for p in parameters if p.grad is not None])
+        return sums
 
     def _figures(self, mine: Mapping[str, Tensor]) -> dict[str, float]:
         """A figure of every site, from those of this process's sites."""
@@ -334,61 +241,45 @@ class _Fitting:
         if self.config.spread == "data":
             return dict(zip(mine, parallel.mean(here), strict=True))
         known = dict(zip(mine, here, strict=True))
-        return dict(zip(self.fitted, parallel.total([known.get(p, 0.0) for p in self.fitted]), strict=True))
+        return dict(zip(self.sites, parallel.total([known.get(p, 0.0) for p in self.sites]), strict=True))
 
-    def _learning_rate(self, path: str, step: int) -> float:
-        config = self.config
-        factor = learning_rate_factor(
-            step,
-            steps=config.steps,
-            warmup_steps=config.warmup_steps,
-            cooldown_steps=config.cooldown_steps,
-        )
-        return self.guards[path].lr_factor * config.lr * factor
+    def _judge(self, path: str, step: int, loss: float, norm: float) -> dict[str, float]:
+        """What a site's guard finds; an error if it says so."""
+        site = self.sites[path]
+        finding = site.guard.judge({"loss": loss, "grad_norm": norm})
+        if finding and site.guard.stops:
+            raise TrainingError(
+                f"stage 1, step {step}, {path}: the loss is {loss}, its gradient norm {norm}. Lower lr (now "
+                f"{site.learning_rate(step):g}), use precision: fp32, or normalised: true{site.guard.why()}"
+            )
+        return finding
 
-    def measure(self, held_out: Tensor) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Loss and R^2 of every site on held-out images, always with the same noise."""
-        measured = {path: _Measured() for path in self.fitted}
+        measured = {path: _Measured() for path in self.sites}
 
         def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
-            output = self.forward[path](*args, **kwargs)
-            measured[path].update(self._loss(path, output, target), output, target)
+            output = self.sites[path].forward(*args, **kwargs)
+            measured[path].update(self.sites[path].loss(output, target), output, target)
 
         # whole batches are dealt out, so that each gives what it gives one process
-        for number, indices in list(enumerate(held_out.split(self.config.batch_size)))[self.share]:
-            self._run_whole(indices, self.mine, (self.config.seed, number, 1, 1), visit)
+        for number in range(len(self.held_out.indices))[self.batches.share]:
+            self.held_out.visit(number, visit)
         sums = iter(parallel.total([value for site in measured.values() for value in site.sums]))
-        found = {path: _Measured(*islice(sums, 4)) for path in self.fitted}
+        found = {path: _Measured(*islice(sums, 4)) for path in self.sites}
         losses = {f"holdout_loss/{path}": site.loss for path, site in found.items()}
         return losses | {f"r2/{path}": site.r2 for path, site in found.items()}
 
-    def record(self, train: Tensor, folder: Path | None) -> ActivationCache:
-        """The teacher's activations on the first `cache_samples` noised samples, on disk."""
-        config = self.config
-        if folder is None:
-            raise TrainingError("cache_samples is set, but there is no folder for the activations")
-        assert config.cache_samples is not None
-        chosen = train[torch.arange(config.cache_samples) % len(train)].split(config.batch_size)
-        cache = ActivationCache(folder, config.cache_samples)
-        with parallel.main_first():
-            cache.fill(
-                partial(self._run_whole, indices, tuple(self.fitted), (config.seed, number, 1, 2))
-                for number, indices in enumerate(chosen)
-            )
-        return cache
-
     def snapshot(self, step: int) -> dict[str, Any]:
         """All that is needed to go on after `step` steps."""
-        here = {
-            path: site.state(kept=not self.guards[path].keeps_at(step)) for path, site in self.sites.items()
-        }
+        here = {path: self.sites[path].state(step) for path in self.mine}
         if self.config.spread == "sites":
             here = {path: state for part in parallel.gather_on_main(here) for path, state in part.items()}
         return {
             "step": step,
-            "operators": {path: here[path]["operator"] for path in self.fitted if path in here},
+            "operators": {path: here[path]["operator"] for path in self.sites if path in here},
             "sites": here,
-            "guards": {path: guard.state() for path, guard in self.guards.items()},
+            "guards": {path: site.guard.state() for path, site in self.sites.items()},
         }
 
     def load(self, state: dict[str, Any]) -> int:
@@ -398,88 +289,39 @@ class _Fitting:
                 "stage 1's saved state is of an earlier version of grafting, which cannot be gone on from: delete the "
                 "stage's folder to start it anew"
             )
-        for path, operator in self.fitted.items():
-            operator.load_state_dict(state["operators"][path])
-            self.guards[path].load(state["guards"][path])
         for path, site in self.sites.items():
-            site.load(state["sites"][path])
+            site.guard.load(state["guards"][path])
+        for path in self.mine:
+            self.sites[path].load(state["sites"][path])
         return state["step"]
 
     def exchange(self) -> None:
         """Give every process every operator, where each has fitted some of them."""
         if self.config.spread == "sites":
-            for number, operator in enumerate(self.fitted.values()):
-                for tensor in operator.state_dict().values():
+            for number, path in enumerate(self.sites):
+                for tensor in self.visited.operators[path].state_dict().values():
                     parallel.copy_from(number % parallel.world_size(), tensor)
 
-    def _loss(self, path: str, output: Any, target: Any) -> Tensor:
-        """The site's loss, summed over the tensors of its output."""
-        losses = [
-            regression_loss(
-                y,
-                want,
-                self.losses[path],
-                huber_delta=self.config.huber_delta,
-                normalised=self.config.normalised,
-                outlier_threshold=self.config.outlier_threshold,
-            )
-            for y, want in zip(_tensors(output), _tensors(target), strict=True)
-        ]
-        return torch.stack(losses).sum()
 
+class _Site(Trainee):
+    """An operator in training. One that has nothing to learn is measured, not trained."""
 
-class _Site:
-    """One operator in training: its parameters, its optimizer, and what a rollback returns to."""
-
-    def __init__(self, operator: nn.Module, config: DistillConfig):
-        self.operator, self.clip_norm = operator, config.clip_norm
-        self.parameters = [p for p in operator.parameters() if p.requires_grad]
-        # an operator that has nothing to learn is measured, not trained
-        self.optimizer = (
-            torch.optim.AdamW(self.parameters, weight_decay=config.weight_decay) if self.parameters else None
+    def __init__(self, operator: Placed, config: DistillConfig):
+        parameters = [p for p in operator.parameters() if p.requires_grad]
+        super().__init__({"operator": operator}, parameters, config)
+        self.forward = torch.compile(operator.forward) if config.compile else operator.forward
+        self._loss = partial(
+            regression_loss,
+            kind=config.loss or LOSS_BY_ROLE[operator.site.role],
+            huber_delta=config.huber_delta,
+            normalised=config.normalised,
+            outlier_threshold=config.outlier_threshold,
         )
-        self.kept: dict[str, Any] | None = None
 
-    def clip(self) -> Tensor:
-        """Clips the gradient; its norm before."""
-        if not self.parameters:
-            return torch.zeros(())
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-
-    def step(self, lr: float) -> None:
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def keep(self) -> None:
-        """Remember this moment, for a rollback."""
-        self.kept = kept_copy(self._weights())
-
-    def pass_over(self, *, back: bool) -> None:
-        """Take no step, or all those since `keep` back."""
-        if back and self.kept is not None:
-            self._restore(copy.deepcopy(self.kept))
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self, *, kept: bool) -> dict[str, Any]:
-        """What it goes on from; with what a rollback returns to, if that is not this state itself."""
-        return self._weights() | ({"kept": self.kept} if kept and self.kept is not None else {})
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self._restore(state)
-        self.kept = state.get("kept")
-
-    def _weights(self) -> dict[str, Any]:
-        optimizer = self.optimizer.state_dict() if self.optimizer else {}
-        return {"operator": self.operator.state_dict(), "optimizer": optimizer}
-
-    def _restore(self, weights: Mapping[str, Any]) -> None:
-        self.operator.load_state_dict(weights["operator"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(weights["optimizer"])
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """Summed over the tensors of the output."""
+        pairs = zip(_tensors(output), _tensors(target), strict=True)
+        return torch.stack([self._loss(y, want) for y, want in pairs]).sum()
 
 
 @dataclass
@@ -510,30 +352,6 @@ class _Measured:
     @property
     def r2(self) -> float:
         return 1 - self.error / max(self.variation, 1e-30)
-
-
-@contextmanager
-def _visiting(
-    teacher: nn.Module,
-    operators: Mapping[str, Placed],
-    paths: Sequence[str],
-    inputs: str,
-    visit: Visit,
-) -> Iterator[None]:
-    """While the teacher runs, `visit` these sites with their calls' arguments and what the old modules give for them."""
-    fitted = {path: operators[path] for path in paths}
-    old = {path: [teacher.get_submodule(p) for p in o.replaces] for path, o in fitted.items()}
-    if inputs == "teacher":
-        first, last = ({path: blocks[end] for path, blocks in old.items()} for end in (0, -1))
-        with visiting(first, visit, until=last):
-            yield
-        return
-
-    def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
-        visit(path, args, kwargs, fitted[path].replaced_output(old[path], args, kwargs))
-
-    with grafted(teacher, operators, cast=False), visiting(fitted, visit_student):
-        yield
 
 
 def split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:

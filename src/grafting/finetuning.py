@@ -29,17 +29,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
+from .average import Average
 from .contract import Denoiser, Step, TrainingData
-from .data.loader import Loader
 from .devices import default_device, half_types, mixed_precision
 from .errors import CheckpointError, TrainingError
-from .functional.schedule import learning_rate_factor
-from .guard import Guard, GuardConfig
+from .guard import GuardConfig
 from .hosts import host_of
-from .noising import NoisedBatch, check_batch_size, draw_noised
+from .noising import Batches, NoisedBatch, check_batch_size
 from .precision import FP32_IS_ABSENT, Precision, settled
 from .randomness import seeded
-from .sharding import ShardedState, copy_whole, kept_copy, read_facts, read_tensors, shard, whole
+from .sharding import ShardedState, copy_whole, read_facts, read_tensors, shard
+from .trainee import Trainee
 
 
 class FinetuneConfig(BaseModel):
@@ -128,191 +128,143 @@ def finetune(
     """
     _check(config, teacher, blocks)
     config = settled(config, default_device(), together=True)
-    denoiser = denoiser or host_of(model).denoiser(model)
-    training = _Training(
-        model,
-        data,
-        config,
-        denoiser=denoiser,
-        blocks=blocks,
-        teacher=teacher,
-        new_parameters=new_parameters,
-    )
+    denoiser, device = denoiser or host_of(model).denoiser(model), default_device()
+    _select_parameters(model, config.trainable, new_parameters)
+    student = _Student(model, blocks, config, denoiser)
+    batches = Batches(data, config, denoiser=denoiser, device=device, share=parallel.share())
+    training = _Training(student, batches, config, teacher.to(device).eval() if teacher is not None else None)
     first = training.load(state) if state is not None else 0
-    with training.loader as loader:
-        for step in range(first, config.steps):
-            waited = loader.seconds_waited
-            values = training.step(step)
-            yield Step(
-                done=step + 1,
-                total=config.steps,
-                values=values,
-                state=partial(training.snapshot, step + 1),
-                seconds_waited=loader.seconds_waited - waited,
-            )
+    yield from batches.steps(first, training.step, training.snapshot)
     training.finish()
 
 
-class _Training:
-    """A model in training: its optimizer, its averaged weights, the guard, and the teacher that it is compared with."""
+class _Student:
+    """The model as it is trained: compiled block by block, and by several processes, together or each a part of it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: TrainingData,
-        config: FinetuneConfig,
-        *,
-        denoiser: Denoiser,
-        blocks: Sequence[str],
-        teacher: nn.Module | None,
-        new_parameters: frozenset[str],
-    ):
-        self.model, self.config = model, config
-        self.denoiser = denoiser
-        self.device = default_device()
-        self.loader = Loader(
-            data,
-            config.batch_size,
-            seed=config.seed,
-            steps=config.steps,
-            share=parallel.share(),
-            pin=self.device.type != "cpu",
-        )
-        _select_parameters(model, config.trainable, new_parameters)
-        self.whole_model = model
+    def __init__(self, model: nn.Module, blocks: Sequence[str], config: FinetuneConfig, denoiser: Denoiser):
+        self.model = self.result = model
+        device = default_device()
         if config.shard and parallel.connect():
             # the copy is spread; what it was copied from waits for the result
-            self.model = model = copy.deepcopy(model).to(self.device)
-            self.whole_model.to("cpu")
-        model.to(self.device)
+            self.model = copy.deepcopy(model).to(device)
+            model.to("cpu")
+        self.model.to(device).train()
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        self.compiled = [model.get_submodule(path) for path in blocks] if config.compile else []
+            self.model.enable_gradient_checkpointing()
+        modules = [self.model.get_submodule(path) for path in blocks]
+        self.compiled = modules if config.compile else []
         for block in self.compiled:
             block.compile()
-        model.train()
-        student = _Student(model, denoiser)
-        if self.model is not self.whole_model:
-            shard(student, [model.get_submodule(path) for path in blocks], self.device)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
-        if config.shard:
-            self._fill_optimizer()
-        self.average = _Average(self.trained, config)
-        self.guard = Guard(config.guard)
-        self.kept: dict[str, Any] | None = None
-        self.teacher = teacher.to(self.device).eval() if teacher is not None else None
-        averages = parallel.connect() and not config.shard
-        self.student = _averaging(student, self.device) if averages else student
+        self.call: nn.Module = _Call(self.model, denoiser)
+        if self.model is not model:
+            shard(self.call, modules, device)
+        elif parallel.connect():
+            # every process begins with the main one's weights
+            devices = None if device.type == "cpu" else [device]
+            self.call = DistributedDataParallel(self.call, device_ids=devices)
+
+    def __call__(self, batch: NoisedBatch) -> Tensor:
+        return self.call(batch.x_t, batch.t, batch.numbers)
+
+    def gradients_averaged(self, averaged: bool) -> AbstractContextManager:
+        """Inside, whether a backward pass averages gradients over processes; those that do not are added up here."""
+        waits = isinstance(self.call, DistributedDataParallel) and not averaged
+        return self.call.no_sync() if waits else nullcontext()
+
+    def finish(self) -> None:
+        """Leave the weights in the model that was given."""
+        for block in self.compiled:
+            block._compiled_call_impl = None
+        if self.model is not self.result:
+            copy_whole(self.model, self.result.to(default_device()))
+        self.result.eval()
+
+
+class _Call(nn.Module):
+    """A model as its host calls it, so that what averages gradients over processes stands outside of that call."""
+
+    def __init__(self, model: nn.Module, denoiser: Denoiser):
+        super().__init__()
+        self.model, self.denoiser = model, denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor, numbers: Tensor) -> Tensor:
+        prediction = self.denoiser(self.model, x_t, t, numbers)
+        # FSDP wants no view as the result: an operation in place on it would lose its hook
+        return prediction.clone() if prediction._is_view() else prediction
+
+
+class _Training:
+    """A student in training, its averaged weights, and the teacher that it is compared with."""
+
+    def __init__(
+        self, student: _Student, batches: Batches, config: FinetuneConfig, teacher: nn.Module | None
+    ):
+        self.student, self.batches, self.config, self.teacher = student, batches, config, teacher
+        parameters = [p for p in student.model.parameters() if p.requires_grad]
+        on_cpu = torch.device("cpu") if config.ema_device == "cpu" else None
+        self.average = Average(parameters, decay=config.ema_decay, device=on_cpu)
+        parts = {"model": student.model, "ema": self.average}
+        self.trainee = Trainee(parts, parameters, config, betas=config.betas, halve_at=config.halve_at)
+        if config.shard and self.trainee.optimizer is not None:
+            _fill(self.trainee.optimizer)
 
     def step(self, step: int) -> dict[str, float]:
         """Take a step, or do what the guard says; returns its figures."""
-        config, guard = self.config, self.guard
-        if guard.keeps_at(step):
-            self.kept = kept_copy(self._weights() | {"step": step})
-        lr = self._set_learning_rate(step)
+        trainee, lr = self.trainee, self.trainee.learning_rate(step)
+        trainee.keep(step)
+        losses = self._gradients(step)
+        figures = {"loss": losses.pop("loss"), "lr": lr, "grad_norm": trainee.clip().item()} | losses
+        finding = trainee.guard.judge({name: figures[name] for name in ("loss", "grad_norm")})
+        if finding and trainee.guard.stops:
+            raise TrainingError(
+                f"stage 2, step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; the model is as it "
+                f"was after step {step - 1}. Lower lr (now {lr:g}) or use precision: fp32{trainee.guard.why()}"
+            )
+        told = trainee.settle(step, finding)
+        if not finding:
+            self.average.step()
+        # JSON has no words for the others
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        return finite | {f"guard/{name}": value for name, value in told.items()}
+
+    def _gradients(self, step: int) -> dict[str, float]:
+        """Take the gradients of a step; its losses, as means over processes."""
         sums: dict[str, Tensor] = {}
-        parts = self._draw(step).split(config.accumulate)
+        parts = self.batches.at(step)
         for number, part in enumerate(parts):
-            with self._gradients_averaged(number + 1 == len(parts)):
-                losses = self._losses(part, (config.seed, step, parallel.rank(), 1, number))
+            with self.student.gradients_averaged(number + 1 == len(parts)):
+                losses = self._losses(part, (self.config.seed, step, parallel.rank(), 1, number))
                 (losses["loss"] / len(parts)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        norm = whole(nn.utils.clip_grad_norm_(self.trained, config.clip_norm))
-        figures = dict(zip(sums, parallel.mean([value.item() for value in sums.values()]), strict=True))
-        values = {"loss": figures.pop("loss"), "lr": lr, "grad_norm": norm.item()} | figures
-        finding = guard.judge({name: values[name] for name in ("loss", "grad_norm")})
-        if not finding:
-            self.optimizer.step()
-            self.average.step(self.trained)
-        elif guard.stops:
-            raise TrainingError(
-                f"stage 2, step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the model is as it "
-                f"was after step {step - 1}. Lower lr (now {lr:g}) or use precision: fp32{guard.why()}"
-            )
-        elif guard.rolls_back:
-            assert self.kept is not None
-            self._restore(self.kept)
-        self.optimizer.zero_grad(set_to_none=True)
-        return values if not finding else _told(values, finding, guard, self.kept)
+        return dict(zip(sums, parallel.mean([value.item() for value in sums.values()]), strict=True))
 
     def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
         """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""
-        config = self.config
+        config, denoiser = self.config, self.batches.denoiser
+        precision = partial(mixed_precision, self.batches.device, config.precision)
         losses: dict[str, Tensor] = {}
-        with seeded(*entropy), mixed_precision(self.device, config.precision):
-            prediction = self.student(batch.x_t, batch.t, batch.numbers)
+        with seeded(*entropy), precision():
+            prediction = self.student(batch)
         if config.diffusion_weight:
-            x, noise, x_t, t = batch.x, batch.noise, batch.x_t, batch.t
-            per_item = self.denoiser.process.loss(prediction, x=x, x_t=x_t, noise=noise, t=t)
+            per_item = denoiser.process.loss(
+                prediction, x=batch.x, x_t=batch.x_t, noise=batch.noise, t=batch.t
+            )
             losses["diffusion"] = per_item.mean()
         if config.output_weight:
             assert self.teacher is not None
-            with torch.no_grad(), mixed_precision(self.device, config.precision):
-                target = self.denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
+            with torch.no_grad(), precision():
+                target = denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
             losses["output"] = (prediction.float() - target.float()).square().mean()
         weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
         return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
 
-    def _draw(self, step: int) -> NoisedBatch:
-        """This process's share of a step's batch."""
-        images = self.loader.at(step)
-        with seeded(self.config.seed, step) as draw:
-            return draw_noised(
-                images,
-                draw,
-                batch_size=self.config.batch_size,
-                denoiser=self.denoiser,
-                device=self.device,
-                part=parallel.share(),
-            )
-
-    def _gradients_averaged(self, averaged: bool) -> AbstractContextManager:
-        """Inside, whether a backward pass averages gradients over processes; those that do not are added up here."""
-        waits = isinstance(self.student, DistributedDataParallel) and not averaged
-        return self.student.no_sync() if waits else nullcontext()
-
-    def _set_learning_rate(self, step: int) -> float:
-        """Set the scheduled rate, as far as the guard has not lowered it, and return it."""
-        config = self.config
-        lr = (
-            self.guard.lr_factor
-            * config.lr
-            * learning_rate_factor(
-                step,
-                steps=config.steps,
-                warmup_steps=config.warmup_steps,
-                cooldown_steps=config.cooldown_steps,
-                halve_at=config.halve_at,
-            )
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
-
-    def _weights(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.average.state_dict(),
-        }
-
-    def _restore(self, weights: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(weights["model"])
-        # an optimizer takes tensors over as they are
-        self.optimizer.load_state_dict(copy.deepcopy(weights["optimizer"]))
-        self.average.load_state_dict(weights["ema"])
-
     def snapshot(self, step: int) -> dict[str, Any] | ShardedState:
         """All that is needed to go on after `step` steps."""
-        state = {"step": step, **self._weights(), "guard": self.guard.state()}
-        if self.kept is not None and not self.guard.keeps_at(
-            step
-        ):  # else this state is itself the one to keep
-            state["kept"] = self.kept
+        guard = self.trainee.guard
+        state = {"step": step, **self.trainee.state(step), "guard": guard.state()}
+        if "kept" in state:
+            state["kept"] = state["kept"] | {"step": guard.returns_to(step)}
         if not self.config.shard:
             return state
         kept = {"kept": _numbers(state["kept"])} if "kept" in state else {}
@@ -327,16 +279,15 @@ class _Training:
             )
         if isinstance(state, Path):
             state = self._read(state)
-        self._restore(state)
+        self.trainee.load(state)
         if "guard" in state:
-            self.guard.load(state["guard"])
-        self.kept = state.get("kept")
+            self.trainee.guard.load(state["guard"])
         return state["step"]
 
     def _read(self, folder: Path) -> dict[str, Any]:
         """A sharded state, in tensors that are spread as this run's are."""
         facts = read_facts(folder)
-        state = self._weights()
+        state = self.trainee.weights()
         if "kept" in facts:
             state["kept"] = copy.deepcopy(state)
         read_tensors(folder, state)
@@ -345,25 +296,22 @@ class _Training:
             _set_numbers(state["kept"], facts["kept"])
         return state | {"guard": facts["guard"]}
 
-    def _fill_optimizer(self) -> None:
-        """Give the optimizer its tensors, which it makes at its first step, so that a state can be read into them."""
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for moments in self.optimizer.state.values():
-            moments["step"].zero_()
-
     def finish(self) -> None:
         """Leave the averaged weights in the model."""
-        self.average.copy_to(self.trained)
-        for block in self.compiled:
-            block._compiled_call_impl = None
-        if self.model is not self.whole_model:
-            copy_whole(self.model, self.whole_model.to(self.device))
-        self.whole_model.eval()
+        self.average.copy_to_parameters()
+        self.student.finish()
+
+
+def _fill(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer its tensors, which it makes at its first step, so that a state can be read into them."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
@@ -373,70 +321,6 @@ def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
 
 def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
     state["step"], state["ema"]["optimization_step"] = numbers["step"], numbers["ema_steps"]
-
-
-class _Average:
-    """An exponential moving average of parameters, faster at the start: the decay of step s is at most (1 + s) / (10 + s).
-
-    Source: the default schedule of diffusers' `EMAModel`.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], config: FinetuneConfig):
-        self.decay = config.ema_decay
-        self.num_steps = 0
-        device = torch.device("cpu") if config.ema_device == "cpu" else None
-        self.shadows = [p.detach().to(device=device, copy=True) for p in parameters]
-
-    @torch.no_grad()
-    def step(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.num_steps += 1
-        s = self.num_steps - 1
-        decay = min((1 + s) / (10 + s), self.decay) if s else 0.0
-        for shadow, parameter in zip(self.shadows, parameters, strict=True):
-            shadow.sub_((1 - decay) * (shadow - parameter.to(shadow.device)))
-
-    @torch.no_grad()
-    def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
-        for shadow, parameter in zip(self.shadows, parameters, strict=True):
-            parameter.copy_(shadow)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimization_step": self.num_steps, "shadow_params": self.shadows}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.num_steps = state["optimization_step"]
-        for shadow, saved in zip(self.shadows, state["shadow_params"], strict=True):
-            shadow.copy_(saved)
-
-
-class _Student(nn.Module):
-    """A model as its host calls it, so that what averages gradients over processes stands outside of that call."""
-
-    def __init__(self, model: nn.Module, denoiser: Denoiser):
-        super().__init__()
-        self.model, self.denoiser = model, denoiser
-
-    def forward(self, x_t: Tensor, t: Tensor, numbers: Tensor) -> Tensor:
-        prediction = self.denoiser(self.model, x_t, t, numbers)
-        # FSDP wants no view as the result: an operation in place on it would lose its hook
-        return prediction.clone() if prediction._is_view() else prediction
-
-
-def _averaging(student: nn.Module, device: torch.device) -> nn.Module:
-    """The same behind torch's data parallelism; every process begins with the main one's weights."""
-    devices = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(student, device_ids=devices)
-
-
-def _told(
-    values: dict[str, float], finding: Mapping[str, float], guard: Guard, kept: Mapping[str, Any] | None
-) -> dict[str, float]:
-    """The figures of a step that was not taken, as far as JSON has words for them, and what was done instead."""
-    done = {"skipped": 1.0}
-    if guard.rolls_back and kept is not None:
-        done = {"rolled_back_to": float(kept["step"]), "lr_factor": guard.lr_factor}
-    told = {f"guard/{name}": value for name, value in (finding | done).items()}
-    return {name: value for name, value in values.items() if math.isfinite(value)} | told
 
 
 def check_division(config: FinetuneConfig) -> None:

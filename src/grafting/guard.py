@@ -66,6 +66,16 @@ class Guard:
         """Whether the state before this step is one to return to."""
         return self.rolls_back and step % self.config.window == 0
 
+    def returns_to(self, step: int) -> int:
+        """The last step up to this one before which the state was kept."""
+        return step - step % self.config.window
+
+    def done(self, step: int) -> dict[str, float]:
+        """What becomes of a bad step that is no error, as figures."""
+        if not self.rolls_back:
+            return {"skipped": 1.0}
+        return {"rolled_back_to": float(self.returns_to(step)), "lr_factor": self.lr_factor}
+
     def why(self) -> str:
         """The end of the sentence that says why it stopped."""
         over = self._events > self.config.max and self.config.policy != "stop"

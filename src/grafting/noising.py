@@ -4,13 +4,17 @@ Everything is drawn for the step's whole batch and then cut, so that a batch is 
 and in however many parts each of them takes its share.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .contract import Denoiser
+from .contract import Denoiser, FolderState, Step, TrainingData
+from .data.loader import Loader
 from .errors import TrainingError
+from .randomness import batch_indices, generator
 
 _WHOLE = slice(None)
 
@@ -57,6 +61,79 @@ def draw_noised(
     # numbers stay here: what a table of prompts holds is found by them
     x, noise, t = (a.to(device, non_blocking=True) for a in (x, noise, t))
     return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), numbers, t)
+
+
+class BatchConfig(Protocol):
+    """What a stage's settings say about its batches."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    seed: int
+
+
+class Batches:
+    """What a process takes of each training step's batch; all that is drawn for step s comes from (seed, s).
+
+    Args:
+        items: the items of `data` to train on; all when left out.
+        share: the part of each batch that is this process's.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        config: BatchConfig,
+        *,
+        denoiser: Denoiser,
+        device: torch.device,
+        items: Tensor | None = None,
+        share: slice = _WHOLE,
+    ):
+        self.config, self.denoiser, self.device, self.share = config, denoiser, device, share
+        size, pin = config.batch_size, device.type != "cpu"
+        self.loader = Loader(
+            data, size, seed=config.seed, items=items, steps=config.steps, share=share, pin=pin
+        )
+
+    def at(self, step: int) -> list[NoisedBatch]:
+        """The noised micro-batches of a step."""
+        return draw_noised(
+            self.loader.at(step),
+            generator(self.config.seed, step),
+            batch_size=self.config.batch_size,
+            denoiser=self.denoiser,
+            device=self.device,
+            part=self.share,
+        ).split(self.config.accumulate)
+
+    def numbers(self, step: int, num_items: int) -> tuple[Tensor, ...]:
+        """Which of `num_items` items a step takes where the items lie elsewhere, by micro-batch."""
+        indices = batch_indices(num_items, self.config.batch_size, step, self.config.seed)
+        return indices[self.share].chunk(self.config.accumulate)
+
+    def steps(
+        self,
+        first: int,
+        take: Callable[[int], dict[str, float]],
+        snapshot: Callable[[int], dict[str, Any] | FolderState],
+    ) -> Iterator[Step]:
+        """Take step `first` and those after it, one each time that the iterator is asked.
+
+        Args:
+            take: takes a step; returns its values.
+            snapshot: the state after so many steps.
+        """
+        with self.loader:
+            for step in range(first, self.config.steps):
+                waited = self.loader.seconds_waited
+                yield Step(
+                    values=take(step),
+                    done=step + 1,
+                    total=self.config.steps,
+                    state=partial(snapshot, step + 1),
+                    seconds_waited=self.loader.seconds_waited - waited,
+                )
 
 
 def check_batch_size(stage: str, batch_size: int, *, processes: int, accumulate: int) -> None:
