@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from .surgery import grafted
 Visit = Callable[[str, tuple, dict[str, Any], Any], None]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where the activations of training steps come from."""
 

@@ -6,7 +6,7 @@ and in however many parts each of them takes its share.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ def draw_noised(
     return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), numbers, t)
 
 
+@runtime_checkable
 class BatchConfig(Protocol):
     """What a stage's settings say about its batches."""
 

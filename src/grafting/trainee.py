@@ -6,7 +6,7 @@ Stage 1 has one for each site, stage 2 one for the whole model. Gradients are th
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .guard import Guard, GuardConfig
 from .sharding import kept_copy, whole
 
 
+@runtime_checkable
 class TrainingConfig(Protocol):
     """What a stage's settings say about its steps."""
 
