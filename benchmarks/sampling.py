@@ -51,7 +51,7 @@ def main() -> int:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         parser.error(f"two cores are needed; this process may use {len(cores)}")
-    model = load("testbed")[0]
+    model = load("testbed")
     config = SamplingConfig(
         sampler="dpm-solver++",
         steps=10,

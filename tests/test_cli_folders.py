@@ -10,7 +10,7 @@ from grafting import cli, hub
 from grafting.checkpoint import load, save_delta, save_model
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
-from grafting.portable import Base
+from grafting.portable import Base, plan_of
 from grafting.surgery import graft
 
 PLAN = Plan(edits=(Replace(role="attention", blocks=[1], operator="hyena-x"),))
@@ -39,7 +39,7 @@ def test_convert(published, tmp_path):
     )  # fmt: skip
     assert "Read as facebookresearch/DiT, grafted" in said
     assert "hyena-x" in said
-    _, plan = load(tmp_path / "out")
+    plan = plan_of(load(tmp_path / "out"))
     assert plan.edits[0].blocks == (1,)
     assert plan.edits[0].operator.geometry == "causal"
     grafting = json.loads((tmp_path / "out" / "config.json").read_text())["grafting"]
@@ -61,19 +61,20 @@ def test_convert_to_diffusers(tmp_path):
     )
     call("convert", tmp_path / "out", tmp_path / "back")
     assert torch.equal(
-        load(tmp_path / "back")[0].blocks[2].attn.qkv.weight,
-        load(tmp_path / "dit")[0].blocks[2].attn.qkv.weight,
+        load(tmp_path / "back").blocks[2].attn.qkv.weight,
+        load(tmp_path / "dit").blocks[2].attn.qkv.weight,
     )
 
 
 def test_merge(tmp_path):
     save_model(tmp_path / "base", hosts()["dit"].tiny(), Plan())
-    model, _ = load(tmp_path / "base")
+    model = load(tmp_path / "base")
     graft(model, PLAN)
     save_delta(tmp_path / "delta", model, PLAN, Base(id="elsewhere/base"), source=tmp_path / "base")
     assert "no model in elsewhere/base" in call("merge", tmp_path / "delta", tmp_path / "whole", code=1)
     assert "Model:" in call("merge", tmp_path / "delta", tmp_path / "whole", "--base", tmp_path / "base")
-    whole, plan = load(tmp_path / "whole")
+    whole = load(tmp_path / "whole")
+    plan = plan_of(whole)
     assert plan == PLAN
     assert torch.equal(whole.blocks[1].attn.mixer.in_proj.weight, model.blocks[1].attn.mixer.in_proj.weight)
 

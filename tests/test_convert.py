@@ -16,7 +16,7 @@ from grafting.convert import LAYOUTS, PublishedFacts, convert_weights
 from grafting.data import bundled
 from grafting.errors import CheckpointError
 from grafting.plan import Plan
-from grafting.portable import Base
+from grafting.portable import Base, plan_of
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}
@@ -97,7 +97,8 @@ def saved(tmp_path, tensors, key="ema"):
 
 def converted(tmp_path, tensors, facts=FACTS):
     convert_weights(saved(tmp_path, tensors), tmp_path / "out", facts)
-    return load(tmp_path / "out")
+    model = load(tmp_path / "out")
+    return model, plan_of(model)
 
 
 @torch.no_grad()
@@ -165,7 +166,8 @@ def test_the_base_mlp_may_have_another_ratio(tmp_path):
 @pytest.mark.parametrize("key", ["ema", "model", None])
 def test_the_original_is_read_with_and_without_a_key(tmp_path, key):
     convert_weights(saved(tmp_path, ORIGINAL, key), tmp_path / "out", GOLDEN_FACTS)
-    model, plan = load(tmp_path / "out")
+    model = load(tmp_path / "out")
+    plan = plan_of(model)
     assert plan == Plan()
     with torch.no_grad():
         got = model(*(GOLDEN[f"forward.{name}"] for name in ("x", "t", "y")))
@@ -185,7 +187,7 @@ def test_training_checkpoints_and_safetensors_are_read(tmp_path):
     (tmp_path / "0400000.pt").rename(tmp_path / "hub" / "model.pt")
     convert_weights(tmp_path / "hub", tmp_path / "c", GOLDEN_FACTS)
     for folder in "abc":
-        assert torch.equal(load(tmp_path / folder)[0].pos_embed, ORIGINAL["pos_embed"])
+        assert torch.equal(load(tmp_path / folder).pos_embed, ORIGINAL["pos_embed"])
 
 
 def test_the_published_size_needs_no_facts(tmp_path):

@@ -95,7 +95,7 @@ def test_the_set_does_not_depend_on_the_number_of_processes_nor_on_batches(tmp_p
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_testbeds_images_are_the_same_in_any_batches(tmp_path, sampler):
-    testbed, _ = load("testbed")
+    testbed = load("testbed")
     settings = {"sampler": sampler, "steps": 4, "num_images": 6}
     want = drawn_by(1, tmp_path / "1", testbed, batch_size=6, **settings)
     got = drawn_by(2, tmp_path / "2", testbed, batch_size=2, **settings)

@@ -18,7 +18,7 @@ from grafting.checkpoint import INDEX_NAME, WEIGHTS_NAME, load, save_model
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
 from grafting.plan import Plan, Replace
-from grafting.portable import Base, grafted_class, with_plan
+from grafting.portable import Base, grafted_class, plan_of, with_plan
 from grafting.surgery import graft
 
 PIXART = hosts()["pixart"]
@@ -76,14 +76,14 @@ save_file({{"images": tinypipeline.draw(pipeline)}}, {str(tmp_path / "there.safe
 def test_a_pipeline_takes_a_loaded_model_for_its_own(model, tmp_path):
     tinypipeline.of(PIXART.tiny()).save_pretrained(tmp_path / "pipeline")
     save_model(tmp_path / "grafted", model, PLAN)
-    loaded, _ = load(tmp_path / "grafted")
+    loaded = load(tmp_path / "grafted")
     pipeline = PixArtSigmaPipeline.from_pretrained(tmp_path / "pipeline", transformer=loaded)
     assert torch.equal(_output(pipeline.transformer), _output(model))
     # and saves it with its plan
     pipeline.save_pretrained(tmp_path / "again")
     again = PixArtSigmaPipeline.from_pretrained(tmp_path / "again").transformer
     assert torch.equal(_output(again), _output(model))
-    assert load(tmp_path / "again" / "transformer")[1] == PLAN
+    assert plan_of(load(tmp_path / "again" / "transformer")) == PLAN
 
 
 @pytest.mark.parametrize("name", hosts())
@@ -98,7 +98,7 @@ def test_every_host_round_trips_through_diffusers(tmp_path, name):
     same.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / INDEX_NAME).is_file()
     example = host.example(model, rows=4, cols=6, batch_size=2)
-    for loaded in (type(same).from_pretrained(tmp_path), load(tmp_path)[0]):
+    for loaded in (type(same).from_pretrained(tmp_path), load(tmp_path)):
         assert isinstance(loaded, host.model_class)
         assert LayoutTracker.of(loaded) is not None
         assert torch.equal(loaded(**example)[0], model(**example)[0])
@@ -112,7 +112,7 @@ def test_a_saved_folder_is_read_by_diffusers_and_dtype_is_kept(model, tmp_path):
     # the hashes of that folder are not those of what diffusers will write
     loaded.save_pretrained(tmp_path / "again")
     assert "weights_sha256" not in json.loads((tmp_path / "again" / "config.json").read_text())["grafting"]
-    assert load(tmp_path / "again")[1] == PLAN
+    assert plan_of(load(tmp_path / "again")) == PLAN
 
 
 def test_ema_of_a_grafted_model_round_trips(model, tmp_path):

@@ -8,6 +8,7 @@ from .calibration import calibrate as calibrate
 from .checkpoint import load as load
 from .checkpoint import load_model as load_model
 from .checkpoint import merge_delta as merge_delta
+from .checkpoint import save as save
 from .checkpoint import save_delta as save_delta
 from .checkpoint import save_model as save_model
 from .conditions import ClassLabels as ClassLabels
@@ -98,6 +99,7 @@ from .plan import Merge as Merge
 from .plan import Plan as Plan
 from .plan import Replace as Replace
 from .portable import Base as Base
+from .portable import plan_of as plan_of
 from .portable import with_plan as with_plan
 from .report import write_grid as write_grid
 from .report import write_report as write_report

@@ -107,7 +107,7 @@ def _base(grafting: Mapping[str, Any]) -> str:
 
 
 def _usage(grafting: Mapping[str, Any]) -> str:
-    code = '```python\nimport grafting\n\nmodel, plan = grafting.load("this folder, or owner/name on the Hub")\n```'
+    code = '```python\nimport grafting\n\nmodel = grafting.load("this folder, or owner/name on the Hub")\n```'
     if "delta" in grafting:
         return f"{code}\n\nThis is a delta: its base is loaded too, and checked. `grafting merge` makes it whole."
     return (

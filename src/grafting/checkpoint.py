@@ -28,7 +28,7 @@ from .files import atomic_path, hash_json, pickle_fault, sha256_of, write_json
 from .hosts import host_of, hosts
 from .huberrors import HUB_ERRORS
 from .plan import Plan
-from .portable import PREFIX, Base, Record, grafted_class, settings_of
+from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .surgery import Operators, holds_operators
 
 CONFIG_NAME = "config.json"
@@ -47,8 +47,8 @@ def load(
     revision: str | None = None,
     base: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[nn.Module, Plan]:
-    """The model that a name stands for, in eval mode, and the plan that it was grafted with (empty for none).
+) -> nn.Module:
+    """The model that a name stands for, in eval mode, grafted or not; `plan_of` gives its plan.
 
     Args:
         source: `testbed`, a model folder, the folder of a run, or `owner/name` on the Hub.
@@ -58,7 +58,7 @@ def load(
     Raises:
         CheckpointError: there is no such model, or it is damaged or of an unknown class; says what was expected.
     """
-    return load_model(find_model(source, revision=revision), dtype=dtype, base=base)
+    return load_model(find_model(source, revision=revision), dtype=dtype, base=base)[0]
 
 
 def find_model(
@@ -80,6 +80,18 @@ def find_model(
         raise CheckpointError(
             f"no model in {source}: it does not exist, and the Hub does not give it: {error}"
         ) from error
+
+
+def save(model: nn.Module, folder: str | Path, *, base: Base | None = None) -> Path:
+    """Write a model, grafted or not, to a folder that `load` reads; returns the folder.
+
+    Args:
+        base: the pretrained model that it was made from, for the record.
+
+    Raises: as `save_model`.
+    """
+    save_model(folder, model, plan_of(model), base=base)
+    return Path(folder)
 
 
 def save_model(
@@ -431,7 +443,7 @@ def _borrow(
 
 
 def _base_tensors(base: Base, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    return load(base.id, revision=base.revision, dtype=dtype)[0].state_dict()
+    return load(base.id, revision=base.revision, dtype=dtype).state_dict()
 
 
 def _at(base: Base) -> str:

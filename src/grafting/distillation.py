@@ -38,6 +38,7 @@ from .guard import GuardConfig
 from .hosts import host_of
 from .noising import Batches, check_batch_size
 from .placed import Placed
+from .precision import FP32_IS_ABSENT, Precision, settled
 from .trainee import Trainee
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .contract import BlockCall, Kernel, Mixer, Site
 from .errors import HostError
 from .hosts import Call, LayoutTracker
-from .plan import Merge
+from .plan import Choice, Merge
 
 
 class Placed(nn.Module):
@@ -24,6 +24,8 @@ class Placed(nn.Module):
 
     fits = True
     """Whether stage 1 has anything to fit."""
+    choice: Choice | None = None
+    """The plan's choice for this site; None of what only keeps the place of a merged pair's second block."""
 
     def __init__(self, site: Site, tracker: LayoutTracker):
         super().__init__()

@@ -20,7 +20,7 @@ from .errors import CheckpointError
 from .hosts import host_of, hosts
 from .operators import operator_configs
 from .plan import Plan, Replace
-from .surgery import build_operators, place
+from .surgery import build_operators, edits_of, place
 
 PREFIX = "Grafted"
 
@@ -157,6 +157,18 @@ def with_plan(model: nn.Module, plan: Plan, *, base: Base | None = None) -> nn.M
     for name, parameter in model.named_parameters():
         made.get_parameter(name).requires_grad_(parameter.requires_grad)
     return made.train(model.training)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model was grafted with: the one on its record, else what stands in it; empty where nothing does.
+
+    Raises:
+        CheckpointError: its record describes no plan, or an operator that is not installed.
+    """
+    record = getattr(model, "config", {}).get("grafting")
+    if record is not None:
+        return Record.read(record, source=f"the config of this {type(model).__name__}").plan
+    return Plan(edits=edits_of(model))
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .contract import Kernel, OperatorConfig, Site
 from .errors import PlanError
 from .hosts import Host, LayoutTracker, host_of
 from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed
-from .plan import Choice, Drop, Merge, Plan, fault_list, merged_pairs, words_of
+from .plan import Choice, Drop, Edit, Merge, Plan, Replace, fault_list, merged_pairs, words_of
 from .randomness import seeded
 
 
@@ -65,8 +65,11 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
                 )
         elif isinstance(config, Drop):
             operators[site.path] = Passage(site, LayoutTracker(host))
+        if site.path in operators:
+            operators[site.path].choice = config
     for first, second, merge in merged_pairs(chosen):
         operators[first.path] = _merged(host, model, (first, second), merge, operators)
+        operators[first.path].choice = merge
         operators[second.path] = Passage(second, LayoutTracker(host))
     _track(operators, host, model)
     return operators
@@ -115,6 +118,18 @@ class Graft:
             f"{path}.{name}"
             for path, operator in self.operators.items()
             for name, _ in operator.named_parameters()
+        )
+
+    def __repr__(self) -> str:
+        sizes = {p: p.numel() for p in self.model.parameters()}
+        new = sum(p.numel() for operator in self.operators.values() for p in operator.parameters())
+        trained = sum(n for p, n in sizes.items() if p.requires_grad)
+        return "\n".join(
+            [
+                f"Graft of {type(self.model).__name__}, {len(self.operators)} places edited",
+                *(f"  {edit}" for edit in edits_of(self.model)),
+                f"  parameters: {new:,} in operators, {trained:,} trained, {sum(sizes.values()):,} in all",
+            ]
         )
 
     def undo(self) -> None:
@@ -182,6 +197,29 @@ def _copies(
     if isinstance(operator, MergedBlocks):
         return [(b, replaced[p]) for b, p in zip(operator.branches, operator.replaces, strict=True)]
     return []
+
+
+def edits_of(model: nn.Module) -> tuple[Edit, ...]:
+    """The edits that a model holds, read off what stands in it; equal operators of a role are one edit."""
+    blocks: dict[tuple[str, str], list[int]] = {}
+    operators: dict[tuple[str, str], OperatorConfig] = {}
+    restructured: list[Edit] = []
+    for module in model.modules():
+        if not isinstance(module, Placed):
+            continue
+        choice, site = module.choice, module.site
+        if isinstance(choice, Merge | Drop):
+            sites = module.sites if isinstance(module, MergedBlocks) else (site,)
+            restructured.append(choice.model_copy(update={"blocks": tuple(s.block for s in sites)}))
+        elif choice is not None:
+            key = (site.role, choice.model_dump_json())
+            operators[key] = choice
+            blocks.setdefault(key, []).append(site.block)
+    replaced = [
+        Replace.model_validate({"role": key[0], "blocks": blocks[key], "operator": operator})
+        for key, operator in operators.items()
+    ]
+    return (*replaced, *restructured)
 
 
 @contextmanager

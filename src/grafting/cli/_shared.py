@@ -37,9 +37,9 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     Raises:
         CheckpointError, DataError: there is none, or it is damaged.
     """
-    from ..checkpoint import load
+    from ..checkpoint import find_model, load_model
 
-    return load(name)
+    return load_model(find_model(name))
 
 
 def print_json(value: Any) -> None:

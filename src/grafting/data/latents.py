@@ -6,7 +6,7 @@ or numbers of prompts; the scale and shift of the diffusion model are in the ind
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_serializer,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,6 +78,12 @@ class LatentIndex(BaseModel):
     notes: str = ""
     items: ItemNames | None = None
     conditions_sha256: str | None = None  # of the prompts whose numbers the labels are
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out that the latents are of no prompts: indexes of before did not say so."""
+        absent = {"conditions_sha256"} if self.conditions_sha256 is None else set()
+        return {key: value for key, value in to_dict(self).items() if key not in absent}
 
     @property
     def count(self) -> int:
