@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and one small run from recipe to report."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -423,3 +424,32 @@ def test_entry_point_runs_as_a_program():
         "Error: no model in /nowhere: it does not exist; a model is `testbed`, a folder of a model or of a run, or "
         "owner/name on the Hub\n"
     )
+
+
+def test_settings_are_changed_on_the_command_line(tmp_path: Path):
+    path = write_recipe(tmp_path)
+    changes = ("--set", "distill.steps=3", "--set", "plan.0.blocks=[0]", "--set", "description=tried")
+    summary = json.loads(call("check", path, *changes, "--json").output)
+    assert summary["stages"]["distill"].startswith("3 steps of ")
+    assert [edit["block"] for edit in summary["edits"]] == [0]
+    assert json.loads(call("cost", path, *changes, "--json").output)["recipe"] == "small"
+    call("distill", path, "--out", tmp_path / "run", *changes)
+    written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert (written["distill"]["steps"], written["plan"][0]["blocks"]) == (3, [0])
+    assert written["description"] == "tried"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("distill.steps", "--set is KEY=VALUE, found distill.steps"),
+        ("distill.steps=[", "--set distill.steps: its value is not YAML: '['"),
+        ("distill.steps=many", "distill.steps: Input should be a valid integer"),
+        ("distil.steps=3", "distil.steps: the settings have no such place"),
+        ("plan.7.blocks=[0]", "plan.7.blocks: the settings have no such place"),
+        ("colour=red", "colour: unknown key"),
+    ],
+)
+def test_bad_settings_on_the_command_line(tmp_path: Path, setting: str, message: str):
+    assert message in fails("check", write_recipe(tmp_path), "--set", setting)
+    assert os.listdir(tmp_path) == ["recipe.yaml"]

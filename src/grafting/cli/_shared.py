@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..errors import DataError
+
 if TYPE_CHECKING:
     from torch import nn
 
     from ..plan import Plan
+    from ..runs.recipe import Recipe
 
 # lines that go to a file or another program are cut at no terminal's edge
 # of several processes (see `parallel`) the main one speaks
@@ -29,6 +32,14 @@ Model = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder. [dim]By default runs/NAME.[/]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting of the recipe: [cyan]--set finetune.steps=10[/]. May be given again.",
+    ),
+]
 
 
 def open_model(name: str) -> "tuple[nn.Module, Plan]":
@@ -40,6 +51,30 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     from ..checkpoint import find_model, load_model
 
     return load_model(find_model(name))
+
+
+def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
+    """The recipe in a file, with the settings that a command line changes.
+
+    Raises:
+        RecipeError, DataError: it has faults, or a setting is not KEY=VALUE.
+    """
+    from ..runs.file import load_recipe
+
+    return load_recipe(path, changes=dict(map(parse_setting, settings or ())))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """A key and its value, which is YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise DataError(f"--set is KEY=VALUE, found {text}")
+    try:
+        return key, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise DataError(f"--set {key}: its value is not YAML: {value!r}") from error
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,18 @@ import typer
 from ..display import follow, plain_table, say, show_cost, show_diagnosis
 from ..errors import DataError, HostError, PlanError
 from ..words import FIGURES
-from ._shared import Json, Model, RecipeFile, err, open_model, out, parse_shape, print_json
+from ._shared import (
+    Json,
+    Model,
+    RecipeFile,
+    Settings,
+    err,
+    open_model,
+    open_recipe,
+    out,
+    parse_shape,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,15 +34,14 @@ app = typer.Typer()
 
 
 @app.command()
-def check(recipe: RecipeFile, as_json: Json = False) -> None:
+def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) -> None:
     """Check a recipe against its model and data without writing anything, and say what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
-    from ..runs.file import load_recipe
     from ..runs.job import prepare
 
-    summary = _summary(prepare(load_recipe(recipe)))
+    summary = _summary(prepare(open_recipe(recipe, settings)))
     if as_json:
         print_json(summary)
         return
@@ -109,6 +119,7 @@ def cost(
             help="Image tokens; of a video FRAMESxROWSxCOLS. [dim]By default those of `sample.shape`, else the native ones.[/]",
         ),
     ] = None,
+    settings: Settings = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also measure time and peak memory here, with random weights.")
     ] = False,
@@ -126,10 +137,9 @@ def cost(
     from ..costing import measure_plan, plan_cost
     from ..devices import default_device
     from ..hosts import host_of
-    from ..runs.file import load_recipe
     from ..runs.job import load_source, skeleton
 
-    loaded = load_recipe(recipe)
+    loaded = open_recipe(recipe, settings)
     bare = skeleton(loaded.source)
     tokens = _parse_grid(grid) if grid else None
     if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from ..display import follow, say, show_evaluation
 from ..errors import DataError
-from ._shared import Json, err, out, print_json
+from ._shared import Json, err, out, parse_setting, print_json
 
 if TYPE_CHECKING:
     from ..evaluation import Suite
@@ -131,19 +130,12 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
         lines = [f"{known}: {(suite.__doc__ or '').splitlines()[0]}" for known, suite in SUITES.items()]
         raise DataError("\n  ".join([f"no suite {name!r}; there are", *lines]))
     written = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    written |= dict(map(_setting, settings or ()))
+    written |= dict(map(parse_setting, settings or ()))
     _check_options(name, written)
     try:
         return SUITES[name].model_validate(written)
     except ValidationError as error:
         raise DataError(fault_list(faults_of(error), f"the settings of suite {name}")) from error
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise DataError(f"--set is KEY=VALUE, found {text}")
-    return key, yaml.safe_load(value)
 
 
 def _check_options(name: str, written: dict[str, Any]) -> None:

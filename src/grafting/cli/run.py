@@ -10,9 +10,10 @@ import typer
 
 from ..display import follow, in_turn, metrics_table, say, show_forecast
 from ..errors import RecipeError
-from ._shared import Json, Out, RecipeFile, out, print_json
+from ._shared import Json, Out, RecipeFile, Settings, open_recipe, out, print_json
 
 if TYPE_CHECKING:
+    from ..runs.recipe import Recipe
     from ..runs.sweep import Point
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
@@ -56,6 +57,7 @@ def run(
     until: Annotated[StageName, typer.Option(help="The last stage to carry out.")] = "report",
     track: Track = None,
     peak_tflops: PeakTflops = None,
+    settings: Settings = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only say what it will take: time, memory, disk. Needs no data."),
@@ -82,7 +84,7 @@ def run(
     """
     if dry_run:
         _forecast(
-            recipe,
+            open_recipe(recipe, settings),
             out_folder,
             device=device,
             peak_tflops=peak_tflops,
@@ -95,29 +97,37 @@ def run(
     given = [name for name, value in options.items() if value]
     if given:
         raise RecipeError(f"{', '.join(given)} belongs to --dry-run; a run takes the devices that torch sees")
-    _run(recipe, out_folder, until, track=track, peak_tflops=peak_tflops)
+    _run(recipe, out_folder, until, settings=settings, track=track, peak_tflops=peak_tflops)
 
 
 @app.command()
 def distill(
-    recipe: RecipeFile, out_folder: Out = None, track: Track = None, peak_tflops: PeakTflops = None
+    recipe: RecipeFile,
+    out_folder: Out = None,
+    settings: Settings = None,
+    track: Track = None,
+    peak_tflops: PeakTflops = None,
 ) -> None:
     """Carry out a recipe's stage 1: fit the new operators to the old ones' activations.
 
     [dim]$ grafting distill my-recipe.yaml[/]
     """
-    _run(recipe, out_folder, "distill", track=track, peak_tflops=peak_tflops)
+    _run(recipe, out_folder, "distill", settings=settings, track=track, peak_tflops=peak_tflops)
 
 
 @app.command()
 def finetune(
-    recipe: RecipeFile, out_folder: Out = None, track: Track = None, peak_tflops: PeakTflops = None
+    recipe: RecipeFile,
+    out_folder: Out = None,
+    settings: Settings = None,
+    track: Track = None,
+    peak_tflops: PeakTflops = None,
 ) -> None:
     """Carry out a recipe up to stage 2: train the grafted model end to end.
 
     [dim]$ grafting finetune my-recipe.yaml --out runs/second-try[/]
     """
-    _run(recipe, out_folder, "finetune", track=track, peak_tflops=peak_tflops)
+    _run(recipe, out_folder, "finetune", settings=settings, track=track, peak_tflops=peak_tflops)
 
 
 def _run(
@@ -125,6 +135,7 @@ def _run(
     folder: Path | None,
     until: StageName = "report",
     *,
+    settings: list[str] | None = None,
     track: list[str] | None = None,
     peak_tflops: float | None = None,
 ) -> None:
@@ -132,11 +143,12 @@ def _run(
 
     # a fault in the recipe, which all processes find, is told once
     with together():
-        _carry_out(recipe_path, folder, until, track=track, peak_tflops=peak_tflops)
+        recipe = open_recipe(recipe_path, settings)
+        _carry_out(recipe, folder, until, track=track, peak_tflops=peak_tflops)
 
 
 def _carry_out(
-    recipe_path: Path,
+    recipe: "Recipe",
     folder: Path | None,
     until: StageName,
     *,
@@ -149,10 +161,8 @@ def _carry_out(
 
     from ..devices import default_device
     from ..precision import settled_run
-    from ..runs.file import load_recipe
     from ..runs.run import run as run_recipe
 
-    recipe = load_recipe(recipe_path)
     folder = folder or Path("runs") / recipe.name
     say(out, f"Recipe {recipe.name}, in {folder}")
     settings = settled_run(recipe, default_device(), folder=folder)[0].model_dump(
@@ -170,11 +180,9 @@ def _carry_out(
     say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
 
 
-def _forecast(recipe_path: Path, folder: Path | None, *, as_json: bool, **how: Any) -> None:
-    from ..runs.file import load_recipe
+def _forecast(recipe: "Recipe", folder: Path | None, *, as_json: bool, **how: Any) -> None:
     from ..runs.forecast import forecast
 
-    recipe = load_recipe(recipe_path)
     found = forecast(recipe, folder=folder or Path("runs") / recipe.name, **how).to_json()
     if as_json:
         print_json(found)

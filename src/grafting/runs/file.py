@@ -1,5 +1,7 @@
 """Recipes as YAML files: read safely, merged with their base, and every fault listed with its path in the file."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,15 @@ from ..errors import GraftingError, RecipeError
 from ..plan import fault_list
 from .recipe import Recipe
 
+Changes = dict[str, Any]
+"""Changes to settings; keys may be dotted paths: `plan.0.blocks`."""
 
-def load_recipe(path: str | Path) -> Recipe:
+
+def load_recipe(path: str | Path, *, changes: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe in a YAML file; `base:` names another file whose settings it changes.
+
+    Args:
+        changes: to its settings; keys may be dotted paths, such as `finetune.steps`.
 
     Raises:
         RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
@@ -21,7 +29,7 @@ def load_recipe(path: str | Path) -> Recipe:
     settings = read_settings(path)
     if "grids" in settings:
         raise RecipeError(f"{path} holds many recipes: grafting sweep {path}")
-    return parse_recipe(settings, source=str(path))
+    return parse_recipe(changed(settings, dict(changes or {})), source=str(path))
 
 
 def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
@@ -87,6 +95,30 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
     return base | changes | nested
+
+
+def changed(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """Settings with changes: whole keys merge as a recipe does with its base, dotted paths change what they name.
+
+    Raises:
+        RecipeError: a path leads to no place of the settings.
+    """
+    whole = {key: value for key, value in changes.items() if "." not in key}
+    result = copy.deepcopy(merge(settings, whole))
+    for path in changes.keys() - whole.keys():
+        *parents, last = path.split(".")
+        place: Any = result
+        try:
+            for key in parents:
+                place = place[_key(place, key)]
+            place[_key(place, last)] = changes[path]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise RecipeError(f"{path}: the settings have no such place") from None
+    return result
+
+
+def _key(place: Any, key: str) -> str | int:
+    return int(key) if isinstance(place, list) else key
 
 
 def _where(location: tuple[int | str, ...]) -> str:

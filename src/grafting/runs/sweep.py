@@ -25,7 +25,7 @@ from ..plan import fault_list
 from ..precision import Precision, settled_run, settled_sections
 from ..report import write_sweep_picture
 from ..words import FINETUNED, ROW_TITLES, swept
-from .file import faults_of, merge, parse_recipe, read_settings
+from .file import Changes, changed, faults_of, parse_recipe, read_settings
 from .identity import row_fingerprint
 from .job import Job, prepare
 from .operator_cache import OperatorStore
@@ -35,7 +35,6 @@ from .run import run
 from .stages import OnStep, training_flops
 
 Label = str | int | float
-Changes = dict[str, Any]
 
 
 class SweepGrid(BaseModel):
@@ -106,7 +105,7 @@ def points(sweep: Sweep) -> list[Point]:
             settings: dict[str, Any] = dict(sweep.settings)
             try:
                 for change in changes:
-                    settings = _changed(settings, change)
+                    settings = changed(settings, change)
                 name = "-".join(map(str, labels.values()))
                 recipe = parse_recipe(settings | {"name": f"{sweep.name}-{name}"}, source=name)
             except RecipeError as error:
@@ -273,26 +272,6 @@ def _combinations(grid: SweepGrid) -> Iterator[tuple[dict[str, Label], list[Chan
     for values in product(*(axis.items() for axis in grid.axes.values())):
         labels = dict(zip(grid.axes, (label for label, _ in values), strict=True))
         yield grid.labels | labels, [grid.changes, *(changes for _, changes in values)]
-
-
-def _changed(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
-    """Settings with changes: whole keys merge as a recipe does with its base, paths change what they name."""
-    whole = {key: value for key, value in changes.items() if "." not in key}
-    changed = json.loads(json.dumps(merge(settings, whole)))
-    for path in changes.keys() - whole.keys():
-        *parents, last = path.split(".")
-        place = changed
-        try:
-            for key in parents:
-                place = place[_key(place, key)]
-            place[_key(place, last)] = changes[path]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise RecipeError(f"{path}: the settings have no such place") from None
-    return changed
-
-
-def _key(place: Any, key: str) -> str | int:
-    return int(key) if isinstance(place, list) else key
 
 
 def _chosen(sweep: Sweep, only: Mapping[str, str], rows: Sequence[str] | None) -> list[Point]:
