@@ -9,8 +9,8 @@ from grafting.card import model_card
 from grafting.checkpoint import load_model, save_delta, save_model
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
-from grafting.portable import Base
 from grafting.surgery import graft
+from grafting.weights.portable import Base
 
 PLAN = Plan(
     edits=(

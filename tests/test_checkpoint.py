@@ -25,8 +25,8 @@ from grafting.files import hash_json, sha256_of
 from grafting.hosts import hosts
 from grafting.operators import operator_configs
 from grafting.plan import Drop, Merge, Plan, Replace
-from grafting.portable import Base
 from grafting.surgery import build_operators, graft
+from grafting.weights.portable import Base, plan_of
 
 HOST = hosts()["dit"]
 PLAN = Plan(
@@ -227,7 +227,7 @@ def test_another_version_of_a_part_is_refused(tmp_path, monkeypatch, operator):
 def test_a_delta_does_not_overwrite_its_base(tmp_path):
     save_model(tmp_path, HOST.tiny(), Plan())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model = load(tmp_path)[0]
+    model = load(tmp_path)
     graft(model, PLAN)
     with pytest.raises(CheckpointError, match="the base is in .*: name another folder"):
         save_delta(tmp_path, model, PLAN, Base(id=str(tmp_path)))
@@ -236,7 +236,7 @@ def test_a_delta_does_not_overwrite_its_base(tmp_path):
 
 def test_what_could_not_be_loaded_is_not_saved(folder):
     before = sorted(folder.iterdir())
-    model = load(folder)[0]
+    model = load(folder)
     with pytest.raises(CheckpointError, match="the model is grafted, and the plan to save with it is empty"):
         save_model(folder, model, Plan())
     model.blocks[1].attn.tracker.host = _Nameless()
@@ -281,10 +281,10 @@ def test_an_unknown_operator_is_refused(folder):
 
 
 def test_load_takes_names_folders_and_runs(folder, tmp_path):
-    assert load("testbed")[1] == Plan()
-    assert load(folder)[1] == PLAN
+    assert plan_of(load("testbed")) == Plan()
+    assert plan_of(load(folder)) == PLAN
     (tmp_path / "manifest.json").write_text("{}")
-    assert load(str(tmp_path))[1] == PLAN
+    assert plan_of(load(str(tmp_path))) == PLAN
     with pytest.raises(CheckpointError, match="no model in nobody/nothing: it does not exist, and the Hub"):
         load("nobody/nothing")
 
@@ -366,14 +366,14 @@ def test_restructured_models_come_back_whole_and_as_deltas(tmp_path, name, edit)
 
 
 def test_a_delta_of_the_testbed_is_small(tmp_path):
-    model, _ = load("testbed")
+    model = load("testbed")
     plan = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-y"),))
     graft(model, plan)
     save_delta(tmp_path / "delta", model, plan, Base(id="testbed"))
     save_model(tmp_path / "full", model, plan)
     sizes = [(tmp_path / a / b).stat().st_size for a, b in (("delta", DELTA_NAME), ("full", WEIGHTS_NAME))]
     assert sizes[0] < 0.1 * sizes[1]
-    assert torch.equal(load(tmp_path / "delta")[0].x_embedder.proj.weight, model.x_embedder.proj.weight)
+    assert torch.equal(load(tmp_path / "delta").x_embedder.proj.weight, model.x_embedder.proj.weight)
 
 
 def test_a_delta_in_bfloat16_comes_back_exactly(tmp_path, base):

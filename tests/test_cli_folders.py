@@ -10,8 +10,8 @@ from grafting import cli, hub
 from grafting.checkpoint import load, save_delta, save_model
 from grafting.hosts import hosts
 from grafting.plan import Plan, Replace
-from grafting.portable import Base, plan_of
 from grafting.surgery import graft
+from grafting.weights.portable import Base, plan_of
 
 PLAN = Plan(edits=(Replace(role="attention", blocks=[1], operator="hyena-x"),))
 

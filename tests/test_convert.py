@@ -16,7 +16,7 @@ from grafting.convert import LAYOUTS, PublishedFacts, convert_weights
 from grafting.data import bundled
 from grafting.errors import CheckpointError
 from grafting.plan import Plan
-from grafting.portable import Base, plan_of
+from grafting.weights.portable import Base, plan_of
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}

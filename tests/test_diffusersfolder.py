@@ -15,8 +15,8 @@ from grafting.diffusersfolder import export_diffusers, original_embeddings, to_d
 from grafting.errors import CheckpointError, HostError
 from grafting.models import DiT
 from grafting.plan import Plan, Replace
-from grafting.portable import plan_of
 from grafting.surgery import graft
+from grafting.weights.portable import plan_of
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}

@@ -13,7 +13,7 @@ ROOT = Path(grafting.__file__).parent
 
 # from the ground up; a line of the design's drawing that is several of these is named at its side
 LAYERS = (
-    {"errors", "huberrors", "words"},  # L0
+    {"errors", "huberrors", "words", "portable"},  # L0
     {"parallel"},
     {"precision"},
     {"contract", "devices", "files", "interruption", "randomness"},
@@ -25,7 +25,7 @@ LAYERS = (
     {"plan", "noising", "guard", "sharding", "average"},  # L2
     {"placed", "trainee"},  # L3
     {"surgery"},
-    {"portable", "card"},
+    {"weights", "card"},
     {"activations", "checkpoint"},
     {"diffusersfolder"},
     {"autoencoder", "convert", "hub"},

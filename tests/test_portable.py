@@ -18,8 +18,8 @@ from grafting.checkpoint import INDEX_NAME, WEIGHTS_NAME, load, save_model
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
 from grafting.plan import Plan, Replace
-from grafting.portable import Base, grafted_class, plan_of, with_plan
 from grafting.surgery import graft
+from grafting.weights.portable import Base, grafted_class, plan_of, with_plan
 
 PIXART = hosts()["pixart"]
 PLAN = Plan(
@@ -58,7 +58,7 @@ def test_a_pipeline_saves_its_grafted_model_and_another_process_loads_it(model, 
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import grafting.portable, tinypipeline
+import grafting, tinypipeline
 from diffusers import PixArtSigmaPipeline
 from safetensors.torch import save_file
 pipeline = PixArtSigmaPipeline.from_pretrained({str(tmp_path / "pipeline")!r})

@@ -9,6 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+# diffusers takes a pipeline's classes of modules that were imported alone
+from . import portable as portable
+
 
 def _homes() -> dict[str, str]:
     """The module of every public name, as the stub says."""

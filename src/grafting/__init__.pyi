@@ -98,9 +98,6 @@ from .plan import Drop as Drop
 from .plan import Merge as Merge
 from .plan import Plan as Plan
 from .plan import Replace as Replace
-from .portable import Base as Base
-from .portable import plan_of as plan_of
-from .portable import with_plan as with_plan
 from .report import write_grid as write_grid
 from .report import write_report as write_report
 from .report import write_sweep_picture as write_sweep_picture
@@ -123,3 +120,6 @@ from .surgery import build_operators as build_operators
 from .surgery import graft as graft
 from .surgery import grafted as grafted
 from .surgery import place as place
+from .weights.portable import Base as Base
+from .weights.portable import plan_of as plan_of
+from .weights.portable import with_plan as with_plan

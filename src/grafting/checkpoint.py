@@ -28,8 +28,8 @@ from .files import atomic_path, hash_json, pickle_fault, sha256_of, write_json
 from .hosts import host_of, hosts
 from .huberrors import HUB_ERRORS
 from .plan import Plan
-from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .surgery import Operators, holds_operators
+from .weights.portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

@@ -22,8 +22,8 @@ from .errors import CheckpointError, PlanError
 from .files import sha256_of
 from .models.dit import DIT_PRESETS, DiT
 from .plan import Plan, Replace
-from .portable import Base
 from .surgery import build_operators, place
+from .weights.portable import Base
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -18,8 +18,8 @@ from .hosts import host_of
 from .metrics.cost import ModelCost, SiteCost, changes, model_cost
 from .metrics.latency import peak_memory, time_forward
 from .plan import Drop, Merge, Plan, fault_list
-from .portable import Record
 from .surgery import build_operators, grafted, holds_operators, leaving_no_hook, resolve
+from .weights.portable import Record
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, load_strictly, re
 from .errors import CheckpointError
 from .files import write_json
 from .models.dit import DiT, sincos_2d
-from .portable import settings_of
+from .weights.portable import settings_of
 
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
 

@@ -97,8 +97,8 @@ def sample(
     from ..drawing import Drawing, describe_model, settled_as_drawn
     from ..hosts import host_of
     from ..parallel import is_main
-    from ..portable import settings_of
     from ..sampling import SamplingConfig, check_sampling
+    from ..weights.portable import settings_of
 
     settings = {
         "sampler": sampler,

@@ -42,7 +42,7 @@ def convert(
     from ..convert import PublishedFacts, convert_weights, read_published
     from ..diffusersfolder import export_diffusers
     from ..files import check_is_new
-    from ..portable import Base
+    from ..weights.portable import Base
 
     check_is_new(folder)
     made_from = None if base is None else Base(id=base, licence=licence)

@@ -44,6 +44,11 @@ class Shard(StoredFile):
 
     count: PositiveInt
 
+    @model_serializer(mode="wrap")
+    def _in_order(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """As indexes have always been written, so that the same folder is the same bytes."""
+        return {"file": self.file, "count": self.count, **to_dict(self)}
+
 
 class ItemNames(BaseModel):
     """The file that names the items, one a line, in their order."""

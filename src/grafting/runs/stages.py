@@ -25,13 +25,13 @@ from ..metrics.cost import count_parameters, role_flops
 from ..parallel import barrier, broadcast, is_main, rank, world_size
 from ..placed import Operators
 from ..plan import Choice, Merge, operators_of
-from ..portable import Base
 from ..report import write_report
 from ..runfolder import RunFolder, read_log
 from ..runfolder import Stage as OpenStage
 from ..samples import open_samples, origin_of
 from ..surgery import build_operators, paths_after, place
 from ..throughput import Work, device_at, measured
+from ..weights.portable import Base
 from ..words import RowName
 from . import identity
 from .job import Job
