@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from grafting.checkpoint import load_model
 from grafting.data.bundled import testbed_model_folder
+from grafting.editing.plan import Merge, Plan
+from grafting.editing.surgery import MergedBlocks, graft
 from grafting.hosts import host_of
 from grafting.models.dit import DiT
-from grafting.plan import Merge, Plan
-from grafting.surgery import MergedBlocks, graft
+from grafting.weights.folder import load_model
 
 GOAL = 0.75
 

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from grafting.data.images import ImageSet
-from grafting.distillation import DistillConfig, distill
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators
 from grafting.models.dit import DiT
-from grafting.plan import Plan, Replace
-from grafting.surgery import build_operators
+from grafting.training.distillation import DistillConfig, distill
 
 TIME_GOAL, MEMORY_GOAL = 1.5, 1.3
 BATCH_SIZE = 32

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from grafting.calibration import CalibrateConfig, calibrate
 from grafting.data.bundled import bundled_subset, testbed_model_folder
-from grafting.distillation import DistillConfig, distill
-from grafting.files import write_json
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators
+from grafting.machine.files import write_json
 from grafting.models.dit import DiT
-from grafting.plan import Plan, Replace
-from grafting.surgery import build_operators
+from grafting.training.calibration import CalibrateConfig, calibrate
+from grafting.training.distillation import DistillConfig, distill
 
 ATTENTION: tuple[dict[str, Any], ...] = (
     {"name": "hyena-se"},

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from grafting.data.latents import LatentsConfig, LatentSet, write_latents
-from grafting.data.loader import Loader
-from grafting.randomness import batch_indices
+from grafting.machine.randomness import batch_indices
+from grafting.training.loader import Loader
 
 GOAL = 20_000
 IMAGENET_SHARDS = 626

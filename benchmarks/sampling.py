@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from grafting.checkpoint import load
-from grafting.decoding import Decoder
-from grafting.drawing import Drawing, describe_model
-from grafting.files import sha256_of
 from grafting.hosts import host_of
-from grafting.samples import open_samples, origin_of, write_samples
-from grafting.sampling import SamplingConfig
+from grafting.latents.decoding import Decoder
+from grafting.machine.files import sha256_of
+from grafting.sampling.chain import SamplingConfig
+from grafting.sampling.files import open_samples, origin_of, write_samples
+from grafting.sampling.shards import Drawing, describe_model
+from grafting.weights.folder import load
 
 SPEEDUP_GOAL = 1.6
 MEMORY_GOAL_MB = 100.0

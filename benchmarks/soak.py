@@ -46,9 +46,9 @@ from grafting.cli import app
 from grafting.contract import Step
 from grafting.data.bundled import bundled_subset
 from grafting.errors import GraftingError
-from grafting.files import hash_json, sha256_of
-from grafting.interruption import Interrupted, catching_signals
-from grafting.parallel import is_main
+from grafting.machine.files import hash_json, sha256_of
+from grafting.machine.processes import is_main
+from grafting.machine.signals import Interrupted, catching_signals
 from grafting.runfolder import read_log
 from grafting.runs.file import merge
 from grafting.runs.recipe import Recipe

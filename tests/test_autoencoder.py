@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from closeness import assert_close
-from grafting.autoencoder import load_autoencoder
 from grafting.errors import CheckpointError
+from grafting.latents.autoencoder import load_autoencoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from grafting import cli
-from grafting.checkpoint import save_model
 from grafting.data.latents import write_latents
-from grafting.files import sha256_of
+from grafting.editing.plan import Plan
+from grafting.editing.surgery import graft
+from grafting.machine.files import sha256_of
 from grafting.models.dit import DiT
-from grafting.plan import Plan
 from grafting.runfolder import RunFolder
-from grafting.surgery import graft
+from grafting.weights.folder import save_model
 
 CONFIG = {
     "input_size": 32, "patch_size": 8, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10,

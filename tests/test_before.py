@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import grafting
 from closeness import assert_close
 from grafting.cli import app
-from grafting.precision import settled_run
+from grafting.machine.precision import settled_run
 
 BEFORE = Path(__file__).parent / "golden" / "before"
 OUTPUTS = load_file(BEFORE / "outputs.safetensors")

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from closeness import assert_close
-from grafting.activations import shuffled, visiting
-from grafting.calibration import CalibrateConfig, _OutputFit, calibrate
 from grafting.data import bundled
 from grafting.diffusion import Diffusion
-from grafting.distillation import DistillConfig, distill
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators
 from grafting.hosts import hosts
 from grafting.models.dit import DiT
-from grafting.plan import Plan, Replace
-from grafting.surgery import build_operators
+from grafting.training.activations import shuffled, visiting
+from grafting.training.calibration import CalibrateConfig, _OutputFit, calibrate
+from grafting.training.distillation import DistillConfig, distill
 from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]

@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 
-from grafting.card import model_card
-from grafting.checkpoint import load_model, save_delta, save_model
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.weights.card import model_card
+from grafting.weights.folder import load_model, save_delta, save_model
 from grafting.weights.portable import Base
 
 PLAN = Plan(

@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grafting.checkpoint import (
+from grafting.contract import OperatorConfig
+from grafting.editing.plan import Drop, Merge, Plan, Replace
+from grafting.editing.surgery import build_operators, graft
+from grafting.errors import CheckpointError, HostError, RunError
+from grafting.hosts import hosts
+from grafting.machine.files import hash_json, sha256_of
+from grafting.operators import operator_configs
+from grafting.weights.folder import (
     CONFIG_NAME,
     DELTA_NAME,
     INDEX_NAME,
@@ -19,13 +26,6 @@ from grafting.checkpoint import (
     save_model,
     save_operators,
 )
-from grafting.contract import OperatorConfig
-from grafting.errors import CheckpointError, HostError, RunError
-from grafting.files import hash_json, sha256_of
-from grafting.hosts import hosts
-from grafting.operators import operator_configs
-from grafting.plan import Drop, Merge, Plan, Replace
-from grafting.surgery import build_operators, graft
 from grafting.weights.portable import Base, plan_of
 
 HOST = hosts()["dit"]
@@ -193,7 +193,7 @@ def test_failed_write_leaves_what_was_there(folder, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grafting.checkpoint.save_file", disk_full)
+    monkeypatch.setattr("grafting.weights.folder.save_file", disk_full)
     with pytest.raises(RunError, match="No space left on device"):
         save_operators(folder / WEIGHTS_NAME, build_operators(HOST.tiny(), PLAN))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -13,7 +13,7 @@ import imagefiles
 import publishedlatents
 from grafting.cli import app
 from grafting.data.latents import LatentsConfig, read_index
-from grafting.files import sha256_of
+from grafting.machine.files import sha256_of
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grafting import cli, hub
-from grafting.checkpoint import load, save_delta, save_model
+from grafting import cli
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.weights import hub
+from grafting.weights.folder import load, save_delta, save_model
 from grafting.weights.portable import Base, plan_of
 
 PLAN = Plan(edits=(Replace(role="attention", blocks=[1], operator="hyena-x"),))

@@ -14,19 +14,19 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from grafting import cli
-from grafting.autoencoder import load_autoencoder
-from grafting.checkpoint import save_model
 from grafting.data.latents import write_latents
+from grafting.editing.plan import Plan
 from grafting.errors import ProtocolError
 from grafting.functional.pixels import to_uint8
 from grafting.hosts import hosts
+from grafting.latents.autoencoder import load_autoencoder
 from grafting.models.dit import DiT
-from grafting.plan import Plan
 from grafting.runs.job import prepare
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
-from grafting.samples import open_samples, origin_of, read_samples
-from grafting.sampling import SamplingConfig, sample
+from grafting.sampling.chain import SamplingConfig, sample
+from grafting.sampling.files import open_samples, origin_of, read_samples
+from grafting.weights.folder import save_model
 from imagefiles import write_vae
 from processes import run_in_processes
 

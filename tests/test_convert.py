@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import published
 from closeness import assert_close
-from grafting.checkpoint import load
-from grafting.convert import LAYOUTS, PublishedFacts, convert_weights
 from grafting.data import bundled
+from grafting.editing.plan import Plan
 from grafting.errors import CheckpointError
-from grafting.plan import Plan
+from grafting.weights.folder import load
 from grafting.weights.portable import Base, plan_of
+from grafting.weights.published import LAYOUTS, PublishedFacts, convert_weights
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}

@@ -8,15 +8,15 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from grafting.checkpoint import load_model, save_model
 from grafting.cli import app
 from grafting.contract import Grid
-from grafting.costing import measure_plan, plan_cost
+from grafting.cost.plan import measure_plan, plan_cost
+from grafting.editing.plan import Plan
+from grafting.editing.surgery import graft
 from grafting.errors import PlanError
 from grafting.hosts import hosts
 from grafting.models.dit import DiT
-from grafting.plan import Plan
-from grafting.surgery import graft
+from grafting.weights.folder import load_model, save_model
 
 RECIPE = {
     "name": "tiny",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from grafting.decoding import Decoder, VaeConfig, load_decoder
 from grafting.errors import CheckpointError, GraftingError, ProtocolError
+from grafting.latents.decoding import Decoder, VaeConfig, load_decoder
 from imagefiles import write_vae
 
 SHAPE = (2, 8, 8)  # of a latent; `write_vae` makes 16x16 pixels of it

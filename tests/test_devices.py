@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from closeness import assert_close
-from grafting.devices import mixed_precision
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.machine.devices import mixed_precision
 
 CPU = torch.device("cpu")
 

@@ -9,14 +9,14 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from closeness import assert_close
-from grafting.checkpoint import load
-from grafting.convert import convert_weights
-from grafting.diffusersfolder import export_diffusers, original_embeddings, to_diffusers
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, HostError
 from grafting.models import DiT
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.weights.diffusers import export_diffusers, original_embeddings, to_diffusers
+from grafting.weights.folder import load
 from grafting.weights.portable import plan_of
+from grafting.weights.published import convert_weights
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from closeness import assert_close
-from grafting.distillation import DistillConfig, distill
+from grafting.editing.plan import Drop, Merge, Plan, Replace
+from grafting.editing.surgery import build_operators
 from grafting.errors import CheckpointError, TrainingError
 from grafting.functional.losses import regression_loss
 from grafting.hosts import hosts
-from grafting.plan import Drop, Merge, Plan, Replace
-from grafting.surgery import build_operators
+from grafting.training.distillation import DistillConfig, distill
 from plainprocess import in_a_plain_process
 from toydata import denoiser, noise_images
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grafting
-from grafting import doctor
+from grafting.cli import doctor
 from grafting.errors import DataError
 
 

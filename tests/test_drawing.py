@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from grafting import drawing as drawing_module
-from grafting import parallel
-from grafting.checkpoint import load
-from grafting.decoding import Decoder
-from grafting.drawing import Drawing, describe_model
 from grafting.errors import DataError, FaultWarning, RunError
 from grafting.hosts import hosts
-from grafting.samples import open_samples, read_samples
-from grafting.sampling import SamplingConfig
+from grafting.latents.decoding import Decoder
+from grafting.machine import processes as parallel
+from grafting.sampling.chain import SamplingConfig
+from grafting.sampling.chain import shards as drawing_module
+from grafting.sampling.files import open_samples, read_samples
+from grafting.sampling.shards import Drawing, describe_model
+from grafting.weights.folder import load
 from processes import run_in_processes
 from toydata import denoiser
 

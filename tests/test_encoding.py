@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 import imagefiles
 from closeness import assert_close
-from grafting.autoencoder import Autoencoder, load_autoencoder
 from grafting.data import latentfolder
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names
 from grafting.data.sources import ImageStream, centre_crop, decode, image_folder
-from grafting.encoding import EncodingConfig, encode, forecast
 from grafting.errors import DataError, ResumeWarning, RunError
-from grafting.files import sha256_of
+from grafting.latents.autoencoder import Autoencoder, load_autoencoder
+from grafting.latents.encoding import EncodingConfig, encode, forecast
+from grafting.machine.files import sha256_of
 
 # 12 images in shards of 5, 5 and 2, in batches of 2, 2, 1
 CONFIG = EncodingConfig(size=16, shard_size=5, batch_size=2, max_unreadable=0)

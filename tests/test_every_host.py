@@ -12,7 +12,7 @@ from grafting.cli import app
 from grafting.data import Prompt, Prompts, write_prompts
 from grafting.data.latents import write_latents
 from grafting.hosts import hosts
-from grafting.samples import read_samples
+from grafting.sampling.files import read_samples
 
 # tiny models of 3 channels, whose samples are pictures without an autoencoder; what a prompt is; the shape of one input
 HOSTS = {

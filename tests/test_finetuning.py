@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from grafting.data.latents import LatentsConfig, write_latents
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.errors import DataError, TrainingError
-from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.training.finetuning import FinetuneConfig, finetune
 from plainprocess import in_a_plain_process
 from toydata import denoiser, noise_images
 

@@ -11,14 +11,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from closeness import assert_close
 from grafting.contract import Conditions, NoiseProcess
 from grafting.diffusion import Diffusion, FlowMatching
-from grafting.distillation import DistillConfig, distill
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators, place
 from grafting.errors import ProtocolError
-from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.randomness import generator
-from grafting.sampling import SamplingConfig, check_sampling, sample
-from grafting.surgery import build_operators, place
+from grafting.machine.randomness import generator
+from grafting.sampling.chain import SamplingConfig, check_sampling, sample
+from grafting.training.distillation import DistillConfig, distill
+from grafting.training.finetuning import FinetuneConfig, finetune
 from toydata import denoiser
 
 X, NOISE = torch.randn(2, 6, 4, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()

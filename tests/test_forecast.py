@@ -93,10 +93,10 @@ def test_what_is_not_trained_has_no_moments():
 
 def test_counted_activations_are_those_of_a_real_pass():
     """What torch keeps for the backward pass of the grafted model, with real tensors, for one image more."""
+    from grafting.editing.surgery import build_operators, grafted
     from grafting.hosts import host_of
     from grafting.runs.forecast import _saved_an_image
     from grafting.runs.job import skeleton
-    from grafting.surgery import build_operators, grafted
 
     recipe = tiny()
     model = skeleton(recipe.source).to_empty(device="cpu")

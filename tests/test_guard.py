@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from grafting.activations import shuffled
-from grafting.distillation import DistillConfig, distill
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators
 from grafting.errors import TrainingError
-from grafting.finetuning import FinetuneConfig, finetune
-from grafting.guard import Guard, GuardConfig
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import build_operators
+from grafting.training.activations import shuffled
+from grafting.training.distillation import DistillConfig, distill
+from grafting.training.finetuning import FinetuneConfig, finetune
+from grafting.training.guard import Guard, GuardConfig
 from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]

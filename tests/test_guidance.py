@@ -5,8 +5,8 @@ import torch
 
 from closeness import assert_close
 from grafting.errors import ProtocolError
-from grafting.guidance import Guidance
-from grafting.sampling import SamplingConfig, check_sampling, sample
+from grafting.sampling.chain import SamplingConfig, check_sampling, sample
+from grafting.sampling.guidance import Guidance
 from toydata import denoiser
 
 COND, NULL = torch.randn(2, 3, 6, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()

@@ -6,12 +6,12 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
-from grafting.checkpoint import WEIGHTS_NAME, save_model
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, RunError
 from grafting.hosts import hosts
-from grafting.hub import push_to_hub
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.weights.folder import WEIGHTS_NAME, save_model
+from grafting.weights.hub import push_to_hub
 
 PLAN = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-x"),))
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from grafting.noising import draw_noised
-from grafting.randomness import generator
+from grafting.machine.randomness import generator
+from grafting.training.batches import draw_noised
 from toydata import denoiser, noise_images
 
 CPU = torch.device("cpu")

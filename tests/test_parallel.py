@@ -11,17 +11,17 @@ import torch
 import yaml
 
 from closeness import assert_close
-from grafting import parallel
-from grafting.checkpoint import load_tensors
-from grafting.distillation import DistillConfig, distill
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators
 from grafting.errors import CheckpointError, RunError, TrainingError
-from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
+from grafting.machine import processes as parallel
+from grafting.machine.sharding import read_tensors
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
-from grafting.sharding import read_tensors
-from grafting.surgery import build_operators
+from grafting.training.distillation import DistillConfig, distill
+from grafting.training.finetuning import FinetuneConfig, finetune
+from grafting.weights.folder import load_tensors
 from processes import run_in_processes
 from toydata import denoiser, noise_images
 

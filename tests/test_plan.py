@@ -9,9 +9,9 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from grafting.contract import BlockCall, Grid, Site
+from grafting.editing.plan import Drop, Merge, Plan, Replace, merged_pairs, operators_of, resolve_blocks
 from grafting.errors import PlanError
 from grafting.operators import PRESETS, operator_configs
-from grafting.plan import Drop, Merge, Plan, Replace, merged_pairs, operators_of, resolve_blocks
 
 
 def sites(num_blocks: int) -> list[Site]:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 import grafting.portable
 import tinypipeline
 from closeness import assert_close
-from grafting.checkpoint import INDEX_NAME, WEIGHTS_NAME, load, save_model
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import graft
+from grafting.weights.folder import INDEX_NAME, WEIGHTS_NAME, load, save_model
 from grafting.weights.portable import Base, grafted_class, plan_of, with_plan
 
 PIXART = hosts()["pixart"]

@@ -11,20 +11,25 @@ import yaml
 from typer.testing import CliRunner
 
 import tinyrecipe
-from grafting import cli, precision
-from grafting.calibration import CalibrateConfig
-from grafting.checkpoint import save_model
-from grafting.devices import mixed_precision
-from grafting.distillation import DistillConfig, distill
-from grafting.drawing import settled_as_drawn
-from grafting.encoding import EncodingConfig
+from grafting import cli
+from grafting.cost.speed import DEVICES
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators
 from grafting.errors import FaultWarning, ResumeWarning, RunError
-from grafting.files import hash_json
-from grafting.finetuning import FinetuneConfig, finetune
 from grafting.hosts import hosts
-from grafting.parallel import is_main
-from grafting.plan import Plan, Replace
-from grafting.precision import VARIABLE, Precision, bf16_speedup, resolve_precision, settled, settled_run
+from grafting.latents.encoding import EncodingConfig
+from grafting.machine import precision
+from grafting.machine.devices import mixed_precision
+from grafting.machine.files import hash_json
+from grafting.machine.precision import (
+    VARIABLE,
+    Precision,
+    bf16_speedup,
+    resolve_precision,
+    settled,
+    settled_run,
+)
+from grafting.machine.processes import is_main
 from grafting.runs.file import load_recipe
 from grafting.runs.forecast import forecast
 from grafting.runs.identity import essence
@@ -32,10 +37,13 @@ from grafting.runs.job import prepare
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 from grafting.runs.sweep import load_sweep, measure, points, read_table
-from grafting.samples import origin_of
-from grafting.sampling import SamplingConfig, sample
-from grafting.surgery import build_operators
-from grafting.throughput import DEVICES
+from grafting.sampling.chain import SamplingConfig, sample
+from grafting.sampling.files import origin_of
+from grafting.sampling.shards import settled_as_drawn
+from grafting.training.calibration import CalibrateConfig
+from grafting.training.distillation import DistillConfig, distill
+from grafting.training.finetuning import FinetuneConfig, finetune
+from grafting.weights.folder import save_model
 from processes import run_in_processes
 from toydata import denoiser, noise_images
 

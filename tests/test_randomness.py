@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grafting.randomness import _mixed, batch_indices, generator, item_noise, sample_noise, seeded
+from grafting.machine.randomness import _mixed, batch_indices, generator, item_noise, sample_noise, seeded
 
 
 def draw(*entropy: int) -> torch.Tensor:

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 import tinyrecipe
-from grafting.checkpoint import load_tensors, save_model
 from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.subset import write_subset
+from grafting.editing.plan import Plan
+from grafting.editing.surgery import build_operators
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
-from grafting.plan import Plan
 from grafting.report import write_report
 from grafting.runfolder import stale_stages
 from grafting.runs.file import load_recipe
@@ -25,7 +25,7 @@ from grafting.runs.operator_cache import OperatorStore
 from grafting.runs.recipe import FreshModel, Recipe
 from grafting.runs.run import run
 from grafting.runs.stages import training_flops
-from grafting.surgery import build_operators
+from grafting.weights.folder import load_tensors, save_model
 
 ROOT = Path(__file__).parents[1]
 TINY = tinyrecipe.TINY | {
@@ -253,7 +253,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("grafting.files.os.replace", refuse)
+    monkeypatch.setattr("grafting.machine.files.os.replace", refuse)
     with pytest.raises(RunError, match="cannot write .*Read-only file system"):
         run(_recipe(), tmp_path / "run")
 

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from torch import nn
 
-from grafting.costing import PlanCost, plan_cost
+from grafting.cost.plan import PlanCost, plan_cost
+from grafting.editing.surgery import resolve
 from grafting.runs.file import load_recipe
 from grafting.runs.job import skeleton
 from grafting.runs.recipe import FreshModel, Recipe
 from grafting.runs.sweep import load_sweep, points
-from grafting.surgery import resolve
 
 ROOT = Path(__file__).parents[1] / "recipes"
 FILES = sorted(path for path in ROOT.rglob("*.yaml") if path.name != "base.yaml")

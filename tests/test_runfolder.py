@@ -14,8 +14,8 @@ import torch
 
 from grafting.contract import Step
 from grafting.errors import CheckpointError, FaultWarning, ResumeWarning, RunError
-from grafting.files import sha256_of
-from grafting.interruption import Interrupted, catching_signals
+from grafting.machine.files import sha256_of
+from grafting.machine.signals import Interrupted, catching_signals
 from grafting.runfolder import RunFolder, read_log
 
 

@@ -17,18 +17,18 @@ import torch
 
 import grafting
 import tinyrecipe
-from grafting.checkpoint import load_model, read_pickle
-from grafting.convert import read_file
 from grafting.data.published import open_published
 from grafting.data.tars import members
 from grafting.errors import GraftingError
-from grafting.files import atomic_folder
+from grafting.machine.files import atomic_folder
 from grafting.metrics.inception import load_inception
 from grafting.runfolder import STATE_NAME, _read_state
 from grafting.runs.file import load_recipe
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
-from grafting.samples import read_samples
+from grafting.sampling.files import read_samples
+from grafting.weights.folder import load_model, read_pickle
+from grafting.weights.published import read_file
 
 SOURCE = Path(grafting.__file__).parent
 TINY = tinyrecipe.TINY | {
@@ -115,7 +115,7 @@ def test_the_one_unpickler_names_what_it_allows():
         if isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases)
     ]
     assert made == [("sharding.py", "_IndexReader")]
-    from grafting.sharding import _IndexReader
+    from grafting.machine.sharding import _IndexReader
 
     for harmful in (os.system, eval, exec, getattr):
         content = io.BytesIO(pickle.dumps(harmful))
@@ -274,7 +274,7 @@ def test_a_revision_of_the_hub_is_kept_as_its_commit(tmp_path: Path, monkeypatch
     """A branch may move; what is written down is what it stood for."""
     from diffusers import AutoencoderKL
 
-    from grafting.autoencoder import load_autoencoder
+    from grafting.latents.autoencoder import load_autoencoder
 
     commit = "f4bb6b8e5d0c1a2b3c4d5e6f708192a3b4c5d6e7"
     snapshot = tmp_path / "snapshots" / commit
@@ -285,7 +285,7 @@ def test_a_revision_of_the_hub_is_kept_as_its_commit(tmp_path: Path, monkeypatch
         asked.update(name=name, revision=revision)
         return str(snapshot)
 
-    monkeypatch.setattr("grafting.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("grafting.weights.folder.snapshot_download", download)
     vae = load_autoencoder("stabilityai/sd-vae-ft-ema", revision="main")
     assert asked == {"name": "stabilityai/sd-vae-ft-ema", "revision": "main"}
     assert vae.revision == commit

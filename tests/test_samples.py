@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from grafting.errors import CheckpointError, DataError, ProtocolError
-from grafting.samples import open_samples, origin_of, read_samples, write_samples
-from grafting.sampling import SamplingConfig
+from grafting.sampling.chain import SamplingConfig
+from grafting.sampling.files import open_samples, origin_of, read_samples, write_samples
 
 SHAPE = (3, 4, 6)
 ORIGIN = origin_of(SamplingConfig(steps=5), vae={"name": "toy", "sha256": "00"})

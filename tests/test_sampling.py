@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from closeness import assert_close
-from grafting import sampling
 from grafting.diffusion import BETA_END, BETA_START, NUM_STEPS
 from grafting.errors import GraftingError
+from grafting.machine.randomness import sample_noise
 from grafting.models.dit import DiT
-from grafting.randomness import sample_noise
 from grafting.samplers import retained_steps
-from grafting.sampling import SamplingConfig, check_sampling, labels_of, sample
+from grafting.sampling.chain import SamplingConfig, check_sampling, labels_of, sample
+from grafting.sampling.chain import chain as sampling
 from toydata import denoiser
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
@@ -317,7 +317,7 @@ from dataclasses import replace
 
 import torch
 from grafting.hosts import hosts
-from grafting.sampling import SamplingConfig, sample
+from grafting.sampling.chain import SamplingConfig, sample
 
 host = hosts()["dit"]
 model = host.tiny().train()

@@ -15,8 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from grafting import cli, words
-from grafting.card import model_card
-from grafting.display import metrics_table
+from grafting.cli.display import metrics_table
 from grafting.errors import RecipeError
 from grafting.evaluation import (
     SUITES,
@@ -32,13 +31,14 @@ from grafting.evaluation import (
     ratio,
 )
 from grafting.evaluation.protocol import Data
-from grafting.files import hash_json
+from grafting.machine.files import hash_json
 from grafting.report import write_report, write_sweep_picture
 from grafting.runs.identity import row_fingerprint
 from grafting.runs.job import prepare
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 from grafting.runs.sweep import Sweep, points
+from grafting.weights.card import model_card
 from tinyrecipe import TINY
 
 

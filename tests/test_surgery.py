@@ -11,23 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from closeness import assert_close
-from grafting.checkpoint import save_model
 from grafting.contract import BlockCall, Grid, Kernel, Site
+from grafting.editing.placed import KernelAttention, MergedBlocks, MixerAdapter, Passage
+from grafting.editing.plan import Drop, Merge, Plan, Replace
+from grafting.editing.surgery import build_operators, graft, grafted, paths_after, place, resolve
 from grafting.errors import HostError, PlanError
 from grafting.hosts import Call, LayoutTracker, hosts
 from grafting.hosts._host import Branches
 from grafting.models.dit import DiT
 from grafting.operators.softmax import Softmax, SoftmaxConfig
-from grafting.placed import KernelAttention, MergedBlocks, MixerAdapter, Passage
-from grafting.plan import Drop, Merge, Plan, Replace
-from grafting.surgery import (
-    build_operators,
-    graft,
-    grafted,
-    paths_after,
-    place,
-    resolve,
-)
+from grafting.weights.folder import save_model
 
 HOST = hosts()["dit"]
 SITE = Site(role="attention", block=0, path="attn", dim=4, grid=Grid(1, 3), num_heads=1)
@@ -358,7 +351,7 @@ _LOAD = """
 import sys
 from pathlib import Path
 import torch
-from grafting.checkpoint import load_model
+from grafting.weights.folder import load_model
 from safetensors.torch import load_file, save_file
 
 model, plan = load_model(Path(sys.argv[1]))

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from grafting import cli
 from grafting.contract import Step
+from grafting.cost.speed import DEVICES, Work, device_called, measured
 from grafting.errors import MissingBackend, RunError
 from grafting.runs.trackers import check_trackers, run_id_of, tracking
-from grafting.throughput import DEVICES, Work, device_called, measured
 
 SETTINGS = {"name": "small", "finetune": {"lr": 1e-4}}
 

@@ -15,9 +15,9 @@ import yaml
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
-from grafting.checkpoint import CONFIG_NAME, WEIGHTS_NAME, save_tensors
-from grafting.files import sha256_of, write_bytes
+from grafting.machine.files import sha256_of, write_bytes
 from grafting.report import write_grid
+from grafting.weights.folder import CONFIG_NAME, WEIGHTS_NAME, save_tensors
 
 NUM_CURVE_POINTS = 20
 

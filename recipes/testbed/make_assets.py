@@ -24,13 +24,13 @@ from grafting.data.bundled import CLASSIFIER_NAME, REFERENCE_NAME
 from grafting.data.images import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, read_fashion_mnist
 from grafting.data.subset import Subset, stratified_subset, write_subset
 from grafting.evaluation import Reference
-from grafting.files import atomic_path, sha256_of, write_bytes, write_json
+from grafting.machine.files import atomic_path, sha256_of, write_bytes, write_json
+from grafting.machine.randomness import batch_indices, generator
 from grafting.metrics.features import ModuleNetwork, extract
 from grafting.metrics.frechet import FeatureStatistics, frechet_distance
 from grafting.metrics.kid import kernel_distance
 from grafting.metrics.manifold import density_coverage, precision_recall
 from grafting.models.classifier import Classifier, load_classifier, save_classifier
-from grafting.randomness import batch_indices, generator
 
 SEED = 0
 EPOCHS = 18

@@ -29,7 +29,7 @@ import torch
 
 from .contract import FolderState, Step
 from .errors import CheckpointError, FaultWarning, ResumeWarning, RunError
-from .files import (
+from .machine.files import (
     atomic_folder,
     disk_errors,
     folder_faults,
@@ -40,7 +40,7 @@ from .files import (
     write_bytes,
     write_json,
 )
-from .interruption import Interrupted, caught_signal, deferred
+from .machine.signals import Interrupted, caught_signal, deferred
 
 FORMAT = 1
 STATE_NAME = "state.pt"

@@ -12,10 +12,10 @@ from grafting.analysis import Locality, SiteLocality, noised_locality, watching_
 from grafting.analysis.locality import _Recording, _result, uniform_share
 from grafting.cli import app
 from grafting.contract import Grid, Site, TokenLayout
+from grafting.editing.plan import Plan
+from grafting.editing.surgery import graft
 from grafting.errors import HostError, PlanError
 from grafting.hosts import hosts
-from grafting.plan import Plan
-from grafting.surgery import graft
 from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]

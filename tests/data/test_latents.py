@@ -13,7 +13,7 @@ from grafting.data.latentfolder import LatentFolder
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names, write_latents
 from grafting.data.subset import Subset, write_subset
 from grafting.errors import DataError
-from grafting.files import hash_json, sha256_of
+from grafting.machine.files import hash_json, sha256_of
 
 LATENTS = torch.randn(11, 4, 2, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])

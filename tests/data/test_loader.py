@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from grafting.data.loader import Loader
 from grafting.errors import DataError
-from grafting.randomness import batch_indices
+from grafting.machine.randomness import batch_indices
+from grafting.training.loader import Loader
 
 
 class Numbers:

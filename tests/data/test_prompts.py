@@ -13,7 +13,7 @@ from grafting.data.latents import LatentsConfig, write_latents
 from grafting.data.promptfolder import Prompt, write_prompts
 from grafting.data.prompts import INDEX_NAME, Prompts, PromptsConfig, check_bound, read_index
 from grafting.errors import DataError, RunError
-from grafting.files import sha256_of
+from grafting.machine.files import sha256_of
 
 TEXT, MASK, SIZE = "encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs.resolution"
 LENGTHS = (5, 3, 7, 1, 7, 2, 4)

@@ -15,7 +15,7 @@ from closeness import assert_close
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names
 from grafting.data.published import ImportConfig, import_published, open_published
 from grafting.errors import DataError, RunError
-from grafting.files import sha256_of
+from grafting.machine.files import sha256_of
 from publishedlatents import LABELS, LATENTS, item, members, saved
 
 CONFIG = ImportConfig(shard_size=3, dtype="fp32")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from closeness import assert_close
-from grafting.checkpoint import load_model, save_model
 from grafting.contract import Grid
+from grafting.editing.plan import Drop, Merge, Plan, Replace
+from grafting.editing.surgery import KernelAttention, graft, resolve
 from grafting.errors import HostError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
-from grafting.plan import Drop, Merge, Plan, Replace
-from grafting.surgery import KernelAttention, graft, resolve
+from grafting.weights.folder import load_model, save_model
 
 HOSTS = hosts()
 NON_SQUARE = Grid(rows=6, cols=4)
@@ -370,8 +370,8 @@ import sys
 import torch
 from grafting.contract import Grid
 from grafting.hosts import hosts
-from grafting.plan import Drop, Merge, Plan, Replace
-from grafting.surgery import graft
+from grafting.editing.plan import Drop, Merge, Plan, Replace
+from grafting.editing.surgery import graft
 
 torch.manual_seed(0)
 host = hosts()[sys.argv[1]]

@@ -5,10 +5,10 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from closeness import assert_close
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import KernelAttention, MixerAdapter, graft
 from grafting.errors import HostError
 from grafting.hosts import hosts
-from grafting.plan import Plan, Replace
-from grafting.surgery import KernelAttention, MixerAdapter, graft
 
 HOST = hosts()["pixart"]
 

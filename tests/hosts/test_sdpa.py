@@ -7,12 +7,12 @@ from diffusers import CogView3PlusTransformer2DModel
 from torch import nn
 
 from grafting.contract import Grid, TokenLayout
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import build_operators, graft, place
 from grafting.errors import HostError, PlanError
 from grafting.hosts import BlockList, LatentTokens, PackedTokens, SdpaHost, SdpaSpec, host_of, hosts
 from grafting.hosts._host import randomise
 from grafting.hosts.flux import FluxHost
-from grafting.plan import Plan, Replace
-from grafting.surgery import build_operators, graft, place
 
 FLUX, WAN = hosts()["flux"], hosts()["wan"]
 GRID = Grid(rows=4, cols=6)

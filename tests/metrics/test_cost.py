@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from grafting.hosts import host_of
-from grafting.metrics.cost import (
+from grafting.cost.count import (
     changes,
     count_parameters,
     dry_run,
@@ -17,10 +16,11 @@ from grafting.metrics.cost import (
     role_flops,
     site_flops,
 )
+from grafting.editing.plan import Plan
+from grafting.editing.surgery import build_operators, grafted, resolve
+from grafting.hosts import host_of
 from grafting.models.dit import DiT
 from grafting.operators import operator_configs
-from grafting.plan import Plan
-from grafting.surgery import build_operators, grafted, resolve
 
 # what their fast forms do on tiles, halos and chunks, beside what they declare
 TILED = {"hybrid", "mamba2", "window-1d", "window-2d"}

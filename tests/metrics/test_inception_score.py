@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torchmetrics.image.inception import InceptionScore
 
+from grafting.machine.randomness import generator
 from grafting.metrics.inception_score import inception_score
-from grafting.randomness import generator
 
 
 @pytest.mark.parametrize("splits", [1, 10])

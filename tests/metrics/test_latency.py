@@ -5,7 +5,7 @@ import time
 import torch
 from torch import nn
 
-from grafting.metrics.latency import peak_memory, time_forward
+from grafting.cost.latency import peak_memory, time_forward
 
 
 class Sleep(nn.Module):

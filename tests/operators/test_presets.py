@@ -4,13 +4,13 @@ import jsonschema
 import pytest
 
 from grafting.contract import Grid, Site
+from grafting.editing.plan import Plan
 from grafting.operators import PRESETS, operator_configs, parse_operator
 from grafting.operators.hyena import HyenaXConfig
 from grafting.operators.mlp import MLPConfig
 from grafting.operators.mlp_hyena import MLPHyenaXConfig
 from grafting.operators.softmax import SoftmaxConfig
 from grafting.operators.window import Window1dConfig
-from grafting.plan import Plan
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..activations import shuffled
 from ..contract import (
     Denoiser,
     Grid,
@@ -26,12 +25,13 @@ from ..contract import (
     TrainingData,
     softmax_attention_flops,
 )
+from ..editing.placed import KernelAttention, Placed
+from ..editing.plan import Plan, Replace
+from ..editing.surgery import build_operators, grafted, leaving_no_hook
 from ..errors import HostError
 from ..hosts import Host, host_of
-from ..placed import KernelAttention, Placed
-from ..plan import Plan, Replace
-from ..randomness import sample_noise
-from ..surgery import build_operators, grafted, leaving_no_hook
+from ..machine.randomness import sample_noise
+from ..training.activations import shuffled
 
 _CHUNK_SCORES = 2**22  # scores held at a time: 16 MiB
 

@@ -17,9 +17,9 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
+from ..cli import data, inspection, measuring, run, samples, weights
 from ..errors import FaultWarning, GraftingError, ResumeWarning
-from ..interruption import Interrupted, catching_signals
-from . import data, inspection, measuring, run, samples, weights
+from ..machine.signals import Interrupted, catching_signals
 from ._shared import err
 
 _RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep", "sample", "data"})

@@ -14,7 +14,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan import Plan
+    from ..editing.plan import Plan
     from ..runs.recipe import Recipe
 
 # lines that go to a file or another program are cut at no terminal's edge
@@ -48,7 +48,7 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     Raises:
         CheckpointError, DataError: there is none, or it is damaged.
     """
-    from ..checkpoint import find_model, load_model
+    from ..weights.folder import find_model, load_model
 
     return load_model(find_model(name))
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..display import follow, plain_table, say
 from ..errors import DataError
 from ._shared import Json, out, print_json
+from .display import follow, plain_table, say
 
 if TYPE_CHECKING:
     from ..contract import Step
@@ -226,10 +226,10 @@ def _encode(
     workers: int,
     dry_run: bool,
 ) -> None:
-    from ..autoencoder import load_autoencoder
-    from ..devices import default_device
-    from ..encoding import EncodingConfig, encode, forecast
-    from ..parallel import is_main, rank, world_size
+    from ..latents.autoencoder import load_autoencoder
+    from ..latents.encoding import EncodingConfig, encode, forecast
+    from ..machine.devices import default_device
+    from ..machine.processes import is_main, rank, world_size
 
     config = EncodingConfig.model_validate(settings)
     encoder = load_autoencoder(vae, revision=vae_revision, device=default_device())
@@ -262,7 +262,7 @@ def _import(
     source: Path, folder: Path, stored: dict[str, Any], *, num_classes: int | None, dry_run: bool
 ) -> None:
     from ..data.published import ImportConfig, import_published, import_target, open_published
-    from ..parallel import is_main, rank, world_size
+    from ..machine.processes import is_main, rank, world_size
 
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = ImportConfig.model_validate(stored | classes)
@@ -295,7 +295,7 @@ def _say_amount(what: str, *, items: int, shards: int, images_left: int, needed:
 def _fill(folder: Path, steps: "Iterable[Step]") -> None:
     """Carries out this process's share of a work; the main process shows it."""
     from ..data.latents import INDEX_NAME, read_index
-    from ..parallel import is_main
+    from ..machine.processes import is_main
 
     if not is_main():
         for _ in steps:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..display import follow, plain_table, say, show_cost, show_diagnosis
 from ..errors import DataError, HostError, PlanError
 from ..words import FIGURES
 from ._shared import (
@@ -20,14 +19,15 @@ from ._shared import (
     parse_shape,
     print_json,
 )
+from .display import follow, plain_table, say, show_cost, show_diagnosis
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..analysis import Locality
     from ..contract import Conditions, Grid, OperatorConfig, Site
-    from ..plan import Choice
-    from ..precision import Precision
+    from ..editing.plan import Choice
+    from ..machine.precision import Precision
     from ..runs.job import Job
 
 app = typer.Typer()
@@ -63,9 +63,9 @@ def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) 
 
 def _summary(job: "Job") -> dict[str, Any]:
     """What a recipe does to its model, as data."""
-    from ..metrics.cost import count_parameters, role_flops
-    from ..plan import operators_of
-    from ..surgery import build_operators, grafted, paths_after
+    from ..cost.count import count_parameters, role_flops
+    from ..editing.plan import operators_of
+    from ..editing.surgery import build_operators, grafted, paths_after
 
     sites = job.host.sites(job.model)
     standing = list(paths_after(sites, job.chosen))
@@ -134,9 +134,9 @@ def cost(
 
     [dim]$ grafting cost my-recipe.yaml --grid 64x64[/]
     """
-    from ..costing import measure_plan, plan_cost
-    from ..devices import default_device
+    from ..cost.plan import measure_plan, plan_cost
     from ..hosts import host_of
+    from ..machine.devices import default_device
     from ..runs.job import load_source, skeleton
 
     loaded = open_recipe(recipe, settings)
@@ -176,8 +176,8 @@ def sites(model: Model, as_json: Json = False) -> None:
 
     [dim]$ grafting sites testbed[/]
     """
+    from ..editing.surgery import resolve
     from ..hosts import host_of
-    from ..surgery import resolve
 
     loaded, plan = open_model(model)
     host, chosen = host_of(loaded), resolve(loaded, plan)
@@ -198,7 +198,7 @@ def sites(model: Model, as_json: Json = False) -> None:
 
 
 def _site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
-    from ..plan import describe_choice
+    from ..editing.plan import describe_choice
 
     return {
         "block": site.block,
@@ -247,9 +247,9 @@ def locality(
     [dim]$ grafting locality testbed --bands 2,4,8[/]
     """
     from ..data import Prompts
-    from ..devices import default_device
     from ..hosts import host_of
-    from ..precision import resolve_precision
+    from ..machine.devices import default_device
+    from ..machine.precision import resolve_precision
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
@@ -321,11 +321,11 @@ def _locality_of_samples(
     """Measured while images are drawn, as the paper does; and the sampler that drew them."""
     from ..analysis import watching_locality
     from ..contract import Step
-    from ..decoding import makes_pixels
     from ..diffusion import Diffusion
     from ..hosts import host_of
-    from ..sampling import SamplingConfig
-    from ..sampling import sample as draw
+    from ..latents.decoding import makes_pixels
+    from ..sampling.chain import SamplingConfig
+    from ..sampling.chain import sample as draw
 
     host = host_of(model)
     denoiser, shape = host.denoiser(model, conditions), shape or host.shape(model)
@@ -438,7 +438,7 @@ def schema(
 
     Then begin a recipe with [dim]# yaml-language-server: $schema=recipe.schema.json[/]
     """
-    from ..files import write_json
+    from ..machine.files import write_json
 
     if out_file is None:
         print_json(recipe_schema())
@@ -472,7 +472,7 @@ def doctor(
 
     [dim]$ grafting doctor[/]
     """
-    from ..doctor import examine
+    from .doctor import examine
 
     found = examine(full=full)
     if as_json:

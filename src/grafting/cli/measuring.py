@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..display import follow, say, show_evaluation
 from ..errors import DataError
 from ._shared import Json, err, out, parse_setting, print_json
+from .display import follow, say, show_evaluation
 
 if TYPE_CHECKING:
     from ..evaluation import Suite
@@ -52,7 +52,7 @@ def evaluate(
       --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     from ..evaluation import evaluate as measure
-    from ..samples import open_samples
+    from ..sampling.files import open_samples
 
     given = open_samples(samples)
     chosen = _suite(suite, settings, reference=reference, weights=weights, batch_size=batch_size)
@@ -122,8 +122,8 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
     """
     from pydantic import ValidationError
 
+    from ..editing.plan import fault_list
     from ..evaluation import SUITES
-    from ..plan import fault_list
     from ..runs.file import faults_of
 
     if name not in SUITES:

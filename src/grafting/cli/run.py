@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..display import follow, in_turn, metrics_table, say, show_forecast
 from ..errors import RecipeError
 from ._shared import Json, Out, RecipeFile, Settings, open_recipe, out, print_json
+from .display import follow, in_turn, metrics_table, say, show_forecast
 
 if TYPE_CHECKING:
     from ..runs.recipe import Recipe
@@ -139,7 +139,7 @@ def _run(
     track: list[str] | None = None,
     peak_tflops: float | None = None,
 ) -> None:
-    from ..parallel import together
+    from ..machine.processes import together
 
     # a fault in the recipe, which all processes find, is told once
     with together():
@@ -159,8 +159,8 @@ def _carry_out(
 
     check_trackers(track or ())
 
-    from ..devices import default_device
-    from ..precision import settled_run
+    from ..machine.devices import default_device
+    from ..machine.precision import settled_run
     from ..runs.run import run as run_recipe
 
     folder = folder or Path("runs") / recipe.name
@@ -214,7 +214,7 @@ def sweep(
 
     [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
     """
-    from ..parallel import together
+    from ..machine.processes import together
     from ..runs.sweep import load_sweep, run_sweep, run_sweep_on_ray
 
     loaded = load_sweep(file)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..display import follow, say
 from ..errors import DataError
 from ._shared import Model, open_model, out, parse_shape
+from .display import follow, say
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..drawing import Drawing
+    from ..sampling.shards import Drawing
 
 app = typer.Typer()
 
@@ -91,13 +91,13 @@ def sample(
       --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125[/]
     """
     from ..data import Prompts
-    from ..decoding import VaeConfig, load_decoder, makes_pixels
-    from ..devices import default_device
     from ..diffusion import Diffusion, FlowConfig
-    from ..drawing import Drawing, describe_model, settled_as_drawn
     from ..hosts import host_of
-    from ..parallel import is_main
-    from ..sampling import SamplingConfig, check_sampling
+    from ..latents.decoding import VaeConfig, load_decoder, makes_pixels
+    from ..machine.devices import default_device
+    from ..machine.processes import is_main
+    from ..sampling.chain import SamplingConfig, check_sampling
+    from ..sampling.shards import Drawing, describe_model, settled_as_drawn
     from ..weights.portable import settings_of
 
     settings = {
@@ -159,9 +159,9 @@ def sample(
 
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     """Draws this process's share with progress shown; the main process then writes the samples file."""
-    from ..parallel import is_main, rank, world_size
+    from ..machine.processes import is_main, rank, world_size
     from ..report import write_grid
-    from ..samples import open_samples
+    from ..sampling.files import open_samples
 
     steps = drawing.draw(model, rank=rank(), world_size=world_size())
     if not is_main():

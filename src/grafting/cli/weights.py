@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..display import plain_table, say
 from ._shared import open_model, out
+from .display import plain_table, say
 
 app = typer.Typer()
 
@@ -39,10 +39,10 @@ def convert(
 
     [dim]$ grafting convert model.pt dit-hyena-x[/]
     """
-    from ..convert import PublishedFacts, convert_weights, read_published
-    from ..diffusersfolder import export_diffusers
-    from ..files import check_is_new
+    from ..machine.files import check_is_new
+    from ..weights.diffusers import export_diffusers
     from ..weights.portable import Base
+    from ..weights.published import PublishedFacts, convert_weights, read_published
 
     check_is_new(folder)
     made_from = None if base is None else Base(id=base, licence=licence)
@@ -73,8 +73,8 @@ def merge(
 
     [dim]$ grafting merge my-delta my-model[/]
     """
-    from ..checkpoint import find_model, merge_delta
-    from ..files import check_is_new
+    from ..machine.files import check_is_new
+    from ..weights.folder import find_model, merge_delta
 
     check_is_new(folder)
     merge_delta(find_model(delta), folder, base=base)
@@ -91,7 +91,7 @@ def push(
 
     [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
     """
-    from ..checkpoint import find_model
-    from ..hub import push_to_hub
+    from ..weights.folder import find_model
+    from ..weights.hub import push_to_hub
 
     say(out, f"Uploaded: {push_to_hub(find_model(model), repo, private=not public)}")

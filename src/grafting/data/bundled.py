@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import sha256_of
+from ..machine.files import sha256_of
 from ..models.classifier import Classifier, load_classifier
 from .images import ImageSet, ImageSource
 from .subset import Listing, read_subset

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, RunError
-from ..files import atomic_path, is_empty, sha256_of, write_bytes, write_json
+from ..machine.files import atomic_path, is_empty, sha256_of, write_bytes, write_json
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
 from .shards import facts_of
 

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import atomic_path, hash_json, sha256_of, write_json
-from ..randomness import item_noise
+from ..machine.files import atomic_path, hash_json, sha256_of, write_json
+from ..machine.randomness import item_noise
 from .shards import ShardFile, StoredFile, by_shard, facts_of
 from .subset import Listing, PartialData, subset_sha256
 

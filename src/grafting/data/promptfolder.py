@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, RunError
-from ..files import atomic_path, write_bytes, write_json
+from ..machine.files import atomic_path, write_bytes, write_json
 from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
 from .shards import LENGTHS, StoredFile, facts_of
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..contract import TrainingData
 from ..errors import DataError
-from ..files import hash_json
+from ..machine.files import hash_json
 from .latents import LatentSet, Shard
 from .shards import DTYPES, RaggedFile, StoredFile, by_shard
 

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import sha256_of
+from ..machine.files import sha256_of
 
 # before a column's name: the lengths of its rows
 LENGTHS = "lengths:"

@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ..errors import DataError, MissingBackend
-from ..huberrors import HUB_ERRORS
+from ..machine.huberrors import HUB_ERRORS
 from .images import IMAGE_SUFFIXES
 from .tars import Member, members, tar_files
 

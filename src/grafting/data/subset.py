@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import write_json
-from ..randomness import generator
+from ..machine.files import write_json
+from ..machine.randomness import generator
 
 # classes that an error names one by one
 _NAMED = 20

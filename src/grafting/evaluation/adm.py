@@ -19,9 +19,9 @@ from pydantic import Field, JsonValue, PositiveInt, model_serializer
 from torch import Tensor
 
 from ..contract import Step
-from ..devices import default_device
 from ..errors import CheckpointError, DataError, ProtocolError
-from ..files import sha256_of, write_bytes
+from ..machine.devices import default_device
+from ..machine.files import sha256_of, write_bytes
 from ..metrics.adm import adm_inception_score, adm_precision_recall
 from ..metrics.features import FeatureNetwork, Features, ModuleNetwork, extract, tensors_sha256
 from ..metrics.frechet import FeatureStatistics, Gaussian, frechet_bias, frechet_distance, frechet_estimate

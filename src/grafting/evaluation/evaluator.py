@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ..contract import Step
 from ..errors import DataError, ProtocolError
+from ..machine.randomness import generator
 from ..metrics.features import FeatureNetwork, extract
 from ..metrics.frechet import frechet_bias, frechet_estimate
 from ..metrics.inception_score import inception_score
 from ..metrics.kid import kernel_distance
 from ..metrics.manifold import density_coverage, precision_recall
-from ..randomness import generator
 from .figures import Evaluation
 from .protocol import MetricsConfig, Protocol
 from .reference import Reference

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError, ProtocolError
-from ..files import write_bytes
+from ..machine.files import write_bytes
+from ..machine.randomness import generator
 from ..metrics.features import FeatureNetwork, extract, tensors_sha256
 from ..metrics.frechet import FeatureStatistics
-from ..randomness import generator
 from .protocol import Identified, Identity
 
 _REFERENCE_FORMAT = "grafting-reference-1"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ..randomness import generator
+from ..machine.randomness import generator
 
 _ROWS_AT_ONCE = 8192
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, DataError
-from ..files import pickle_fault
+from ..machine.files import pickle_fault
 
 # how the published file's SHA-256 begins, as its name says
 PUBLISHED_SHA256_PREFIX = "6726825d"

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..randomness import generator
+from ..machine.randomness import generator
 
 
 class InceptionScore(NamedTuple):

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import write_bytes
+from ..machine.files import write_bytes
 
 
 class ClassifierOutput(NamedTuple):

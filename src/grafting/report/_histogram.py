@@ -6,7 +6,7 @@ from statistics import median
 
 from markupsafe import Markup
 
-from ..files import write_bytes
+from ..machine.files import write_bytes
 from ._svg import Scale, element
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860.0, 280.0, 64.0, 20.0, 66.0, 44.0

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ..errors import DataError
-from ..files import write_bytes
+from ..machine.files import write_bytes
 
 # wider images are shown smaller, so that a report stays small
 MAX_SIDE = 128

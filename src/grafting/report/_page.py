@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from ..files import write_bytes
+from ..machine.files import write_bytes
 from ..words import duration
 from ._gallery import gallery
 from ._plan_picture import operator_keys, plan_picture, plan_width

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..files import write_bytes
+from ..machine.files import write_bytes
 from ..words import DISTILLED, FINETUNED, PRETRAINED, Figure, headline, is_number
 from ._svg import Scale, element
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..editing.plan import fault_list
 from ..errors import GraftingError, RecipeError
-from ..plan import fault_list
 from .recipe import Recipe
 
 Changes = dict[str, Any]

@@ -20,19 +20,19 @@ import torch
 from torch import nn
 
 from ..contract import Grid
-from ..costing import PlanCost, plan_cost
+from ..cost.count import count_parameters, dry_run
+from ..cost.plan import PlanCost, plan_cost
+from ..cost.speed import DEVICES, device_at
 from ..data import LatentsConfig
-from ..devices import default_device, mixed_precision
-from ..distillation import DistillConfig
+from ..editing.plan import Drop
+from ..editing.surgery import build_operators, grafted, resolve
 from ..errors import RecipeError
-from ..finetuning import FinetuneConfig
 from ..hosts import host_of
-from ..metrics.cost import count_parameters, dry_run
-from ..plan import Drop
-from ..precision import FASTER, Precision, settled_run, settled_sections
+from ..machine.devices import default_device, mixed_precision
+from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..runfolder import NUM_STATES
-from ..surgery import build_operators, grafted, resolve
-from ..throughput import DEVICES, device_at
+from ..training.distillation import DistillConfig
+from ..training.finetuning import FinetuneConfig
 from .job import skeleton
 from .recipe import Recipe
 from .rows import ROWS, rows_in

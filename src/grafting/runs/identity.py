@@ -5,8 +5,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..contract import OperatorConfig
-from ..files import hash_json
-from ..plan import Merge
+from ..editing.plan import Merge
+from ..machine.files import hash_json
 from ..runfolder import RunFolder
 from ..words import RowName
 from .job import Job

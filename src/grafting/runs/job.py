@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import distillation, finetuning
-from ..checkpoint import WEIGHTS_NAME, find_model, load_model
 from ..contract import Denoiser, Site, TrainingData
 from ..data import check_bound
-from ..decoding import Decoder, load_decoder
-from ..devices import default_device
+from ..editing.plan import Choice, Drop, fault_list
+from ..editing.surgery import resolve
 from ..errors import DataError, HostError, RecipeError
-from ..files import hash_json, sha256_of
 from ..hosts import Host, host_of, hosts
-from ..plan import Choice, Drop, fault_list
-from ..precision import settled_run
-from ..sampling import SamplingConfig, check_sampling
-from ..surgery import resolve
+from ..latents.decoding import Decoder, load_decoder
+from ..machine.devices import default_device
+from ..machine.files import hash_json, sha256_of
+from ..machine.precision import settled_run
+from ..sampling.chain import SamplingConfig, check_sampling
+from ..training import distillation, finetuning
+from ..weights.folder import WEIGHTS_NAME, find_model, load_model
 from .operator_cache import OperatorStore
 from .recipe import FreshModel, Recipe
 

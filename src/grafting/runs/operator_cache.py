@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import load_strictly, load_tensors, save_tensors, tensor_hash
 from ..errors import CheckpointError, FaultWarning
-from ..files import hash_json
+from ..machine.files import hash_json
+from ..weights.folder import load_strictly, load_tensors, save_tensors, tensor_hash
 
 
 class OperatorStore:

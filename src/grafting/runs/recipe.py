@@ -7,15 +7,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
 
-from ..calibration import CalibrateConfig
 from ..data import DataConfig, PromptsConfig
-from ..decoding import VaeConfig
 from ..diffusion import ProcessConfig
-from ..distillation import DistillConfig
+from ..editing.plan import Edit, Plan
 from ..evaluation import Suite, SuiteConfig, TestbedSuite
-from ..finetuning import FinetuneConfig
-from ..plan import Edit, Plan
-from ..sampling import SamplingConfig
+from ..latents.decoding import VaeConfig
+from ..sampling.chain import SamplingConfig
+from ..training.calibration import CalibrateConfig
+from ..training.distillation import DistillConfig
+from ..training.finetuning import FinetuneConfig
 from ..words import ROW_TITLES, RowName
 
 

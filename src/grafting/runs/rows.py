@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..checkpoint import load_model, load_operators
 from ..contract import Site
-from ..devices import default_device
-from ..placed import Operators
-from ..plan import Choice, Drop
+from ..editing.placed import Operators
+from ..editing.plan import Choice, Drop
+from ..editing.surgery import build_operators, graft, place
+from ..machine.devices import default_device
 from ..runfolder import RunFolder
-from ..surgery import build_operators, graft, place
+from ..weights.folder import load_model, load_operators
 from ..words import RowName
 from .job import Job
 from .recipe import Recipe

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from ..contract import Step
-from ..devices import default_device
+from ..editing.plan import describe_choice
 from ..errors import RunError
-from ..files import write_bytes, write_json
-from ..parallel import any_process, barrier, is_main, together, world_size
-from ..plan import describe_choice
-from ..precision import settled_run
+from ..machine.devices import default_device
+from ..machine.files import write_bytes, write_json
+from ..machine.precision import settled_run
+from ..machine.processes import any_process, barrier, is_main, together, world_size
 from ..runfolder import RunFolder
 from .job import Job, prepare
 from .operator_cache import OperatorStore

@@ -11,29 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..calibration import calibrate
-from ..checkpoint import save_model, save_operators
 from ..contract import Site, Step
-from ..costing import PlanCost, plan_cost
-from ..devices import default_device
-from ..distillation import distill
-from ..drawing import Drawing, describe_model
+from ..cost.count import count_parameters, role_flops
+from ..cost.plan import PlanCost, plan_cost
+from ..cost.speed import Work, device_at, measured
+from ..editing.placed import Operators
+from ..editing.plan import Choice, Merge, operators_of
+from ..editing.surgery import build_operators, paths_after, place
 from ..evaluation import evaluate
-from ..files import write_json
-from ..finetuning import finetune
-from ..metrics.cost import count_parameters, role_flops
-from ..parallel import barrier, broadcast, is_main, rank, world_size
-from ..placed import Operators
-from ..plan import Choice, Merge, operators_of
+from ..machine.devices import default_device
+from ..machine.files import write_json
+from ..machine.processes import barrier, broadcast, is_main, rank, world_size
 from ..report import write_report
 from ..runfolder import RunFolder, read_log
 from ..runfolder import Stage as OpenStage
-from ..samples import open_samples, origin_of
-from ..surgery import build_operators, paths_after, place
-from ..throughput import Work, device_at, measured
+from ..runs import identity
+from ..sampling.files import open_samples, origin_of
+from ..sampling.shards import Drawing, describe_model
+from ..training.calibration import calibrate
+from ..training.distillation import distill
+from ..training.finetuning import finetune
+from ..weights.folder import save_model, save_operators
 from ..weights.portable import Base
 from ..words import RowName
-from . import identity
 from .job import Job
 from .recipe import Recipe
 from .rows import ROWS, fitted_operators, rows_of, starting_operators

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
-from .. import parallel
-from ..devices import default_device
+from ..editing.plan import fault_list
 from ..errors import GraftingError, MissingBackend, RecipeError, RunError
-from ..files import write_bytes, write_json
-from ..plan import fault_list
-from ..precision import Precision, settled_run, settled_sections
+from ..machine import processes as parallel
+from ..machine.devices import default_device
+from ..machine.files import write_bytes, write_json
+from ..machine.precision import Precision, settled_run, settled_sections
 from ..report import write_sweep_picture
 from ..words import FINETUNED, ROW_TITLES, swept
 from .file import Changes, changed, faults_of, parse_recipe, read_settings

@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from .. import parallel
 from ..contract import Step
 from ..errors import MissingBackend, RunError
-from ..files import write_json
+from ..machine import processes as parallel
+from ..machine.files import write_json
 
 FOLDER_NAME = "tracking"
 

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from ..contract import OperatorConfig
+from ..editing.plan import Plan, Replace
+from ..editing.surgery import build_operators, edits_of, place
 from ..errors import CheckpointError
 from ..hosts import host_of, hosts
 from ..operators import operator_configs
-from ..plan import Plan, Replace
-from ..surgery import build_operators, edits_of, place
 
 PREFIX = "Grafted"
 

@@ -1,0 +1,287 @@
+"""What the command line shows: the progress of stages, and tables. Nothing here computes a figure."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from ..words import ABSENT, FIGURES, ROW_TITLES, amount, duration, headline, name_of, number, shown_in
+
+if TYPE_CHECKING:
+    from ..contract import Step
+    from .doctor import Diagnosis
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def follow(console: Console) -> Iterator[Callable[[str, "Step"], None]]:
+    """Shows the steps of stages as they come: a bar each on a terminal, else a line every ten seconds."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[values]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _Bars(progress)
+
+
+def in_turn(*followers: Callable[[str, "Step"], None]) -> Callable[[str, "Step"], None]:
+    """One that passes each step to all of these."""
+
+    def on_step(stage: str, step: "Step") -> None:
+        for follower in followers:
+            follower(stage, step)
+
+    return on_step
+
+
+def describe_values(values: Mapping[str, float]) -> str:
+    """A step's losses, R^2 and rates, each the mean over its sites: `loss 0.0312, R² 0.871, images/s 812`."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, value in values.items():
+        groups[name.partition("/")[0]].append(value)
+    return ", ".join(
+        f"{figure.inline} {sum(groups[figure.key]) / len(groups[figure.key]):.3g}"
+        for figure in shown_in("progress")
+        if figure.key in groups
+    )
+
+
+class _Bars:
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._values: dict[str, dict[str, float]] = defaultdict(dict)
+
+    def __call__(self, stage: str, step: "Step") -> None:
+        if stage not in self._tasks:
+            # a resumed stage starts at its step, so that the steps of before do not count as fast
+            self._tasks[stage] = self._progress.add_task(
+                stage, total=step.total, completed=step.done, values=""
+            )
+        # what is measured now and then stays in sight
+        self._values[stage] |= step.values
+        self._progress.update(
+            self._tasks[stage], completed=step.done, values=describe_values(self._values[stage])
+        )
+
+
+class _Lines:
+    def __init__(self, console: Console):
+        self._console = console
+        self._started: dict[str, tuple[float, int]] = {}
+        self._printed = 0.0
+
+    def __call__(self, stage: str, step: "Step") -> None:
+        now = time.monotonic()
+        is_new = stage not in self._started
+        started, first = self._started.setdefault(stage, (now, step.done))
+        is_due = is_new or step.done >= step.total or now - self._printed >= _SECONDS_BETWEEN_LINES
+        if not is_due:
+            return
+        self._printed = now
+        rate = (step.done - first) / (now - started) if now > started else 0.0
+        parts = [f"{stage} {step.done}/{step.total}", describe_values(step.values)]
+        if rate:
+            parts += [f"{rate:.3g} it/s", f"{clock((step.total - step.done) / rate)} left"]
+        say(self._console, ", ".join(filter(None, parts)))
+
+
+class _RateColumn(ProgressColumn):
+    """Steps (or images) a second, over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} it/s" if speed else "", style="cyan")
+
+
+def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of a run's metrics.json, in 80 columns."""
+    figure = headline(rows)
+    protocol = rows[0].get("protocol")
+    columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
+    caption = f"{rows[0]['num_images']} images per model"
+    if protocol:
+        caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
+    else:
+        caption += ", which no suite measures: name one with `evaluate`"
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    table.add_column("model", no_wrap=True)
+    if protocol:
+        table.add_column(figure.name(rows), justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.inline, justify="right")
+    for row in rows:
+        interval = figure.interval(row)
+        value = f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else "")
+        table.add_row(
+            ROW_TITLES.get(row["name"], row["name"]),
+            *([value] if protocol else []),
+            *(column.write(row.get(column.key)) for column in columns),
+        )
+    return table
+
+
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table of texts; columns of numbers are set to the right, and what is None is left out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        is_number = all(isinstance(row[i], int | float | None) for row in rows)
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else Text(str(cell)) for cell in row))
+    return table
+
+
+def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
+    """An evaluation, as JSON: its figures, what they were measured with, and its notes."""
+    figures = {key: v for key, v in result.items() if key not in ("notes", "protocol", "num_images")}
+    protocol = result["protocol"]
+    network, reference = protocol["feature_network"]["name"], protocol["reference"]["name"]
+    rows = [[name_of(key, [result]), ABSENT if v is None else f"{v:.4g}"] for key, v in figures.items()]
+    console.print(plain_table(["figure", "value"], rows))
+    say(console, f"{result['num_images']} images, features of {network}, reference {reference}")
+    say(console, f"sampling: {json.dumps(protocol['sampling'])}")
+    for note in result["notes"]:
+        say(console, f"Note: {note}")
+
+
+def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
+    """What a plan does to a model's cost, as JSON: its sites, its changes, the whole model, and what was measured."""
+
+    def arrow(pair: Mapping[str, Any]) -> str:
+        before, after = amount(pair["before"]), amount(pair["after"])
+        return before if before == after else f"{before} → {after}"
+
+    rows = [
+        [
+            site["block"],
+            site["role"],
+            site["operator"] or "",
+            *(arrow(site[name]) for name in ("flops", "params", "saved_bytes")),
+        ]
+        for site in facts["sites"]
+    ]
+    heads = [FIGURES[key].inline for key in ("flops", "params", "saved_bytes")]
+    console.print(plain_table(["block", "role", "operator", *heads], rows))
+    say(console, f"An image of {facts['grid'][0]} x {facts['grid'][1]} tokens, one forward pass in float32")
+    for key in ("flops", "params", "saved_bytes"):
+        delta = f"{facts[f'model_{key}_delta_pct']:+.2f} %"
+        say(console, f"Model, {FIGURES[key].inline}: {arrow(facts['model'][key])} ({delta})")
+    for key in ("flops_op", "flops_ft", "flops", "params", "saved_bytes"):
+        delta = f"{facts[f'{key}_delta_pct']:+.2f} %"
+        say(console, f"All operators of the edited roles, {FIGURES[key].inline}: {delta}")
+    if facts["num_merged"]:
+        say(
+            console,
+            f"{facts['num_merged']} blocks are merged; what is in them is counted in the model's lines alone",
+        )
+    if measured := facts["measured"]:
+        ms = measured["ms"]
+        say(
+            console,
+            f"Measured: {ms['before']:.4g} → {ms['after']:.4g} ms, {measured['speedup']:.2f}x as fast, "
+            f"peak {arrow(measured['peak_bytes'])}B beside weights",
+        )
+
+
+def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
+    """What a recipe will take, as JSON: a line a stage, what memory and disk hold, and what the times come from."""
+
+    def size(num_bytes: int | None) -> str:
+        return ABSENT if num_bytes is None else f"{amount(num_bytes)}B"
+
+    stages = found["stages"]
+    rows = [
+        [
+            stage["name"],
+            stage["work"],
+            f"{number(stage['flops'] / 1e15)} P",
+            duration(3600 * stage["hours"]) if stage["hours"] is not None else ABSENT,
+            size(stage["memory_bytes"]),
+            size(stage["disk_bytes"]),
+        ]
+        for stage in stages
+    ]
+    say(console, f"Recipe {found['recipe']}, {found['processes']} x {found['device']}")
+    console.print(plain_table(["stage", "work", "FLOPs", "time", "memory a process", "disk"], rows))
+    for stage in stages:
+        for what in ("memory", "disk"):
+            parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
+            say(console, f"{stage['name']}, {what}: {parts}")
+        say(console, f"{stage['name']}, time {stage['basis']}")
+    if found["data"]["items"] is not None:
+        say(console, f"Data: {found['data']['items']:,} items, {size(found['data']['bytes'])}")
+    dump = found["dump"]
+    if dump["published"]:
+        here = size(dump["here"]) if dump["here"] else "nothing"
+        say(
+            console,
+            f"Activations on disk: {here}; the published way of stage 1 keeps {size(dump['published'])}",
+        )
+
+
+def show_diagnosis(console: Console, found: "Diagnosis") -> None:
+    """What this machine can do, a line each, and the optional packages."""
+    facts = {
+        "system": f"{found.system}, Python {found.python}, {found.processor}",
+        "versions": ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+        "device": ", ".join([found.device, *found.gpus]),
+        "CPU": f"{found.cores} cores to use, {found.threads} threads of torch",
+        "memory": f"{found.memory_free_gib:g} of {found.memory_gib:g} GiB free",
+        "disk": f"{found.disk_free_gib:g} GiB free here",
+        "matrix products": ", ".join(f"{dtype} {gflops:g} GFLOP/s" for dtype, gflops in found.gflops.items()),
+        "precision auto": f"{found.precision} ({found.precision_why})",
+        "compiler": found.compiler or "none",
+        "torch.compile": found.compile,
+    }
+    assets = {f"bundled {name}": state for name, state in found.assets.items()}
+    for title, text in (facts | assets).items():
+        say(console, f"{title}: {text}")
+    rows = [
+        [
+            package.name,
+            package.version or "no",
+            package.purpose if package.used else f"{package.purpose} (not used yet)",
+            "" if package.version else package.install,
+        ]
+        for package in found.packages
+    ]
+    say(console, "\nOptional packages; every operator has a plain PyTorch path and needs none of them:")
+    console.print(plain_table(["package", "installed", "for", "install with"], rows))
+
+
+def say(console: Console, text: str) -> None:
+    """Print a text as it is: not wrapped, coloured or read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as `4:05` or `1:04:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,1 @@
+"""What a model, a plan and a run cost: counted, and measured."""

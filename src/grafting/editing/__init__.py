@@ -1,0 +1,1 @@
+"""Plans, and the only file that changes a model."""

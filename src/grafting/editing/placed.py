@@ -1,0 +1,222 @@
+"""What surgery puts into a model: operators behind the calling convention of what they replace.
+
+A kernel stands inside a copy of the host's attention module, whose call of `scaled_dot_product_attention` it answers; a mixer
+stands behind an adapter. A merged pair stands in the place of its first block; where a block is no more, a module passes the
+tokens on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..contract import BlockCall, Kernel, Mixer, Site
+from ..errors import HostError
+from ..hosts import Call, LayoutTracker
+from .plan import Choice, Merge
+
+
+class Placed(nn.Module):
+    """What surgery puts into a model: it stands at a site, and reads the layout of the model's forward pass."""
+
+    fits = True
+    """Whether stage 1 has anything to fit."""
+    choice: Choice | None = None
+    """The plan's choice for this site; None of what only keeps the place of a merged pair's second block."""
+
+    def __init__(self, site: Site, tracker: LayoutTracker):
+        super().__init__()
+        self.site = site
+        self.tracker = tracker
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Paths of the modules in whose place it stands, in the order in which they run."""
+        return (self.site.path,)
+
+    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What those modules give for the arguments of a call."""
+        (module,) = old
+        return module(*args, **kwargs)
+
+
+class KernelAttention(Placed):
+    """A host's attention module in which a kernel does what softmax attention did."""
+
+    def __init__(self, attention: nn.Module, kernel: Kernel, *, site: Site, tracker: LayoutTracker):
+        super().__init__(site, tracker)
+        self.attention = attention
+        self.kernel = kernel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        calls: list[tuple[int, ...]] = []
+        with _Interception(self.kernel, self.tracker, calls):
+            output = self.attention(*args, **kwargs)
+        if len(calls) != 1:
+            raise HostError(
+                f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} "
+                "times; a kernel needs exactly one call (choose the native attention backend)"
+            )
+        return output
+
+
+class MixerAdapter(Placed):
+    """A mixer behind the calling convention of the module that it replaces."""
+
+    def __init__(self, mixer: Mixer, call: Call, *, site: Site, tracker: LayoutTracker):
+        super().__init__(site, tracker)
+        self.mixer = mixer
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs[self.call.tokens]
+        for name in self.call.must_be_none:
+            if kwargs.get(name) is not None:
+                raise HostError(
+                    f"the host passes {name} to its attention, and a mixer cannot honour it: use a kernel"
+                )
+        return self.mixer(x, self.tracker.layout)
+
+
+class MergedBlocks(Placed):
+    """Blocks that were sequential, as branches on one input, and a linear layer that merges them; see `plan.Merge`.
+
+    Args:
+        branches: called as a block is; gives what each branch adds to the tokens, [B, L, D] each.
+        merge: what is merged, and how that starts.
+        sites: the blocks', in order.
+    """
+
+    def __init__(
+        self,
+        branches: nn.ModuleList,
+        merge: Merge,
+        *,
+        sites: tuple[Site, ...],
+        tracker: LayoutTracker,
+    ):
+        super().__init__(sites[0], tracker)
+        dim, call = sites[0].dim, sites[0].call
+        assert call is not None
+        self.branches = branches
+        self.merge = nn.Linear(len(branches) * dim, dim)
+        self.of_outputs = merge.of == "outputs"
+        self.call = call
+        self.sites = sites
+        share = 1 / len(branches) if merge.start == "average" else 1.0
+        with torch.no_grad():
+            self.merge.weight.copy_(share * torch.eye(dim).repeat(1, len(branches)))
+            self.merge.bias.zero_()
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        return tuple(site.path for site in self.sites)
+
+    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return sequence(old, self.call, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = self.call.argument(self.call.returns[0], args, kwargs)
+        updates = self.branches(*args, **kwargs)
+        if self.of_outputs:
+            return self.merge(_concatenated([x + update for update in updates]))
+        return x + self.merge(_concatenated(updates))
+
+
+def _concatenated(updates: Tensor | Sequence[Tensor]) -> Tensor:
+    """What n branches add to the tokens, [n, B, L, D] or one by one, as [B, L, n D]."""
+    if isinstance(updates, Tensor):
+        return updates.permute(1, 2, 0, 3).flatten(2)
+    return torch.cat(tuple(updates), dim=-1)
+
+
+class Passage(Placed):
+    """Stands where a block was and passes its tokens on; it has no parameters."""
+
+    fits = False
+
+    def __init__(self, site: Site, tracker: LayoutTracker):
+        super().__init__(site, tracker)
+        assert site.call is not None
+        self.call = site.call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tokens = tuple(self.call.argument(name, args, kwargs) for name in self.call.returns)
+        return tokens if len(tokens) > 1 else tokens[0]
+
+
+def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What blocks give one after the other, each called with these arguments but for the tokens."""
+    (name,) = call.returns
+    place = call.arguments.index(name)
+    for block in blocks:
+        x = block(*args, **kwargs)
+        if place < len(args):
+            args = (*args[:place], x, *args[place + 1 :])
+        else:
+            kwargs = kwargs | {name: x}
+    return x
+
+
+class _Interception(TorchFunctionMode):
+    """Answers `scaled_dot_product_attention` with a kernel; every other function runs as it is.
+
+    It adds the shape of each answer to `calls`: a list of the caller's, since torch.compile forgets the
+    attributes of a mode when its `with` ends.
+    """
+
+    def __init__(self, kernel: Kernel, tracker: LayoutTracker, calls: list[tuple[int, ...]]):
+        super().__init__()
+        self.kernel = kernel
+        self.tracker = tracker
+        self.calls = calls
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.unflatten:
+            # written in Python with super(), which torch.compile cannot trace inside a mode; this is its native form
+            return torch.unflatten(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        output = _answer(self.kernel, self.tracker, *args, **kwargs)
+        self.calls.append(tuple(output.shape))
+        return output
+
+
+def _answer(
+    kernel: Kernel,
+    tracker: LayoutTracker,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel's output for the arguments of `scaled_dot_product_attention`."""
+    if attn_mask is not None or dropout_p or is_causal:
+        raise HostError(
+            "the host calls scaled_dot_product_attention with a mask, dropout or is_causal, which a kernel replaces "
+            f"(attn_mask {'given' if attn_mask is not None else 'None'}, dropout_p {dropout_p}, is_causal {is_causal})"
+        )
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if query.shape[2] != key.shape[2] or query.shape[2] != tracker.layout.num_tokens:
+        raise HostError(
+            f"attention over {query.shape[2]} queries and {key.shape[2]} keys, but the model's layout is "
+            f"{tracker.layout}: {tracker.layout.num_tokens} tokens"
+        )
+    return kernel(query, key, value, tracker.layout, scale=scale)
+
+
+Operators = dict[str, Placed]
+"""New modules, ready to stand at a site, by the site's path.
+
+Those of merged and dropped blocks stand at the blocks' own paths; operators of a merged block stand inside its pair.
+"""

@@ -1,0 +1,323 @@
+"""A plan: which operators go where, and which blocks are merged or dropped, as data.
+
+It is checked whole against a model's sites before anything is edited. Blocks are counted from 0 and named in a small language: `all`, `odd`, `even`, `[1, 3, 5]`, `"8-18:2"` (18 included),
+`"1, 8-10"`, `every 3 of 4` (all but the first of each four).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+
+from ..contract import KernelConfig, OperatorConfig, Role, Site
+from ..errors import PlanError
+from ..operators import PRESETS, operator_configs, parse_operator
+
+_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*([1-9]\d*))?)?")
+_EVERY = re.compile(r"every\s+(\d+)\s+of\s+(\d+)")
+
+
+def resolve_blocks(blocks: "str | int | Sequence[int]", num_blocks: int) -> list[int]:
+    """The block numbers that `blocks` names in a model of `num_blocks`, in their order; not checked for range.
+
+    Raises:
+        ValueError: not in the language; says what is.
+    """
+    if isinstance(blocks, int):
+        return [blocks]
+    if not isinstance(blocks, str):
+        return list(blocks)
+    everything = {"all": slice(None), "odd": slice(1, None, 2), "even": slice(0, None, 2)}
+    if blocks in everything:
+        return list(range(num_blocks))[everything[blocks]]
+    if match := _EVERY.fullmatch(blocks.strip()):
+        chosen, of = map(int, match.groups())
+        if not 0 < chosen <= of:
+            raise ValueError(f"{blocks!r}: cannot choose {chosen} of {of}")
+        return [i for i in range(num_blocks) if i % of >= of - chosen]
+    matches = [_RANGE.fullmatch(part.strip()) for part in blocks.split(",")]
+    if None in matches:
+        raise ValueError(
+            f"{blocks!r} names no blocks: write all, odd, even, [1, 3], '8-18:2', '1, 8-10' or 'every 3 of 4'"
+        )
+    bounds = [(int(a), int(b or a), int(step or 1)) for a, b, step in (m.groups() for m in matches if m)]
+    if any(last < first for first, last, _ in bounds):
+        raise ValueError(f"{blocks!r}: a range ends before it begins")
+    return [i for first, last, step in bounds for i in range(first, last + 1, step)]
+
+
+def _check_blocks(blocks: "str | int | tuple[int, ...]") -> "str | int | tuple[int, ...]":
+    resolve_blocks(blocks, num_blocks=1)
+    if blocks == ():
+        raise ValueError("names no block")
+    return blocks
+
+
+class _OperatorSchema:
+    """For editors: an operator is one of the names, presets included, or the settings of one operator."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        configs = operator_configs()
+        settings = [handler(config.__pydantic_core_schema__) for config in configs.values()]
+        return {
+            "anyOf": [
+                {"type": "string", "enum": [*configs, *PRESETS]},
+                {"type": "object", "required": ["name"], "oneOf": settings},
+            ]
+        }
+
+
+Blocks = Annotated[str | int | tuple[int, ...], AfterValidator(_check_blocks)]
+Operator = Annotated[SerializeAsAny[OperatorConfig], BeforeValidator(parse_operator), _OperatorSchema]
+
+
+class Replace(BaseModel):
+    """Put an operator in place of one role in some blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    edit: Literal["replace"] = "replace"
+    role: Literal["attention", "mlp"]
+    """What the replaced modules do."""
+    blocks: Blocks = "all"
+    """Which blocks, counted from 0: all, odd, even, [1, 3], '8-18:2', 'every 3 of 4'."""
+    operator: Operator
+    """The operator's name, or a mapping of its name and settings."""
+
+    def __str__(self) -> str:
+        return f"Replace(role={self.role!r}, blocks={self.blocks!r}, operator={self.operator.name!r})"
+
+
+class Merge(BaseModel):
+    """Run pairs of sequential blocks side by side on one input, and merge what they add by one linear layer.
+
+    With branches b1, b2 on tokens x [B, L, D]: x + W [b1(x) - x; b2(x) - x] + bias, W [D, 2D]. A layer on the outputs,
+    W [b1(x); b2(x)] + bias (`of: outputs`), has the same parameters and mixes the branches alike, and also maps x itself,
+    by W1 + W2. Here x passes as it is, so that a pair can also start as the sum of both updates.
+
+    Source:
+        arXiv:2506.05340, section on depth to width: 28 -> 14 deep, one linear layer 2D -> D a pair.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra={"required": ["edit"]}
+    )
+
+    edit: Literal["merge"] = "merge"
+    blocks: Blocks = "all"
+    """Which blocks: each two in a row are a pair, so "8-11" is (8, 9) and (10, 11)."""
+    start: Literal["average", "sum"] = "average"
+    """What a pair is at first: the average of its branches, W = [I/2, I/2], or the input and both updates, W = [I, I]."""
+    of: Literal["updates", "outputs"] = "updates"
+    """What is merged: what the branches add to their input, or all that they give."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Merge":
+        if (self.start, self.of) == ("sum", "outputs"):
+            raise ValueError("start: sum goes with of: updates; two outputs hold the input twice")
+        return self
+
+    def __str__(self) -> str:
+        return f"Merge(blocks={self.blocks!r})"
+
+
+class Drop(BaseModel):
+    """Remove some blocks: their input goes on to the next."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra={"required": ["edit", "blocks"]},
+    )
+
+    edit: Literal["drop"] = "drop"
+    blocks: Blocks
+    """Which blocks, by their numbers in the model as it was."""
+
+    def __str__(self) -> str:
+        return f"Drop(blocks={self.blocks!r})"
+
+
+def _kind(edit: Any) -> Any:
+    return edit.get("edit", "replace") if isinstance(edit, dict) else getattr(edit, "edit", None)
+
+
+Edit = Annotated[
+    Annotated[Replace, Tag("replace")] | Annotated[Merge, Tag("merge")] | Annotated[Drop, Tag("drop")],
+    Discriminator(_kind),
+]
+Choice = OperatorConfig | Merge | Drop
+"""What becomes of a site: an operator, or for a whole block the edit that merges or drops it."""
+
+
+class Plan(BaseModel):
+    """The edits of a model, in any mixture; every site is edited at most once.
+
+    Block numbers are those of the model as it was, whatever is merged or dropped. Operators of a merged block stand
+    inside its branch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    edits: tuple[Edit, ...] = ()
+
+    def resolve(
+        self,
+        sites: Sequence[Site],
+        *,
+        blocks: Sequence[Site] = (),
+        host: str = "model",
+        mixer_roles: frozenset[Role] = frozenset({"attention", "mlp"}),
+    ) -> dict[Site, Choice]:
+        """What becomes of every edited site, in the order of the sites; then of every block, in the order of the blocks.
+
+        Args:
+            blocks: the blocks as sites; those that are not among them cannot be merged or dropped.
+            host: what faults call the model.
+            mixer_roles: roles whose modules the host lets mixers replace.
+
+        Raises:
+            PlanError: lists every fault: blocks out of range or named twice, operators that do not fit, blocks that are
+                no pairs, or that the host cannot do without.
+        """
+        num_blocks = 1 + max(site.block for site in (*sites, *blocks))
+        chosen: dict[Site, Choice] = {}
+        faults = []
+        for number, edit in enumerate(self.edits):
+            name = f"plan.{number}: {edit}"
+            numbers = resolve_blocks(edit.blocks, num_blocks)
+            role = edit.role if isinstance(edit, Replace) else "block"
+            available = {s.block: s for s in (*sites, *blocks) if s.role == role}
+            for block in numbers:
+                site = available.get(block)
+                if site is None:
+                    faults.append(f"{name}: {_missing(block, num_blocks, role)}")
+                elif site in chosen:
+                    faults.append(f"{name}: {words_of(site)} is named twice")
+                elif isinstance(edit, Replace):
+                    chosen[site] = edit.operator
+                    misfits = _misfits(edit.operator, site, mixer_roles)
+                    faults += [f"{name}, block {block}: {fault}" for fault in misfits]
+                else:
+                    chosen[site] = edit
+                    faults += [f"{name}: block {block} cannot be edited: {site.fixed}"] if site.fixed else []
+            if isinstance(edit, Merge):
+                faults += [f"{name}: {fault}" for fault in _unpaired(numbers, available)]
+        faults += _left_without_block(chosen, num_blocks)
+        if faults:
+            raise PlanError(fault_list(faults, f"plan for {host} (blocks 0..{num_blocks - 1})"))
+        return {site: chosen[site] for site in (*sites, *blocks) if site in chosen}
+
+    def randomised(self) -> "Plan":
+        """The same plan with nothing of new operators taken from the host's weights: the control experiment.
+
+        Merged blocks keep their weights: there is no operator in their place.
+        """
+        return Plan(edits=tuple(_randomised(edit) for edit in self.edits))
+
+
+def operators_of(chosen: Mapping[Site, Choice]) -> dict[Site, OperatorConfig]:
+    """The operators of a resolved plan."""
+    return {site: choice for site, choice in chosen.items() if isinstance(choice, OperatorConfig)}
+
+
+def describe_choice(choice: Choice | None) -> dict[str, Any] | None:
+    """What a plan puts at a site, as JSON with a `name`: an operator's, `merge` or `drop`."""
+    if choice is None:
+        return None
+    if isinstance(choice, OperatorConfig):
+        return choice.model_dump(mode="json")
+    settings = choice.model_dump(mode="json", exclude={"edit", "blocks"})
+    return {"name": choice.edit, **settings}
+
+
+def merged_pairs(chosen: Mapping[Site, Choice]) -> list[tuple[Site, Site, Merge]]:
+    """The pairs of blocks that a resolved plan merges."""
+    merged = [(site, edit) for site, edit in chosen.items() if isinstance(edit, Merge)]
+    return [
+        (first, second, edit) for (first, edit), (second, _) in zip(merged[::2], merged[1::2], strict=True)
+    ]
+
+
+def words_of(site: Site) -> str:
+    """A site as messages name it."""
+    return f"block {site.block}" if site.role == "block" else f"the {site.role} of block {site.block}"
+
+
+def fault_list(faults: Sequence[str], where: str) -> str:
+    """One message of all distinct faults."""
+    distinct = list(dict.fromkeys(faults))
+    return "\n  ".join([f"{len(distinct)} fault{'s' * (len(distinct) > 1)} in {where}", *distinct])
+
+
+def _randomised(edit: Replace | Merge | Drop) -> Replace | Merge | Drop:
+    if not isinstance(edit, Replace):
+        return edit
+    return edit.model_copy(update={"operator": edit.operator.randomised()})
+
+
+def _missing(block: int, num_blocks: int, role: str) -> str:
+    if block not in range(num_blocks):
+        return f"no block {block}"
+    if role == "block":
+        return f"the host does not declare how block {block} is called"
+    return f"block {block} has no replaceable {role}"
+
+
+def _unpaired(numbers: Sequence[int], blocks: Mapping[int, Site]) -> list[str]:
+    """Why these blocks, two by two, are not pairs that can be merged."""
+    if len(numbers) % 2:
+        return [f"{len(numbers)} blocks do not form pairs"]
+    faults = []
+    for first, second in zip(numbers[::2], numbers[1::2], strict=True):
+        if second != first + 1:
+            faults.append(f"blocks {first} and {second} are not consecutive")
+        elif first in blocks and second in blocks:
+            faults += _unlike(blocks[first], blocks[second])
+    return faults
+
+
+def _unlike(first: Site, second: Site) -> list[str]:
+    lists = [site.path.rpartition(".")[0] for site in (first, second)]
+    if lists[0] != lists[1]:
+        return [f"blocks {first.block} and {second.block} are of different kinds ({' and '.join(lists)})"]
+    assert first.call is not None
+    if len(first.call.returns) > 1:
+        streams = " and ".join(first.call.returns)
+        return [
+            f"blocks {first.block} and {second.block} give {streams}: only one tensor of tokens can be merged"
+        ]
+    return []
+
+
+def _left_without_block(chosen: Mapping[Site, Choice], num_blocks: int) -> list[str]:
+    """Operators in blocks that are dropped, and a model of which nothing is left."""
+    dropped = {site.block for site, edit in chosen.items() if isinstance(edit, Drop)}
+    faults = [
+        f"block {site.block} is dropped, but its {site.role} is to be {operator.name}"
+        for site, operator in operators_of(chosen).items()
+        if site.block in dropped
+    ]
+    return [*faults, "every block is dropped"] if len(dropped) == num_blocks else faults
+
+
+def _misfits(operator: OperatorConfig, site: Site, mixer_roles: frozenset[Role]) -> list[str]:
+    if site.role not in operator.roles:
+        return [f"{operator.name} replaces {' or '.join(sorted(operator.roles))}, not {site.role}"]
+    if not isinstance(operator, KernelConfig) and site.role not in mixer_roles:
+        return [f"{operator.name} is a mixer, and the host takes only kernels for its {site.role}"]
+    return operator.faults(site)

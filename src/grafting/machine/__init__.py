@@ -1,0 +1,1 @@
+"""The machine beneath: processes, devices, files, signals, random numbers."""

@@ -1,0 +1,1 @@
+"""Images drawn from a model, by any number of processes, and the files that hold them."""

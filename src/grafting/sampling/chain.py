@@ -1,0 +1,276 @@
+"""Sampling: a model's process run back from noise, with or without guidance, under the conditions that are asked for.
+
+Yields batches; saving and measuring them is the caller's business. Condition and noise of image i come from (seed, i)
+alone, so a set of images may be drawn in batches of any size and by any number of processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
+from torch import Tensor, nn
+
+from ..contract import Conditions, Denoiser
+from ..errors import ProtocolError
+from ..functional.pixels import to_uint8
+from ..hosts import host_of
+from ..machine.precision import FP32_IS_ABSENT, Precision, settled
+from ..machine.randomness import generator
+from .guidance import Guidance
+
+_LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
+
+
+class SamplingConfig(BaseModel):
+    """How images are drawn from a model. The defaults are DiT's, but for the number of images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
+    _absent_by_default: ClassVar[frozenset[str]] = frozenset({"cfg_rescale", "negative", "shape"})
+    """Fields that protocols and records leave out at their defaults: those written before had none of them."""
+
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "euler", "heun"] = "ddpm"
+    """Predicted noise: `ddpm` is ancestral sampling with the predicted variance; `ddim` (eta 0) and `dpm-solver++` add no
+    noise. Flow: `euler`, `heun` (two calls of the model per step) or `dpm-solver++`."""
+    steps: Annotated[PositiveInt, Field(le=1000)] = 250
+    """Steps per image; those of predicted noise are spread evenly over the 1,000 of training (at most 999 for
+    `dpm-solver++`)."""
+    cfg_scale: FiniteFloat = 1.5
+    """Guidance scale, of null + cfg_scale * (conditional - null). 1 = off: the null half is not computed."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance is on between these shares of the way from clean (0) to pure noise (1)."""
+    guided_channels: PositiveInt | None = None
+    """Guide the first channels only (3 in DiT's published protocol, of 4); all of them when None."""
+    cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Literal["norm"] = 0.0
+    """Share in which a guided prediction is given back the spread of the conditional one (arXiv:2305.08891); `norm` gives it
+    back its length at every place."""
+    negative: NonNegativeInt | None = None
+    """Number of the condition that guidance leads away from; the null one when None."""
+    shape: tuple[PositiveInt, ...] | None = None
+    """Of one sample as the model makes it: channels, then frames of a video, then height and width. When None, that of the
+    training data in a recipe, else the model's native one."""
+    clip: bool = False
+    """Clip the predicted clean image to [-1, 1] at each step: for models of pixels, not of latents."""
+    num_images: PositiveInt = 64
+    """Images to draw: numbers 0 to num_images - 1."""
+    batch_size: PositiveInt = 64
+    """Images at a time; changes speed and memory, not the images (up to float rounding)."""
+    seed: NonNegativeInt = 0
+    """Image i depends on (seed, i) and its label alone."""
+    labels: Literal["balanced", "random"] | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (
+        "balanced"
+    )
+    """Condition of image i, by number (a class, or a row of the prompts): `balanced` i mod their count, `random` from
+    (seed, i), or the i-th of a list, repeated."""
+    precision: Precision = "auto"
+    """Of the model's forward pass (bf16 by autocast; `auto`: where it is faster); the samplers' arithmetic is always fp32."""
+    compile: bool = False
+    """Run the model through torch.compile; changes speed, not the images (up to float rounding)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SamplingConfig":
+        low, high = self.cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"cfg_interval is [low, high] with 0 <= low <= high <= 1; found [{low}, {high}]")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        absent = {
+            n for n in self._absent_by_default if getattr(self, n) == type(self).model_fields[n].default
+        }
+        return {name: value for name, value in to_dict(self).items() if name not in absent}
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model per image, those for guidance not counted."""
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """Guidance as an object; None where it is off."""
+        if self.cfg_scale == 1:
+            return None
+        return Guidance(
+            scale=self.cfg_scale,
+            interval=self.cfg_interval,
+            channels=self.guided_channels,
+            negative=self.negative,
+            rescale=self.cfg_rescale,
+        )
+
+    @property
+    def labels_rule(self) -> str:
+        """How image i gets its class, in words."""
+        if self.labels == "balanced":
+            return "i mod number of classes"
+        if self.labels == "random":
+            return "uniform, from (seed, i)"
+        return f"given, in turn: {', '.join(map(str, self.labels))}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples x of the images `indices`, as the model makes them: pixels about in [-1, 1], or latents.
+
+    `labels` are the numbers of their conditions.
+    """
+
+    indices: tuple[int, ...]
+    labels: Int[Tensor, "b"]
+    x: Float[Tensor, "b *shape"]
+
+    def images(self) -> UInt8[Tensor, "b *shape"]:
+        """The samples of a model of pixels as 8-bit pixels."""
+        return to_uint8(self.x)
+
+
+def sample(
+    model: nn.Module,
+    config: SamplingConfig,
+    *,
+    denoiser: Denoiser | None = None,
+    shape: tuple[int, ...] | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Images drawn from a model, batch by batch; while a batch is drawn the model is in eval mode.
+
+    Args:
+        denoiser: how the model is called, its process and its conditions; by default its host's.
+        shape: of a sample, [c, h, w] or [c, frames, h, w]; by default the model's native one. `config.shape` goes before it.
+        indices: numbers of the images to draw (a process's share, or those missing); all when None.
+
+    Raises:
+        ProtocolError: the model cannot be sampled in this way; raised at the call, before any work.
+    """
+    how, size = (
+        denoiser or host_of(model).denoiser(model),
+        config.shape or shape or host_of(model).shape(model),
+    )
+    check_sampling(config, denoiser=how, channels=size[0])
+    config = settled(config, next(model.parameters()).device)
+    numbers = tuple(range(config.num_images) if indices is None else indices)
+    called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
+    if numbers and min(numbers) < 0:
+        raise ProtocolError(f"images are numbered from 0; asked for number {min(numbers)}")
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(numbers), config.batch_size):
+            chosen = numbers[start : start + config.batch_size]
+            labels = labels_of(chosen, config, count=len(how.conditions))
+            x = _draw(called, config, how, shape=size, indices=chosen, labels=labels)
+            yield Batch(chosen, labels, x)
+
+    return batches()
+
+
+def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int | None = None) -> None:
+    """Raises a ProtocolError that lists why such a model cannot be sampled in this way, if it cannot.
+
+    Args:
+        channels: of a sample; None if not known yet, then `guided_channels` is not checked.
+    """
+    conditions = denoiser.conditions
+    faults = denoiser.process.sampling_faults(config.sampler, steps=config.steps, clip=config.clip)
+    if config.guidance is not None and config.negative is None and _has_no_null(conditions):
+        faults.append(
+            f"cfg_scale is {config.cfg_scale:g}, but the model has no null label or prompt to lead away from (it was trained "
+            "without one, or distilled): set cfg_scale to 1"
+        )
+    if channels is not None and config.guided_channels is not None and config.guided_channels > channels:
+        faults.append(f"guided_channels is {config.guided_channels}, but images have {channels} channels")
+    asked = config.labels if isinstance(config.labels, tuple) else ()
+    for name, numbers in (
+        ("labels", asked),
+        ("negative", () if config.negative is None else (config.negative,)),
+    ):
+        unknown = sorted({number for number in numbers if number >= len(conditions)})
+        if unknown:
+            faults.append(f"{name} {unknown} are out of range: conditions are 0..{len(conditions) - 1}")
+    if faults:
+        raise ProtocolError("\n  ".join(["these samples cannot be drawn:", *faults]))
+
+
+def _has_no_null(conditions: Conditions) -> bool:
+    return conditions.nulls(torch.tensor([0])) is None
+
+
+def labels_of(indices: Sequence[int], config: SamplingConfig, *, count: int) -> Int[Tensor, "b"]:
+    """The number of each image's condition, of `count`."""
+    if config.labels == "balanced":
+        labels = [i % count for i in indices]
+    elif config.labels == "random":
+        streams = [generator(config.seed, i, _LABEL_STREAM) for i in indices]
+        labels = [int(torch.randint(count, (), generator=stream)) for stream in streams]
+    else:
+        labels = [config.labels[i % len(config.labels)] for i in indices]
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+@torch.no_grad()
+def _draw(
+    model: nn.Module,
+    config: SamplingConfig,
+    denoiser: Denoiser,
+    *,
+    shape: tuple[int, ...],
+    indices: Sequence[int],
+    labels: Tensor,
+) -> Float[Tensor, "b *shape"]:
+    """One batch, on the CPU."""
+    device = next(model.parameters()).device
+    streams = [generator(config.seed, i) for i in indices]
+    x = _initial_noise(streams, shape).to(device)
+    chain = denoiser.process.chain(config.sampler, steps=config.steps, clip=config.clip, streams=streams)
+    with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        for step, update in chain:
+            prediction = _prediction(model, config.guidance, denoiser, x, labels, step=step)
+            x = update(prediction.float(), x)
+    return x.cpu()
+
+
+def _initial_noise(streams: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+
+
+def _prediction(
+    model: nn.Module,
+    guidance: Guidance | None,
+    denoiser: Denoiser,
+    x: Float[Tensor, "b c *hw"],
+    labels: Tensor,
+    *,
+    step: int | float,
+) -> Float[Tensor, "b c2 *hw"]:
+    """The model's prediction of c or 2c channels, guided where guidance is on; both halves are one batch."""
+    t = torch.full((len(x),), step, device=x.device)
+    if guidance is None or not guidance.is_on(denoiser.process.share_of(step)):
+        return denoiser(model, x, t, labels)
+    numbers = torch.cat([labels, guidance.nulls(denoiser.conditions, labels)])
+    both = denoiser(model, torch.cat([x, x]), torch.cat([t, t]), numbers).float()
+    return guidance(*both.chunk(2), channels=x.shape[1])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, each module's mode is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,356 @@
+"""Sampled images as one file, written and read in batches: fifty thousand of them are never in memory at once.
+
+An .npz file holds arr_0 [N, H, W, C] of 8 bits, as ADM's evaluation reads it, and labels [N] (of videos
+[N, F, H, W, C]); a run's folder holds `samples/ROW.safetensors`, with images [N, C, H, W] and labels. Both also say how the images were sampled, so that
+measuring them later knows the protocol, and what drew them.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Int, UInt8
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..contract import Denoiser
+from ..errors import CheckpointError, DataError, ProtocolError
+from ..machine.devices import default_device
+from ..machine.files import atomic_path, sha256_of
+from ..machine.precision import settled
+from .chain import SamplingConfig
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images [B, C, H, W] of 8 bits and their labels [B]."""
+
+_IMAGES = "arr_0"
+
+
+class Samples(NamedTuple):
+    """Images, labels, and how they came about: `sampling`, `labels` and `weights_dtype` of their protocol."""
+
+    images: UInt8[Tensor, "n c *size"]
+    labels: Int[Tensor, "n"]
+    origin: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFile:
+    """A file of samples, of which only the labels have been read.
+
+    Args:
+        shape: channels, height and width of an image; of a video its frames after the channels.
+        labels: None where the file has none, as ADM's own files.
+        origin: `sampling`, `labels` and `weights_dtype` of the images' protocol.
+        record: what drew them: model, autoencoder, versions; empty where it was not recorded.
+        read: the images in batches of a size, from the first.
+    """
+
+    path: Path
+    num_images: int
+    shape: tuple[int, ...]
+    labels: Int[Tensor, "n"] | None
+    origin: dict[str, Any]
+    record: dict[str, Any]
+    read: Callable[[int], Iterator[Tensor]]
+
+    def images(self, size: int = 500) -> Iterator[UInt8[Tensor, "b c *size"]]:
+        """The images in their order, `size` at a time.
+
+        Raises:
+            DataError: the file is damaged; found when the damaged part, or the end, is read.
+        """
+        return self.read(size)
+
+    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, "b"]]]:
+        """The images with their labels, `size` at a time. Raises as `images`, and at the call if there are no labels."""
+        if self.labels is None:
+            raise DataError(
+                f"{self.path}: labels is not a file in the archive; samples are arr_0 [N, H, W, C] and labels [N]"
+            )
+        return zip(self.images(size), self.labels.split(size), strict=True)
+
+
+def origin_of(
+    config: SamplingConfig,
+    *,
+    weights_dtype: str = "float32",
+    denoiser: Denoiser | None = None,
+    vae: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a protocol says of images that were drawn so; process, conditions and autoencoder are part of the sampling."""
+    sampling = settled(config, default_device()).model_dump(mode="json")
+    sampling |= denoiser.identity if denoiser else {}
+    return {
+        "sampling": sampling if vae is None else sampling | {"vae": dict(vae)},
+        "labels": config.labels_rule,
+        "weights_dtype": weights_dtype,
+    }
+
+
+def write_samples(
+    path: str | Path,
+    batches: Batches,
+    *,
+    num_images: int,
+    shape: tuple[int, ...],
+    origin: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an .npz or .safetensors file, atomically, as the batches come; one of them is in memory at a time.
+
+    The same images, labels and words give the same bytes.
+
+    Args:
+        num_images: how many the batches hold together.
+        shape: channels, height and width of an image; of a video its frames after the channels.
+        origin: see `origin_of`.
+        record: what drew the images, as JSON.
+
+    Raises:
+        DataError: the batches hold another number of images, or images of another shape; nothing is written.
+        RunError: it cannot be written.
+    """
+    path = Path(path)
+    counted = _checked(batches, num_images=num_images, shape=shape)
+    words = {"origin": json.dumps(origin), "record": json.dumps(record or {})}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write = _write_npz if path.suffix == ".npz" else _write_safetensors
+        write(file, counted, num_images=num_images, shape=shape, words=words)
+
+
+def read_samples(path: str | Path) -> Samples:
+    """All samples of a file, in memory. Raises as `open_samples` and `SampleFile.batches`."""
+    path = Path(path)
+    file = open_samples(path)
+    parts = list(file.batches())
+    images = torch.cat([images for images, _ in parts]) if parts else torch.empty(0, *file.shape).byte()
+    assert file.labels is not None
+    return Samples(images, file.labels, file.origin)
+
+
+def open_samples(path: str | Path) -> SampleFile:
+    """An .npz file, or a `samples/ROW.safetensors` in a run's folder, to be read in batches.
+
+    Raises:
+        DataError, CheckpointError: no such file, or it is damaged or something else.
+        ProtocolError: a run that has not finished sampling.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = ": it is a folder; a run's samples are its samples/ROW.safetensors" if path.is_dir() else ""
+        raise DataError(f"no samples file {path}{found}")
+    readers = {".npz": _open_npz, ".safetensors": _open_safetensors}
+    if path.suffix not in readers:
+        raise DataError(f"samples are an {' or a '.join(readers)} file, found {path}")
+    return readers[path.suffix](path)
+
+
+def _checked(batches: Batches, *, num_images: int, shape: tuple[int, ...]) -> Batches:
+    """The same batches, known to be what the file's header says."""
+    done = 0
+    for images, labels in batches:
+        done += len(images)
+        if tuple(images.shape[1:]) != shape or len(labels) != len(images) or done > num_images:
+            raise DataError(
+                f"{num_images} images of {list(shape)} were to be written; found {len(images)} of "
+                f"{list(images.shape[1:])} with {len(labels)} labels, {done} images so far"
+            )
+        yield images, labels
+    if done < num_images:
+        raise DataError(f"{num_images} images were to be written; only {done} came")
+
+
+def _write_npz(
+    file: BinaryIO,
+    batches: Batches,
+    *,
+    num_images: int,
+    shape: tuple[int, ...],
+    words: dict[str, str],
+) -> None:
+    channels, *size = shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *size, channels)}
+    labels = [torch.empty(0, dtype=torch.int64)]
+    # members are stored as they are, with the time of 1980: what is read is what was written, byte for byte
+    with ZipFile(file, "w") as archive:
+        with archive.open(f"{_IMAGES}.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for images, batch_labels in batches:
+                member.write(images.movedim(1, -1).contiguous().numpy().data)
+                labels.append(batch_labels.cpu().long())
+        arrays = {"labels": torch.cat(labels).numpy(), **{key: np.array(text) for key, text in words.items()}}
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _write_safetensors(
+    file: BinaryIO,
+    batches: Batches,
+    *,
+    num_images: int,
+    shape: tuple[int, ...],
+    words: dict[str, str],
+) -> None:
+    """Source: the format's own page, github.com/huggingface/safetensors: length, JSON header, then the tensors' bytes.
+
+    Labels stand first, so that none has to be kept until the images are written: their place is filled in at the end.
+    """
+    sizes = (8 * num_images, num_images * int(np.prod(shape)))
+    starts = list(accumulate(sizes, initial=0))
+    header = {
+        "__metadata__": words,
+        "labels": {"dtype": "I64", "shape": [num_images], "data_offsets": starts[:2]},
+        "images": {"dtype": "U8", "shape": [num_images, *shape], "data_offsets": starts[1:]},
+    }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(struct.pack("<Q", len(encoded)) + encoded)
+    first = file.tell()
+    file.seek(first + starts[1])
+    labels = [torch.empty(0, dtype=torch.int64)]
+    for images, batch_labels in batches:
+        file.write(images.contiguous().numpy().data)
+        labels.append(batch_labels.cpu().long())
+    file.seek(first)
+    file.write(torch.cat(labels).numpy().astype("<i8").data)
+
+
+def _open_npz(path: Path) -> SampleFile:
+    with _whole_npz(path):
+        # without pickles: a file of arrays has no code to run
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if _IMAGES not in arrays:
+                raise DataError(
+                    f"{path}: arr_0 is not a file in the archive; samples are arr_0 [N, H, W, C] and labels [N]"
+                )
+            labels = arrays.get("labels")
+            origin = json.loads(str(arrays["origin"])) if "origin" in arrays else _unrecorded(path)
+            record = json.loads(str(arrays["record"])) if "record" in arrays else {}
+        with ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
+            shape, is_fortran, dtype = _read_header(member)
+    is_batch = dtype == np.uint8 and len(shape) in (4, 5)
+    if labels is not None:
+        is_batch = is_batch and labels.shape == shape[:1] and np.issubdtype(labels.dtype, np.integer)
+    if not is_batch:
+        given = "no labels" if labels is None else f"{labels.dtype} {list(labels.shape)}"
+        raise DataError(
+            f"{path}: arr_0 must be uint8 [N, H, W, C] and labels integers [N]; "
+            f"found {dtype} {list(shape)} and {given}"
+        )
+    if is_fortran:
+        raise DataError(f"{path}: arr_0 is in Fortran order; save np.ascontiguousarray of it")
+    num_images, *size, channels = shape
+    return SampleFile(
+        path=path,
+        num_images=num_images,
+        shape=(channels, *size),
+        labels=None if labels is None else torch.from_numpy(labels).long(),
+        origin=origin,
+        record=record,
+        read=lambda size: _read_npz(path, shape, size),
+    )
+
+
+def _read_npz(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Tensor]:
+    num_images, *image = shape
+    with _whole_npz(path), ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
+        _read_header(member)
+        for first in range(0, num_images, size):
+            rows = np.empty((min(size, num_images - first), *image), np.uint8)
+            if member.readinto(rows.reshape(-1).data) != rows.size:
+                raise EOFError(f"{_IMAGES} ends before its {num_images} images do")
+            yield torch.from_numpy(rows).movedim(-1, 1)
+        # the archive's checksum is compared at the end of the member only
+        member.read(1)
+
+
+@contextmanager
+def _whole_npz(path: Path) -> Iterator[None]:
+    """Turns what a damaged archive raises into one DataError."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise DataError(f"{path} is not a whole .npz file of arrays: {error}") from error
+
+
+def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"{_IMAGES} is an .npy of version {version}")
+    shape, is_fortran, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("it holds objects, which are not read")
+    return shape, is_fortran, dtype
+
+
+def _open_safetensors(path: Path) -> SampleFile:
+    try:
+        with safe_open(path, "pt") as file:
+            names, words = set(file.keys()), file.metadata() or {}
+            if not {"images", "labels"} <= names:
+                raise CheckpointError(
+                    f"{path} holds {', '.join(sorted(names)) or 'nothing'}; samples are images and labels"
+                )
+            labels = file.get_tensor("labels").long()
+            shape = tuple(file.get_slice("images").get_shape())
+            dtype = file.get_slice("images").get_dtype()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if dtype != "U8" or len(shape) not in (4, 5) or labels.shape != shape[:1]:
+        raise CheckpointError(
+            f"{path}: images must be uint8 [N, C, H, W] and labels [N]; "
+            f"found {dtype} {list(shape)} and {list(labels.shape)}"
+        )
+    num_images, *image = shape
+    return SampleFile(
+        path=path,
+        num_images=num_images,
+        shape=tuple(image),
+        labels=labels,
+        origin=json.loads(words["origin"]) if "origin" in words else _origin_in_run(path, num_images),
+        record=json.loads(words.get("record", "{}")),
+        read=lambda size: _read_safetensors(path, num_images, size),
+    )
+
+
+def _read_safetensors(path: Path, num_images: int, size: int) -> Iterator[Tensor]:
+    for first in range(0, num_images, size):
+        # opened anew for each batch: pages of a file that stays mapped would count as memory in use
+        with safe_open(path, "pt") as file:
+            yield file.get_slice("images")[first : min(first + size, num_images)]
+
+
+def _origin_in_run(path: Path, num_images: int) -> dict[str, Any]:
+    """The origin of samples that do not say it themselves, from the recipe in the folder of their run."""
+    recipe_path = path.parent.parent / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.is_file() else None
+    if not isinstance(recipe, dict) or not recipe.get("sample"):
+        return _unrecorded(path)
+    try:
+        config = SamplingConfig.model_validate({"precision": "fp32"} | recipe["sample"])
+    except ValidationError as error:
+        raise DataError(f"{recipe_path}: its `sample` cannot be read: {error}") from error
+    if num_images != config.num_images:
+        raise ProtocolError(f"{path} holds {num_images} images, {recipe_path} says {config.num_images}")
+    return origin_of(config)
+
+
+def _unrecorded(path: Path) -> dict[str, Any]:
+    sampling = {"source": "file", "sha256": sha256_of(path)}
+    return {"sampling": sampling, "labels": "as in the file", "weights_dtype": "unknown"}

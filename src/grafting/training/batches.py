@@ -1,0 +1,146 @@
+"""A training batch as both stages see it: images noised at random steps, some conditions dropped (arXiv:2506.05340 Eq. 2).
+
+Everything is drawn for the step's whole batch and then cut, so that a batch is the same however many processes share it
+and in however many parts each of them takes its share.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..contract import Denoiser, FolderState, Step, TrainingData
+from ..errors import TrainingError
+from ..machine.randomness import batch_indices, generator
+from .loader import Loader
+
+_WHOLE = slice(None)
+
+
+class NoisedBatch(NamedTuple):
+    """Clean inputs x, standard normal noise and x_t, [B, ...] of any shape; numbers of the conditions and steps t [B]."""
+
+    x: Tensor
+    noise: Tensor
+    x_t: Tensor
+    numbers: Tensor
+    t: Tensor
+
+    def split(self, parts: int) -> "list[NoisedBatch]":
+        """The same in `parts` batches of equal size."""
+        size = len(self.t) // parts
+        return [NoisedBatch(*part) for part in zip(*(a.split(size) for a in self), strict=True)]
+
+
+def draw_noised(
+    images: tuple[Tensor, Tensor],
+    draw: torch.Generator,
+    *,
+    batch_size: int,
+    denoiser: Denoiser,
+    device: torch.device,
+    part: slice = _WHOLE,
+) -> NoisedBatch:
+    """Images or latents and the numbers of their conditions, noised.
+
+    Args:
+        images: those in `part` of the step's batch.
+        batch_size: of the whole batch.
+        draw: a fresh CPU generator of the step.
+        denoiser: its process noises; its conditions are dropped in their share.
+    """
+    x, numbers = images
+    noise = torch.randn((batch_size, *x.shape[1:]), generator=draw)[part]
+    t = denoiser.process.draw_steps(batch_size, draw)[part]
+    if dropout := denoiser.conditions.dropout:
+        nulls = denoiser.conditions.nulls(numbers)
+        assert nulls is not None, "conditions that are dropped have a null"
+        numbers = torch.where(torch.rand(batch_size, generator=draw)[part] < dropout, nulls, numbers)
+    # numbers stay here: what a table of prompts holds is found by them
+    x, noise, t = (a.to(device, non_blocking=True) for a in (x, noise, t))
+    return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), numbers, t)
+
+
+@runtime_checkable
+class BatchConfig(Protocol):
+    """What a stage's settings say about its batches."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    seed: int
+
+
+class Batches:
+    """What a process takes of each training step's batch; all that is drawn for step s comes from (seed, s).
+
+    Args:
+        items: the items of `data` to train on; all when left out.
+        share: the part of each batch that is this process's.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        config: BatchConfig,
+        *,
+        denoiser: Denoiser,
+        device: torch.device,
+        items: Tensor | None = None,
+        share: slice = _WHOLE,
+    ):
+        self.config, self.denoiser, self.device, self.share = config, denoiser, device, share
+        size, pin = config.batch_size, device.type != "cpu"
+        self.loader = Loader(
+            data, size, seed=config.seed, items=items, steps=config.steps, share=share, pin=pin
+        )
+
+    def at(self, step: int) -> list[NoisedBatch]:
+        """The noised micro-batches of a step."""
+        return draw_noised(
+            self.loader.at(step),
+            generator(self.config.seed, step),
+            batch_size=self.config.batch_size,
+            denoiser=self.denoiser,
+            device=self.device,
+            part=self.share,
+        ).split(self.config.accumulate)
+
+    def numbers(self, step: int, num_items: int) -> tuple[Tensor, ...]:
+        """Which of `num_items` items a step takes where the items lie elsewhere, by micro-batch."""
+        indices = batch_indices(num_items, self.config.batch_size, step, self.config.seed)
+        return indices[self.share].chunk(self.config.accumulate)
+
+    def steps(
+        self,
+        first: int,
+        take: Callable[[int], dict[str, float]],
+        snapshot: Callable[[int], dict[str, Any] | FolderState],
+    ) -> Iterator[Step]:
+        """Take step `first` and those after it, one each time that the iterator is asked.
+
+        Args:
+            take: takes a step; returns its values.
+            snapshot: the state after so many steps.
+        """
+        with self.loader:
+            for step in range(first, self.config.steps):
+                waited = self.loader.seconds_waited
+                yield Step(
+                    values=take(step),
+                    done=step + 1,
+                    total=self.config.steps,
+                    state=partial(snapshot, step + 1),
+                    seconds_waited=self.loader.seconds_waited - waited,
+                )
+
+
+def check_batch_size(stage: str, batch_size: int, *, processes: int, accumulate: int) -> None:
+    """Raises a TrainingError if a step's batch cannot be cut into equal parts, one for each process and micro-batch."""
+    if batch_size % (processes * accumulate):
+        raise TrainingError(
+            f"{stage}: batch_size {batch_size} is that of all processes together; it has to be a multiple of "
+            f"{processes} processes x accumulate {accumulate} = {processes * accumulate}"
+        )

@@ -1,0 +1,376 @@
+"""Stage 1: fit each new operator to the old one's activations, all sites in one streaming pass of the teacher.
+
+Inputs follow arXiv:2506.05340 Eq. 2: data noised by the host's process, t and noise fresh at each step, conditions in
+their place. At each site the operator sees the site's input and is fitted to the old module's output inside the teacher's
+forward pass; its graph is freed before the next site, so memory holds one site's graph and disk holds nothing. A merged
+pair of blocks is one site, fitted to the second block's output for the first one's input.
+
+Sites do not know each other: each has its own optimizer and guard. So several processes may share every batch, or the sites.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from torch import Tensor, nn
+
+from ..contract import Denoiser, Role, Step, TrainingData
+from ..editing.placed import Placed
+from ..errors import CheckpointError, TrainingError
+from ..functional.losses import Regression, regression_loss
+from ..hosts import host_of
+from ..machine import processes as parallel
+from ..machine.precision import FP32_IS_ABSENT, Precision, settled
+from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
+from .batches import Batches, check_batch_size
+from .guard import GuardConfig
+from .trainee import Trainee
+
+# arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
+LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
+
+
+class DistillConfig(BaseModel):
+    """Settings of stage 1. The defaults are the paper's amount of training: 8k samples x 200 epochs, batch 64."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
+    how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "spread", "compile"})
+    """Fields that change no result beyond rounding: a run may be resumed with others."""
+
+    steps: NonNegativeInt = 25_000
+    batch_size: PositiveInt = 64
+    """Images a step, over all processes and micro-batches."""
+    accumulate: PositiveInt = 1
+    """Micro-batches into which each process cuts its share of a step, to need less memory. `normalised` and
+    `outlier_threshold` go by the statistics of a process's micro-batch."""
+    spread: Literal["data", "sites"] = "data"
+    """What several processes share: every batch (gradients are averaged once a step), or the sites (each process runs the
+    teacher on whole batches and fits some of the operators)."""
+    lr: PositiveFloat = 5e-4
+    warmup_steps: NonNegativeInt = 0
+    cooldown_steps: NonNegativeInt = 0
+    """Last steps, in which the learning rate falls linearly to zero."""
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat = 10.0
+    """Largest gradient norm of each site."""
+    loss: Regression | None = None
+    """l1, l2 or huber; by default l1 for attention and merged blocks and l2 for MLPs."""
+    huber_delta: PositiveFloat = 1.0
+    normalised: bool = False
+    """Divide each site's loss by that of predicting zero."""
+    outlier_threshold: PositiveFloat | None = None
+    """Leave out elements whose target exceeds this many times the target's root mean square."""
+    inputs: Literal["teacher", "student"] = "teacher"
+    """What operators see: the teacher's activations, or those of the grafted model, errors of earlier grafts included."""
+    cache_samples: PositiveInt | None = None
+    """Train on this many noised samples, fixed, with the teacher's activations on disk (the paper: 8,000); by default
+    every step sees fresh noise and nothing is written."""
+    images: PositiveInt | None = None
+    """Train on this many images (the paper: 8,000), with fresh noise at every step; by default on all but the held out."""
+    holdout: PositiveInt = 256
+    """Images kept out of training, on which loss and R^2 are measured."""
+    holdout_every: PositiveInt = 100
+    """Steps between measurements on the held-out images; also done at the start and at the end."""
+    precision: Precision = "auto"
+    """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
+    compile: bool = False
+    """Compile each operator."""
+    guard: GuardConfig | None = None
+    """What to do with a site's bad steps; left out, a loss that is not finite is an error."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        if self.cache_samples and self.inputs == "student":
+            raise ValueError(
+                "cache_samples goes with inputs: teacher; a student's activations change at each step"
+            )
+        if self.spread == "sites" and self.inputs == "student":
+            raise ValueError("spread: sites goes with inputs: teacher; a student needs all of its operators")
+        return self
+
+
+def distill(
+    teacher: nn.Module,
+    operators: Mapping[str, Placed],
+    data: TrainingData,
+    config: DistillConfig,
+    *,
+    denoiser: Denoiser | None = None,
+    cache_folder: Path | None = None,
+    state: dict[str, Any] | None = None,
+) -> Iterator[Step]:
+    """Fit `operators` (by site path, built for `teacher`) in place. The teacher is unchanged.
+
+    With several processes (see `parallel`) each runs this on the same arguments, and each has all operators fitted in the
+    end; `state()` is then to be called by all of them, and is whole on the main one.
+
+    A step's values are `loss/PATH`, and when measured `holdout_loss/PATH` and `r2/PATH`: 1 minus the squared error over
+    the variance of the teacher's output.
+
+    Args:
+        denoiser: how the teacher is called, its process and its conditions, which are dropped in their share, so that
+            operators also see the null one of guidance; by default its host's.
+        cache_folder: where activations go when `config.cache_samples` is set.
+        state: what an earlier step's `state()` returned, to go on from there.
+
+    Raises:
+        TrainingError: too few images, a batch does not divide among processes, or a loss is not finite.
+        CheckpointError: the state is an earlier version's.
+    """
+    check_division(config)
+    config = settled(config, next(teacher.parameters()).device, together=True)
+    denoiser = denoiser or host_of(teacher).denoiser(teacher)
+    fitting = _Fitting(Visited(teacher, operators, denoiser, config.precision, config.inputs), data, config)
+    first = fitting.load(state) if state else 0
+    with _training(teacher, operators):
+        source = fitting.source(cache_folder)
+        if first == 0:
+            start = partial(fitting.snapshot, 0)
+            yield Step(done=0, total=config.steps, values=fitting.measure(), state=start)
+        yield from fitting.batches.steps(first, partial(fitting.step, source), fitting.snapshot)
+        fitting.exchange()
+
+
+@contextmanager
+def _training(teacher: nn.Module, operators: Mapping[str, Placed]) -> Iterator[None]:
+    """Operators in training mode."""
+    teacher.eval()
+    for operator in operators.values():
+        operator.train()
+    try:
+        yield
+    finally:
+        for operator in operators.values():
+            operator.eval()
+
+
+def check_division(config: DistillConfig) -> None:
+    """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
+    processes = parallel.world_size() if config.spread == "data" else 1
+    check_batch_size("stage 1", config.batch_size, processes=processes, accumulate=config.accumulate)
+
+
+class _Fitting:
+    """The operators in training, and where the activations come from that they are fitted to."""
+
+    def __init__(self, visited: Visited, data: TrainingData, config: DistillConfig):
+        self.visited, self.data, self.config = visited, data, config
+        self.train, held_out = split(len(data), config)
+        visited.prepare("stage 1")
+        self.sites = {path: _Site(o, config) for path, o in visited.operators.items() if o.fits}
+        # the sites that this process fits, and the part of each batch that it fits them on
+        mine, share = slice(None), parallel.share()
+        if config.spread == "sites":
+            mine, share = share, mine
+        self.mine = tuple(self.sites)[mine]
+        self.batches = Batches(
+            data, config, denoiser=visited.denoiser, device=visited.device, items=self.train, share=share
+        )
+        self.held_out = self._repeatable(held_out, stream=1, paths=self.mine)
+
+    def source(self, cache_folder: Path | None) -> Source:
+        """The teacher as it runs, or its activations on the first `cache_samples` noised samples, on disk."""
+        num_samples = self.config.cache_samples
+        if num_samples is None:
+            return Streamed(self.visited, self.batches, self.mine)
+        if cache_folder is None:
+            raise TrainingError("cache_samples is set, but there is no folder for the activations")
+        cache = ActivationCache(cache_folder, num_samples, batches=self.batches, paths=self.mine)
+        chosen = self.train[torch.arange(num_samples) % len(self.train)]
+        with parallel.main_first():
+            cache.fill(self._repeatable(chosen, stream=2, paths=tuple(self.sites)))
+        return cache
+
+    def _repeatable(self, items: Tensor, *, stream: int, paths: tuple[str, ...]) -> Repeatable:
+        """These items in batches, which are whole in every process."""
+        indices = items.split(self.config.batch_size)
+        return Repeatable(self.visited, self.data, indices, self.config.seed, (1, stream), paths)
+
+    def step(self, source: Source, step: int) -> dict[str, float]:
+        """One step of every operator. Each site's loss, what its guard found and did, and measurements that are due."""
+        config = self.config
+        for path in self.mine:
+            self.sites[path].keep(step)
+        losses = self._figures(self._gradients(source, step))
+        norms = self._figures({path: self.sites[path].clip() for path in self.mine})
+        findings = {path: self._judge(path, step, losses[path], norms[path]) for path in self.sites}
+        values = {f"loss/{path}": loss for path, loss in losses.items() if math.isfinite(loss)}
+        for path, finding in findings.items():
+            told = self.sites[path].settle(step, finding)
+            values |= {f"guard_{name}/{path}": value for name, value in told.items()}
+        due = (step + 1) % config.holdout_every == 0 or step + 1 == config.steps
+        return values | self.measure() if due else values
+
+    def _gradients(self, source: Source, step: int) -> dict[str, Tensor]:
+        """Take the gradients of a step, site by site; the losses of this process's sites."""
+        sums = {path: torch.zeros((), device=self.visited.device) for path in self.mine}
+
+        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+            site = self.sites[path]
+            with torch.enable_grad():
+                loss = site.loss(site.forward(*args, **kwargs), target) / self.config.accumulate
+            sums[path] += loss.detach()
+            if site.parameters:
+                loss.backward()
+
+        source.visit(step, visit)
+        if self.config.spread == "data":
+            parameters = (p for site in self.sites.values() for p in site.parameters)
+            parallel.average_gradients([p for p in parameters if p.grad is not None])
+        return sums
+
+    def _figures(self, mine: Mapping[str, Tensor]) -> dict[str, float]:
+        """A figure of every site, from those of this process's sites."""
+        here = torch.stack(list(mine.values())).tolist() if mine else []
+        if self.config.spread == "data":
+            return dict(zip(mine, parallel.mean(here), strict=True))
+        known = dict(zip(mine, here, strict=True))
+        return dict(zip(self.sites, parallel.total([known.get(p, 0.0) for p in self.sites]), strict=True))
+
+    def _judge(self, path: str, step: int, loss: float, norm: float) -> dict[str, float]:
+        """What a site's guard finds; an error if it says so."""
+        site = self.sites[path]
+        finding = site.guard.judge({"loss": loss, "grad_norm": norm})
+        if finding and site.guard.stops:
+            raise TrainingError(
+                f"stage 1, step {step}, {path}: the loss is {loss}, its gradient norm {norm}. Lower lr (now "
+                f"{site.learning_rate(step):g}), use precision: fp32, or normalised: true{site.guard.why()}"
+            )
+        return finding
+
+    def measure(self) -> dict[str, float]:
+        """Loss and R^2 of every site on held-out images, always with the same noise."""
+        measured = {path: _Measured() for path in self.sites}
+
+        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+            output = self.sites[path].forward(*args, **kwargs)
+            measured[path].update(self.sites[path].loss(output, target), output, target)
+
+        # whole batches are dealt out, so that each gives what it gives one process
+        for number in range(len(self.held_out.indices))[self.batches.share]:
+            self.held_out.visit(number, visit)
+        sums = iter(parallel.total([value for site in measured.values() for value in site.sums]))
+        found = {path: _Measured(*islice(sums, 4)) for path in self.sites}
+        losses = {f"holdout_loss/{path}": site.loss for path, site in found.items()}
+        return losses | {f"r2/{path}": site.r2 for path, site in found.items()}
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """All that is needed to go on after `step` steps."""
+        here = {path: self.sites[path].state(step) for path in self.mine}
+        if self.config.spread == "sites":
+            here = {path: state for part in parallel.gather_on_main(here) for path, state in part.items()}
+        return {
+            "step": step,
+            "operators": {path: here[path]["operator"] for path in self.sites if path in here},
+            "sites": here,
+            "guards": {path: site.guard.state() for path, site in self.sites.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> int:
+        """Take up a snapshot; returns its step."""
+        if "sites" not in state:
+            raise CheckpointError(
+                "stage 1's saved state is of an earlier version of grafting, which cannot be gone on from: delete the "
+                "stage's folder to start it anew"
+            )
+        for path, site in self.sites.items():
+            site.guard.load(state["guards"][path])
+        for path in self.mine:
+            self.sites[path].load(state["sites"][path])
+        return state["step"]
+
+    def exchange(self) -> None:
+        """Give every process every operator, where each has fitted some of them."""
+        if self.config.spread == "sites":
+            for number, path in enumerate(self.sites):
+                for tensor in self.visited.operators[path].state_dict().values():
+                    parallel.copy_from(number % parallel.world_size(), tensor)
+
+
+class _Site(Trainee):
+    """An operator in training. One that has nothing to learn is measured, not trained."""
+
+    def __init__(self, operator: Placed, config: DistillConfig):
+        parameters = [p for p in operator.parameters() if p.requires_grad]
+        super().__init__({"operator": operator}, parameters, config)
+        self.forward = torch.compile(operator.forward) if config.compile else operator.forward
+        self._loss = partial(
+            regression_loss,
+            kind=config.loss or LOSS_BY_ROLE[operator.site.role],
+            huber_delta=config.huber_delta,
+            normalised=config.normalised,
+            outlier_threshold=config.outlier_threshold,
+        )
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """Summed over the tensors of the output."""
+        pairs = zip(_tensors(output), _tensors(target), strict=True)
+        return torch.stack([self._loss(y, want) for y, want in pairs]).sum()
+
+
+@dataclass
+class _Measured:
+    """Running loss and R^2 of one site over held-out batches, as sums."""
+
+    losses: float = 0.0
+    batches: float = 0.0
+    error: float = 0.0
+    variation: float = 0.0
+
+    @property
+    def sums(self) -> tuple[float, ...]:
+        return self.losses, self.batches, self.error, self.variation
+
+    def update(self, loss: Tensor, output: Any, target: Any) -> None:
+        self.losses += loss.item()
+        self.batches += 1
+        for y, want in zip(_tensors(output), _tensors(target), strict=True):
+            want = want.double()
+            self.error += (y.double() - want).square().sum().item()
+            self.variation += (want - want.mean(dim=tuple(range(want.ndim - 1)))).square().sum().item()
+
+    @property
+    def loss(self) -> float:
+        return self.losses / self.batches
+
+    @property
+    def r2(self) -> float:
+        return 1 - self.error / max(self.variation, 1e-30)
+
+
+def split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices held out, by seed."""
+    if num_items <= config.holdout:
+        raise TrainingError(
+            f"stage 1 holds out {config.holdout} images, but the data has {num_items}: lower `holdout`"
+        )
+    rest = num_items - config.holdout
+    if config.images is not None and config.images > rest:
+        raise TrainingError(
+            f"stage 1 is to train on {config.images} images, but the data has {num_items}, of which "
+            f"{config.holdout} are held out: {rest} are left"
+        )
+    held_out, train = shuffled(num_items, config.seed).split([config.holdout, rest])
+    return train[: config.images], held_out
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of a module's output: one, or those of a tuple (joint attention)."""
+    return [output] if isinstance(output, Tensor) else [o for o in output if o is not None]
