@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..runs.recipe import Recipe
 
 # lines that go to a file or another program are cut at no terminal's edge
-# of several processes (see `parallel`) the main one speaks
+# of several processes (see `machine.processes`) the main one speaks
 _silent = os.environ.get("RANK", "0") != "0"
 out = Console(width=None if sys.stdout.isatty() else 200, quiet=_silent)
 err = Console(stderr=True, quiet=_silent)

@@ -36,7 +36,7 @@ def run(
 ) -> Path:
     """Run a recipe in `folder`, up to stage `until`, and return the folder; finished stages are skipped.
 
-    Several processes (see `parallel`) share the work; the main one writes. `on_step` is called, in that one, with the
+    Several processes (see `machine.processes`) share the work; the main one writes. `on_step` is called, in that one, with the
     stage's name and each of its steps. Operators that another run with the same store has
     fitted, at the same site from the same start, are taken from there. `peak_tflops` is of one device, for the share of it
     that training reaches; by default that of the device where it is a known one.

@@ -118,7 +118,7 @@ def distill(
 ) -> Iterator[Step]:
     """Fit `operators` (by site path, built for `teacher`) in place. The teacher is unchanged.
 
-    With several processes (see `parallel`) each runs this on the same arguments, and each has all operators fitted in the
+    With several processes (see `machine.processes`) each runs this on the same arguments, and each has all operators fitted in the
     end; `state()` is then to be called by all of them, and is whole on the main one.
 
     A step's values are `loss/PATH`, and when measured `holdout_loss/PATH` and `r2/PATH`: 1 minus the squared error over

@@ -108,7 +108,7 @@ def finetune(
 ) -> Iterator[Step]:
     """Train `model` in place; when the iterator ends the model holds the averaged (EMA) weights.
 
-    With several processes (see `parallel`) each runs this on the same arguments and takes its share of every batch; the
+    With several processes (see `machine.processes`) each runs this on the same arguments and takes its share of every batch; the
     values of a step are means over them.
 
     Args:
