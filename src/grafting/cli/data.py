@@ -84,7 +84,7 @@ def latents(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes; write nothing.")] = False,
 ) -> None:
-    """Encode images with an autoencoder, once, into shards that training reads: means and log variances.
+    """Encode images with an autoencoder, once, into the shards that training reads.
 
     What is done already is not done again, and several processes share the work.
 
@@ -146,7 +146,7 @@ def subset(
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Draw a subset with the same share of every class, and a picture of its classes beside it.
+    """Draw a subset with the same share of every class, with a picture of it.
 
     Recipes name it in their data, with its hash; a run on another file of that name refuses.
 

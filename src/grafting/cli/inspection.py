@@ -35,7 +35,7 @@ app = typer.Typer()
 
 @app.command()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) -> None:
-    """Check a recipe against its model and data without writing anything, and say what it would do.
+    """Check a recipe against its model and data, and show what it would do. Nothing is written.
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
@@ -125,7 +125,7 @@ def cost(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe's plan changes in cost, an image and forward pass.
+    """Show how a plan changes the cost of one forward pass.
 
     Data is not needed, nor are weights where the source is described by host and config.
 
@@ -239,7 +239,7 @@ def locality(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say how local each attention is: its share inside bands of the raster order, and inside a 3 x 3 square.
+    """Measure how local each attention is: its share inside bands of the raster order, and inside a 3 x 3 square.
 
     By the paper's protocol: while images are drawn by DDIM (flow: by Euler's method) with guidance. What the widest band holds most and least of are
     the halves `top-local` and `low-local` of the choice of layers.
@@ -367,7 +367,7 @@ def operators(
     name: Annotated[str | None, typer.Argument(help="An operator, to see its settings.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the operators, or one operator's settings; presets are names for an operator with some settings.
+    """List the operators and presets, or one operator's settings.
 
     [dim]$ grafting operators hyena-x[/]
     """
@@ -432,7 +432,7 @@ def _type_of(setting: dict[str, Any]) -> str:
 def schema(
     out_file: Annotated[Path | None, typer.Option("--out", help="A file; by default it is printed.")] = None,
 ) -> None:
-    """Write the JSON Schema of recipes, with which editors complete and check them.
+    """Write the JSON Schema of recipes, for editors that complete and check them.
 
     [dim]$ grafting schema --out recipe.schema.json[/]
 
@@ -468,7 +468,7 @@ def doctor(
     full: Annotated[bool, typer.Option("--full", help="Also try torch.compile; can take a minute.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine can do, and what is missing with the line that installs it.
+    """Check this machine: what it can do, what is missing, and how to install it.
 
     [dim]$ grafting doctor[/]
     """

@@ -45,7 +45,7 @@ def evaluate(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Measure samples: of the testbed with what is bundled, or of any images by ADM's suite.
+    """Measure samples with a suite: the bundled testbed's, or ADM's (FID and friends).
 
     [dim]$ grafting evaluate samples.npz[/]
     [dim]$ grafting evaluate samples.npz --suite adm --reference VIRTUAL_imagenet256_labeled.npz \\
@@ -87,7 +87,7 @@ def reference(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Pass a reference's images through the suite's network once, and keep what `evaluate` needs of them.
+    """Compute a reference's statistics once, for `evaluate` to read.
 
     Where the file has statistics too, it says how far its own images lie from them: on the right network, about as far
     as as many real images do.

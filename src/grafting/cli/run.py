@@ -41,7 +41,7 @@ app = typer.Typer()
 def quickstart(
     out_folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/quickstart"),
 ) -> None:
-    """Graft the bundled diffusion transformer, from a pretrained model to a report, in some minutes.
+    """Graft the bundled pretrained diffusion transformer, in minutes, and write a report.
 
     Half of its attention becomes gated convolution (Hyena-X), is fitted to what it replaced, finetuned, and measured.
 
@@ -60,24 +60,24 @@ def run(
     settings: Settings = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only say what it will take: time, memory, disk. Needs no data."),
+        typer.Option(
+            "--dry-run", help="Show what the run will take (time, memory, disk) and stop. Needs no data."
+        ),
     ] = False,
     device: Annotated[
         str | None,
         typer.Option(
-            help="Of the dry run: h100, a100, ... [dim]By default this machine's.[/]", metavar="NAME"
+            help="Device of the dry run: h100, a100, ... [dim]By default this machine's.[/]", metavar="NAME"
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Of the dry run, one a device.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the dry run, one per device.")] = 1,
     mfu: Annotated[
         float,
-        typer.Option(
-            min=0.001, max=1, help="Of the dry run: the share of the device's peak that is reached."
-        ),
+        typer.Option(min=0.001, max=1, help="Share of the device's peak that the dry run assumes."),
     ] = 0.3,
     as_json: Json = False,
 ) -> None:
-    """Carry out a recipe; what is done already is not done again.
+    """Run a recipe; finished stages are skipped.
 
     [dim]$ grafting run my-recipe.yaml --until distill
     $ grafting run my-recipe.yaml --dry-run --device h100 --processes 8[/]
@@ -108,7 +108,7 @@ def distill(
     track: Track = None,
     peak_tflops: PeakTflops = None,
 ) -> None:
-    """Carry out a recipe's stage 1: fit the new operators to the old ones' activations.
+    """Run a recipe's stage 1: fit the new operators to the old ones' activations.
 
     [dim]$ grafting distill my-recipe.yaml[/]
     """
@@ -123,7 +123,7 @@ def finetune(
     track: Track = None,
     peak_tflops: PeakTflops = None,
 ) -> None:
-    """Carry out a recipe up to stage 2: train the grafted model end to end.
+    """Run a recipe up to stage 2: train the grafted model end to end.
 
     [dim]$ grafting finetune my-recipe.yaml --out runs/second-try[/]
     """
@@ -210,7 +210,7 @@ def sweep(
         bool, typer.Option("--ray", help="Spread the runs over a Ray cluster that shares this file system.")
     ] = False,
 ) -> None:
-    """Carry out many recipes and collect one table: JSON, CSV and Markdown. Lines that it has are not measured again.
+    """Run many recipes into one table: JSON, CSV, Markdown. Lines already in it are skipped.
 
     [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
     """
@@ -257,7 +257,7 @@ def recipes_folder() -> Path:
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
 ) -> None:
-    """Write a run's report anew, from what its folder holds: one HTML file that needs nothing else.
+    """Write a run's report again, from its folder: one self-contained HTML file.
 
     [dim]$ grafting report runs/quickstart[/]
     """

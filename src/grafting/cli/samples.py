@@ -80,10 +80,10 @@ def sample(
         Path | None, typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file.")
     ] = None,
 ) -> None:
-    """Draw images from a model: arr_0 [N, H, W, C] of 8 bits and labels, in one .npz file.
+    """Draw images from a model into one .npz file: arr_0 [N, H, W, C] of 8 bits, and labels.
 
-    Of several processes each draws its share, and the images are the same for any number of them. A command that was
-    killed goes on where it was: finished batches lie in a folder beside the file until it is whole.
+    Of several processes each draws its share, and the images are the same for any number of them. A killed command
+    resumes: finished batches lie in a folder beside the file until it is whole.
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 

@@ -35,7 +35,7 @@ def convert(
     licence: Annotated[str | None, typer.Option(help="Of the base's weights, for the record.")] = None,
     to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="What is written.")] = "grafting",
 ) -> None:
-    """Read published DiT weights, grafted or not, by what they hold, and write a model folder.
+    """Convert published DiT weights, grafted or not, to a model folder.
 
     [dim]$ grafting convert model.pt dit-hyena-x[/]
     """
@@ -69,7 +69,7 @@ def merge(
     folder: Annotated[Path, typer.Argument(help="Where the whole model is written.")],
     base: Annotated[str | None, typer.Option(help="Where its base is, if not where the delta says.")] = None,
 ) -> None:
-    """Make a delta whole: write the model that it and its base are, which then needs no base.
+    """Merge a delta into its base and write a standalone model.
 
     [dim]$ grafting merge my-delta my-model[/]
     """
