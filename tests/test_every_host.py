@@ -110,6 +110,8 @@ def test_it_runs_from_stage_1_to_a_report(ran):
     rows = json.loads((folder / "run/metrics.json").read_text())
     assert [row["name"] for row in rows] == ["pretrained", "random", "inherited", "distilled", "finetuned"]
     assert all(row["params"] > 0 and row["ms_per_image"] > 0 for row in rows)
+    counted = json.loads(call("cost", folder / "recipe.yaml", "--json"))
+    assert rows[0]["attention_flops"] < counted["model"]["flops"]["before"]
     samples = read_samples(folder / "run/samples/finetuned.safetensors")
     assert tuple(samples.images.shape) == (7, *HOSTS[name][2])
     assert samples.labels.tolist() == [0, 1, 2, 3, 4, 5, 0]

@@ -63,12 +63,10 @@ def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) 
 
 def _summary(job: "Job") -> dict[str, Any]:
     """What a recipe does to its model, as data."""
-    from ..cost.count import count_parameters, role_flops
-    from ..editing.plan import operators_of
-    from ..editing.surgery import build_operators, grafted, paths_after
+    from ..cost.count import count_parameters
+    from ..editing.surgery import build_operators, grafted
 
     sites = job.host.sites(job.model)
-    standing = list(paths_after(sites, job.chosen))
     before = count_parameters(job.model)
     with grafted(job.model, build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)) as model:
         after = count_parameters(model)
@@ -79,8 +77,8 @@ def _summary(job: "Job") -> dict[str, Any]:
         "edits": [_site_facts(site, choice) for site, choice in job.chosen.items()],
         "params": {"before": before, "after": after},
         "attention_flops": {
-            "before": role_flops(sites, {}, "attention").total,
-            "after": role_flops(standing, operators_of(job.chosen), "attention").total,
+            "before": job.attention_flops(is_edited=False).total,
+            "after": job.attention_flops(is_edited=True).total,
         },
         "stages": _stages_in_words(job),
     }

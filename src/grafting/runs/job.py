@@ -1,6 +1,6 @@
 """A recipe with what it names: loaded, and checked whole before any work begins."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..contract import Denoiser, Site, TrainingData
+from ..contract import Denoiser, Grid, Site, TrainingData
+from ..cost.count import Flops, role_flops
 from ..data import check_bound
-from ..editing.plan import Choice, Drop, fault_list
-from ..editing.surgery import resolve
+from ..editing.plan import Choice, Drop, fault_list, operators_of
+from ..editing.surgery import paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
 from ..hosts import Host, host_of, hosts
 from ..latents.decoding import Decoder, load_decoder
@@ -42,6 +43,19 @@ class Job:
     peak_tflops: float | None = None  # of one device, where the caller knows it
     is_measured: bool = False  # whether a suite fits its images
     suite: dict[str, str] | None = None  # hashes of what measures, where it does not come with the library
+
+    @property
+    def grid(self) -> Grid:
+        """The image tokens of the data's items."""
+        return self.host.grid_of(self.model, self.shape)
+
+    def attention_flops(self, *, is_edited: bool) -> Flops:
+        """FLOPs per image and forward pass of all attention, before or after the plan."""
+        chosen = self.chosen if is_edited else {}
+        at_grid = {site: replace(site, grid=self.grid) for site in self.host.sites(self.model)}
+        standing = [at_grid[site] for site in paths_after(list(at_grid), chosen)]
+        operators = {at_grid.get(site, site): o for site, o in operators_of(chosen).items()}
+        return role_flops(standing, operators, "attention")
 
     @property
     def is_fitted(self) -> bool:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..contract import Site, Step
-from ..cost.count import count_parameters, role_flops
+from ..cost.count import count_parameters
 from ..cost.plan import PlanCost, plan_cost
 from ..cost.speed import Work, device_at, measured
 from ..editing.placed import Operators
-from ..editing.plan import Choice, Merge, operators_of
-from ..editing.surgery import build_operators, paths_after, place
+from ..editing.plan import Choice, Merge
+from ..editing.surgery import build_operators, place
 from ..evaluation import evaluate
 from ..machine.devices import default_device
 from ..machine.files import write_json
@@ -251,9 +251,7 @@ def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, Any]:
     """What a row's model costs: parameters, attention FLOPs an image and forward pass, measured sampling time."""
     folder = run.path / "samples" / row
     times = sorted(line["ms_per_image"] for line in read_log(folder / "log.jsonl"))
-    chosen = job.chosen if ROWS[row].is_edited else {}
-    standing = list(paths_after(job.host.sites(job.model), chosen))
-    flops = role_flops(standing, operators_of(chosen), "attention")
+    flops = job.attention_flops(is_edited=ROWS[row].is_edited)
     return {
         "params": json.loads((folder / "model.json").read_text())["params"],
         "attention_flops": flops.total,
@@ -357,7 +355,7 @@ class TrainingFlops(NamedTuple):
 
 def training_flops(job: Job, row: RowName) -> TrainingFlops:
     """What it took to make a row's model. A backward pass counts as two forward passes."""
-    cost = plan_cost(job.model, job.recipe.edits)
+    cost = plan_cost(job.model, job.recipe.edits, grid=job.grid)
     base, model = cost.before.flops, cost.after.flops
     if not ROWS[row].is_edited:
         return TrainingFlops(0, base, base)
@@ -381,11 +379,11 @@ def _timed(job: Job, name: str, steps: Iterator[Step]) -> Iterator[Step]:
     peak = job.peak_tflops or (known.tflops(config.precision) if known else None)
     flops = 0.0
     if peak is not None and config.steps:
-        cost = plan_cost(job.model, job.recipe.edits)
+        cost = plan_cost(job.model, job.recipe.edits, grid=job.grid)
         flops = STAGES[name].flops(job.recipe, cost, job.chosen) / config.steps
     work = Work(
         images=config.batch_size,
-        tokens=job.host.sites(job.model)[0].grid.num_tokens,
+        tokens=job.grid.num_tokens,
         flops=flops,
         tflops=peak and peak * world_size(),
     )
