@@ -16,8 +16,8 @@ from grafting.errors import DataError, FaultWarning, RunError
 from grafting.hosts import hosts
 from grafting.latents.decoding import Decoder
 from grafting.machine import processes as parallel
+from grafting.sampling import shards as drawing_module
 from grafting.sampling.chain import SamplingConfig
-from grafting.sampling.chain import shards as drawing_module
 from grafting.sampling.files import open_samples, read_samples
 from grafting.sampling.shards import Drawing, describe_model
 from grafting.weights.folder import load

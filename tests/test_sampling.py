@@ -16,8 +16,8 @@ from grafting.errors import GraftingError
 from grafting.machine.randomness import sample_noise
 from grafting.models.dit import DiT
 from grafting.samplers import retained_steps
+from grafting.sampling import chain as sampling
 from grafting.sampling.chain import SamplingConfig, check_sampling, labels_of, sample
-from grafting.sampling.chain import chain as sampling
 from toydata import denoiser
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
