@@ -400,7 +400,7 @@ def test_work_goes_on_in_the_precision_that_it_began_in(
     assert json.loads((folder / "work.json").read_text())["encoding"]["precision"] == "bf16"
     run(stream, vae, tmp_path / "undisturbed", CONFIG.model_copy(update={"precision": "bf16"}))
     monkeypatch.setenv("GRAFTING_PRECISION", "fp32")
-    with pytest.warns(ResumeWarning, match="latents began in bf16 and goes on in it"):
+    with pytest.warns(ResumeWarning, match="latents began in bf16 and keeps it"):
         run(stream, vae, folder)
     assert hashes(folder) == hashes(tmp_path / "undisturbed")
     with pytest.raises(RunError, match=r"encoding.precision: asked 'fp32', found 'bf16'"):

@@ -240,7 +240,7 @@ def test_a_run_goes_on_in_what_it_began_in(tmp_path, monkeypatch, recwarn):
     run(tiny(sample=None), folder, until="distill")
     assert _written(folder) == {"distill": "bf16", "finetune": "bf16"}
     monkeypatch.setenv(VARIABLE, "fp32")
-    with pytest.warns(ResumeWarning, match=r"began in bf16 and goes on in it, where auto would now be fp32"):
+    with pytest.warns(ResumeWarning, match=r"began in bf16 and keeps it; auto would now be fp32"):
         run(tiny(), folder, on_step=lambda stage, _: seen.append(stage))
     assert "distill" not in seen
     assert _written(folder) == dict.fromkeys(SECTIONS, "bf16")
@@ -277,13 +277,13 @@ def test_sections_hold_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "bf16")
     recipe, told = settled_run(tiny(), CPU, folder=tmp_path)
     assert [getattr(recipe, name).precision for name in SECTIONS] == ["bf16", "fp32", "bf16"]
-    assert "began in fp32 and goes on in it" in told
+    assert "began in fp32 and keeps it" in told
     assert settled_run(recipe, CPU, folder=tmp_path) == (recipe, "")
 
 
 def test_a_record_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "recipe.yaml").write_text("a: [")
-    with pytest.warns(FaultWarning, match=r"recipe.yaml is not YAML: .* is not known, and is chosen anew"):
+    with pytest.warns(FaultWarning, match=r"recipe.yaml is not YAML: .* is not known, and is chosen again"):
         recipe, _ = settled_run(tiny(), CPU, folder=tmp_path)
     assert recipe.distill.precision == "fp32"
 
@@ -303,7 +303,7 @@ def test_images_that_are_drawn_hold(tmp_path, monkeypatch):
     assert "drawn before" in called(choice="fp32")
     shards.mkdir()
     (shards / "drawing.json").write_text(json.dumps({"drawing": {"sampling": {"precision": "bf16"}}}))
-    with pytest.warns(ResumeWarning, match=r"s.shards began in bf16 and goes on in it"):
+    with pytest.warns(ResumeWarning, match=r"s.shards began in bf16 and keeps it"):
         assert settled_as_drawn(config, shards, tmp_path / "none").precision == "bf16"
     (shards / "drawing.json").write_text("{")
     assert settled_as_drawn(config, shards, tmp_path / "none").precision == "fp32"
@@ -340,7 +340,7 @@ def test_the_command_line_tells_it_in_a_line(tmp_path):
     for choice, until in (("bf16", "distill"), ("fp32", "finetune")):
         said = CliRunner(env={VARIABLE: choice}).invoke(cli.app, [*command, until])
         assert said.exit_code == 0, said.output
-    assert f"Warning: {folder} began in bf16 and goes on in it, where auto would now be fp32" in said.stderr
+    assert f"Warning: {folder} began in bf16 and keeps it; auto would now be fp32" in said.stderr
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_other_threads_are_told_where_work_is_left(tmp_path, recwarn, device, to
         expected = told and threads == 3
         assert [w.category for w in recwarn.list] == [ResumeWarning] * expected
     if told:
-        assert "goes on with 3 CPU threads, before it was 2: results will differ in the last bits" in str(
+        assert "resumes with 3 CPU threads, not 2: results will differ in the last bits" in str(
             recwarn.list[0].message
         )
 

@@ -49,4 +49,4 @@ class FaultWarning(UserWarning):
 
 
 class ResumeWarning(UserWarning):
-    """Work goes on in other circumstances than it began in: told, as a `FaultWarning` is."""
+    """A resumed run meets other circumstances than it began in; shown as a `FaultWarning` is."""

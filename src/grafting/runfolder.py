@@ -184,7 +184,7 @@ class RunFolder:
         now = facts.get("threads")
         if facts.get("device") == "cpu" and before not in (None, now):
             self.tell(
-                f"{self.path} goes on with {now} CPU threads, before it was {before}: results will differ in the last bits "
+                f"{self.path} resumes with {now} CPU threads, not {before}: results will differ in the last bits "
                 f"from those of a run that had {before} throughout"
             )
         facts = {"host": platform.node(), **facts}

@@ -168,8 +168,8 @@ def _choices(names: list[str], device: torch.device, folder: Path | None) -> tup
 def _goes_on(where: Path, begun: Precision, device: torch.device) -> str:
     own = resolve_precision("auto", device)
     return (
-        f"{where} began in {begun} and goes on in it, where auto would now be {own} ({why(device)}); "
-        f"to start anew in {own}, ask for precision {own}"
+        f"{where} began in {begun} and keeps it; auto would now be {own} ({why(device)}); "
+        f"to start again in {own}, ask for precision {own}"
     )
 
 
@@ -181,7 +181,7 @@ def _begun(written: Path) -> dict[str, Precision]:
         sections = yaml.safe_load(written.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fault = " ".join(str(error).split())
-        message = f"{written} is not YAML: {fault}. What precision the run began in is not known, and is chosen anew"
+        message = f"{written} is not YAML: {fault}. What precision the run began in is not known, and is chosen again"
         warnings.warn(message, FaultWarning, stacklevel=2)
         return {}
     found = {
