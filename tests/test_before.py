@@ -289,4 +289,4 @@ def test_samples_drawn_before_are_not_drawn_again():
     if any(drawn_with[name] != version(name) for name in ("torch", "grafting")):
         pytest.skip(f"drawn with other versions, which count: {drawn_with}")
     options = ["--num", 12, "--batch-size", 4, "--steps", 3]
-    assert "drawn before" in command("sample", "source", *options, "--out", "samples.npz")
+    assert "already drawn" in command("sample", "source", *options, "--out", "samples.npz")

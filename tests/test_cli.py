@@ -176,7 +176,7 @@ def test_interruption_is_exit_code_130(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("grafting.runs.run.run", interrupted)
     result = call("run", write_recipe(tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == 130
-    assert "same command goes on" in result.stderr
+    assert "same command again" in result.stderr
 
 
 def test_errors_of_a_run_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -245,7 +245,7 @@ def test_check_describes_a_recipe_and_writes_nothing(tmp_path: Path, monkeypatch
     assert summary["attention_flops"] == {"before": 2 * attention, "after": attention + hyena}
     assert summary["params"]["after"] != summary["params"]["before"]
     assert summary["stages"]["distill"].startswith("2 steps of 4 images, 5996 to train on and 4 held out")
-    assert "The recipe is sound." in call("check", tmp_path / "recipe.yaml").output
+    assert "The recipe is valid." in call("check", tmp_path / "recipe.yaml").output
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 

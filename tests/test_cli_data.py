@@ -39,14 +39,14 @@ def test_images_become_latents_and_the_second_time_nothing_is_done(images: Path,
     code, output = call(tmp_path / "out", "--images", images, *options)
     assert code == 0, output
     assert "12 images of 3 classes, of images/train" in output
-    assert "12 items in 3 shards; 12 images are to be done, 6.19e-06 GB" in output
+    assert "12 items in 3 shards; 12 images left to encode, 6.19e-06 GB" in output
     assert "A first batch took" in output
     assert "latents 12/12" in output
     assert f"Latents: {tmp_path / 'out'}, 12 items in 3 shards" in output
     assert len(LatentsConfig(folder=tmp_path / "out").load()) == 12
     code, output = call(tmp_path / "out", "--images", images, *options)
     assert code == 0
-    assert "0 images are to be done" in output
+    assert "0 images left to encode" in output
 
 
 def test_dry_run_says_and_writes_nothing(images: Path, vae: Path, tmp_path: Path):
@@ -54,7 +54,7 @@ def test_dry_run_says_and_writes_nothing(images: Path, vae: Path, tmp_path: Path
         tmp_path / "out", "--images", images, "--vae", vae, "--size", 16, "--flip", "--dry-run"
     )
     assert code == 0, output
-    assert "24 items in 1 shards; 12 images are to be done" in output
+    assert "24 items in 1 shards; 12 images left to encode" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -83,7 +83,7 @@ def test_published_latents(tmp_path: Path):
         ((), "give one source of --images, --tars, --dataset, --published; found none"),
         (("--images", "a", "--tars", "b"), "found --images and --tars"),
         (("--images", "nowhere"), "no folder nowhere"),
-        (("--published", "a", "--size", "16"), "--published goes without size"),
+        (("--published", "a", "--size", "16"), "--published cannot be combined with size"),
         (
             ("--published", "a", "--dtype", "fp8"),
             "dtype: Input should be 'fp16', 'bf16' or 'fp32', found 'fp8'",

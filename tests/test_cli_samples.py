@@ -77,7 +77,7 @@ def test_one_or_two_processes_write_the_same_file(tmp_path, folders):
     assert not out.exists()
     assert len(list((tmp_path / "2.shards").glob("shard-*"))) == 1
     said = says("sample", folders[0], *FEW, "--out", out, RANK="0", WORLD_SIZE="2")
-    assert "4 of 10 images were drawn before" in said
+    assert "4 of 10 images were already drawn" in said
     assert "sample 10/10" in said
     assert f"10 images: {out}, {out.with_suffix('.png')}" in said
     assert "images/s, 2 processes" in said
@@ -89,7 +89,7 @@ def test_again_is_not_drawn_again_and_others_are_not_written_over(tmp_path, fold
     command = ("sample", folders[0], *FEW, "--out", tmp_path / "s.npz")
     says(*command)
     content = (tmp_path / "s.npz").read_bytes()
-    assert "s.npz, drawn before" in says(*command, "--png", tmp_path / "png")
+    assert "s.npz, already drawn" in says(*command, "--png", tmp_path / "png")
     assert len(list((tmp_path / "png").glob("*.png"))) == 10
     message = fails(*command, "--seed", 1)
     assert "s.npz exists and holds other images: name another file, or remove it" in message
@@ -233,7 +233,7 @@ def test_torchrun_killed_and_called_again(tmp_path, folders):
     drawn = len(list(tmp_path.glob("2.shards/shard-*")))
     assert 4 <= drawn < 15
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "of 60 images were drawn before" in said
+    assert "of 60 images were already drawn" in said
     one = [sys.executable, *arguments, "--out", str(tmp_path / "1.npz")]
     subprocess.run(one, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (tmp_path / "2.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()

@@ -128,7 +128,7 @@ def test_it_is_not_done_again(ran):
 
 def test_it_is_checked_and_counted(ran):
     _, folder = ran
-    assert "The recipe is sound." in call("check", folder / "recipe.yaml")
+    assert "The recipe is valid." in call("check", folder / "recipe.yaml")
     counted = json.loads(call("cost", folder / "recipe.yaml", "--json"))
     assert counted["recipe"] == ran[0]
     assert "finetune" in call("run", folder / "recipe.yaml", "--dry-run", "--device", "h100")

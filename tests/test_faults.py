@@ -166,7 +166,7 @@ def test_the_command_line_says_in_one_line_how_to_go_on(tmp_path, signum, code):
     process.join()
     assert process.exitcode == code
     name = signal.Signals(signum).name
-    message = f"\nInterrupted by {name}: the same command goes on from what was saved.\n"
+    message = f"\nInterrupted by {name}: run the same command again to resume.\n"
     assert (tmp_path / "2.txt").read_text() == message
     newest = max((tmp_path / "tiny" / "finetune" / "states").iterdir())
     assert int(newest.name) == read_log(log)[-1]["step"]

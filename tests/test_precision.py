@@ -300,7 +300,7 @@ def test_images_that_are_drawn_hold(tmp_path, monkeypatch):
 
     called(choice="bf16")
     assert settled_as_drawn(config, shards, out).precision == "bf16"
-    assert "drawn before" in called(choice="fp32")
+    assert "already drawn" in called(choice="fp32")
     shards.mkdir()
     (shards / "drawing.json").write_text(json.dumps({"drawing": {"sampling": {"precision": "bf16"}}}))
     with pytest.warns(ResumeWarning, match=r"s.shards began in bf16 and keeps it"):

@@ -206,7 +206,7 @@ def test_command_on_the_testbed():
     assert f"Most local half: {local}" in shown
     sampled = ["locality", "testbed", "--images", "2", "--steps", "2"]
     shown = CliRunner().invoke(app, sampled).stdout
-    assert "2 images drawn by ddim with 2 steps, cfg scale 1.5, fp32: 8 maps a block" in shown
+    assert "2 images drawn by ddim with 2 steps, cfg scale 1.5, fp32: 8 maps per block" in shown
 
 
 @pytest.mark.parametrize("bands", ["0", "two", "4,,8", "-1"])
@@ -219,4 +219,4 @@ def test_bands_that_are_none(bands: str):
 def test_a_band_as_wide_as_the_image():
     result = CliRunner().invoke(app, ["locality", "testbed", "--bands", "2,64"])
     assert result.exit_code == 1
-    assert "--bands: of 64 tokens none are 64 apart" in result.stderr
+    assert "--bands: 64 is too wide for 64 tokens" in result.stderr

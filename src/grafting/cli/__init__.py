@@ -1,7 +1,7 @@
-"""The command line `grafting`: each command reads its arguments, calls the library once, and shows what came of it.
+"""The command line `grafting`: each command parses its arguments, calls the library once, and prints the result.
 
-torch and diffusers take seconds to import, so commands import what they need themselves; `--help` waits for nothing.
-What a user can cause ends in one message and exit code 1; wrong usage is 2, SIGINT 130 and SIGTERM 143.
+torch and diffusers take seconds to import, so commands import what they need themselves and `--help` stays fast.
+Errors a user can cause print one message and exit with code 1; wrong usage exits with 2, SIGINT with 130, SIGTERM with 143.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _RESUMABLE = frozenset({"quickstart", "run", "distill", "finetune", "sweep", "sa
 
 
 class _Commands(TyperGroup):
-    """The commands, whose errors become one message."""
+    """Command group that reports an error as one message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -35,7 +35,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as error:
             signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
             goes_on = ctx.invoked_subcommand in _RESUMABLE
-            again = ": the same command goes on from what was saved" if goes_on else ""
+            again = ": run the same command again to resume" if goes_on else ""
             err.print(f"\nInterrupted by {signal.Signals(signum).name}{again}.", soft_wrap=True)
             raise typer.Exit(128 + signum) from None
         except GraftingError as error:
@@ -68,9 +68,9 @@ def main() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library to keep up to 1 GiB of freed memory, and tensors of up to 32 MiB, its limit, on the heap.
+    """Tell the C library to keep up to 1 GiB of freed memory, and tensors of up to 32 MiB (its limit), on the heap.
 
-    Fresh pages cost time: stage 2 with hyena-x on the testbed takes 12 % longer without. Does nothing where the library is not
+    Fresh pages cost time: stage 2 with hyena-x on the testbed takes 12 % longer without this. Does nothing unless the C library is
     glibc.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
@@ -96,12 +96,12 @@ def _global_options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. By default torch's choice.")
+        int | None, typer.Option(min=1, help="Number of CPU threads. [dim]Default: torch's choice.[/]")
     ] = None,
 ) -> None:
     """Edit pretrained diffusion transformers: replace operators, distill, finetune, measure.
 
-    Start with [bold]grafting quickstart[/]; [bold]grafting COMMAND --help[/] has an example of each.
+    Start with [bold]grafting quickstart[/]; [bold]grafting COMMAND --help[/] shows an example of each.
     """
     if threads is not None:
         import torch
@@ -111,7 +111,7 @@ def _global_options(
 
 @contextmanager
 def _faults_in_a_line() -> Iterator[None]:
-    """Shows each `FaultWarning` and `ResumeWarning` as one line, without the place in the source that raised it."""
+    """Show each `FaultWarning` and `ResumeWarning` as one line, without its source location."""
     with warnings.catch_warnings():
         shown = warnings.showwarning
 
@@ -135,7 +135,7 @@ def _faults_in_a_line() -> Iterator[None]:
 
 
 def _faults_of(error: Any) -> str:
-    """Every fault of pydantic's error, a line each."""
+    """List every fault in a pydantic error, one per line."""
     lines = [
         f"{'.'.join(map(str, e['loc'])) or error.title}: {e['msg'].removeprefix('Value error, ')}, found {e['input']!r}"
         for e in error.errors()
@@ -144,7 +144,7 @@ def _faults_of(error: Any) -> str:
 
 
 def _fail(message: str, *, debug: bool) -> NoReturn:
-    """Ends the command with one message, while an error is handled."""
+    """Print one message and exit; called while an error is being handled."""
     if debug:
         traceback.print_exc()
     # not through rich: it would wrap lines and read brackets as markup

@@ -1,4 +1,4 @@
-"""What several commands share: where they print, how they name a recipe, a model or a folder."""
+"""Helpers shared by several commands: consoles, common arguments, and parsing of models, recipes and shapes."""
 
 import json
 import os
@@ -23,27 +23,27 @@ _silent = os.environ.get("RANK", "0") != "0"
 out = Console(width=None if sys.stdout.isatty() else 200, quiet=_silent)
 err = Console(stderr=True, quiet=_silent)
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="[cyan]testbed[/], a folder of a model or run, or owner/name on the Hub."
+        metavar="MODEL", help="[cyan]testbed[/], a model or run folder, or owner/name on the Hub."
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="The run's folder. [dim]By default runs/NAME.[/]")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [dim]Default: runs/NAME.[/]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting of the recipe: [cyan]--set finetune.steps=10[/]. May be given again.",
+        help="Override a recipe setting: [cyan]--set finetune.steps=10[/]. Repeatable.",
     ),
 ]
 
 
 def open_model(name: str) -> "tuple[nn.Module, Plan]":
-    """The model that a command line names, and the plan it was grafted with.
+    """Load the model named on the command line, with the plan it was grafted with.
 
     Raises:
         CheckpointError, DataError: there is none, or it is damaged.
@@ -54,7 +54,7 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
 
 
 def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
-    """The recipe in a file, with the settings that a command line changes.
+    """Load a recipe from a file and apply the `--set` overrides.
 
     Raises:
         RecipeError, DataError: it has faults, or a setting is not KEY=VALUE.
@@ -65,7 +65,7 @@ def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """A key and its value, which is YAML."""
+    """Split KEY=VALUE into the key and its value, parsed as YAML."""
     import yaml
 
     key, equals, value = text.partition("=")
@@ -82,7 +82,7 @@ def print_json(value: Any) -> None:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """A shape such as 4,32,32."""
+    """Parse a shape such as 4,32,32."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise DataError(f"--shape is numbers such as 4,32,32; found {text!r}")

@@ -17,76 +17,81 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Make latents of images, and draw subsets.",
+    help="Encode images to latents; draw subsets.",
     rich_markup_mode="rich",
 )
 
 
 @app.callback()
 def _data() -> None:
-    """Make latents of images, and draw subsets."""
+    """Encode images to latents; draw subsets."""
 
 
 @app.command()
 def latents(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of latents.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the latents.")],
     images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Images, a subfolder a class, as ImageNet's.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Image folder with one subfolder per class, like ImageNet's."),
     ] = None,
     tars: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Images in WebDataset tars: a tar or a folder of them."),
+        typer.Option(metavar="PATH", help="WebDataset tar of images, or a folder of tars."),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Images of a data set of `datasets`: owner/name, or a folder."),
+        typer.Option(
+            metavar="NAME", help="Image dataset for Hugging Face `datasets`: owner/name, or a folder."
+        ),
     ] = None,
     published: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Latents as the authors published them: tars, or unpacked."),
+        typer.Option(metavar="PATH", help="Latents published by the paper's authors: tars or unpacked."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of --dataset.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of --dataset.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Commit of --dataset on the Hub.")] = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the data. [dim]By default the last two parts of the path.[/]")
+        str | None, typer.Option(help="Name of the data. [dim]Default: last two parts of the path.[/]")
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="[dim]By default one more than the highest label.[/]")
+        int | None, typer.Option(min=1, help="Number of classes. [dim]Default: highest label plus one.[/]")
     ] = None,
     vae: Annotated[
         str | None,
         typer.Option(
-            help="Autoencoder: a folder, or owner/name. [dim]By default stabilityai/sd-vae-ft-ema.[/]"
+            help="Autoencoder: a folder, or owner/name on the Hub. [dim]Default: stabilityai/sd-vae-ft-ema.[/]"
         ),
     ] = None,
     vae_revision: Annotated[str | None, typer.Option(help="Commit of the autoencoder on the Hub.")] = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels a side of the central crop. [dim]By default 256.[/]")
+        int | None, typer.Option(min=1, help="Side of the central crop, in pixels. [dim]Default: 256.[/]")
     ] = None,
     flip: Annotated[
-        bool, typer.Option("--flip", help="Encode each image mirrored as well, as an item of its own.")
+        bool, typer.Option("--flip", help="Also encode each image mirrored, as a separate item.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="What is stored: fp16, bf16 or fp32.")] = "fp16",
+    dtype: Annotated[str, typer.Option(help="Stored dtype: fp16, bf16 or fp32.")] = "fp16",
     precision: Annotated[
         str | None,
         typer.Option(
-            help="What the encoder computes in: fp32, bf16, or auto. [dim]By default auto: bf16 where the device is faster in it.[/]"
+            help="Compute precision of the encoder: fp32, bf16 or auto. [dim]Default: auto (bf16 if faster on this device).[/]"
         ),
     ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 2048,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 2048,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time. [dim]By default 32.[/]")
+        int | None, typer.Option(min=1, help="Images per batch. [dim]Default: 32.[/]")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode images.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Number of image-decoding threads.")] = 4,
     max_unreadable: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of images that may be unreadable. [dim]By default 0.001.[/]"),
+        typer.Option(min=0, max=1, help="Maximum share of unreadable images. [dim]Default: 0.001.[/]"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate time and disk space; write nothing.")
+    ] = False,
 ) -> None:
-    """Encode images with an autoencoder, once, into the shards that training reads.
+    """Encode images with an autoencoder into shards for training.
 
-    What is done already is not done again, and several processes share the work.
+    Finished shards are skipped, and several processes share the work.
 
     [dim]$ grafting data latents latents/train --images imagenet/train --dry-run[/]
 
@@ -112,7 +117,7 @@ def latents(
         refused = [key for key, value in encoder.items() if value is not None]
         if refused:
             raise DataError(
-                f"published latents are encoded already: --published goes without {', '.join(sorted(refused))}"
+                f"published latents are already encoded: --published cannot be combined with {', '.join(sorted(refused))}"
             )
         _import(published, folder, stored, num_classes=num_classes, dry_run=dry_run)
         return
@@ -136,19 +141,19 @@ def subset(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A folder of latents, a folder with a subfolder of images per class, "
+            help="Latents folder, image folder with one subfolder per class, "
             "[cyan]testbed[/] or [cyan]fashion-mnist[/].",
         ),
     ],
-    out_file: Annotated[Path, typer.Argument(metavar="OUT", help="The subset's file, ending in .json.")],
-    per_class: Annotated[int | None, typer.Option(min=1, help="Items of every class.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Or a share of each class, such as 0.1.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    out_file: Annotated[Path, typer.Argument(metavar="OUT", help="Output file (.json).")],
+    per_class: Annotated[int | None, typer.Option(min=1, help="Items per class.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of each class instead, such as 0.1.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Draw a subset with the same share of every class, with a picture of it.
+    """Draw a subset with the same number or share of items from every class, and plot its histogram.
 
-    Recipes name it in their data, with its hash; a run on another file of that name refuses.
+    A recipe names the subset file and its hash; a run refuses a file with another hash.
 
     [dim]$ grafting data subset imagenet/train imagenet-128.json --per-class 128[/]
     """
@@ -172,7 +177,7 @@ def subset(
     )
     write_subset(out_file, drawn)
     rows = [[name, sum(each), *class_range(each)] for name, each in counts.items()]
-    headings = ("", "items", "fewest a class", "median", "most")
+    headings = ("", "items", "min per class", "median", "max")
     if as_json:
         facts = {"file": str(out_file), "sha256": drawn.sha256, "source": drawn.source, "drawn": drawn.drawn}
         figures = {row[0]: dict(zip(("items", "min", "median", "max"), row[1:], strict=True)) for row in rows}
@@ -185,7 +190,7 @@ def subset(
 
 
 def _check_replaceable(path: Path, sha256: str) -> None:
-    """Raises a DataError if the file is of another subset, which some run may name."""
+    """Raise a DataError if the file holds another subset, which a run may refer to."""
     from ..data.subset import read_subset
 
     if path.exists():
@@ -247,7 +252,7 @@ def _encode(
         duration = datetime.timedelta(seconds=round(seconds))
         say(
             out,
-            f"A first batch took {found.seconds_an_image:.3g} s an image (decoding {found.decode_seconds:.3g} with "
+            f"A first batch took {found.seconds_an_image:.3g} s per image (decoding {found.decode_seconds:.3g} with "
             f"{workers} threads, encoding {found.encode_seconds:.3g} on {encoder.device}): at most about {duration} with "
             f"{world_size()} process{'' if world_size() == 1 else 'es'}",
         )
@@ -287,13 +292,13 @@ def _say_amount(what: str, *, items: int, shards: int, images_left: int, needed:
     say(out, what)
     say(
         out,
-        f"{items:,} items in {shards:,} shards; {images_left:,} images are to be done, {needed / 1e9:.3g} GB, "
+        f"{items:,} items in {shards:,} shards; {images_left:,} images left to encode, {needed / 1e9:.3g} GB, "
         f"{free / 1e9:.3g} GB are free",
     )
 
 
 def _fill(folder: Path, steps: "Iterable[Step]") -> None:
-    """Carries out this process's share of a work; the main process shows it."""
+    """Do this process's share of the work; the main process shows progress."""
     from ..data.latents import INDEX_NAME, read_index
     from ..machine.processes import is_main
 
@@ -312,4 +317,4 @@ def _fill(folder: Path, steps: "Iterable[Step]") -> None:
         )
         say(out, f"Latents: {folder}, {index.count:,} items in {len(index.shards):,} shards{missing}")
     else:
-        say(out, "This process is done; others still work, or have to be started again")
+        say(out, "This process is done; other processes are still running or must be started again")

@@ -1,4 +1,4 @@
-"""What the command line shows: the progress of stages, and tables. Nothing here computes a figure."""
+"""Terminal output: progress of stages, and tables. Computes no figures."""
 
 import json
 import time
@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def follow(console: Console) -> Iterator[Callable[[str, "Step"], None]]:
-    """Shows the steps of stages as they come: a bar each on a terminal, else a line every ten seconds."""
+    """Show progress per stage: a bar on a terminal, otherwise a line every ten seconds."""
     if not console.is_terminal:
         yield _Lines(console)
         return
@@ -50,7 +50,7 @@ def follow(console: Console) -> Iterator[Callable[[str, "Step"], None]]:
 
 
 def in_turn(*followers: Callable[[str, "Step"], None]) -> Callable[[str, "Step"], None]:
-    """One that passes each step to all of these."""
+    """Combine followers into one that passes each step to all of them."""
 
     def on_step(stage: str, step: "Step") -> None:
         for follower in followers:
@@ -60,7 +60,7 @@ def in_turn(*followers: Callable[[str, "Step"], None]) -> Callable[[str, "Step"]
 
 
 def describe_values(values: Mapping[str, float]) -> str:
-    """A step's losses, R^2 and rates, each the mean over its sites: `loss 0.0312, R² 0.871, images/s 812`."""
+    """Format a step's losses, R^2 and rates, each averaged over its sites: `loss 0.0312, R² 0.871, images/s 812`."""
     groups: dict[str, list[float]] = defaultdict(list)
     for name, value in values.items():
         groups[name.partition("/")[0]].append(value)
@@ -112,7 +112,7 @@ class _Lines:
 
 
 class _RateColumn(ProgressColumn):
-    """Steps (or images) a second, over the last half minute."""
+    """Steps (or images) per second over the last half minute."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -120,7 +120,7 @@ class _RateColumn(ProgressColumn):
 
 
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of a run's metrics.json, in 80 columns."""
+    """Build a table of a run's metrics.json that fits 80 columns."""
     figure = headline(rows)
     protocol = rows[0].get("protocol")
     columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
@@ -128,7 +128,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     if protocol:
         caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
     else:
-        caption += ", which no suite measures: name one with `evaluate`"
+        caption += ", not evaluated: name a suite with `evaluate`"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("model", no_wrap=True)
     if protocol:
@@ -147,7 +147,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table of texts; columns of numbers are set to the right, and what is None is left out."""
+    """Build a table of texts; numeric columns are right-aligned and None is left blank."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
         is_number = all(isinstance(row[i], int | float | None) for row in rows)
@@ -158,7 +158,7 @@ def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Ta
 
 
 def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
-    """An evaluation, as JSON: its figures, what they were measured with, and its notes."""
+    """Print an evaluation (as JSON): its figures, protocol and notes."""
     figures = {key: v for key, v in result.items() if key not in ("notes", "protocol", "num_images")}
     protocol = result["protocol"]
     network, reference = protocol["feature_network"]["name"], protocol["reference"]["name"]
@@ -171,7 +171,7 @@ def show_evaluation(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
-    """What a plan does to a model's cost, as JSON: its sites, its changes, the whole model, and what was measured."""
+    """Print how a plan changes a model's cost (as JSON): per site, in total, and as measured."""
 
     def arrow(pair: Mapping[str, Any]) -> str:
         before, after = amount(pair["before"]), amount(pair["after"])
@@ -198,19 +198,19 @@ def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
     if facts["num_merged"]:
         say(
             console,
-            f"{facts['num_merged']} blocks are merged; what is in them is counted in the model's lines alone",
+            f"{facts['num_merged']} blocks are merged; their contents count only towards the model's lines",
         )
     if measured := facts["measured"]:
         ms = measured["ms"]
         say(
             console,
             f"Measured: {ms['before']:.4g} → {ms['after']:.4g} ms, {measured['speedup']:.2f}x as fast, "
-            f"peak {arrow(measured['peak_bytes'])}B beside weights",
+            f"peak {arrow(measured['peak_bytes'])}B excluding weights",
         )
 
 
 def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
-    """What a recipe will take, as JSON: a line a stage, what memory and disk hold, and what the times come from."""
+    """Print a forecast (as JSON): one line per stage, the contents of memory and disk, and the basis of the times."""
 
     def size(num_bytes: int | None) -> str:
         return ABSENT if num_bytes is None else f"{amount(num_bytes)}B"
@@ -228,7 +228,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         for stage in stages
     ]
     say(console, f"Recipe {found['recipe']}, {found['processes']} x {found['device']}")
-    console.print(plain_table(["stage", "work", "FLOPs", "time", "memory a process", "disk"], rows))
+    console.print(plain_table(["stage", "work", "FLOPs", "time", "memory per process", "disk"], rows))
     for stage in stages:
         for what in ("memory", "disk"):
             parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
@@ -241,17 +241,17 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         here = size(dump["here"]) if dump["here"] else "nothing"
         say(
             console,
-            f"Activations on disk: {here}; the published way of stage 1 keeps {size(dump['published'])}",
+            f"Activations on disk: {here}; the published method for stage 1 keeps {size(dump['published'])}",
         )
 
 
 def show_diagnosis(console: Console, found: "Diagnosis") -> None:
-    """What this machine can do, a line each, and the optional packages."""
+    """Print the diagnosis of this machine, one fact per line, and the optional packages."""
     facts = {
         "system": f"{found.system}, Python {found.python}, {found.processor}",
         "versions": ", ".join(f"{name} {number}" for name, number in found.versions.items()),
         "device": ", ".join([found.device, *found.gpus]),
-        "CPU": f"{found.cores} cores to use, {found.threads} threads of torch",
+        "CPU": f"{found.cores} cores available, {found.threads} torch threads",
         "memory": f"{found.memory_free_gib:g} of {found.memory_gib:g} GiB free",
         "disk": f"{found.disk_free_gib:g} GiB free here",
         "matrix products": ", ".join(f"{dtype} {gflops:g} GFLOP/s" for dtype, gflops in found.gflops.items()),
@@ -266,22 +266,22 @@ def show_diagnosis(console: Console, found: "Diagnosis") -> None:
         [
             package.name,
             package.version or "no",
-            package.purpose if package.used else f"{package.purpose} (not used yet)",
+            package.purpose if package.used else f"{package.purpose} (not yet used)",
             "" if package.version else package.install,
         ]
         for package in found.packages
     ]
-    say(console, "\nOptional packages; every operator has a plain PyTorch path and needs none of them:")
+    say(console, "\nOptional packages (every operator has a plain PyTorch path and needs none of them):")
     console.print(plain_table(["package", "installed", "for", "install with"], rows))
 
 
 def say(console: Console, text: str) -> None:
-    """Print a text as it is: not wrapped, coloured or read as markup."""
+    """Print a text verbatim: no wrapping, highlighting or markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:
-    """A duration as `4:05` or `1:04:05`."""
+    """Format a duration as `4:05` or `1:04:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""What this machine can do: devices, dtypes, compilation, optional packages, and whether the bundled files are whole.
+"""Diagnosis of this machine: devices, dtypes, compilation, optional packages, and integrity of the bundled files.
 
 Facts only; nothing is imported to find out whether a package is installed, and nothing is changed.
 """
@@ -43,7 +43,7 @@ _ASSETS: dict[str, Callable[[], object]] = {
 
 @dataclass(frozen=True)
 class Package:
-    """An optional package: what it gives, and the line that installs it."""
+    """An optional package: its purpose, and the command that installs it."""
 
     name: str  # on the package index
     module: str
@@ -84,7 +84,7 @@ OPTIONAL_PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What `examine` found."""
+    """Findings of `examine`."""
 
     system: str
     python: str
@@ -107,7 +107,7 @@ class Diagnosis:
 
     @property
     def problems(self) -> list[str]:
-        """What keeps the quickstart from running, in words; empty if nothing does."""
+        """Problems that keep the quickstart from running; empty if there are none."""
         return [f"{name}: {state}" for name, state in self.assets.items() if state != "intact"]
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Diagnosis:
 
 
 def examine(*, full: bool = False) -> Diagnosis:
-    """Look at this machine; takes a second or two. `full` also compiles a function, which can take a minute."""
+    """Examine this machine; takes a second or two. `full` also compiles a function, which can take a minute."""
     memory = psutil.virtual_memory()
     compiler = find_compiler()
     return Diagnosis(
@@ -141,7 +141,7 @@ def examine(*, full: bool = False) -> Diagnosis:
 
 
 def measure_matmul(device: torch.device) -> dict[str, float]:
-    """GFLOP/s of a square matrix product in each dtype that training uses, the best of a few."""
+    """Measure GFLOP/s of a square matrix product in each dtype that training uses (best of a few)."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if device.type != "cpu":
         dtypes["float16"] = torch.float16
@@ -154,7 +154,7 @@ def find_compiler() -> str | None:
 
 
 def try_compile() -> str:
-    """Compile a small function, and say in words how that went."""
+    """Compile a small function and describe the outcome."""
     started = time.perf_counter()
     x = torch.randn(64, device=default_device())
     try:
@@ -167,7 +167,7 @@ def try_compile() -> str:
 
 def _compile_outlook(compiler: str | None) -> str:
     if compiler is None:
-        return "no C++ compiler (g++ or clang++): torch.compile will not work on the CPU"
+        return "no C++ compiler (g++ or clang++) found: torch.compile will not work on the CPU"
     return "not tried (`grafting doctor --full` does)"
 
 
@@ -182,7 +182,7 @@ def _matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _usable_cores() -> int:
-    """Cores that this process may run on: fewer than there are, in a container."""
+    """Number of cores this process may use; in a container, fewer than the machine has."""
     if platform.system() == "Linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

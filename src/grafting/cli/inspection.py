@@ -1,4 +1,4 @@
-"""Commands that look and say: at recipes, models, operators, costs and this machine. They change nothing."""
+"""Read-only commands that inspect recipes, models, operators, costs and this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +35,7 @@ app = typer.Typer()
 
 @app.command()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) -> None:
-    """Check a recipe against its model and data, and show what it would do. Nothing is written.
+    """Check a recipe against its model and data, and show what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
@@ -58,11 +58,11 @@ def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) 
         say(out, f"{FIGURES[what].inline}: {before:,} to {after:,}{change}")
     for stage, words in summary["stages"].items():
         say(out, f"{stage}: {words}")
-    say(out, "The recipe is sound.")
+    say(out, "The recipe is valid.")
 
 
 def _summary(job: "Job") -> dict[str, Any]:
-    """What a recipe does to its model, as data."""
+    """Summarise what a recipe does to its model, as JSON data."""
     from ..cost.count import count_parameters
     from ..editing.surgery import build_operators, grafted
 
@@ -114,21 +114,24 @@ def cost(
             "--grid",
             "--resolution",
             metavar="ROWSxCOLS",
-            help="Image tokens; of a video FRAMESxROWSxCOLS. [dim]By default those of `sample.shape`, else the native ones.[/]",
+            help="Token grid; FRAMESxROWSxCOLS for video. [dim]Default: from `sample.shape`, else the model's native grid.[/]",
         ),
     ] = None,
     settings: Settings = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also measure time and peak memory here, with random weights.")
+        bool,
+        typer.Option(
+            "--measure", help="Also measure time and peak memory on this machine, with random weights."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Show how a plan changes the cost of one forward pass.
 
-    Data is not needed, nor are weights where the source is described by host and config.
+    Needs no data, and no weights if the recipe describes its source by host and config.
 
-    FLOPs, parameters and the activations kept for training (float32), of every site and of the whole model. The first two
-    lines of changes are those of Table 4 of the paper, over all operators of the edited roles.
+    Shows FLOPs, parameters and activations kept for training (float32), per site and for the whole model. The first two
+    lines of changes match Table 4 of the paper: they cover all operators of the edited roles.
 
     [dim]$ grafting cost my-recipe.yaml --grid 64x64[/]
     """
@@ -217,30 +220,32 @@ def locality(
         str | None,
         typer.Option(
             metavar="K,K,...",
-            help="Tokens on each side. [dim]By default a 32nd, a 16th and an eighth of the tokens.[/]",
+            help="Band widths: tokens on each side. [dim]Default: 1/32, 1/16 and 1/8 of the tokens.[/]",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to measure on.")] = 250,
-    steps: Annotated[int, typer.Option(help="Steps per image.")] = 50,
+    images: Annotated[int, typer.Option(min=1, help="Number of images to measure on.")] = 250,
+    steps: Annotated[int, typer.Option(help="Sampling steps per image.")] = 50,
     cfg_scale: Annotated[float, typer.Option(help="Guidance scale (1 = off).")] = 1.5,
     prompts: Annotated[
-        Path | None, typer.Option(help="Folder of encoded prompts, for models that are asked by text.")
+        Path | None, typer.Option(help="Folder of encoded prompts, for text-conditioned models.")
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]By default the model's native one.[/]"),
+        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]Default: the model's native shape.[/]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i).")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed; image i depends on (seed, i).")] = 0,
     noised: Annotated[
         bool,
-        typer.Option("--noised", help="On noised images of the testbed's subset instead, one pass each."),
+        typer.Option(
+            "--noised", help="Measure on noised images of the testbed's subset instead, one pass per image."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure how local each attention is: its share inside bands of the raster order, and inside a 3 x 3 square.
+    """Measure the locality of each attention: its share within bands of the raster order and within a 3 x 3 square.
 
-    By the paper's protocol: while images are drawn by DDIM (flow: by Euler's method) with guidance. What the widest band holds most and least of are
-    the halves `top-local` and `low-local` of the choice of layers.
+    Follows the paper's protocol: measures while sampling with DDIM (Euler for flow models) and guidance. The blocks with
+    the largest and smallest share in the widest band form the halves `top-local` and `low-local`.
 
     [dim]$ grafting locality testbed --bands 2,4,8[/]
     """
@@ -254,7 +259,7 @@ def locality(
     asked = Prompts(prompts) if prompts else None
     num_tokens = host_of(loaded).sites(loaded)[0].grid.num_tokens
     if wanted and max(wanted) >= num_tokens:
-        raise DataError(f"--bands: of {num_tokens} tokens none are {max(wanted)} apart")
+        raise DataError(f"--bands: {max(wanted)} is too wide for {num_tokens} tokens")
     if noised:
         found = _locality_of_noised(loaded, images=images, seed=seed)
         protocol = f"{images} noised images, steps evenly spread"
@@ -291,7 +296,7 @@ def locality(
         )
     ]
     out.print(plain_table(["block", *(f"L_{k}" for k in wanted), "3 x 3"], rows))
-    say(out, f"{protocol}: {found.num_maps} maps a block, {found.grid.rows} x {found.grid.cols} tokens")
+    say(out, f"{protocol}: {found.num_maps} maps per block, {found.grid.rows} x {found.grid.cols} tokens")
     say(
         out,
         f"Most local half: {lists['top_local']}, least local half: {lists['low_local']} (by L_{lists['band']})",
@@ -316,7 +321,7 @@ def _locality_of_samples(
     seed: int,
     precision: "Precision",
 ) -> "tuple[Locality, str]":
-    """Measured while images are drawn, as the paper does; and the sampler that drew them."""
+    """Measure locality while sampling images, as in the paper; also return the sampler's name."""
     from ..analysis import watching_locality
     from ..contract import Step
     from ..diffusion import Diffusion
@@ -348,7 +353,7 @@ def _locality_of_samples(
 
 
 def _locality_of_noised(model: "nn.Module", *, images: int, seed: int) -> "Locality":
-    """Measured on noised images of the bundled subset."""
+    """Measure locality on noised images of the bundled subset."""
     from ..analysis import noised_locality
     from ..data.bundled import bundled_subset
     from ..hosts import host_of
@@ -356,16 +361,16 @@ def _locality_of_noised(model: "nn.Module", *, images: int, seed: int) -> "Local
     host = host_of(model)
     data = bundled_subset()
     if faults := host.shape_faults(model, (1, 32, 32)):
-        raise HostError(f"--noised has the testbed's images, of [1, 32, 32]: {faults[0]}")
+        raise HostError(f"--noised uses the testbed's images, of shape [1, 32, 32]: {faults[0]}")
     return noised_locality(model, data, denoiser=host.denoiser(model), samples=images, seed=seed)
 
 
 @app.command()
 def operators(
-    name: Annotated[str | None, typer.Argument(help="An operator, to see its settings.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Operator whose settings to show.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the operators and presets, or one operator's settings.
+    """List operators and presets, or show one operator's settings.
 
     [dim]$ grafting operators hyena-x[/]
     """
@@ -416,7 +421,7 @@ def _summary_of(config: "type[OperatorConfig]") -> str:
 
 
 def _type_of(setting: dict[str, Any]) -> str:
-    """A setting's type and bounds in words, from its JSON Schema."""
+    """Describe a setting's type and bounds, from its JSON Schema."""
     if "enum" in setting:
         return " | ".join(map(str, setting["enum"]))
     if "anyOf" in setting:
@@ -428,9 +433,11 @@ def _type_of(setting: dict[str, Any]) -> str:
 
 @app.command()
 def schema(
-    out_file: Annotated[Path | None, typer.Option("--out", help="A file; by default it is printed.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Output file. [dim]Default: print to stdout.[/]")
+    ] = None,
 ) -> None:
-    """Write the JSON Schema of recipes, for editors that complete and check them.
+    """Write the JSON Schema of recipes, for completion and checks in editors.
 
     [dim]$ grafting schema --out recipe.schema.json[/]
 
@@ -446,7 +453,7 @@ def schema(
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file, which may also name a `base` that has what it leaves out."""
+    """JSON Schema of a recipe file, which may also name a `base` recipe to inherit from."""
     from ..runs.recipe import Recipe
 
     schema = Recipe.model_json_schema()
@@ -463,7 +470,7 @@ def recipe_schema() -> dict[str, Any]:
 
 @app.command()
 def doctor(
-    full: Annotated[bool, typer.Option("--full", help="Also try torch.compile; can take a minute.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also try torch.compile (can take a minute).")] = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine: what it can do, what is missing, and how to install it.

@@ -1,4 +1,4 @@
-"""Commands that measure images by a suite of `evaluation/`: the testbed's, or one with a reference of one's own."""
+"""Commands that evaluate images with a suite from `evaluation/`: the testbed's, or one with a custom reference."""
 
 import time
 from pathlib import Path
@@ -20,32 +20,36 @@ SuiteName = Annotated[
     typer.Option(
         "--suite",
         metavar="NAME",
-        help="What measures, such as [cyan]testbed[/] or [cyan]adm[/]; an unknown name lists them.",
+        help="Evaluation suite, such as [cyan]testbed[/] or [cyan]adm[/]; an unknown name lists them all.",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Weights of the suite's feature network.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per call of the network.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Images per batch of the feature network.")
+]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the suite.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a suite setting; repeatable.")
 ]
 
 
 @app.command()
 def evaluate(
     samples: Annotated[
-        Path, typer.Argument(help="An .npz (arr_0, labels), or a run's samples/ROW.safetensors.")
+        Path, typer.Argument(help=".npz file (arr_0, labels), or a run's samples/ROW.safetensors.")
     ],
     suite: SuiteName = "testbed",
     reference: Annotated[
         Path | None,
-        typer.Option(help="An .npz such as VIRTUAL_imagenet256_labeled.npz, or of `grafting reference`."),
+        typer.Option(
+            help="Reference: an .npz such as VIRTUAL_imagenet256_labeled.npz, or a file from `grafting reference`."
+        ),
     ] = None,
     weights: Weights = None,
     batch_size: BatchSize = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Measure samples with a suite: the bundled testbed's, or ADM's (FID and friends).
+    """Evaluate samples with a suite: the bundled testbed's, or ADM's (FID etc.).
 
     [dim]$ grafting evaluate samples.npz[/]
     [dim]$ grafting evaluate samples.npz --suite adm --reference VIRTUAL_imagenet256_labeled.npz \\
@@ -77,20 +81,23 @@ def evaluate(
 
 @app.command()
 def reference(
-    source: Annotated[Path, typer.Argument(help="An .npz with images (arr_0), ADM's statistics, or both.")],
+    source: Annotated[Path, typer.Argument(help=".npz file with images (arr_0), ADM statistics, or both.")],
     weights: Weights = None,
     suite: SuiteName = "adm",
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="By default the source's name, with .safetensors, here.")
+        Path | None,
+        typer.Option(
+            "--out", help="Output file. [dim]Default: SOURCE's name with .safetensors, in this folder.[/]"
+        ),
     ] = None,
     batch_size: BatchSize = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Compute a reference's statistics once, for `evaluate` to read.
+    """Precompute a reference's statistics for `evaluate`.
 
-    Where the file has statistics too, it says how far its own images lie from them: on the right network, about as far
-    as as many real images do.
+    If the file has statistics as well as images, print the distance between the two: with the right network, it is
+    about that of equally many real images.
 
     [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
@@ -110,12 +117,12 @@ def reference(
     say(out, f"{target}: {first}")
     for line in others:
         say(out, line)
-    again = f"`evaluate --suite {suite} --reference {target}` need not do again"
-    say(out, f"{seconds:.1f} s, {size / 2**20:.1f} MiB; what {again}")
+    again = f"`evaluate --suite {suite} --reference {target}` will not repeat this work"
+    say(out, f"{seconds:.1f} s, {size / 2**20:.1f} MiB; {again}")
 
 
 def _suite(name: str, settings: list[str] | None, **options: Path | int | None) -> "Suite":
-    """The suite of this name, set as the command line says.
+    """Build the suite of this name with the settings from the command line.
 
     Raises:
         DataError: there is no such suite, or its settings have faults.
@@ -139,7 +146,7 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
 
 
 def _check_options(name: str, written: dict[str, Any]) -> None:
-    """Raise a DataError if the suite has no such settings, or needs others."""
+    """Raise a DataError if a setting is unknown to the suite, or a required one is missing."""
     from ..evaluation import SUITES
 
     fields = SUITES[name].model_fields

@@ -1,4 +1,4 @@
-"""Commands that carry out recipes: a run, a part of it, or a sweep of many."""
+"""Commands that run recipes: one run, a part of it, or a sweep of many."""
 
 import json
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ Track = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TRACKER",
-        help="Show the figures in tensorboard, wandb or trackio too; may be given again. [dim]Nothing is sent away unless WANDB_MODE is online.[/]",
+        help="Also log to tensorboard, wandb or trackio; repeatable. [dim]Logs stay local unless WANDB_MODE is online.[/]",
     ),
 ]
 PeakTflops = Annotated[
     float | None,
     typer.Option(
         min=0.001,
-        help="TFLOP/s of the device, for the share of it that training reaches, where it is not a known one.",
+        help="Peak TFLOP/s of the device, to compute MFU on devices that are not built in.",
     ),
 ]
 
@@ -39,11 +39,11 @@ app = typer.Typer()
 
 @app.command()
 def quickstart(
-    out_folder: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/quickstart"),
+    out_folder: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/quickstart"),
 ) -> None:
-    """Graft the bundled pretrained diffusion transformer, in minutes, and write a report.
+    """Graft the bundled diffusion transformer in minutes and write a report.
 
-    Half of its attention becomes gated convolution (Hyena-X), is fitted to what it replaced, finetuned, and measured.
+    Half of its attention is replaced by gated convolution (Hyena-X), distilled, finetuned, and evaluated.
 
     [dim]$ grafting quickstart[/]
     """
@@ -54,26 +54,24 @@ def quickstart(
 def run(
     recipe: RecipeFile,
     out_folder: Out = None,
-    until: Annotated[StageName, typer.Option(help="The last stage to carry out.")] = "report",
+    until: Annotated[StageName, typer.Option(help="Last stage to run.")] = "report",
     track: Track = None,
     peak_tflops: PeakTflops = None,
     settings: Settings = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Show what the run will take (time, memory, disk) and stop. Needs no data."
-        ),
+        typer.Option("--dry-run", help="Estimate time, memory and disk, then stop. Needs no data."),
     ] = False,
     device: Annotated[
         str | None,
         typer.Option(
-            help="Device of the dry run: h100, a100, ... [dim]By default this machine's.[/]", metavar="NAME"
+            help="Device to estimate for: h100, a100, ... [dim]Default: this machine's.[/]", metavar="NAME"
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes of the dry run, one per device.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes to estimate for, one per device.")] = 1,
     mfu: Annotated[
         float,
-        typer.Option(min=0.001, max=1, help="Share of the device's peak that the dry run assumes."),
+        typer.Option(min=0.001, max=1, help="MFU to assume: share of the device's peak, from 0 to 1."),
     ] = 0.3,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +94,9 @@ def run(
     options = {"--device": device, "--processes": processes != 1, "--mfu": mfu != 0.3, "--json": as_json}
     given = [name for name, value in options.items() if value]
     if given:
-        raise RecipeError(f"{', '.join(given)} belongs to --dry-run; a run takes the devices that torch sees")
+        raise RecipeError(
+            f"{', '.join(given)} only applies to --dry-run; a run uses the devices that torch sees"
+        )
     _run(recipe, out_folder, until, settings=settings, track=track, peak_tflops=peak_tflops)
 
 
@@ -108,7 +108,7 @@ def distill(
     track: Track = None,
     peak_tflops: PeakTflops = None,
 ) -> None:
-    """Run a recipe's stage 1: fit the new operators to the old ones' activations.
+    """Run a recipe's stage 1: distill the old operators into the new ones.
 
     [dim]$ grafting distill my-recipe.yaml[/]
     """
@@ -192,25 +192,27 @@ def _forecast(recipe: "Recipe", folder: Path | None, *, as_json: bool, **how: An
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep, as YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="Sweep file (YAML).")],
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="The runs' folder. [dim]By default runs/NAME.[/]")
+        Path | None, typer.Option("--out", help="Folder of the runs. [dim]Default: runs/NAME.[/]")
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option(help="The table, a path without ending. [dim]By default table, in the runs' folder.[/]"),
+        typer.Option(
+            help="Path of the table, without suffix. [dim]Default: table, in the folder of the runs.[/]"
+        ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN=LABEL", help="Run a part; may be given again.")
+        list[str] | None, typer.Option(metavar="COLUMN=LABEL", help="Run matching recipes only; repeatable.")
     ] = None,
     rows: Annotated[
-        str | None, typer.Option(help="Measure these rows only, for now: such as finetuned,distilled.")
+        str | None, typer.Option(help="Measure only these rows for now, such as finetuned,distilled.")
     ] = None,
     machines: Annotated[
-        bool, typer.Option("--ray", help="Spread the runs over a Ray cluster that shares this file system.")
+        bool, typer.Option("--ray", help="Distribute the runs over a Ray cluster with a shared file system.")
     ] = False,
 ) -> None:
-    """Run many recipes into one table: JSON, CSV, Markdown. Lines already in it are skipped.
+    """Run many recipes and write one table (JSON, CSV, Markdown). Finished rows are skipped.
 
     [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
     """
@@ -247,7 +249,7 @@ def _parse_label(text: str) -> tuple[str, str]:
 
 
 def recipes_folder() -> Path:
-    """The recipes that come with the package, or lie beside its source."""
+    """Return the folder of the recipes shipped with the package or beside its source."""
     package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
@@ -255,9 +257,9 @@ def recipes_folder() -> Path:
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
 ) -> None:
-    """Write a run's report again, from its folder: one self-contained HTML file.
+    """Rewrite a run's report: one self-contained HTML file.
 
     [dim]$ grafting report runs/quickstart[/]
     """

@@ -1,4 +1,4 @@
-"""The command for images: draw them from a model."""
+"""Command that samples images from a model."""
 
 import time
 from importlib.metadata import version
@@ -24,66 +24,74 @@ app = typer.Typer()
 def sample(
     model: Model,
     out_file: Annotated[
-        Path, typer.Option("--out", help="An .npz file; a .png of the first hundred lies beside it.")
+        Path,
+        typer.Option(
+            "--out", help="Output .npz file; a .png grid of the first 100 images is written beside it."
+        ),
     ] = Path("samples.npz"),
-    num: Annotated[int, typer.Option("--num", "--num-images", help="Images to draw.")] = 16,
+    num: Annotated[int, typer.Option("--num", "--num-images", help="Number of images.")] = 16,
     sampler: Annotated[
-        str, typer.Option(help="dpm-solver++, or ddpm, ddim (predicted noise), euler, heun (flow).")
+        str, typer.Option(help="Sampler: dpm-solver++, ddpm or ddim (predicted noise), euler or heun (flow).")
     ] = "dpm-solver++",
-    steps: Annotated[int, typer.Option(help="Steps per image.")] = 20,
+    steps: Annotated[int, typer.Option(help="Sampling steps per image.")] = 20,
     cfg_scale: Annotated[float, typer.Option(help="Guidance scale (1 = off).")] = 1.0,
     negative: Annotated[
-        int | None, typer.Option(help="Number of the condition to guide away from. [dim]By default none.[/]")
+        int | None, typer.Option(help="Index of the condition to guide away from. [dim]Default: none.[/]")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Folder of encoded prompts, for models that are asked by text.")
+        Path | None, typer.Option(help="Folder of encoded prompts, for text-conditioned models.")
     ] = None,
     shift: Annotated[
-        float | None, typer.Option(help="Shift of flow steps towards noise. [dim]By default the host's.[/]")
+        float | None, typer.Option(help="Shift of flow steps towards noise. [dim]Default: the model's.[/]")
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]By default the model's native one.[/]"),
+        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]Default: the model's native shape.[/]"),
     ] = None,
     guided_channels: Annotated[
-        int | None, typer.Option(help="Guide the first channels only; 3 of 4 in DiT's protocol.")
+        int | None, typer.Option(help="Number of leading channels to guide (3 of 4 in DiT's protocol).")
     ] = None,
     clip: Annotated[
         bool | None,
         typer.Option(
             "--clip/--no-clip",
-            help="Clip the predicted clean image at each step. [dim]By default where the model makes pixels.[/]",
+            help="Clip the predicted clean image at each step. [dim]Default: on for pixel-space diffusion models.[/]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) and its label.")] = 0,
-    labels: Annotated[str, typer.Option(help="balanced, random, or classes such as 3,5.")] = "balanced",
-    batch_size: Annotated[int, typer.Option(help="Images at a time, and in a shard.")] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed; image i depends on (seed, i) and its label.")] = 0,
+    labels: Annotated[
+        str, typer.Option(help="Labels: balanced, random, or a list of classes such as 3,5.")
+    ] = "balanced",
+    batch_size: Annotated[int, typer.Option(help="Images per batch and per shard.")] = 64,
     precision: Annotated[
         str,
         typer.Option(
-            help="Of the model and the autoencoder: fp32, bf16, or auto, which is bf16 where the device is faster in it."
+            help="Precision of the model and the autoencoder: fp32, bf16 or auto (bf16 if faster on this device)."
         ),
     ] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
     vae: Annotated[
         str | None,
         typer.Option(
-            help="Makes pixels of latents: a folder of a diffusers AutoencoderKL, or owner/name on the Hub."
+            help="Autoencoder that decodes latents: a diffusers AutoencoderKL folder, or owner/name on the Hub."
         ),
     ] = None,
-    vae_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    vae_batch_size: Annotated[int, typer.Option(help="Latents decoded at a time.")] = 16,
+    vae_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the autoencoder on the Hub.")
+    ] = None,
+    vae_batch_size: Annotated[int, typer.Option(help="Latents decoded per batch.")] = 16,
     vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Decode in tiles, for large images in little memory.")
+        bool, typer.Option("--vae-tiling", help="Decode in tiles to save memory on large images.")
     ] = False,
     png_folder: Annotated[
-        Path | None, typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file.")
+        Path | None,
+        typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file to this folder."),
     ] = None,
 ) -> None:
-    """Draw images from a model into one .npz file: arr_0 [N, H, W, C] of 8 bits, and labels.
+    """Sample images from a model into one .npz file: arr_0 [N, H, W, C] (uint8) and labels.
 
-    Of several processes each draws its share, and the images are the same for any number of them. A killed command
-    resumes: finished batches lie in a folder beside the file until it is whole.
+    Several processes share the work; the images do not depend on their number. An interrupted command can be run again
+    to resume: finished batches stay in a folder beside the file until it is complete.
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 
@@ -152,13 +160,13 @@ def sample(
         if is_main():
             drawing.write_pictures_of(out_file)
             drawing.discard()
-            say(out, f"{num} images: {out_file}, drawn before")
+            say(out, f"{num} images: {out_file}, already drawn")
         return
     _draw(drawing, loaded.to(default_device()), out_file)
 
 
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
-    """Draws this process's share with progress shown; the main process then writes the samples file."""
+    """Draw this process's share and show progress; the main process then writes the samples file."""
     from ..machine.processes import is_main, rank, world_size
     from ..report import write_grid
     from ..sampling.files import open_samples
@@ -170,7 +178,7 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
         return
     num_images, before, started = drawing.config.num_images, drawing.num_drawn, time.monotonic()
     if before:
-        say(out, f"{before} of {num_images} images were drawn before")
+        say(out, f"{before} of {num_images} images were already drawn")
     with follow(out) as on_step:
         for step in chain(steps, drawing.wait()):
             on_step("sample", step)

@@ -1,4 +1,4 @@
-"""Commands for weights: read published ones, make a delta whole, upload a model."""
+"""Commands for weights: convert published weights, merge a delta, upload a model."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,25 +17,32 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A weights file (.pt, .safetensors), a folder of diffusers' DiT, or owner/name on the Hub.",
+            help="Weights file (.pt, .safetensors), diffusers DiT folder, or owner/name on the Hub.",
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Where the model folder is written.")],
+    folder: Annotated[Path, typer.Argument(help="Output model folder.")],
     num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads. [dim]Known for published widths.[/]")
+        int | None,
+        typer.Option(help="Number of attention heads. [dim]Default: inferred for published widths.[/]"),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Classes without the null label. [dim]Known for ImageNet.[/]")
+        int | None,
+        typer.Option(
+            help="Number of classes, excluding the null label. [dim]Default: inferred for ImageNet.[/]"
+        ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens on each side, of window attention. [dim]4 as published.[/]")
+        int | None,
+        typer.Option(help="Window attention: tokens on each side. [dim]Default: 4, as published.[/]"),
     ] = None,
-    mlp_ratio: Annotated[float, typer.Option(help="Hidden width over width of the base's MLP.")] = 4.0,
-    base: Annotated[str | None, typer.Option(help="The model that was grafted, for the record.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Of the base's weights, for the record.")] = None,
-    to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="What is written.")] = "grafting",
+    mlp_ratio: Annotated[float, typer.Option(help="Ratio of hidden width to width in the base's MLP.")] = 4.0,
+    base: Annotated[str | None, typer.Option(help="Base model, stored as provenance.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the base's weights, stored as provenance.")
+    ] = None,
+    to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="Output format.")] = "grafting",
 ) -> None:
-    """Convert published DiT weights, grafted or not, to a model folder.
+    """Convert published DiT weights (grafted or not) to a model folder.
 
     [dim]$ grafting convert model.pt dit-hyena-x[/]
     """
@@ -63,11 +70,11 @@ def convert(
 
 @app.command()
 def merge(
-    delta: Annotated[
-        str, typer.Argument(metavar="DELTA", help="A delta: a folder, or owner/name on the Hub.")
-    ],
-    folder: Annotated[Path, typer.Argument(help="Where the whole model is written.")],
-    base: Annotated[str | None, typer.Option(help="Where its base is, if not where the delta says.")] = None,
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="Delta: a folder, or owner/name on the Hub.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder for the standalone model.")],
+    base: Annotated[
+        str | None, typer.Option(help="Location of the base. [dim]Default: as recorded in the delta.[/]")
+    ] = None,
 ) -> None:
     """Merge a delta into its base and write a standalone model.
 
@@ -83,11 +90,11 @@ def merge(
 
 @app.command()
 def push(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, or the folder of a run.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run folder.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a newly created repository public.")] = False,
 ) -> None:
-    """Check a grafted model's folder, write its card, and upload both to the Hugging Face Hub.
+    """Upload a grafted model, with a model card, to the Hugging Face Hub.
 
     [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
     """
