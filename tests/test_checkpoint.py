@@ -394,7 +394,7 @@ def test_a_merged_delta_needs_no_base(delta, tmp_path):
     assert plan == PLAN
     assert torch.equal(loaded(**_example()), model(**_example()))
     assert loaded.config.grafting["base"]["licence"] == "CC0-1.0"
-    with pytest.raises(CheckpointError, match="is no delta: it is whole already"):
+    with pytest.raises(CheckpointError, match="is not a delta: it is already a standalone model"):
         merge_delta(tmp_path / "whole", tmp_path / "again")
 
 

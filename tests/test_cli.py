@@ -305,7 +305,7 @@ def test_report_is_written_anew(ran: tuple[Path, Result]):
 
 
 def test_report_of_what_is_no_run(tmp_path: Path):
-    assert "not the folder of a run" in fails("report", tmp_path)
+    assert "not a run folder" in fails("report", tmp_path)
 
 
 def test_samples_are_written_and_measured(tmp_path: Path, ran: tuple[Path, Result]):
@@ -351,7 +351,7 @@ def test_samples_of_unknown_origin_are_named_by_their_hash(tmp_path: Path):
         ({"arr_0": np.zeros((12, 32, 32, 1)), "labels": np.zeros(12, int)}, "must be uint8"),
         ({"arr_0": np.zeros((12, 32, 32, 3), np.uint8), "labels": np.zeros(12, int)}, "[3, 32, 32]"),
         ({"arr_0": np.zeros((12, 32, 32, 1), np.uint8), "labels": np.zeros(3, int)}, "int64 [3]"),
-        ({"arr_0": np.array([print] * 12), "labels": np.zeros(12, int)}, "not a whole .npz file of arrays"),
+        ({"arr_0": np.array([print] * 12), "labels": np.zeros(12, int)}, "not a complete .npz file of arrays"),
         ({"arr_0": np.zeros((12, 32, 32, 1), np.uint8), "labels": np.full(12, 11)}, "label 11"),
         ({"arr_0": np.zeros((3, 32, 32, 1), np.uint8), "labels": np.zeros(3, int)}, "at least 10"),
     ],
@@ -445,8 +445,8 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
         ("distill.steps", "--set is KEY=VALUE, found distill.steps"),
         ("distill.steps=[", "--set distill.steps: its value is not YAML: '['"),
         ("distill.steps=many", "distill.steps: Input should be a valid integer"),
-        ("distil.steps=3", "distil.steps: the settings have no such place"),
-        ("plan.7.blocks=[0]", "plan.7.blocks: the settings have no such place"),
+        ("distil.steps=3", "distil.steps: there is no such setting"),
+        ("plan.7.blocks=[0]", "plan.7.blocks: there is no such setting"),
         ("colour=red", "colour: unknown key"),
     ],
 )

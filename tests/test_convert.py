@@ -234,7 +234,7 @@ def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
     )
     assert "3 faults" in message
     assert (
-        "width 16 is no published one (384: 6, 768: 12, 1024: 16, 1152: 16 heads): give --num-heads"
+        "width 16 is not a published width (384: 6, 768: 12, 1024: 16, 1152: 16 heads): give --num-heads"
         in message
     )
     assert (
@@ -278,7 +278,9 @@ def test_unknown_tensors_and_shapes_are_listed(tmp_path):
 
 
 def test_what_is_no_dit_is_refused(tmp_path):
-    assert "is no DiT: expected x_embedder.proj.weight" in refused(tmp_path, {"conv.weight": torch.zeros(3)})
+    assert "is not a DiT: expected x_embedder.proj.weight" in refused(
+        tmp_path, {"conv.weight": torch.zeros(3)}
+    )
     tensors, _ = tensors_of(("", ""))
     tensors["final_layer.linear.weight"] = torch.zeros(5 * PATCH**2, D)
     tensors["pos_embed"] = torch.zeros(1, 15, D)
@@ -296,7 +298,7 @@ class Runs:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"ema": Runs()}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="no torch file of tensors alone"):
+    with pytest.raises(CheckpointError, match="not a torch file of plain tensors"):
         convert_weights(tmp_path / "model.pt", tmp_path / "out")
 
 
@@ -306,7 +308,7 @@ def test_files_that_hold_no_state_dict_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=words):
             convert_weights(tmp_path / "model.pt", tmp_path / "out")
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(CheckpointError, match="is truncated, or no torch file"):
+    with pytest.raises(CheckpointError, match="is truncated, or not a torch file"):
         convert_weights(tmp_path / "model.pt", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no file .*lost.pt"):
         convert_weights(tmp_path / "lost.pt", tmp_path / "out")

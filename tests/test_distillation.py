@@ -223,7 +223,7 @@ def test_merged_pairs_resume_and_replay_exactly(tmp_path):
 
 
 def test_fixed_samples_need_the_teachers_inputs():
-    with pytest.raises(ValueError, match="cache_samples goes with inputs: teacher"):
+    with pytest.raises(ValueError, match="cache_samples requires inputs: teacher"):
         DistillConfig(cache_samples=8, inputs="student")
 
 
@@ -306,12 +306,12 @@ def check_compiled_operators():
 def test_a_state_of_an_earlier_version_is_an_error():
     teacher, operators = _setup({"name": "softmax", "projections": "random"})
     state = {"step": 3, "operators": {}, "optimizer": {}}
-    with pytest.raises(CheckpointError, match="of an earlier version of grafting.*start it anew"):
+    with pytest.raises(CheckpointError, match="by an earlier version of grafting.*restart the stage"):
         next(_run(teacher, operators, state=state))
 
 
 def test_spread_sites_need_the_teachers_inputs():
-    with pytest.raises(ValueError, match="spread: sites goes with inputs: teacher"):
+    with pytest.raises(ValueError, match="spread: sites requires inputs: teacher"):
         DistillConfig(spread="sites", inputs="student")
 
 

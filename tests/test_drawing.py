@@ -212,7 +212,9 @@ def test_a_damaged_shard_is_drawn_anew_with_a_warning(tmp_path, model, whole):
     content[-100] ^= 1
     shards[1].write_bytes(content)
     shards[3].write_bytes(shards[3].read_bytes()[:50])
-    with pytest.warns(FaultWarning, match=r"shard-00000\d.safetensors is damaged, and is drawn anew") as told:
+    with pytest.warns(
+        FaultWarning, match=r"shard-00000\d.safetensors is damaged and will be drawn again"
+    ) as told:
         assert len(draw(new(tmp_path, model), model)) == 2
     assert len(told) == 2
     new(tmp_path, model).write(tmp_path / "s.npz")
@@ -253,7 +255,7 @@ def test_shards_of_other_images_are_not_mixed(tmp_path, model):
         ({"batch_size": 8}, "batch_size: 4 there, 8 asked"),
         ({"num_images": 22}, "drawing.sampling.num_images: 21 there, 22 asked"),
     ):
-        with pytest.raises(RunError, match=f"holds the first part of other images.*\n  {difference}$"):
+        with pytest.raises(RunError, match=f"holds part of a different set of images.*\n  {difference}$"):
             new(tmp_path, model, **settings)
     torch.manual_seed(9)
     with pytest.raises(RunError, match=r"\n  drawing.model.sha256: \w+ there, \w+ asked$"):
@@ -272,7 +274,7 @@ def test_files_of_other_images_are_not_written_over(tmp_path, model, whole):
     with pytest.raises(RunError, match="what drew them is not recorded"):
         new(tmp_path, model).matches(tmp_path / "foreign.npz")
     (tmp_path / "text.npz").write_text("text")
-    with pytest.raises(RunError, match="text.npz exists and is not written over"):
+    with pytest.raises(RunError, match="text.npz exists and will not be overwritten"):
         new(tmp_path, model).matches(tmp_path / "text.npz")
 
 
@@ -365,7 +367,7 @@ def test_pictures_can_be_asked_for_later(tmp_path, model):
 
 
 def test_pictures_of_many_channels_are_refused(tmp_path, model):
-    with pytest.raises(DataError, match="these images have 4 channels: leave --png out"):
+    with pytest.raises(DataError, match="these images have 4 channels: omit --png"):
         Drawing(
             tmp_path / "shards",
             SamplingConfig(),

@@ -220,9 +220,7 @@ def test_unreadable_images_are_left_out_and_listed(stream: ImageStream, vae: Aut
     for name in ("Bag/Bag_002.png", "Dress/Dress_003.png"):
         (tmp_path / "images" / name).write_bytes(b"no image")
     (tmp_path / "images" / "Dress" / "Dress_002.png").unlink()
-    with pytest.raises(
-        DataError, match="1 of 12 images cannot be read, allowed are 0.*\n  Bag/Bag_002.png: "
-    ):
+    with pytest.raises(DataError, match="1 of 12 images cannot be read, 0 allowed.*\n  Bag/Bag_002.png: "):
         run(stream, vae, tmp_path / "out")
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     run(stream, vae, tmp_path / "out", CONFIG.model_copy(update={"max_unreadable": 0.25}))
@@ -264,7 +262,7 @@ def test_too_many_unreadable_images_over_all_processes(stream: ImageStream, vae:
         (tmp_path / "images" / name).write_bytes(b"no image")
     config = CONFIG.model_copy(update={"max_unreadable": 0.1})
     run(stream, vae, tmp_path / "out", config, rank=1, world_size=2)
-    with pytest.raises(DataError, match="2 of 12 images cannot be read, allowed are 1"):
+    with pytest.raises(DataError, match="2 of 12 images cannot be read, 1 allowed"):
         run(stream, vae, tmp_path / "out", config, rank=0, world_size=2)
     assert not (tmp_path / "out" / INDEX_NAME).exists()
 
@@ -307,7 +305,7 @@ def test_another_process_may_make_the_folder_at_the_same_moment(
 def test_the_same_shards_are_not_done_by_two(stream: ImageStream, vae: Autoencoder, tmp_path: Path):
     first = encode(stream, vae, CONFIG, tmp_path / "out")
     next(first)
-    with pytest.raises(RunError, match="another process is at work on the same shards of .*out"):
+    with pytest.raises(RunError, match="another process is working on the same shards of .*out"):
         run(stream, vae, tmp_path / "out")
     first.close()
     run(stream, vae, tmp_path / "out")
@@ -315,7 +313,7 @@ def test_the_same_shards_are_not_done_by_two(stream: ImageStream, vae: Autoencod
 
 def test_sizes_that_the_autoencoder_cannot_take(stream: ImageStream, vae: Autoencoder, tmp_path: Path):
     with pytest.raises(
-        DataError, match="images of 17 pixels a side cannot be encoded: toy takes multiples of 2"
+        DataError, match="images of 17 pixels per side cannot be encoded: toy takes multiples of 2"
     ):
         run(stream, vae, tmp_path / "out", CONFIG.model_copy(update={"size": 17}))
     assert not (tmp_path / "out").exists()
@@ -328,7 +326,7 @@ def test_full_disks_are_known_beforehand(
         free = 12 * (4 * 8 * 8 * 2 + 4) - 1
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(RunError, match=r"0.0 GB are still to be written and 0.0 GB are free"):
+    with pytest.raises(RunError, match=r"0.0 GB remain to be written and 0.0 GB are free"):
         run(stream, vae, tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
     Usage.free += 1

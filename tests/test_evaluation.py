@@ -254,7 +254,7 @@ def test_damaged_files_are_refused(reference, tmp_path):
     reference.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         Reference.load(path)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="does not have the hash written in it"):
@@ -284,7 +284,7 @@ def test_a_failed_write_leaves_the_old_file(reference, tmp_path, monkeypatch):
 
 def test_no_image_is_an_error(network, reference):
     evaluator = Evaluator(network, reference, protocol_of(network, reference))
-    with pytest.raises(ProtocolError, match="no image came to be evaluated"):
+    with pytest.raises(ProtocolError, match="no images to evaluate"):
         list(evaluate([], evaluator))
     with pytest.raises(ProtocolError, match="no image has been evaluated"):
         evaluator.result()
@@ -297,7 +297,7 @@ def test_no_image_is_an_error(network, reference):
 def test_as_many_images_as_the_protocol_says(network, reference):
     evaluator = Evaluator(network, reference, protocol_of(network, reference, 30))
     evaluator.update(images(20), torch.zeros(20, dtype=torch.long))
-    with pytest.raises(ProtocolError, match="says 30 images; only 20 came"):
+    with pytest.raises(ProtocolError, match="says 30 images; got only 20"):
         evaluator.result()
     with pytest.raises(ProtocolError, match="says 30 images; 40 came"):
         evaluator.update(images(20), torch.zeros(20, dtype=torch.long))

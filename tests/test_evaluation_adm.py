@@ -306,14 +306,14 @@ def test_damaged_references(network, npz, tmp_path):
     path = npz(arr_0=hwc(images(64)))
     whole = bytearray(path.read_bytes())
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"not a whole \.npz file"):
+    with pytest.raises(DataError, match=r"not a complete \.npz file"):
         AdmReference.of_npz(path, network)
     whole[5000] ^= 1  # inside the pixels: the archive's checksum tells
     path.write_bytes(whole)
-    with pytest.raises(DataError, match=r"not a whole \.npz file"):
+    with pytest.raises(DataError, match=r"not a complete \.npz file"):
         AdmReference.of_npz(path, network)
     path.write_bytes(pickle.dumps([1]))
-    with pytest.raises(DataError, match=r"not a whole \.npz file"):
+    with pytest.raises(DataError, match=r"not a complete \.npz file"):
         AdmReference.of_npz(path, network)
 
 
@@ -341,7 +341,7 @@ def test_as_many_images_as_the_protocol_says(network, npz):
     with pytest.raises(ProtocolError, match="no image has been evaluated"):
         evaluator.result()
     evaluator.update(images(15))
-    with pytest.raises(ProtocolError, match="says 20 images; only 15 came"):
+    with pytest.raises(ProtocolError, match="says 20 images; got only 15"):
         evaluator.result()
     with pytest.raises(ProtocolError, match="says 20 images; 30 came"):
         evaluator.update(images(15))

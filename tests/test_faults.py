@@ -267,7 +267,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(undisturbed, tmp_p
     _flip_a_bit(states / "0000000005" / "state.pt")
     seen: list = []
     with (
-        pytest.warns(FaultWarning, match=r"0000000005 is damaged: state.pt .* Going on from step 3"),
+        pytest.warns(FaultWarning, match=r"0000000005 is damaged: state.pt .* Resuming from step 3"),
         pytest.raises(Interrupted),
         catching_signals(),
     ):
@@ -275,7 +275,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(undisturbed, tmp_p
     assert seen == [("finetune", 4)]
     for state in states.iterdir():
         _flip_a_bit(state / "state.pt")
-    message = rf"5 is damaged.*3 is damaged.*Delete {states} to start the stage anew"
+    message = rf"5 is damaged.*3 is damaged.*Delete {states} to restart the stage"
     with pytest.raises(CheckpointError, match=message):
         run(RECIPE, folder)
     shutil.rmtree(states)
@@ -287,7 +287,9 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(undisturbed, tmp_p
 def test_a_damaged_result_is_named_and_made_again(undisturbed, tmp_path, name):
     shutil.copytree(undisturbed, tmp_path / "tiny")
     _flip_a_bit(tmp_path / "tiny" / name)
-    with pytest.warns(FaultWarning, match=rf"{name}: missing, or not as it was made; .* is done again"):
+    with pytest.warns(
+        FaultWarning, match=rf"{name}: missing, or changed since it was written; .* runs again"
+    ):
         run(RECIPE, tmp_path / "tiny")
     assert_alike(tmp_path / "tiny", undisturbed)
 
@@ -298,7 +300,7 @@ def test_a_damaged_operator_of_a_store_is_named_and_fitted_anew(tmp_path):
     path = sorted(store.folder.iterdir())[0]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.warns(FaultWarning, match=rf"{path.name} is damaged: .* its checksum; it is fitted anew"):
+    with pytest.warns(FaultWarning, match=rf"{path.name} is damaged: .* its checksum; fitting it again"):
         run(RECIPE, tmp_path / "second", until="distill", store=store)
     assert path.read_bytes() == content
     wants, gots = (

@@ -154,7 +154,7 @@ def test_nan_stops_before_the_weights_are_touched():
         ({"trainable": ("nothing.*",)}, "selects none of the model's"),
         ({"trainable": "new"}, "selects none"),
         ({"compile": True}, "to compile block by block, but no blocks"),
-        ({"accumulate": 3}, "batch_size 8 is that of all processes together; it has to be a multiple of"),
+        ({"accumulate": 3}, "batch_size 8 counts all processes; it must be a multiple of"),
     ],
 )
 def test_faults_are_found_before_any_work(settings, message):

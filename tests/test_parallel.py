@@ -128,10 +128,7 @@ def test_a_batch_that_does_not_divide_is_an_error(stage):
         stage({"accumulate": 3})
     assert name
     found = run_in_processes(stage, {"batch_size": 6, "accumulate": 2})
-    assert (
-        sum("6 is that of all processes together; it has to be a multiple of 2 processes" in f for f in found)
-        == 1
-    )
+    assert sum("6 counts all processes; it must be a multiple of 2 processes" in f for f in found) == 1
     assert "SystemExit: 1" in found
 
 
@@ -172,7 +169,7 @@ class _Malice:
 
 def test_no_pickle_is_run_from_a_states_index(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Malice()))
-    with pytest.raises(CheckpointError, match=r"its index holds builtins\.print, which no index does"):
+    with pytest.raises(CheckpointError, match=r"its index holds builtins\.print, which is not allowed"):
         read_tensors(tmp_path, {"x": torch.zeros(1)})
 
 
@@ -236,7 +233,7 @@ def test_processes_that_cannot_meet(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(RunError, match="process 0 of 2, but they cannot meet"):
+    with pytest.raises(RunError, match="process 0 of 2, but the processes cannot connect"):
         parallel.connect()
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(RunError, match="WORLD_SIZE is 'two'"):

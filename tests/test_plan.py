@@ -292,7 +292,7 @@ def test_what_the_host_says_of_its_blocks_is_honoured():
 
 
 def test_outputs_do_not_start_as_a_sum():
-    with pytest.raises(ValidationError, match="start: sum goes with of: updates"):
+    with pytest.raises(ValidationError, match="start: sum requires of: updates"):
         Merge(start="sum", of="outputs")
 
 

@@ -149,7 +149,7 @@ def test_until(tmp_path):
 
 
 def test_folder_of_another_recipe(finished):
-    with pytest.raises(RunError, match="belongs to recipe 'tiny', asked was 'other'"):
+    with pytest.raises(RunError, match="belongs to recipe 'tiny', not 'other'"):
         run(_recipe(name="other"), finished[0])
 
 

@@ -134,7 +134,7 @@ def test_of_a_damaged_state_the_older_takes_the_place(tmp_path, damage):
         _flip_a_bit(newest / "SHA256SUMS")
     else:
         (newest / "more").write_text("x")
-    with pytest.warns(FaultWarning, match=r"0000000010 is damaged: .*\. Going on from step 8"):
+    with pytest.warns(FaultWarning, match=r"0000000010 is damaged: .*\. Resuming from step 8"):
         state = _resumed(tmp_path)
     assert state["step"] == 8
     logged = [line["step"] for line in read_log(tmp_path / "s" / "log.jsonl")]
@@ -267,7 +267,9 @@ def test_when_both_manifests_are_damaged_it_is_said_how_to_start_anew(tmp_path):
 def test_damaged_output_is_named(tmp_path):
     _carry_out(tmp_path, 1)
     _flip_a_bit(tmp_path / "s" / "output")
-    with pytest.warns(FaultWarning, match=r"s/output: missing, or not as it was made; s is done again"):
+    with pytest.warns(
+        FaultWarning, match=r"s/output: missing, or changed since it was written; s runs again"
+    ):
         assert _carry_out(tmp_path, 1)
 
 
@@ -296,7 +298,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "open\n"
         message = (
-            rf"another run is at work in .* \(process {process.pid} on .+\): wait for its end, or .* --out"
+            rf"another run is using .* \(process {process.pid} on .+\): wait for it to finish, or .* --out"
         )
         with pytest.raises(RunError, match=message):
             RunFolder(tmp_path, recipe_name="r")
@@ -305,7 +307,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path):
 
 
 def test_two_runs_in_one_process_are_refused_too(tmp_path):
-    with RunFolder(tmp_path, recipe_name="r"), pytest.raises(RunError, match="another run is at work"):
+    with RunFolder(tmp_path, recipe_name="r"), pytest.raises(RunError, match="another run is using"):
         RunFolder(tmp_path, recipe_name="r")
     RunFolder(tmp_path, recipe_name="r").close()
 
@@ -350,13 +352,13 @@ def test_other_threads_are_told_where_work_is_left(tmp_path, recwarn, device, to
 
 def test_folder_of_another_recipe(tmp_path):
     _carry_out(tmp_path, 1)
-    with pytest.raises(RunError, match="belongs to recipe 'r', asked was 'other'"):
+    with pytest.raises(RunError, match="belongs to recipe 'r', not 'other'"):
         RunFolder(tmp_path, recipe_name="other")
 
 
 def test_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(RunError, match="is not the folder of a run"):
+    with pytest.raises(RunError, match="is not a run folder"):
         RunFolder(tmp_path, recipe_name="r")
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 

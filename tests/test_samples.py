@@ -105,7 +105,7 @@ def test_memory_holds_a_few_batches_whatever_the_number_of_images(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_images": 12}, "12 images were to be written; only 11 came"),
+        ({"num_images": 12}, "12 images were to be written; got only 11"),
         ({"num_images": 6}, "6 images of"),
         ({"shape": (1, 4, 6)}, r"of \[1, 4, 6\] were to be written; found 4 of \[3, 4, 6\]"),
     ],
@@ -126,7 +126,7 @@ def test_damage_is_found(tmp_path: Path):
     whole = path.read_bytes()
     place = whole.index(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(DataError, match=r"s.npz is not a whole .npz file of arrays: Bad CRC-32"):
+    with pytest.raises(DataError, match=r"s.npz is not a complete .npz file of arrays: Bad CRC-32"):
         list(open_samples(path).images())
     for kind in KINDS:
         path = tmp_path / f"t.{kind}"

@@ -396,7 +396,7 @@ def test_every_fault_is_named_at_the_call_before_any_work(model):
         "  guided_channels is 5, but images have 4 channels",
         "  labels [10, 12] are out of range: conditions are 0..9",
     ]
-    with pytest.raises(GraftingError, match="numbered from 0; asked for number -2"):
+    with pytest.raises(GraftingError, match="numbers start at 0; found -2"):
         sample(model, SamplingConfig(), denoiser=denoiser(predict), shape=SHAPE, indices=[3, -2])
 
 

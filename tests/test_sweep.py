@@ -149,7 +149,7 @@ def test_a_part_of_it(finished, tmp_path):
         ({"grids": [{"labels": {"a": 1}, "changes": {"distil": {}}}]}, "in 1\n  distil: unknown key"),
         (
             {"grids": [{"labels": {"a": 1}, "changes": {"plan.0.blocks": 1}}]},
-            "plan.0.blocks: .*no such place",
+            "plan.0.blocks: .*no such setting",
         ),
         ({"grids": [{"labels": {"a": 1}}, {"labels": {"a": 1}}]}, "1: two recipes have these labels"),
         ({"grids": [{"label": {"a": 1}}]}, "grids.0.label: unknown key"),

@@ -107,7 +107,7 @@ class RunFolder:
     def _refuse_strangers(self) -> None:
         path = self.path
         if not self._is_run and path.exists() and not is_empty(path):
-            raise RunError(f"{path} exists and is not the folder of a run: name another, or empty it")
+            raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
 
     def _clear_partial(self) -> None:
         """Removes what a killed run was writing."""
@@ -120,7 +120,7 @@ class RunFolder:
         manifest = self._newest_manifest()
         if manifest.get("recipe") != self._recipe_name:
             raise RunError(
-                f"{self.path} belongs to recipe {manifest.get('recipe')!r}, asked was {self._recipe_name!r}: "
+                f"{self.path} belongs to recipe {manifest.get('recipe')!r}, not {self._recipe_name!r}: "
                 "name another folder with --out"
             )
         if manifest.get("format") != FORMAT:
@@ -136,10 +136,10 @@ class RunFolder:
                 faults.append(str(error))
                 continue
             if faults:
-                _warn(f"{faults[0]}; {path.name} is used, which is one change older")
+                _warn(f"{faults[0]}; {path.name} is used, which is one change behind")
             return manifest
         raise RunError(
-            f"{'; '.join(faults)}. Name another folder, or delete both: all stages then start anew"
+            f"{'; '.join(faults)}. Name another folder, or delete both: all stages then start from scratch"
         )
 
     @contextmanager
@@ -175,7 +175,7 @@ class RunFolder:
         """The hashes of a finished stage's outputs: what later stages depend on."""
         entry = self.entry(name)
         if not entry.get("done"):
-            raise RunError(f"stage {name} of {self.path} is not done: run it first")
+            raise RunError(f"stage {name} of {self.path} has not finished: run it first")
         return entry["outputs"]
 
     def describe_machine(self, facts: dict[str, Any]) -> None:
@@ -265,7 +265,7 @@ class Stage:
         ]
         if damaged:
             names = ", ".join(map(str, damaged))
-            _warn(f"{names}: missing, or not as it was made; {self.name} is done again")
+            _warn(f"{names}: missing, or changed since it was written; {self.name} runs again")
         return not damaged
 
     def record(self, *, seconds: float) -> None:
@@ -287,7 +287,7 @@ class Stage:
         A dict as it was saved, or the folder of a state that wrote itself. Of a damaged state the older one takes the place, with a warning.
 
         Raises:
-            CheckpointError: there are states, all of them damaged; says how to start the stage anew.
+            CheckpointError: there are states, all of them damaged; says how to restart the stage.
         """
         faults: list[str] = []
         for folder in reversed(self._state_folders()):
@@ -297,11 +297,11 @@ class Stage:
                 faults.append(str(error))
                 continue
             if faults:
-                _warn(f"{'; '.join(faults)}. Going on from step {int(folder.name)}")
+                _warn(f"{'; '.join(faults)}. Resuming from step {int(folder.name)}")
             self._begin(int(folder.name))
             return state
         if faults:
-            raise CheckpointError(f"{'; '.join(faults)}. Delete {self._states} to start the stage anew")
+            raise CheckpointError(f"{'; '.join(faults)}. Delete {self._states} to restart the stage")
         self._begin(None)
         return None
 
@@ -385,7 +385,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(step, dict) and isinstance(step.get("step"), int):
             steps.append(step)
         else:
-            _warn(f"{path}, line {number} is damaged and left out")
+            _warn(f"{path}, line {number} is damaged and skipped")
     return steps
 
 
@@ -403,10 +403,10 @@ class _Lock:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             self.release()
             raise RunError(
-                f"another run is at work in {folder} ({holder}): wait for its end, or name another folder with --out"
+                f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
             ) from None
         except OSError as error:
-            _warn(f"{folder} cannot be locked ({error.strerror}): see that no other run uses it")
+            _warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run uses it")
         with disk_errors(folder):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())

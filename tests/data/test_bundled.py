@@ -110,7 +110,7 @@ def test_everything_is_small():
 
 def test_a_missing_file_is_named(folder):
     with pytest.raises(
-        DataError, match=r"bundled file .*classifier\.safetensors is missing: install grafting"
+        DataError, match=r"bundled file .*classifier\.safetensors is missing: reinstall grafting"
     ):
         bundled.bundled_classifier()
 

@@ -101,8 +101,8 @@ def test_missing_fashion_mnist_names_the_package(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not gzip", "is not a whole gzip file"),
-        (gzip.compress(bytes(1000), mtime=0)[:-12], "is not a whole gzip file"),
+        (b"not gzip", "is not a complete gzip file"),
+        (gzip.compress(bytes(1000), mtime=0)[:-12], "is not a complete gzip file"),
         (gzip.compress(b"PK\x03\x04", mtime=0), "is not an idx file of bytes: it starts with 504b0304"),
         (
             gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]), mtime=0),

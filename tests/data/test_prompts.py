@@ -159,7 +159,7 @@ def test_dropout_is_of_the_index_or_asked_for(folder: Path, tmp_path: Path):
     assert Prompts(folder).dropout == 0.1
     assert Prompts(folder, dropout=0.0).dropout == 0.0
     assert PromptsConfig(folder=folder, dropout=0.3).load().dropout == 0.3
-    with pytest.raises(DataError, match="dropout is a share of the prompts, from 0 to 1; asked is 1.5"):
+    with pytest.raises(DataError, match="dropout is a share of the prompts, from 0 to 1; found 1.5"):
         Prompts(folder, dropout=1.5)
     message = "prompts are dropped in a share of 0.1, but no prompt asks for nothing"
     with pytest.raises(DataError, match=message):
@@ -243,7 +243,7 @@ FILES = ("prompts-00001.safetensors", "words.jsonl", "common.safetensors")
 )
 def test_files_that_are_gone_or_cut_are_named_at_once(tmp_path: Path, name: str, damage, message: str):
     damage(write(tmp_path, common={"ids": torch.zeros(3)}) / name)
-    with pytest.raises(DataError, match=rf"the prompts in .* are not whole:\n  {name} {message}"):
+    with pytest.raises(DataError, match=rf"the prompts in .* are incomplete or damaged:\n  {name} {message}"):
         Prompts(tmp_path)
 
 

@@ -59,5 +59,5 @@ def test_refuses_a_network_that_gives_no_row_an_image():
         def forward(self, images):
             return images.float(), None
 
-    with pytest.raises(DataError, match="one row an image"):
+    with pytest.raises(DataError, match="one row per image"):
         extract(ModuleNetwork(Maps(), "maps"), IMAGES)

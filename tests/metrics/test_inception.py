@@ -229,11 +229,11 @@ def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match="no weights file"):
         load_inception(path)
     path.write_bytes(b"PK\3\4 and then nothing")
-    with pytest.raises(CheckpointError, match="not a whole file of tensors"):
+    with pytest.raises(CheckpointError, match="not a complete file of tensors"):
         load_inception(path)
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds list, not tensors by name"):
         load_inception(path)
     torch.save({"a": print}, path)
-    with pytest.raises(CheckpointError, match="not a whole file of tensors"):
+    with pytest.raises(CheckpointError, match="not a complete file of tensors"):
         load_inception(path)

@@ -46,7 +46,7 @@ def test_with_one_gate_shut_it_is_the_other_part():
     ("part", "message"),
     [
         ("hyena-x", "hyena-x is a mixer; the parts of a hybrid are kernels: linear, softmax"),
-        ("hybrid", "the parts of a hybrid are no hybrids themselves"),
+        ("hybrid", "parts of a hybrid cannot be hybrids themselves"),
         (
             {"name": "linear", "projections": "random"},
             "linear has projections 'random', but both parts share those of the hybrid",

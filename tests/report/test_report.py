@@ -249,7 +249,7 @@ def test_a_damaged_line_of_a_log_is_named_and_left_out(run_folder):
     path = run_folder / "finetune/log.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], "nonsense\n", *lines[4:]]))
-    with pytest.warns(FaultWarning, match=r"log\.jsonl, line 4 is damaged and left out"):
+    with pytest.warns(FaultWarning, match=r"log\.jsonl, line 4 is damaged and skipped"):
         assert "Over 900 steps." in page_of(run_folder).text
 
 
@@ -260,7 +260,7 @@ def test_a_damaged_line_of_a_log_is_named_and_left_out(run_folder):
         ("recipe.yaml", "- 1", "should be a mapping, and is a list"),
         ("metrics.json", "{}", "should be a list of rows"),
         ("plan.json", "{", "plan.json cannot be read"),
-        ("samples/random.safetensors", "short", "is not a whole file of samples"),
+        ("samples/random.safetensors", "short", "is not a complete samples file"),
     ],
 )
 def test_a_damaged_part_is_named_and_the_report_stays(run_folder, part, content, message):
@@ -272,7 +272,7 @@ def test_a_damaged_part_is_named_and_the_report_stays(run_folder, part, content,
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match="is not the folder of a run"):
+    with pytest.raises(RunError, match="is not a run folder"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

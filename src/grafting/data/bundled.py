@@ -101,7 +101,7 @@ def _asset(name: str) -> Path:
     """A bundled file, after its hash was compared."""
     path, expected = _folder() / name, _checksums().get(name)
     if not path.is_file():
-        raise DataError(f"the bundled file {path} is missing: install grafting anew")
+        raise DataError(f"the bundled file {path} is missing: reinstall grafting")
     if expected is None:
         raise DataError(
             f"the bundled file {path} is not in checksums.json beside it; whoever put it there should run "
@@ -111,7 +111,7 @@ def _asset(name: str) -> Path:
     if found != expected:
         raise DataError(
             f"the bundled file {path} is damaged: its sha256 is {found[:12]}, not {expected[:12]}; "
-            f"install grafting anew"
+            f"reinstall grafting"
         )
     return path
 
@@ -119,5 +119,5 @@ def _asset(name: str) -> Path:
 def _checksums() -> dict[str, str]:
     path = _folder() / "checksums.json"
     if not path.is_file():
-        raise DataError(f"the bundled file {path} is missing: install grafting anew")
+        raise DataError(f"the bundled file {path} is missing: reinstall grafting")
     return json.loads(path.read_text())

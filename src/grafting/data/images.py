@@ -236,7 +236,7 @@ def _read_idx(path: Path) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file: {error}") from error
+        raise DataError(f"{path} is not a complete gzip file: {error}") from error
     if raw[:3] != b"\0\0\x08":
         raise DataError(f"{path} is not an idx file of bytes: it starts with {raw[:4].hex()}")
     ndim = raw[3]

@@ -112,7 +112,7 @@ class LatentFolder:
         free = shutil.disk_usage(_existing(self.folder)).free
         if needed > free:
             raise RunError(
-                f"{self.folder}: {needed / 1e9:.1f} GB are still to be written and {free / 1e9:.1f} GB are free; "
+                f"{self.folder}: {needed / 1e9:.1f} GB remain to be written and {free / 1e9:.1f} GB are free; "
                 "name a folder on another disk, or a smaller dtype"
             )
         return needed, free
@@ -150,8 +150,8 @@ class LatentFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    f"another process is at work on the same shards of {self.folder}: wait for its end, or start "
-                    "several that share them, with torchrun"
+                    f"another process is working on the same shards of {self.folder}: wait for it to "
+                    "finish, or start several processes with torchrun to share the work"
                 ) from None
             except OSError:
                 pass  # a file system without locks; two at the same shards write the same bytes
@@ -231,8 +231,8 @@ class LatentFolder:
             raise DataError(
                 "\n  ".join(
                     [
-                        f"{len(unreadable)} of {self.num_images} images cannot be read, allowed are {max_unreadable}: "
-                        "mend them and start again, or allow a larger share",
+                        f"{len(unreadable)} of {self.num_images} images cannot be read, {max_unreadable} allowed: "
+                        "repair them and start again, or allow a larger share",
                         *shown,
                     ]
                 )

@@ -219,7 +219,9 @@ class LatentSet:
         found = (self.index.shards[number].fault(self.folder, hashes=hashes) for number in used)
         faults = [fault for fault in found if fault]
         if faults:
-            raise DataError("\n  ".join([f"the latents in {self.folder} are not whole:", *faults]))
+            raise DataError(
+                "\n  ".join([f"the latents in {self.folder} are incomplete or damaged:", *faults])
+            )
 
     def _samples(self, stored: Tensor, numbers: Tensor) -> Tensor:
         """The latents of what is stored, which is overwritten.
@@ -241,7 +243,9 @@ def read_index(folder: Path) -> LatentIndex:
     """
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise DataError(f"no latents in {folder}: it has no {INDEX_NAME}, which `write_latents` writes last")
+        raise DataError(
+            f"no latents in {folder}: {INDEX_NAME}, which `write_latents` writes last, is missing"
+        )
     try:
         return LatentIndex.model_validate(json.loads(path.read_text()))
     except (ValidationError, ValueError) as error:

@@ -212,7 +212,9 @@ class Prompts:
         """Raises a DataError that names every file that is missing or not what the index says."""
         found = (file.fault(self.folder, hashes=hashes) for file in self.index.files)
         if faults := [fault for fault in found if fault]:
-            raise DataError("\n  ".join([f"the prompts in {self.folder} are not whole:", *faults]))
+            raise DataError(
+                "\n  ".join([f"the prompts in {self.folder} are incomplete or damaged:", *faults])
+            )
 
     def _read(
         self, name: str, groups: list[tuple[int, list[int], list[int]]], *, count: int
@@ -313,7 +315,9 @@ def read_index(folder: Path) -> PromptIndex:
     """
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise DataError(f"no prompts in {folder}: it has no {INDEX_NAME}, which `write_prompts` writes last")
+        raise DataError(
+            f"no prompts in {folder}: {INDEX_NAME}, which `write_prompts` writes last, is missing"
+        )
     try:
         return PromptIndex.model_validate(json.loads(path.read_text()))
     except (ValidationError, ValueError, OSError) as error:
@@ -334,7 +338,7 @@ def odd_names(names: Collection[str]) -> list[str]:
 def check_dropout(dropout: float, *, num_nulls: int) -> None:
     """Raises a DataError if prompts cannot be dropped in that share."""
     if not 0 <= dropout <= 1:
-        raise DataError(f"dropout is a share of the prompts, from 0 to 1; asked is {dropout:g}")
+        raise DataError(f"dropout is a share of the prompts, from 0 to 1; found {dropout:g}")
     if dropout and not num_nulls:
         raise DataError(f"prompts are dropped in a share of {dropout:g}, but no prompt asks for nothing")
 

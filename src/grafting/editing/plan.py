@@ -127,7 +127,7 @@ class Merge(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "Merge":
         if (self.start, self.of) == ("sum", "outputs"):
-            raise ValueError("start: sum goes with of: updates; two outputs hold the input twice")
+            raise ValueError("start: sum requires of: updates; two outputs hold the input twice")
         return self
 
     def __str__(self) -> str:

@@ -61,7 +61,9 @@ class NpzFile:
                 part = (min(batch_size, shape[0] - start), *shape[1:])
                 data = bytearray(member.read(prod(part)))
                 if len(data) < prod(part):
-                    raise DataError(f"{self.path} is not a whole .npz file: {name} ends after {start} images")
+                    raise DataError(
+                        f"{self.path} is not a complete .npz file: {name} ends after {start} images"
+                    )
                 yield torch.frombuffer(data, dtype=torch.uint8).view(part).permute(0, 3, 1, 2)
 
     @contextmanager
@@ -83,4 +85,4 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole .npz file of arrays: {error}") from error
+        raise DataError(f"{path} is not a complete .npz file of arrays: {error}") from error

@@ -109,7 +109,7 @@ def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEv
         evaluator.update(images, labels)
         yield Step(done=evaluator.num_images, total=evaluator.protocol.num_images, state=evaluator.state)
     if not evaluator.num_images:
-        raise ProtocolError("no image came to be evaluated: sampling gave nothing")
+        raise ProtocolError("no images to evaluate: sampling returned none")
 
 
 def _measure(

@@ -47,7 +47,7 @@ def ratio(a: Result, b: Result, metric: str = "frechet") -> float:
         )
     over, under = (evaluation.model_dump().get(metric) for evaluation in (a, b))
     if not (isinstance(over, float) and isinstance(under, float)):
-        raise ProtocolError(f"there is no figure {metric!r} in both evaluations")
+        raise ProtocolError(f"figure {metric!r} is not in both evaluations")
     if under == 0:
-        raise ProtocolError(f"{metric} of the second evaluation is 0, which nothing can be a multiple of")
+        raise ProtocolError(f"{metric} of the second evaluation is 0, so no ratio to it exists")
     return over / under

@@ -155,14 +155,14 @@ class Protocol(Data):
     def check_room(self, num_images: int) -> None:
         """Raise a ProtocolError if that many images are more than it says."""
         if num_images > self.num_images:
-            raise ProtocolError(f"the protocol says {self.num_images} images; {num_images} came")
+            raise ProtocolError(f"the protocol says {self.num_images} images; got {num_images}")
 
     def check_whole(self, num_images: int) -> None:
         """Raise a ProtocolError unless exactly `num_images` images were seen, and at least one."""
         if not num_images:
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         if num_images != self.num_images:
-            raise ProtocolError(f"the protocol says {self.num_images} images; only {num_images} came")
+            raise ProtocolError(f"the protocol says {self.num_images} images; got only {num_images}")
 
     def _compared(self) -> dict[str, JsonValue]:
         fields = self.model_dump(mode="json", exclude={"recorded"})

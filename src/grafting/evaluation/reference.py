@@ -68,7 +68,7 @@ class Reference:
             statistics = batch if statistics is None else statistics.merge(batch)
             kept = sample if kept is None else kept.merge(sample, num_features)
         if statistics is None or kept is None or statistics.count < 2:
-            raise DataError(f"reference {name!r} needs at least 2 images; it was given fewer")
+            raise DataError(f"reference {name!r} needs at least 2 images; got fewer")
         rows = kept.rows.to(dtype)
         if not rows.isfinite().all():
             raise DataError(f"features of reference {name!r} are too large for {dtype}; keep torch.float32")
@@ -148,7 +148,7 @@ def check_made_by(name: str, maker: Identity, network: Identified) -> None:
         raise ProtocolError(
             f"reference {name!r} holds features of network {maker.name!r} "
             f"(sha256 {maker.sha256[:12]}), not of {network.name!r} ({network.sha256[:12]}); "
-            f"build a reference with the network that is used"
+            f"build a reference with the network in use"
         )
 
 
@@ -164,7 +164,7 @@ def read_reference(path: Path, form: str) -> tuple[dict[str, str], dict[str, Ten
         with safetensors.safe_open(path, framework="pt") as file:
             words, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
     if words.get("format") != form:
         raise CheckpointError(
             f"{path} is not a reference of this library: its format is {words.get('format')!r}, not {form!r}"

@@ -176,7 +176,7 @@ def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folde
         raise DataError(f"{stream.name} has no images")
     if config.size % vae.factor:
         raise DataError(
-            f"images of {config.size} pixels a side cannot be encoded: {vae.name} takes multiples of {vae.factor}"
+            f"images of {config.size} pixels per side cannot be encoded: {vae.name} takes multiples of {vae.factor}"
         )
     side = config.size // vae.factor
     return LatentFolder(

@@ -30,7 +30,7 @@ def default_device() -> torch.device:
     number, count = local_rank() or 0, torch.accelerator.device_count()
     if number >= count:
         raise RunError(
-            f"process {number} of this machine finds {count} {accelerator.type} devices: start one process a device"
+            f"process {number} of this machine finds {count} {accelerator.type} devices: start one process per device"
         )
     return torch.device(accelerator.type, number)
 

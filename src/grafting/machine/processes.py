@@ -67,7 +67,7 @@ def connect() -> bool:
             dist.all_reduce(torch.zeros(1))  # one that fails at once must not leave while others still join
         except (ValueError, dist.DistError) as error:
             raise RunError(
-                f"the environment says that this is process {rank()} of {world_size()}, but they cannot meet: {error}. "
+                f"by the environment this is process {rank()} of {world_size()}, but the processes cannot connect: {error}. "
                 "Start them with torchrun or accelerate launch, or unset RANK and WORLD_SIZE"
             ) from error
     return True

@@ -98,7 +98,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / FACTS_NAME).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no state of a sharded run: {error}") from error
+        raise CheckpointError(f"{folder} is not a state of a sharded run: {error}") from error
 
 
 def read_tensors(folder: Path, tree: Any) -> None:
@@ -114,7 +114,7 @@ def read_tensors(folder: Path, tree: Any) -> None:
         # torch tells of every process, with tracebacks
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
-            f"the state in {folder} is damaged or another model's: {cause} Delete it to start the stage anew"
+            f"the state in {folder} is damaged or another model's: {cause} Delete it to restart the stage"
         ) from error
 
 
@@ -149,4 +149,4 @@ class _IndexReader(pickle.Unpickler):
         is_index = module in _INDEX_MODULES and not name.startswith("__") and "." not in name
         if is_dtype or is_index or (module, name) in _INDEX_NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its index holds {module}.{name}, which no index does")
+        raise pickle.UnpicklingError(f"its index holds {module}.{name}, which is not allowed")

@@ -103,7 +103,7 @@ def _checked(rows: Tensor, what: str, network: FeatureNetwork, num_images: int) 
     if rows.ndim != 2 or len(rows) != num_images:
         raise DataError(
             f"feature network {network.name!r} gave {what} {list(rows.shape)} for {num_images} images; "
-            f"one row an image is needed"
+            f"one row per image is needed"
         )
     rows = rows.float().cpu()
     bad = int((~rows.isfinite()).any(dim=1).sum())

@@ -124,7 +124,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole file of tensors: {pickle_fault(error)}") from error
+        raise CheckpointError(f"{path} is not a complete file of tensors: {pickle_fault(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise CheckpointError(f"{path} holds {type(weights).__name__}, not tensors by name")
     # counts batches of training; files that PyTorch wrote may have it, nothing reads it

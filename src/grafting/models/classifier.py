@@ -110,5 +110,5 @@ def load_classifier(path: Path) -> Classifier:
             model = Classifier(**json.loads((file.metadata() or {})["config"]))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a whole classifier file: {error}") from error
+        raise CheckpointError(f"{path} is not a complete classifier file: {error}") from error
     return model.eval()

@@ -20,7 +20,7 @@ def _parse_part(value: Any) -> KernelConfig:
             f"{part.name} is a mixer; the parts of a hybrid are kernels: {', '.join(_part_configs())}"
         )
     if isinstance(part, HybridConfig):
-        raise ValueError("the parts of a hybrid are no hybrids themselves")
+        raise ValueError("parts of a hybrid cannot be hybrids themselves")
     if part.projections != "kept":
         raise ValueError(
             f"{part.name} has projections {part.projections!r}, but both parts share those of the hybrid: set them there"

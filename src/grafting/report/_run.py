@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
         if f"samples/{path.stem}" not in stale
     }
     if not samples and all(part is None for part in parts.values()):
-        raise RunError(f"{folder} is not the folder of a run: it holds none of {', '.join(_READERS)}")
+        raise RunError(f"{folder} is not a run folder: it holds none of {', '.join(_READERS)}")
     recipe, manifest = parts["recipe.yaml"], parts["manifest.json"]
     run = Run(
         name=str((recipe or {}).get("name") or (manifest or {}).get("recipe") or folder.resolve().name),
@@ -137,7 +137,7 @@ def _read_samples(path: Path) -> Samples:
                 file.get_slice("images").get_shape()[0],
             )
     except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"{path} is not a whole file of samples: {error}") from error
+        raise RunError(f"{path} is not a complete samples file: {error}") from error
 
 
 def _pictures(images: np.ndarray) -> np.ndarray:

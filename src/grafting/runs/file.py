@@ -113,7 +113,7 @@ def changed(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
                 place = place[_key(place, key)]
             place[_key(place, last)] = changes[path]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise RecipeError(f"{path}: the settings have no such place") from None
+            raise RecipeError(f"{path}: there is no such setting") from None
     return result
 
 

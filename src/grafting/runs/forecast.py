@@ -112,7 +112,7 @@ def forecast(
     """
     if device is not None and device not in DEVICES:
         raise RecipeError(
-            f"no device {device!r} is known; there are {', '.join(DEVICES)}. --peak-tflops does without"
+            f"no device {device!r} is known; there are {', '.join(DEVICES)}. For others, set --peak-tflops"
         )
     known = DEVICES[device] if device else device_at(default_device())
     if device:

@@ -30,7 +30,7 @@ class OperatorStore:
         try:
             _read(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; it is fitted anew", FaultWarning, stacklevel=2)
+            warnings.warn(f"{error}; fitting it again", FaultWarning, stacklevel=2)
             return False
         return True
 

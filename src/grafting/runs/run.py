@@ -81,7 +81,7 @@ def _check_subset(recipe: Recipe, written: Path) -> None:
         raise RunError(
             f"{recipe.data.subset} has sha256 {found}, the run in {written.parent} began with "
             f"{before['subset_sha256']}: name another folder with --out, or write `subset_sha256: {found}` in the "
-            "recipe's data to start anew here"
+            "recipe's data to start over here"
         )
 
 

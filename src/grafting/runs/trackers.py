@@ -179,7 +179,7 @@ def run_id_of(folder: Path, name: str) -> str:
         try:
             return json.loads(path.read_text())["id"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged: delete it to track on under a new id") from error
+            raise RunError(f"{path} is damaged: delete it to continue tracking under a new id") from error
     run_id = f"{name}-{secrets.token_hex(4)}"
     write_json(path, {"id": run_id})
     return run_id
@@ -191,7 +191,7 @@ def _start(tracker: str, folder: Path, name: str, settings: Mapping[str, Any]) -
         return TRACKERS[tracker](folder, name=name, run_id=run_id, settings=settings)
     except Exception as error:  # whatever a foreign package raises
         raise RunError(
-            f"{tracker} cannot start: {error}. Leave out --track {tracker}; what is saved is kept"
+            f"{tracker} cannot start: {error}. Leave out --track {tracker}; saved files are kept"
         ) from error
 
 

@@ -165,7 +165,7 @@ def sample(
     numbers = tuple(range(config.num_images) if indices is None else indices)
     called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
     if numbers and min(numbers) < 0:
-        raise ProtocolError(f"images are numbered from 0; asked for number {min(numbers)}")
+        raise ProtocolError(f"image numbers start at 0; found {min(numbers)}")
 
     def batches() -> Iterator[Batch]:
         for start in range(0, len(numbers), config.batch_size):

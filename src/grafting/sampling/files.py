@@ -168,7 +168,7 @@ def _checked(batches: Batches, *, num_images: int, shape: tuple[int, ...]) -> Ba
             )
         yield images, labels
     if done < num_images:
-        raise DataError(f"{num_images} images were to be written; only {done} came")
+        raise DataError(f"{num_images} images were to be written; got only {done}")
 
 
 def _write_npz(
@@ -282,7 +282,7 @@ def _whole_npz(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise DataError(f"{path} is not a whole .npz file of arrays: {error}") from error
+        raise DataError(f"{path} is not a complete .npz file of arrays: {error}") from error
 
 
 def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -108,7 +108,7 @@ class Drawing:
         try:
             found = open_samples(path).record
         except DataError as error:
-            raise RunError(f"{path} exists and is not written over: {error}") from error
+            raise RunError(f"{path} exists and will not be overwritten: {error}") from error
         if found.get("drawing") != self.description:
             differences = _differences(found.get("drawing"), self.description)
             raise RunError(
@@ -181,7 +181,7 @@ class Drawing:
             elif time.monotonic() - since > max(_PATIENCE_S, _PATIENCE_SHARDS * self._slowest_s):
                 raise RunError(
                     f"{left} of {self.num_shards} shards in {self.folder} are missing, and none has come for "
-                    f"{time.monotonic() - since:.0f} s: another process has ended. The same command goes on from here"
+                    f"{time.monotonic() - since:.0f} s: another process has ended. Run the same command again to resume"
                 )
 
     def write(self, path: Path) -> None:
@@ -229,7 +229,7 @@ class Drawing:
             if found is None:
                 self._path(shard).unlink(missing_ok=True)
                 raise RunError(
-                    f"{self._path(shard)} is missing or damaged; the same command draws it again, and only it"
+                    f"{self._path(shard)} is missing or damaged; run the same command again to redraw this shard only"
                 )
             yield found
 
@@ -244,10 +244,10 @@ class Drawing:
     def _check(self) -> None:
         if self.pictures is not None and self.shape[0] not in (1, 3):
             raise DataError(
-                f"pictures are grey or in colour; these images have {self.shape[0]} channels: leave --png out"
+                f"pictures are grey or in colour; these images have {self.shape[0]} channels: omit --png"
             )
         if self.pictures is not None and len(self.shape) != 3:
-            raise DataError("pictures are of images; this model makes videos: leave --png out")
+            raise DataError("pictures are of images; this model makes videos: omit --png")
         if not self.folder.exists():
             return
         path = self.folder / INDEX_NAME
@@ -261,14 +261,14 @@ class Drawing:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise RunError(
-                f"{path} does not say which images are drawn: {error}. Remove {self.folder} to start anew"
+                f"{path} does not say which images are drawn: {error}. Remove {self.folder} to start over"
             ) from error
         if found != self._index:
             raise RunError(
                 "\n  ".join(
                     [
-                        f"{self.folder} holds the first part of other images: ask for them as they were asked for, "
-                        "or remove it to start anew",
+                        f"{self.folder} holds part of a different set of images: use the settings they were drawn with, "
+                        "or remove it to start over",
                         *_differences(found, self._index),
                     ]
                 )
@@ -332,7 +332,7 @@ class Drawing:
             tensors, recorded = {}, None
         if recorded == tensors_sha256(tensors, self._key, str(shard)):
             return tensors["images"], tensors["labels"]
-        warnings.warn(f"{path} is damaged, and is drawn anew", FaultWarning, stacklevel=2)
+        warnings.warn(f"{path} is damaged and will be drawn again", FaultWarning, stacklevel=2)
         return None
 
     def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c *size"]) -> None:

@@ -141,6 +141,6 @@ def check_batch_size(stage: str, batch_size: int, *, processes: int, accumulate:
     """Raises a TrainingError if a step's batch cannot be cut into equal parts, one for each process and micro-batch."""
     if batch_size % (processes * accumulate):
         raise TrainingError(
-            f"{stage}: batch_size {batch_size} is that of all processes together; it has to be a multiple of "
+            f"{stage}: batch_size {batch_size} counts all processes; it must be a multiple of "
             f"{processes} processes x accumulate {accumulate} = {processes * accumulate}"
         )

@@ -99,10 +99,10 @@ class DistillConfig(BaseModel):
     def _check(self) -> "DistillConfig":
         if self.cache_samples and self.inputs == "student":
             raise ValueError(
-                "cache_samples goes with inputs: teacher; a student's activations change at each step"
+                "cache_samples requires inputs: teacher; a student's activations change at each step"
             )
         if self.spread == "sites" and self.inputs == "student":
-            raise ValueError("spread: sites goes with inputs: teacher; a student needs all of its operators")
+            raise ValueError("spread: sites requires inputs: teacher; a student needs all of its operators")
         return self
 
 
@@ -287,8 +287,8 @@ class _Fitting:
         """Take up a snapshot; returns its step."""
         if "sites" not in state:
             raise CheckpointError(
-                "stage 1's saved state is of an earlier version of grafting, which cannot be gone on from: delete the "
-                "stage's folder to start it anew"
+                "this stage 1 state was written by an earlier version of grafting and cannot be resumed: delete the "
+                "stage's folder to restart the stage"
             )
         for path, site in self.sites.items():
             site.guard.load(state["guards"][path])

@@ -90,7 +90,7 @@ class FinetuneConfig(BaseModel):
     def _check(self) -> "FinetuneConfig":
         if self.shard and self.ema_device == "cpu":
             raise ValueError(
-                "ema_device: cpu goes without shard, which spreads averaged weights as it does weights"
+                "ema_device: cpu cannot be combined with shard, which spreads averaged weights as it does weights"
             )
         return self
 
@@ -275,7 +275,7 @@ class _Training:
         if isinstance(state, Path) != self.config.shard:
             raise CheckpointError(
                 f"stage 2's saved state was made with shard: {isinstance(state, Path)}, the recipe says "
-                f"{self.config.shard}: go on as it began, or delete the stage's folder to start anew"
+                f"{self.config.shard}: resume with the same setting, or delete the stage's folder to restart the stage"
             )
         if isinstance(state, Path):
             state = self._read(state)

@@ -54,7 +54,7 @@ class Loader:
     ):
         self._count = len(data) if items is None else len(items)
         if not self._count:
-            raise DataError("there are no items to make batches of")
+            raise DataError("there are no items to batch")
         self._data, self._batch_size, self._seed, self._items = data, batch_size, seed, items
         self._steps, self._share, self._prefetch = steps, share, prefetch
         self._pin = pin

@@ -94,9 +94,7 @@ def to_diffusers(model: nn.Module) -> Any:
             f"a DiT without a null label cannot be a {_DIFFUSERS_CLASS}, which always has one"
         )
     if int(config.hidden_size * config.mlp_ratio) != 4 * config.hidden_size:
-        raise CheckpointError(
-            f"an mlp_ratio of {config.mlp_ratio} is none that {_DIFFUSERS_CLASS} has: its is 4"
-        )
+        raise CheckpointError(f"mlp_ratio is {config.mlp_ratio}; {_DIFFUSERS_CLASS} supports only 4")
     made: Any = DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.hidden_size // config.num_heads,

@@ -170,7 +170,7 @@ def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | Non
     delta, folder = Path(delta), Path(folder)
     config = _read_config(delta)
     if "delta" not in config.get("grafting", {}):
-        raise CheckpointError(f"{delta} is no delta: it is whole already")
+        raise CheckpointError(f"{delta} is not a delta: it is already a standalone model")
     model, plan = load_model(delta, base=base)
     return save_model(folder, model, plan, base=Record.read(config["grafting"], source=str(delta)).base)
 
@@ -256,7 +256,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no file {path}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = pickle_fault(error)
-        raise CheckpointError(f"{path} is truncated, or no torch file of tensors alone: {reason}") from error
+        raise CheckpointError(
+            f"{path} is truncated, or not a torch file of plain tensors: {reason}"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return content
@@ -419,7 +421,7 @@ def _borrow(
 ) -> dict[str, Tensor]:
     """The tensors of the base that a delta borrows, each known to be the one that it was saved with."""
     if record.base is None:
-        raise CheckpointError(f"{folder} is a delta but does not say of what")
+        raise CheckpointError(f"{folder} is a delta but does not name its base")
     where = record.base if base is None else Base(id=str(base))
     tensors = _base_tensors(where, dtype=getattr(torch, delta["dtype"]))
     faults = [

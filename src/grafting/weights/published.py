@@ -137,7 +137,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     key = next((key for key in ("ema", "model") if isinstance(content.get(key), dict)), None)
     tensors = content if key is None else content[key]
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds no state dict, alone or under `ema` or `model`")
+        raise CheckpointError(f"{path} holds no state dict, at the top level or under `ema` or `model`")
     return dict(tensors), key
 
 
@@ -212,7 +212,7 @@ def _sizes(
     blocks = {int(match[1]) for match in map(_PLACE.fullmatch, tensors) if match}
     if {name: len(shape) for name, shape in shapes.items()} != ranks or not blocks:
         raise CheckpointError(
-            f"{source} is no DiT: expected {', '.join(ranks)} and blocks.0.attn..., "
+            f"{source} is not a DiT: expected {', '.join(ranks)} and blocks.0.attn..., "
             f"found {len(tensors)} tensors: {', '.join(list(tensors)[:8])} ..."
         )
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -224,7 +224,7 @@ def _sizes(
     faults = []
     if num_heads is None:
         published = ", ".join(f"{w}: {h}" for w, h in _PUBLISHED_HEADS.items())
-        faults.append(f"width {width} is no published one ({published} heads): give --num-heads")
+        faults.append(f"width {width} is not a published width ({published} heads): give --num-heads")
     elif width % num_heads:
         faults.append(f"width {width} is not a multiple of {num_heads} heads: give another --num-heads")
     if num_classes is None:
