@@ -171,7 +171,7 @@ def test_ratio_of_like_protocols_whatever_ran_where(network, reference):
     b = measured(network, reference, images(60, high=100), device="cuda", batch_size=8)
     assert ratio(b, a) == pytest.approx(b.frechet / a.frechet)
     assert ratio(b, a, "density") == pytest.approx(b.density / a.density)
-    with pytest.raises(ProtocolError, match="no figure 'fid'"):
+    with pytest.raises(ProtocolError, match="figure 'fid' is not in both"):
         ratio(a, b, "fid")
 
 

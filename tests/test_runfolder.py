@@ -37,7 +37,7 @@ def test_done_stage_is_skipped_until_its_inputs_or_outputs_change(tmp_path):
     assert not _carry_out(tmp_path, {"lr": 2})
     for damage in (lambda path: path.write_text("tampered"), lambda path: path.unlink()):
         damage(tmp_path / "s" / "output")
-        with pytest.warns(FaultWarning, match="s is done again"):
+        with pytest.warns(FaultWarning, match="s runs again"):
             assert _carry_out(tmp_path, {"lr": 2})
 
 
@@ -145,7 +145,7 @@ def test_when_all_states_are_damaged_it_is_said_how_to_start_anew(tmp_path):
     for state in _interrupted(tmp_path):
         _flip_a_bit(state / "state.pt")
     with pytest.raises(
-        CheckpointError, match=r"10 is damaged.*08 is damaged.*Delete .*/s/states to start"
+        CheckpointError, match=r"10 is damaged.*08 is damaged.*Delete .*/s/states to restart"
     ) as error:
         _resumed(tmp_path)
     assert "state.pt does not agree with its checksum" in str(error.value)
