@@ -299,7 +299,7 @@ def test_as_many_images_as_the_protocol_says(network, reference):
     evaluator.update(images(20), torch.zeros(20, dtype=torch.long))
     with pytest.raises(ProtocolError, match="says 30 images; got only 20"):
         evaluator.result()
-    with pytest.raises(ProtocolError, match="says 30 images; 40 came"):
+    with pytest.raises(ProtocolError, match="says 30 images; got 40"):
         evaluator.update(images(20), torch.zeros(20, dtype=torch.long))
 
 

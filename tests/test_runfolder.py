@@ -46,7 +46,7 @@ def test_stage_that_fails_is_not_done(tmp_path):
         1 / 0  # noqa: B018
     with (
         RunFolder(tmp_path, recipe_name="r") as run,
-        pytest.raises(RunError, match="stage s .* is not done"),
+        pytest.raises(RunError, match="stage s .* has not finished"),
     ):
         run.stage_outputs("s")
 

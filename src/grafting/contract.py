@@ -33,7 +33,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What a sequence's tokens are: a grid of image tokens, and text tokens before or after them."""
+    """Layout of a sequence: a grid of image tokens, and text tokens before or after them."""
 
     grid: Grid
     num_text: int = 0
@@ -51,7 +51,7 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How a model calls a block, as data, so that another module can stand in its place.
+    """Calling convention of a block, as data, so that another module can take its place.
 
     `arguments` are the names of its first arguments, in their places, up to the last token tensor. A block that returns
     one tensor, the tokens after it, names it in `returns`; one that returns a tuple names all of them.
@@ -115,7 +115,7 @@ class MlpWeights(NamedTuple):
 
 
 class Kernel(nn.Module, ABC):
-    """What replaces softmax(QK^T)V inside an attention module; the host's projections, norms and RoPE stay."""
+    """Replacement for softmax(QK^T)V inside an attention module; the host's projections, norms and RoPE stay."""
 
     @abstractmethod
     def forward(
@@ -131,7 +131,7 @@ class Kernel(nn.Module, ABC):
 
 
 class Mixer(nn.Module, ABC):
-    """What replaces a whole attention or MLP module."""
+    """Replacement for a whole attention or MLP module."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
@@ -146,7 +146,7 @@ class Mixer(nn.Module, ABC):
         return None
 
     num_inherited_neurons: int = 0
-    """How many neurons of the replaced MLP `inherit` took one by one; 0 if it took none, or the mixer has none."""
+    """Number of the replaced MLP's neurons that `inherit` copied; 0 if it copied none, or the mixer has none."""
 
     def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, "kept"]) -> None:
         """Take these neurons, by index, in the place of those that `inherit` chose.
@@ -173,7 +173,7 @@ class OperatorConfig(BaseModel, ABC):
         return ()
 
     def faults(self, site: Site) -> list[str]:
-        """Why this operator cannot stand at this site, in words; empty if it can."""
+        """Reasons why this operator cannot be used at this site; empty if it can."""
         return []
 
     @abstractmethod
@@ -182,7 +182,7 @@ class OperatorConfig(BaseModel, ABC):
 
     @abstractmethod
     def mixing_flops(self, site: Site) -> int:
-        """FLOPs an image and forward pass of what replaces softmax(QK^T)V (or the MLP's own work).
+        """FLOPs per image and forward pass of the replacement for softmax(QK^T)V (or the MLP's own work).
 
         A multiply-accumulate is 2, a multiplication of two activations 1, a softmax 2 for each score. Biases, norms and
         pointwise activations are not counted.
@@ -190,7 +190,7 @@ class OperatorConfig(BaseModel, ABC):
 
     @abstractmethod
     def projection_flops(self, site: Site) -> int:
-        """FLOPs an image of the projections and featurizers around it, counted in the same way."""
+        """FLOPs per image of the projections and featurizers around it, counted in the same way."""
 
     def table4_flops(self, site: Site) -> tuple[int, int]:
         """Mixing and projection FLOPs by the rules of arXiv:2506.05340 Table 4, which leaves out some work."""
@@ -202,11 +202,11 @@ class OperatorConfig(BaseModel, ABC):
 
 
 class KernelConfig(OperatorConfig):
-    """Settings of a kernel. The host's projections around it are kept, or drawn anew."""
+    """Settings of a kernel. The host's projections around it are kept, or initialised randomly."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
     projections: Literal["kept", "random"] = "kept"
-    """Keep the host's trained q, k, v and output projections, or draw them anew."""
+    """Keep the host's trained q, k, v and output projections, or initialise them randomly."""
 
     @abstractmethod
     def build(self, site: Site) -> Kernel: ...
@@ -245,7 +245,7 @@ Update = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class Conditions(Protocol):
-    """What a model may be asked for, as a table: classes, or prompts; a condition is its number in the table.
+    """Table of a model's conditions: classes, or prompts; a condition is its number in the table.
 
     So dropout, image i's condition, shards, sample files and guidance are arithmetic on integers for every kind of model.
     """
@@ -255,7 +255,7 @@ class Conditions(Protocol):
 
     @property
     def identity(self) -> dict[str, JsonValue]:
-        """What figures depend on, by content: part of protocols and of a stage's inputs."""
+        """Identity by content, on which figures depend: part of protocols and of a stage's inputs."""
         ...
 
     def __len__(self) -> int: ...
@@ -272,7 +272,7 @@ class Conditions(Protocol):
         device: torch.device,
         dtype: torch.dtype,
     ) -> Any:
-        """What the host's `predict` takes for these conditions: labels [B], or keyword arguments by name.
+        """Inputs of the host's `predict` for these conditions: labels [B], or keyword arguments by name.
 
         Args:
             shape: of one input; sizes that a model is told come from it.
@@ -281,13 +281,13 @@ class Conditions(Protocol):
         ...
 
     def words(self, number: int) -> str:
-        """What the condition says: `sandal`, `a red ring left of a blue cross`."""
+        """Text of the condition: `sandal`, `a red ring left of a blue cross`."""
         ...
 
 
 @runtime_checkable
 class NoiseProcess(Protocol):
-    """How a model's inputs are noised, what its prediction is trained to be, and how a sampler steps back."""
+    """Noising of a model's inputs, the target of its prediction, and the steps of a sampler."""
 
     samplers: tuple[str, ...]
     """The samplers that can run it, the usual one first."""
@@ -362,11 +362,11 @@ class Denoiser:
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """What training reads: items by index, as model inputs."""
+    """Training data: items by index, as model inputs."""
 
     @property
     def num_classes(self) -> int:
-        """How many conditions the items' numbers may name: 0 to `num_classes` - 1."""
+        """Number of conditions that items may have: 0 to `num_classes` - 1."""
         ...
 
     def __len__(self) -> int: ...
@@ -385,7 +385,7 @@ class FolderState(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a stage tells its caller after each step; `state()` is all that it needs to go on from here."""
+    """A stage's report after each step; `state()` is all it needs to resume from here."""
 
     done: int
     total: int

@@ -1,4 +1,4 @@
-"""What can be wrong with a user's input, one class per kind; raised before any work begins.
+"""Errors in a user's input, one class per kind; raised before any work begins.
 
 A message says what was asked, what was found, what is allowed and what to do. `assert` is for our own invariants.
 """
@@ -33,7 +33,7 @@ class ProtocolError(GraftingError):
 
 
 class RunError(GraftingError):
-    """A run folder belongs to another recipe, or a stage cannot go on (no disk, read-only)."""
+    """A run folder belongs to another recipe, or a stage cannot continue (no disk, read-only)."""
 
 
 class TrainingError(GraftingError):

@@ -1,4 +1,4 @@
-"""What surgery puts into a model: operators behind the calling convention of what they replace.
+"""Modules that surgery inserts into a model: operators behind the calling convention of what they replace.
 
 A kernel stands inside a copy of the host's attention module, whose call of `scaled_dot_product_attention` it answers; a mixer
 stands behind an adapter. A merged pair stands in the place of its first block; where a block is no more, a module passes the
@@ -20,10 +20,10 @@ from .plan import Choice, Merge
 
 
 class Placed(nn.Module):
-    """What surgery puts into a model: it stands at a site, and reads the layout of the model's forward pass."""
+    """Base of modules that surgery inserts at a site; reads the layout of the model's forward pass."""
 
     fits = True
-    """Whether stage 1 has anything to fit."""
+    """True if stage 1 has anything to fit."""
     choice: Choice | None = None
     """The plan's choice for this site; None of what only keeps the place of a merged pair's second block."""
 
@@ -38,7 +38,7 @@ class Placed(nn.Module):
         return (self.site.path,)
 
     def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What those modules give for the arguments of a call."""
+        """Output of the replaced modules for the arguments of a call."""
         (module,) = old
         return module(*args, **kwargs)
 
@@ -127,7 +127,7 @@ class MergedBlocks(Placed):
 
 
 def _concatenated(updates: Tensor | Sequence[Tensor]) -> Tensor:
-    """What n branches add to the tokens, [n, B, L, D] or one by one, as [B, L, n D]."""
+    """Concatenate the updates of n branches, [n, B, L, D] or a sequence of tensors, to [B, L, n D]."""
     if isinstance(updates, Tensor):
         return updates.permute(1, 2, 0, 3).flatten(2)
     return torch.cat(tuple(updates), dim=-1)
@@ -149,7 +149,7 @@ class Passage(Placed):
 
 
 def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What blocks give one after the other, each called with these arguments but for the tokens."""
+    """Run blocks in sequence, each with these arguments except for the tokens."""
     (name,) = call.returns
     place = call.arguments.index(name)
     for block in blocks:

@@ -91,9 +91,9 @@ class Replace(BaseModel):
 
     edit: Literal["replace"] = "replace"
     role: Literal["attention", "mlp"]
-    """What the replaced modules do."""
+    """Role of the replaced modules."""
     blocks: Blocks = "all"
-    """Which blocks, counted from 0: all, odd, even, [1, 3], '8-18:2', 'every 3 of 4'."""
+    """Blocks, counted from 0: all, odd, even, [1, 3], '8-18:2', 'every 3 of 4'."""
     operator: Operator
     """The operator's name, or a mapping of its name and settings."""
 
@@ -118,11 +118,11 @@ class Merge(BaseModel):
 
     edit: Literal["merge"] = "merge"
     blocks: Blocks = "all"
-    """Which blocks: each two in a row are a pair, so "8-11" is (8, 9) and (10, 11)."""
+    """Blocks to merge; each two in a row form a pair, so "8-11" is (8, 9) and (10, 11)."""
     start: Literal["average", "sum"] = "average"
-    """What a pair is at first: the average of its branches, W = [I/2, I/2], or the input and both updates, W = [I, I]."""
+    """Initial merge of a pair: the average of its branches, W = [I/2, I/2], or the input and both updates, W = [I, I]."""
     of: Literal["updates", "outputs"] = "updates"
-    """What is merged: what the branches add to their input, or all that they give."""
+    """Merged tensors: the branches' updates to their input, or their whole outputs."""
 
     @model_validator(mode="after")
     def _check(self) -> "Merge":
@@ -135,7 +135,7 @@ class Merge(BaseModel):
 
 
 class Drop(BaseModel):
-    """Remove some blocks: their input goes on to the next."""
+    """Remove some blocks and pass their input to the next block."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -146,7 +146,7 @@ class Drop(BaseModel):
 
     edit: Literal["drop"] = "drop"
     blocks: Blocks
-    """Which blocks, by their numbers in the model as it was."""
+    """Blocks to drop, by their numbers in the original model."""
 
     def __str__(self) -> str:
         return f"Drop(blocks={self.blocks!r})"
@@ -161,7 +161,7 @@ Edit = Annotated[
     Discriminator(_kind),
 ]
 Choice = OperatorConfig | Merge | Drop
-"""What becomes of a site: an operator, or for a whole block the edit that merges or drops it."""
+"""The edit of a site: an operator, or for a whole block the edit that merges or drops it."""
 
 
 class Plan(BaseModel):
@@ -183,7 +183,7 @@ class Plan(BaseModel):
         host: str = "model",
         mixer_roles: frozenset[Role] = frozenset({"attention", "mlp"}),
     ) -> dict[Site, Choice]:
-        """What becomes of every edited site, in the order of the sites; then of every block, in the order of the blocks.
+        """The edit of every edited site, in the order of the sites; then of every block, in the order of the blocks.
 
         Args:
             blocks: the blocks as sites; those that are not among them cannot be merged or dropped.
@@ -236,7 +236,7 @@ def operators_of(chosen: Mapping[Site, Choice]) -> dict[Site, OperatorConfig]:
 
 
 def describe_choice(choice: Choice | None) -> dict[str, Any] | None:
-    """What a plan puts at a site, as JSON with a `name`: an operator's, `merge` or `drop`."""
+    """Describe a site's edit as JSON with a `name`: an operator's, `merge` or `drop`."""
     if choice is None:
         return None
     if isinstance(choice, OperatorConfig):

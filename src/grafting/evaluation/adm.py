@@ -79,7 +79,7 @@ class AdmEvaluation(Data):
     """Inception's classes are not those of samples."""
     num_images: int
     notes: tuple[str, ...] = ()
-    """What a reader of the figures should know about them."""
+    """Notes for readers of the figures."""
     protocol: Protocol
 
 
@@ -239,7 +239,7 @@ class AdmReference:
 
     @classmethod
     def load(cls, path: Path, network: FeatureNetwork) -> "AdmReference":
-        """What `save` wrote, if that network made its features.
+        """Load what `save` wrote, if that network made its features.
 
         Raises:
             CheckpointError: no such file, or it is damaged or something else.
@@ -354,7 +354,7 @@ class AdmEvaluator(SuiteEvaluator):
         network: makes features, spatial ones among them.
         reference: what they are measured against.
         protocol: how the images are made and measured, with an `AdmConfig`; see `Protocol.of`.
-        state: what an earlier evaluator's `state()` returned, to go on from there.
+        state: what an earlier evaluator's `state()` returned, to resume from there.
 
     Raises:
         ProtocolError: network, reference and protocol do not belong together, or too few images are planned.
@@ -400,7 +400,7 @@ class AdmEvaluator(SuiteEvaluator):
         self._gathered.add(features)
 
     def state(self) -> dict[str, Tensor]:
-        """All that is needed to go on from here, as tensors."""
+        """State needed to resume from here, as tensors."""
         if not self._gathered.count:
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         return self._gathered.state()

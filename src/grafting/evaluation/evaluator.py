@@ -28,7 +28,7 @@ class Evaluator(SuiteEvaluator):
         network: makes features of images.
         reference: what they are measured against.
         protocol: how the images are made and measured; see `Protocol.of`.
-        state: what an earlier evaluator's `state()` returned, to go on from there.
+        state: what an earlier evaluator's `state()` returned, to resume from there.
 
     Raises:
         ProtocolError: network, reference and protocol do not belong together, or too few images are planned.
@@ -81,7 +81,7 @@ class Evaluator(SuiteEvaluator):
         self._batches.append(batch)
 
     def state(self) -> dict[str, Tensor]:
-        """All that is needed to go on from here, as tensors."""
+        """State needed to resume from here, as tensors."""
         if not self._batches:
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
@@ -98,7 +98,7 @@ class Evaluator(SuiteEvaluator):
 
 
 def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEvaluator) -> Iterator[Step]:
-    """Feed sampled batches (images of 8 bits [B, C, H, W], labels [B] or None) to the evaluator, a step a batch.
+    """Feed sampled batches (images of 8 bits [B, C, H, W], labels [B] or None) to the evaluator, one step per batch.
 
     When the iterator ends, `evaluator.result()` has the figures.
 

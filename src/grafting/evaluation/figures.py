@@ -29,7 +29,7 @@ class Evaluation(Data):
     """Share of images whose most likely class is the label they were sampled with."""
     num_images: int
     notes: tuple[str, ...] = ()
-    """What a reader of the figures should know about them."""
+    """Notes for readers of the figures."""
     protocol: Protocol
 
 

@@ -1,4 +1,4 @@
-"""What a figure depends on: networks and references by content, settings of metrics, and how images were sampled."""
+"""Protocol of a figure: networks and references by content, settings of metrics, and how images were sampled."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ class Protocol(Data):
     """Sampler, steps, guidance, seed ...: the sampling config as JSON."""
     num_images: PositiveInt
     labels: str
-    """The rule by which image i gets its class, in words."""
+    """Rule by which image i gets its class."""
     weights_dtype: str
     feature_network: Identity
     reference: Identity
@@ -137,7 +137,7 @@ class Protocol(Data):
         ]
 
     def misfits(self, network: Identified, reference: Identified) -> list[str]:
-        """Why this protocol cannot be carried out with this network and reference, in words."""
+        """Reasons why this protocol cannot be carried out with this network and reference."""
         faults = [
             f"it names {what} {said.name!r} ({said.sha256[:12]}), given is {found.name!r} ({found.sha256[:12]})"
             for what, said, found in (

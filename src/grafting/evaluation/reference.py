@@ -1,4 +1,4 @@
-"""What images are measured against: statistics of all reference images, and features of a random part of them."""
+"""Reference for evaluation: statistics of all reference images, and features of a random part of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _REFERENCE_FORMAT = "grafting-reference-1"
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are measured against: statistics of all reference images, and features of a random part of them."""
+    """Reference for evaluation: statistics of all reference images, and features of a random part of them."""
 
     name: str
     network: Identity
@@ -87,7 +87,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path, network: FeatureNetwork | None = None) -> "Reference":
-        """What `save` wrote; with `network`, only if that network made its features.
+        """Load what `save` wrote; with `network`, only if that network made its features.
 
         Raises:
             CheckpointError: no such file, or it is damaged or something else.

@@ -64,7 +64,7 @@ def linear_attention_reference(
     feature_map: FeatureMap = "elu",
     scale: float | None = None,
 ) -> Float[Tensor, "b heads l v"]:
-    """What `linear_attention` computes, with all L x L weights."""
+    """Reference for `linear_attention` that computes all L x L weights."""
     q, k, values = _features_of_both(q, k, v, feature_map, scale)
     weights = q @ k.mT  # [B, H, L, L]
     return (weights / (weights.sum(-1, keepdim=True) + _EPS) @ values).to(v.dtype)

@@ -21,7 +21,7 @@ def with_ones(h: Shaped[Tensor, "n f"]) -> Float64[Tensor, "n f1"]:
 def ridge_correction(
     gram: Float64[Tensor, "f1 f1"], cross: Float64[Tensor, "f1 d"], *, strength: float
 ) -> tuple[Float64[Tensor, "d f"], Float64[Tensor, "d"]]:
-    """What to add to a linear layer's weight and bias, so that its squared error is least.
+    """Solve for the change of a linear layer's weight and bias that minimises its squared error.
 
     The correction is pulled towards zero, so a layer without error stays as it is; the bias is free.
 

@@ -61,7 +61,7 @@ def ttt_reference(
     step_size: Float[Tensor, "heads"],
     scale: float | None = None,
 ) -> Float[Tensor, "b heads l v"]:
-    """What `ttt` computes, with the step's gradient from autograd, for each image and head by itself."""
+    """Reference for `ttt` that takes the step's gradient from autograd, per image and head."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.stack(
         [

@@ -90,7 +90,7 @@ def window_1d_reference(
     window: int,
     scale: float | None = None,
 ) -> Float[Tensor, "b heads l v"]:
-    """What `window_1d` computes, with all L x L scores."""
+    """Reference for `window_1d` that computes all L x L scores."""
     place = torch.arange(layout.grid.num_tokens)
     seen = (place[:, None] - place[None, :]).abs() <= window
     return _masked_softmax(q, k, v, _with_global_text(seen, layout).to(q.device), scale)
@@ -106,7 +106,7 @@ def window_2d_reference(
     border: Border = "clipped",
     scale: float | None = None,
 ) -> Float[Tensor, "b heads l v"]:
-    """What `window_2d` computes, with all L x L scores."""
+    """Reference for `window_2d` that computes all L x L scores."""
     grid = layout.grid
     seen = torch.zeros(grid.frames, grid.rows, grid.cols, grid.frames, grid.rows, grid.cols, dtype=torch.bool)
     for frame in range(grid.frames):
@@ -262,7 +262,7 @@ def _key_tiles(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
 
 
 def _pieces(x: Tensor, axis: _Axis, dim: int) -> list[Tensor]:
-    """What each tile sees before, in and after itself, as views with `dim` split into (tiles, places).
+    """Views of what each tile sees before, in and after itself, with `dim` split into (tiles, places).
 
     Joined pieces rather than `unfold`, which takes more than twice as long forward and backward on a CPU.
     """
@@ -284,7 +284,7 @@ def _append_text(x: Tensor, text: Tensor, frames: int) -> Tensor:
 
 
 def _tile_mask(by_row: _Axis, by_col: _Axis, border: Border, device: torch.device) -> Tensor:
-    """Which of the places that its tile sees a query attends to: [tiles, places a tile, places seen]."""
+    """Mask of the places seen by its tile that each query attends to: [tiles, places per tile, places seen]."""
     row = _axis_mask(by_row, border, device)[:, None, :, None, :, None]
     col = _axis_mask(by_col, border, device)[None, :, None, :, None, :]
     return (row & col).flatten(4, 5).flatten(2, 3).flatten(0, 1)

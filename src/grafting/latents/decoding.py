@@ -88,7 +88,7 @@ class Decoder:
 
 
 def load_decoder(shape: tuple[int, ...], config: VaeConfig | None) -> Decoder:
-    """What makes pixels of the samples [c, h, w] of a model, on the CPU.
+    """Build the decoder that turns a model's samples [c, h, w] into pixels, on the CPU.
 
     Raises:
         ProtocolError: a model of latents without an autoencoder, or an autoencoder of other latents.
@@ -116,5 +116,5 @@ def load_decoder(shape: tuple[int, ...], config: VaeConfig | None) -> Decoder:
 
 
 def makes_pixels(shape: tuple[int, ...]) -> bool:
-    """Whether samples [c, h, w] or [c, frames, h, w] are images, grey or in colour, and not latents."""
+    """True if samples [c, h, w] or [c, frames, h, w] are grey or colour images, not latents."""
     return shape[0] in _PIXEL_CHANNELS

@@ -34,7 +34,7 @@ _BATCHES_AHEAD = 3
 
 
 class EncodingConfig(BaseModel):
-    """How images become latents. The defaults are DiT's for 256x256, but for the mirrored half."""
+    """Encoding of images into latents. The defaults are DiT's for 256x256, without the mirrored half."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -45,18 +45,18 @@ class EncodingConfig(BaseModel):
     dtype: Dtype = "fp16"
     """Of the stored means and log variances."""
     shard_size: PositiveInt = 2048
-    """Images a shard: what a killed process loses at most."""
+    """Images per shard; a killed process loses at most one shard."""
     batch_size: PositiveInt = 32
-    """Images at a time; latents may differ by float rounding with it, so a work that goes on keeps it."""
+    """Images per batch; it may change latents by float rounding, so resumed work keeps it."""
     precision: Precision = "auto"
-    """Of the encoder's forward pass (bf16 by autocast; `auto`: where it is faster). Work that goes on keeps what it began in."""
+    """Of the encoder's forward pass (bf16 by autocast; `auto`: where it is faster). Resumed work keeps its precision."""
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of images that may be unreadable; they are left out and listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is to be done, from a first batch; times are of this process working alone."""
+    """Amount of work, estimated from a first batch; times are for this process alone."""
 
     num_images: int
     num_items: int
@@ -136,7 +136,7 @@ def encode(
 def forecast(
     stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folder: Path, *, workers: int = 2
 ) -> Forecast:
-    """What `encode` would do, with the time of a first batch; nothing is written. Raises as `encode`."""
+    """Estimate the work of `encode` by timing a first batch; writes nothing. Raises as `encode`."""
     config = _settled(config, vae, folder)
     target = _target(stream, vae, config, folder)
     target.check()
@@ -226,7 +226,7 @@ class _Batch:
 
 
 class _Contents:
-    """What a shard is to hold."""
+    """Expected contents of a shard."""
 
     def __init__(self) -> None:
         self.num_images = 0
@@ -252,7 +252,7 @@ class _Contents:
 
 
 def _is_mended(stream: ImageStream, target: LatentFolder, number: int, *, size: int) -> bool:
-    """Whether an image that a finished shard leaves out can be read now."""
+    """True if an image that a finished shard left out can be read now."""
     left_out = target.unreadable_of(number)
     for image in target.images_of(number) if left_out else ():
         if stream.ids[image] in left_out:

@@ -1,7 +1,7 @@
 """Which precision a model computes in: `auto`, the default, is bf16 where the device is faster in it, else fp32.
 
 The device is asked once a process, by a short measurement. What is hashed, described or written down says fp32 or bf16:
-whoever does that, or computes, settles its config first. Work that goes on keeps what it began in.
+whoever does that, or computes, settles its config first. Resumed work keeps its precision.
 """
 
 import functools

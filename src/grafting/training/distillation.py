@@ -128,7 +128,7 @@ def distill(
         denoiser: how the teacher is called, its process and its conditions, which are dropped in their share, so that
             operators also see the null one of guidance; by default its host's.
         cache_folder: where activations go when `config.cache_samples` is set.
-        state: what an earlier step's `state()` returned, to go on from there.
+        state: what an earlier step's `state()` returned, to resume from there.
 
     Raises:
         TrainingError: too few images, a batch does not divide among processes, or a loss is not finite.

@@ -119,7 +119,7 @@ def finetune(
         blocks: paths of the model's blocks, which `compile` and `shard` treat one by one.
         teacher: the pretrained model, needed when `output_weight` is positive.
         new_parameters: names of the parameters of new operators, for `trainable: new`.
-        state: what an earlier step's `state()` returned, or the folder that it wrote, to go on from there.
+        state: what an earlier step's `state()` returned, or the folder that it wrote, to resume from there.
 
     Raises:
         CheckpointError: the state is of another model, or of another way to train.
