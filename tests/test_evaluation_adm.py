@@ -343,7 +343,7 @@ def test_as_many_images_as_the_protocol_says(network, npz):
     evaluator.update(images(15))
     with pytest.raises(ProtocolError, match="says 20 images; got only 15"):
         evaluator.result()
-    with pytest.raises(ProtocolError, match="says 20 images; 30 came"):
+    with pytest.raises(ProtocolError, match="says 20 images; got 30"):
         evaluator.update(images(15))
     with pytest.raises(ProtocolError, match="says 3 images; its metrics need at least 4"):
         AdmEvaluator(network, reference, protocol_of(network, reference, 3))

@@ -1,4 +1,4 @@
-"""Where diffusers looks for the classes that saved pipelines name; they are in `weights/portable.py`, imported when asked for."""
+"""Module where diffusers looks for the classes that saved pipelines name; they are in `weights/portable.py`, imported when asked for."""
 
 from importlib import import_module
 from typing import Any

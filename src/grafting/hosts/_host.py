@@ -1,4 +1,4 @@
-"""What a host must declare, so that every other part is written once against it.
+"""Declarations required of a host, so that every other part is written once against them.
 
 A host is a stateless description of one model class. Nothing is guessed from a model's attributes.
 """
@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Call:
-    """How a block calls a module that a mixer may replace, as data.
+    """Calling convention of a module that a mixer may replace, as data.
 
     `tokens` is the keyword of the token tensor where it is not positional 0. Arguments named in `must_be_none`
     change what attention means; a mixer refuses them when they are given. All others are ignored.
@@ -68,7 +68,7 @@ class LayoutTracker:
     def __init__(self, host: "Host"):
         self.host = host
         self.stays = False
-        """Whether operators that stand in no model read it, so that it stays when the model holds none."""
+        """True if operators outside the model read it, so that it stays when the model holds none."""
         self._layout: TokenLayout | None = None
 
     @staticmethod
@@ -100,7 +100,7 @@ class Host(ABC):
     calls: ClassVar[dict[Role, Call]]
     """Roles whose modules mixers may replace; kernels need no declaration."""
     time_scale: float = 1000.0
-    """What the model is told of the time of pure noise."""
+    """Time value that the model receives for pure noise."""
     distilled: bool = False
     """Distilled for guidance or few steps, as published: trained on a teacher's output, not on the process's loss."""
 
@@ -177,7 +177,7 @@ class Host(ABC):
         return Grid(rows, cols, frames)
 
     def conditions(self, model: nn.Module) -> Conditions | None:
-        """What the model may be asked for, where it knows that by itself, as of classes."""
+        """Conditions of the model, if it defines them itself, such as classes."""
         return None
 
     def process(self, model: nn.Module) -> NoiseProcess:
@@ -212,7 +212,7 @@ class Host(ABC):
         return None
 
     def redraw(self, module: nn.Module) -> None:
-        """Draw a module's linear layers anew, as the paper's random initialisation does: Xavier weights, zero biases."""
+        """Reinitialise a module's linear layers like the paper's random initialisation: Xavier weights, zero biases."""
         for linear in module.modules():
             if isinstance(linear, nn.Linear):
                 nn.init.xavier_uniform_(linear.weight)

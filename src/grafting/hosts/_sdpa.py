@@ -39,7 +39,7 @@ class BlockList(_Spec):
     arguments: tuple[str, ...] = ()
     """A block's first arguments, in their places, up to the last of its token tensors."""
     returns: tuple[str, ...] = ()
-    """Which of them, renewed, it returns, in that order; left out, these blocks cannot be merged or dropped."""
+    """Names of the updated inputs it returns, in order; if omitted, these blocks cannot be merged or dropped."""
 
 
 class LatentTokens(_Spec):
@@ -65,7 +65,7 @@ class SdpaSpec(_Spec):
 
     name: str
     model_class: str
-    """Where to import it: `package.module:Class`."""
+    """Import path: `package.module:Class`."""
     blocks: tuple[BlockList, ...] = Field(min_length=1)
     """The lists of blocks, in the order in which they run; blocks are counted through all of them."""
     num_heads: Fact = "config.num_attention_heads"
@@ -80,7 +80,7 @@ class SdpaSpec(_Spec):
     channels: Fact = "config.in_channels"
     """Of an input, as the noise process sees it."""
     time_scale: PositiveFloat = 1000.0
-    """What the model is told of the time of pure noise."""
+    """Time value that the model receives for pure noise."""
     shift: PositiveFloat = 1.0
     """Of its steps towards noise; 1 leaves them as they are."""
     distilled: bool = False
@@ -136,7 +136,7 @@ class SdpaHost(Host):
         return tuple(Site(block=i, path=path, **facts) for i, path in enumerate(paths))
 
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
-        """Those of the lists whose calls the spec describes."""
+        """Lists whose calls the spec describes."""
         facts = {
             "role": "block",
             "dim": _fact(model, self.spec.num_heads) * _fact(model, self.spec.head_dim),

@@ -97,7 +97,7 @@ def _pack(x: Tensor) -> Tensor:
 
 
 def _unpack(tokens: Tensor, rows: int, cols: int) -> Tensor:
-    """What `_pack` packed: [B, L, 4 C] -> [B, C, H, W]."""
+    """Undo `_pack`: [B, L, 4 C] -> [B, C, H, W]."""
     x = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, cols))  # [B, rows, cols, C, 2, 2]
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 

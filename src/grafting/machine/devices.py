@@ -1,4 +1,4 @@
-"""Where work runs, and in which precision."""
+"""Choice of device and precision."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,12 +36,12 @@ def default_device() -> torch.device:
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Whether its type is below float32, in which most of an optimizer's steps round away."""
+    """True if its type is below float32, in which most of an optimizer's steps round away."""
     return tensor.is_floating_point() and tensor.itemsize < 4
 
 
 def half_types(tensors: Iterable[Tensor]) -> str:
-    """The types below float32 among some tensors, in words; empty if there are none."""
+    """List the types below float32 among some tensors; empty if there are none."""
     return " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors if is_half(t)}))
 
 

@@ -67,12 +67,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def partial_folder(path: Path) -> Path:
-    """Where `atomic_folder` fills a folder."""
+    """Temporary path where `atomic_folder` fills a folder."""
     return path.with_name(f".{path.name}.partial")
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether it is a folder with no files in it but hidden ones, such as locks and what is being written."""
+    """True if it is a folder without files except hidden ones, such as locks and files being written."""
     return folder.is_dir() and not any(folder.glob("[!.]*"))
 
 
@@ -88,7 +88,7 @@ def check_is_new(folder: Path) -> None:
 
 
 def folder_faults(path: Path) -> list[str]:
-    """What of a folder that `atomic_folder` made is not as it was written, in words; empty if all of it is."""
+    """Faults of a folder that `atomic_folder` made: files that changed since; empty if there are none."""
     try:
         lines = (path / SUMS_NAME).read_text().splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}

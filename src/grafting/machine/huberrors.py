@@ -1,4 +1,4 @@
-"""What a call to the Hugging Face Hub may raise: it refuses, is not reached, or is not asked as it wants."""
+"""Errors that a call to the Hugging Face Hub may raise: refused, unreachable, or malformed requests."""
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -1,4 +1,4 @@
-"""Which precision a model computes in: `auto`, the default, is bf16 where the device is faster in it, else fp32.
+"""Compute precision of a model: `auto`, the default, is bf16 if the device is faster in it, else fp32.
 
 The device is asked once a process, by a short measurement. What is hashed, described or written down says fp32 or bf16:
 whoever does that, or computes, settles its config first. Resumed work keeps its precision.
@@ -27,7 +27,7 @@ VARIABLE = "GRAFTING_PRECISION"
 """Of the environment: fp32 or bf16, what `auto` then is, whatever the device."""
 
 FASTER = 1.3
-"""How many times as fast bf16 has to be to be chosen."""
+"""Minimum speedup of bf16 over fp32 for it to be chosen."""
 
 FP32_IS_ABSENT: Mapping[str, Any] = MappingProxyType({"precision": "fp32"})
 """`hashed_as_absent` of configs with a precision: fp32 was the default once, and hashes had no word for it."""
@@ -58,7 +58,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def why(device: torch.device) -> str:
-    """What `auto` goes by on a device, in words."""
+    """Reason for the choice of `auto` on a device."""
     if os.environ.get(VARIABLE):
         return f"{VARIABLE} says so"
     return f"bf16 is {bf16_speedup(device):.2g} times as fast as fp32 in a linear layer, there and back"
@@ -66,7 +66,7 @@ def why(device: torch.device) -> str:
 
 @functools.cache
 def bf16_speedup(device: torch.device) -> float:
-    """How many times as fast as in fp32 a linear layer runs forward and backward in bf16; measured once a process.
+    """Speedup of bf16 over fp32 for a linear layer, forward and backward; measured once per process.
 
     The fastest of a few, in turns, so that other work on the machine weighs on both. Takes up to about a quarter of a second;
     draws no random numbers.

@@ -31,7 +31,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1)
 
 
@@ -41,7 +41,7 @@ def local_rank() -> int | None:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """True if this is the process that writes."""
     return rank() == 0
 
 
@@ -51,7 +51,7 @@ def share() -> slice:
 
 
 def connect() -> bool:
-    """Whether there are other processes; joins them at the first call that finds some.
+    """True if there are other processes; joins them at the first call that finds some.
 
     Raises:
         RunError: the environment does not say how to find them.
@@ -129,7 +129,7 @@ def mean(values: Sequence[float]) -> list[float]:
 
 
 def any_process(condition: bool) -> bool:
-    """Whether the condition holds in any process."""
+    """True if the condition holds in any process."""
     return total([float(condition)])[0] > 0
 
 

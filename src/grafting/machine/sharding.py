@@ -90,7 +90,7 @@ class ShardedState:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a state's folder says beside tensors.
+    """Contents of a state's folder other than tensors.
 
     Raises:
         CheckpointError: it is not such a folder.

@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended: 143 for SIGTERM, 130 for SIGINT."""
+        """Exit code that a shell expects after a signal: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.signum
 
 

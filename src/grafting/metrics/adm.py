@@ -111,7 +111,7 @@ def _squared_distances(u: Float[Tensor, "m f"], v: Float[Tensor, "n f"], distanc
 
 
 def _half_distances(u: Tensor, v: Tensor) -> Tensor:
-    """As a GPU computes it in float16, from values that float16 can hold: sums in float32, every result rounded."""
+    """Compute as a GPU does in float16, from values that float16 can hold: sums in float32, every result rounded."""
     u_norms, v_norms = (rows.square().half().float().sum(1).half() for rows in (u, v))
     products = (u @ v.T).half()
     return (u_norms[:, None] - 2 * products + v_norms).clamp(min=0)

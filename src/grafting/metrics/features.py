@@ -15,7 +15,7 @@ from ..errors import DataError
 
 
 class Features(NamedTuple):
-    """What a feature network says of B images."""
+    """Output of a feature network for B images."""
 
     pooled: Float[Tensor, "b f"]
     logits: Float[Tensor, "b k"] | None  # None: the network has no classes
@@ -31,7 +31,7 @@ class FeatureNetwork(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it; part of every protocol."""
+        """Display name; part of every protocol."""
         ...
 
     @property

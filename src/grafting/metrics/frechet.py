@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, mean and scatter (sum of outer products about the mean) of features; values, so `update` returns anew.
+    """Count, mean and scatter (sum of outer products about the mean) of features; values, so `update` returns new ones.
 
     Any order and size of batches gives the same statistics, up to float64 rounding.
     """
@@ -77,7 +77,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "FeatureStatistics":
-        """What `to_tensors` wrote."""
+        """Load what `to_tensors` wrote."""
         return cls(int(tensors["count"]), tensors["mean"], tensors["scatter"])
 
 
@@ -118,7 +118,7 @@ def frechet_estimate(
 
     The standard error is that of the distance's first-order change with each row, which is closed-form, so
     the interval costs one decomposition. The interval is for the distance's mean at this n (which is biased, see
-    `frechet_bias`) when the rows are drawn anew; it is conservative where the drawing is more even than random
+    `frechet_bias`) when the rows are redrawn; it is conservative where the drawing is more even than random
     (equal numbers of each class) and for distances near 0.
 
     Chosen by experiment, on Gaussian mixtures with known answer (tests/metrics/test_frechet.py holds a part of

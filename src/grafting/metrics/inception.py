@@ -30,7 +30,7 @@ _SPATIAL_CHANNELS = 7
 
 
 class InceptionOutput(NamedTuple):
-    """What the network sees in images."""
+    """Features that the network extracts from images."""
 
     pooled: Float[Tensor, "b 2048"]  # pool_3
     logits: Float[Tensor, "b 1008"]  # of pooled without the biases, as ADM and torch-fidelity take them

@@ -22,7 +22,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class DensityCoverage(NamedTuple):
-    """How many real balls hold a generated row, over k (1 is as real); the share of real balls that hold one."""
+    """Number of real balls that hold a generated row, over k (1 is as real); the share of real balls that hold one."""
 
     density: float
     coverage: float

@@ -21,7 +21,7 @@ from ..machine.files import write_bytes
 
 
 class ClassifierOutput(NamedTuple):
-    """What the network sees in images: pooled features [B, F], and a logit per class."""
+    """Return pooled features [B, F] of images, and a logit per class."""
 
     pooled: Float[Tensor, "b f"]
     logits: Float[Tensor, "b classes"]

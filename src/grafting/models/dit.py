@@ -119,7 +119,7 @@ class DiT(ModelMixin, ConfigMixin):
         return sincos_2d(self.config.hidden_size, rows, cols).to(self.pos_embed)
 
     def _initialise(self) -> None:
-        """As published: Xavier linears, N(0, 0.02) embedders, zero modulations and head (adaLN-Zero)."""
+        """Initialise as published: Xavier linears, N(0, 0.02) embedders, zero modulations and head (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -243,12 +243,12 @@ class _OnePass:
         self._contents = self._found()
 
     def holds(self) -> bool:
-        """Whether blocks and weights are still those that were laid out, with no hooks that a pass would not call."""
+        """True if blocks and weights are still those that were laid out, with no hooks that a pass would not call."""
         as_called = not any(self._hooks) and not any("forward" in vars(module) for module in self._modules)
         return as_called and self._found() == self._contents
 
     def _found(self) -> tuple[list[int], list[int]]:
-        """Which modules and parameters the blocks hold, and where in memory the parameters lie."""
+        """Modules and parameters of the blocks, and the parameters' memory addresses."""
         items = [id(item) for table in self._tables for item in table.values()]
         return items, [p.data_ptr() for p in self._parameters]
 
@@ -279,7 +279,7 @@ def _linears(block: Any) -> tuple[nn.Linear, ...]:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a block is as it was made, in memory of its own."""
+    """True if a block is as it was made, in memory of its own."""
     return (
         type(block) is DiTBlock
         and type(block.attn) is Attention

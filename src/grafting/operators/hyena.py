@@ -24,7 +24,7 @@ GATE_SPREAD = 0.1
 
 
 class _HyenaConfig(MixerConfig):
-    """What the three share. `name` has no default here, so that this is not an operator itself."""
+    """Settings common to all three. `name` has no default here, so that this is not an operator itself."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
     has_short_filter: ClassVar[bool]
@@ -33,7 +33,7 @@ class _HyenaConfig(MixerConfig):
     kernel_size: int = Field(default=4, ge=1)
     """Taps of each filter; along each axis for `geometry: 2d`, where 3 is a good choice."""
     geometry: Geometry = "centred"
-    """Where the taps lie.
+    """Position of the taps.
 
     `centred`: K // 2 before the token and the rest after it, in raster order (K = 4: two before, itself, one after).
     `causal`: all before it or on it, as in the published weights; no token sees a later one.

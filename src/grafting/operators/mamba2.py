@@ -53,7 +53,7 @@ class Mamba2Config(MixerConfig):
     direction: Literal["bidirectional", "causal"] = "bidirectional"
     """Filter and scan over the raster order and back, averaged; or only forward, as in the published weights."""
     weights: Literal["shared", "separate"] = "shared"
-    """Whether the way back has the same filter, step biases, rates and skips, or its own; projections are shared."""
+    """Share the filter, step biases, rates and skips between both directions, or not; projections are always shared."""
 
     def faults(self, site: Site) -> list[str]:
         faults = []
@@ -237,7 +237,7 @@ class Mamba2(Mixer):
 
 
 class Direction(nn.Module):
-    """What one direction has of its own: the filter, and each head's step bias, rate and skip; drawn as in mamba_ssm."""
+    """Parameters of one direction: the filter, and each head's step bias, rate and skip; initialised as in mamba_ssm."""
 
     def __init__(self, num_filtered: int, num_heads: int, conv_size: int):
         super().__init__()

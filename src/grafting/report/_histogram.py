@@ -1,4 +1,4 @@
-"""How many items of each class a subset holds, beside how many there are, as one picture."""
+"""Histogram of a subset's items per class, beside those of the whole data set."""
 
 from collections.abc import Sequence
 from pathlib import Path

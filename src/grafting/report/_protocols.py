@@ -1,4 +1,4 @@
-"""Whether figures were measured alike, and how: protocols as flat tables.
+"""Comparison of protocols as flat tables: whether figures were measured alike, and how.
 
 The rule is that of `evaluation.Protocol.differences`, on the JSON that a run keeps.
 """
@@ -41,7 +41,7 @@ def compared(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether the figures of two rows may be compared."""
+    """True if the figures of two rows may be compared."""
     return compared(a) == compared(b)
 
 

@@ -46,7 +46,7 @@ class Run:
     missing: list[str]
 
     def leaves_out(self, stage: str) -> bool:
-        """Whether the recipe says itself that it has no such stage."""
+        """True if the recipe itself has no such stage."""
         return self.recipe is not None and stage in self.recipe and self.recipe[stage] is None
 
 

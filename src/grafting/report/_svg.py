@@ -85,6 +85,6 @@ class Scale:
 
 
 def spans_decade(values: Iterable[float]) -> bool:
-    """Whether values, all above 0, are best shown on a logarithmic axis: the largest is over ten times the least."""
+    """True if values, all above 0, need a logarithmic axis: the largest is over ten times the smallest."""
     finite = [v for v in values if math.isfinite(v)]
     return bool(finite) and min(finite) > 0 and max(finite) > 10 * min(finite)

@@ -93,7 +93,7 @@ def stage_2(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _end(values: np.ndarray) -> float:
-    """Where a noisy curve ends: its smoothed last value."""
+    """Smoothed last value of a noisy curve."""
     return float(smooth(values)[-1])
 
 

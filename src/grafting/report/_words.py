@@ -14,7 +14,7 @@ def operator_label(operator: Mapping[str, Any]) -> str:
 
 
 def replaced(sites: Sequence[Mapping[str, Any]]) -> str:
-    """What was replaced by what: 4 of 8 attention operators replaced by hyena-x."""
+    """Summary of the replacements: 4 of 8 attention operators replaced by hyena-x."""
     roles = dict.fromkeys(site["role"] for site in sites)
     phrases = []
     for role in roles:

@@ -33,7 +33,7 @@ Visit = Callable[[str, tuple, dict[str, Any], Any], None]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where the activations of training steps come from."""
+    """Source of the activations of training steps."""
 
     def visit(self, step: int, visit: Visit) -> None:
         """Visit every site with the calls of a step's batch, one micro-batch after the other."""
@@ -138,7 +138,7 @@ class Repeatable:
 
 
 class ActivationCache:
-    """What each site was called with and what it gave, for `num_samples` samples in files under `folder`.
+    """Recorded inputs and outputs of each site, for `num_samples` samples in files under `folder`.
 
     Tensors whose first dimension is the batch are kept a sample at a time; all else about a call must be the same for
     every sample, and is kept once, in memory.
@@ -245,7 +245,7 @@ def visiting(
 
 
 def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:
-    """One that keeps a call's arguments, and one that visits them with an output."""
+    """Return two hooks: one keeps a call's arguments, the other visits them with the output."""
     calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

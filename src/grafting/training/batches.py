@@ -65,7 +65,7 @@ def draw_noised(
 
 @runtime_checkable
 class BatchConfig(Protocol):
-    """What a stage's settings say about its batches."""
+    """Settings of a stage that concern its batches."""
 
     steps: int
     batch_size: int
@@ -74,7 +74,7 @@ class BatchConfig(Protocol):
 
 
 class Batches:
-    """What a process takes of each training step's batch; all that is drawn for step s comes from (seed, s).
+    """A process's share of each training batch; all random draws for step s come from (seed, s).
 
     Args:
         items: the items of `data` to train on; all when left out.
@@ -109,7 +109,7 @@ class Batches:
         ).split(self.config.accumulate)
 
     def numbers(self, step: int, num_items: int) -> tuple[Tensor, ...]:
-        """Which of `num_items` items a step takes where the items lie elsewhere, by micro-batch."""
+        """Indices of the items that a step takes of `num_items` stored elsewhere, by micro-batch."""
         indices = batch_indices(num_items, self.config.batch_size, step, self.config.seed)
         return indices[self.share].chunk(self.config.accumulate)
 

@@ -106,7 +106,7 @@ class _NeuronChoice:
 
 
 class _OutputFit:
-    """What an operator's output layer is given at its site and what its output lacks, as sums, and the best layer by them."""
+    """Sums over an output layer's inputs and residuals at its site, and the best layer by them."""
 
     def __init__(self, path: str, operator: nn.Module, layer: nn.Linear):
         self.path, self.operator, self.layer = path, operator, layer

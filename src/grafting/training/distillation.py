@@ -55,12 +55,12 @@ class DistillConfig(BaseModel):
 
     steps: NonNegativeInt = 25_000
     batch_size: PositiveInt = 64
-    """Images a step, over all processes and micro-batches."""
+    """Images per step, over all processes and micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches into which each process cuts its share of a step, to need less memory. `normalised` and
     `outlier_threshold` go by the statistics of a process's micro-batch."""
     spread: Literal["data", "sites"] = "data"
-    """What several processes share: every batch (gradients are averaged once a step), or the sites (each process runs the
+    """Work that processes share: every batch (gradients are averaged once a step), or the sites (each process runs the
     teacher on whole batches and fits some of the operators)."""
     lr: PositiveFloat = 5e-4
     warmup_steps: NonNegativeInt = 0
@@ -77,7 +77,7 @@ class DistillConfig(BaseModel):
     outlier_threshold: PositiveFloat | None = None
     """Leave out elements whose target exceeds this many times the target's root mean square."""
     inputs: Literal["teacher", "student"] = "teacher"
-    """What operators see: the teacher's activations, or those of the grafted model, errors of earlier grafts included."""
+    """Inputs of the operators: the teacher's activations, or those of the grafted model, with errors of earlier grafts."""
     cache_samples: PositiveInt | None = None
     """Train on this many noised samples, fixed, with the teacher's activations on disk (the paper: 8,000); by default
     every step sees fresh noise and nothing is written."""
@@ -92,7 +92,7 @@ class DistillConfig(BaseModel):
     compile: bool = False
     """Compile each operator."""
     guard: GuardConfig | None = None
-    """What to do with a site's bad steps; left out, a loss that is not finite is an error."""
+    """Handling of a site's bad steps; if omitted, a non-finite loss is an error."""
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -245,7 +245,7 @@ class _Fitting:
         return dict(zip(self.sites, parallel.total([known.get(p, 0.0) for p in self.sites]), strict=True))
 
     def _judge(self, path: str, step: int, loss: float, norm: float) -> dict[str, float]:
-        """What a site's guard finds; an error if it says so."""
+        """Findings of a site's guard; raise an error if it says so."""
         site = self.sites[path]
         finding = site.guard.judge({"loss": loss, "grad_norm": norm})
         if finding and site.guard.stops:
@@ -272,7 +272,7 @@ class _Fitting:
         return losses | {f"r2/{path}": site.r2 for path, site in found.items()}
 
     def snapshot(self, step: int) -> dict[str, Any]:
-        """All that is needed to go on after `step` steps."""
+        """State needed to resume after `step` steps."""
         here = {path: self.sites[path].state(step) for path in self.mine}
         if self.config.spread == "sites":
             here = {path: state for part in parallel.gather_on_main(here) for path, state in part.items()}

@@ -52,7 +52,7 @@ class FinetuneConfig(BaseModel):
 
     steps: NonNegativeInt = 50_000
     batch_size: PositiveInt = 256
-    """Images a step, over all processes and micro-batches."""
+    """Images per step, over all processes and micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches into which each process cuts its share of a step, to need less memory."""
     lr: PositiveFloat = 1e-4
@@ -67,7 +67,7 @@ class FinetuneConfig(BaseModel):
     """Largest norm of the gradient of all trained parameters."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     ema_device: Literal["model", "cpu"] = "model"
-    """Where the averaged weights are kept; on the CPU they cost a copy of the weights at every step."""
+    """Device of the averaged weights; on the CPU they cost a copy of the weights at every step."""
     diffusion_weight: NonNegativeFloat = 1.0
     """Weight of the host's diffusion loss."""
     output_weight: NonNegativeFloat = 0.0
@@ -81,9 +81,9 @@ class FinetuneConfig(BaseModel):
     """Compile each block, once for all blocks of a kind."""
     shard: bool = False
     """Spread weights, gradients, optimizer and averaged weights over the processes (FSDP2), block by block. States are then
-    folders that any number of processes can go on from."""
+    folders from which any number of processes can resume."""
     guard: GuardConfig | None = None
-    """What to do with bad steps; left out, a loss or gradient that is not finite is an error."""
+    """Handling of bad steps; if omitted, a non-finite loss or gradient is an error."""
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -260,7 +260,7 @@ class _Training:
         return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
 
     def snapshot(self, step: int) -> dict[str, Any] | ShardedState:
-        """All that is needed to go on after `step` steps."""
+        """State needed to resume after `step` steps."""
         guard = self.trainee.guard
         state = {"step": step, **self.trainee.state(step), "guard": guard.state()}
         if "kept" in state:
@@ -315,7 +315,7 @@ def _fill(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
-    """What of a state is no tensor."""
+    """Parts of a state that are not tensors."""
     return {"step": state["step"], "ema_steps": state["ema"]["optimization_step"]}
 
 

@@ -16,7 +16,7 @@ _FEWEST = 10
 
 
 class GuardConfig(BaseModel):
-    """What is a bad step, and what is done then."""
+    """Criteria for a bad step, and its handling."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -43,7 +43,7 @@ class Guard:
         self._history: dict[str, deque[float]] = {}
 
     def judge(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """What is wrong with a step of these figures: `not_finite`, or `spike`, times the median. Empty if it is good."""
+        """Faults of a step with these figures: `not_finite`, or `spike`, times the median. Empty if it is good."""
         if not all(math.isfinite(value) for value in figures.values()):
             return self._noted({"not_finite": 1.0})
         spikes = [value / self._usual(name) for name, value in figures.items()]
@@ -55,7 +55,7 @@ class Guard:
 
     @property
     def stops(self) -> bool:
-        """Whether the bad step that was just judged is an error."""
+        """True if the bad step that was just judged is an error."""
         return self.config.policy == "stop" or self._events > self.config.max
 
     @property
@@ -63,7 +63,7 @@ class Guard:
         return self.config.policy == "rollback"
 
     def keeps_at(self, step: int) -> bool:
-        """Whether the state before this step is one to return to."""
+        """True if the state before this step is kept for a rollback."""
         return self.rolls_back and step % self.config.window == 0
 
     def returns_to(self, step: int) -> int:
@@ -71,7 +71,7 @@ class Guard:
         return step - step % self.config.window
 
     def done(self, step: int) -> dict[str, float]:
-        """What becomes of a bad step that is no error, as figures."""
+        """Handling of a bad step that is not an error, as figures."""
         if not self.rolls_back:
             return {"skipped": 1.0}
         return {"rolled_back_to": float(self.returns_to(step)), "lr_factor": self.lr_factor}

@@ -33,7 +33,7 @@ class Loader:
         share: the part of each batch that is this process's, such as `parallel.share()`.
         prefetch: batches read ahead; 0 reads each when it is asked for.
         workers: threads that read, each a batch at a time; several, since a network's disk is slow to answer, not to read.
-        pin: give tensors in pinned memory, from which copies to an accelerator go on while it computes.
+        pin: give tensors in pinned memory, from which copies to an accelerator overlap with computation.
 
     Raises:
         DataError: there are no items.
@@ -61,12 +61,12 @@ class Loader:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grafting-loader")
         self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
         self.seconds_waited = 0.0
-        """How long callers have waited for batches that were not there yet."""
+        """Time that callers have waited for batches."""
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's items [b, C, H, W] of training step `step`, and their labels [b].
 
-        Quick for the step after the last one; any other begins anew there.
+        Fast for the step after the last one; any other step restarts there.
 
         Raises:
             DataError: the data is missing or damaged.

@@ -1,4 +1,4 @@
-"""What is trained together: its optimizer, learning rate and guard, and the moment that a rollback returns to.
+"""Parameters trained together: their optimizer, learning rate and guard, and the state a rollback returns to.
 
 Stage 1 has one for each site, stage 2 one for the whole model. Gradients are the stages' own.
 """
@@ -18,7 +18,7 @@ from .guard import Guard, GuardConfig
 
 @runtime_checkable
 class TrainingConfig(Protocol):
-    """What a stage's settings say about its steps."""
+    """Settings of a stage that concern its steps."""
 
     steps: int
     lr: float
@@ -90,7 +90,7 @@ class Trainee:
         return {name: part.state_dict() for name, part in self.parts.items()} | {"optimizer": optimizer}
 
     def state(self, step: int) -> dict[str, Any]:
-        """What it goes on from after `step` steps; with what a rollback returns to, if that is not this state itself."""
+        """State to resume from after `step` steps; with the rollback state, if that is not this state itself."""
         kept = {} if self.kept is None or self.guard.keeps_at(step) else {"kept": self.kept}
         return self.weights() | kept
 

@@ -243,7 +243,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """What a torch file holds, of tensors and plain values alone: nothing in it is run.
+    """Load a torch file of tensors and plain values; no code in it is run.
 
     Raises:
         CheckpointError: no such file, it is truncated, or it holds other objects.

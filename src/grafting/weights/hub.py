@@ -36,7 +36,7 @@ def push_to_hub(
 ) -> str:
     """Upload a grafted model's folder to `owner/name` on the Hub, and return its address.
 
-    The folder is loaded first, and its card is written anew, with the figures and recipe of the run that it belongs to. A
+    The folder is loaded first, and its card is rewritten, with the figures and recipe of the run that it belongs to. A
     repository that does not exist is made, private if not asked otherwise.
 
     Raises:

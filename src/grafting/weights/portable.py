@@ -42,7 +42,7 @@ class Base(BaseModel):
 
 
 class Record(BaseModel):
-    """What a grafted model's config says of its graft; enough to build its operators."""
+    """Record of the graft in a model's config; enough to build its operators."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -125,7 +125,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
     initialise.__signature__ = signature.replace(parameters=[*signature.parameters.values(), grafting])  # type: ignore[attr-defined]
 
     def from_pretrained(cls: Any, path: str | PathLike, **options: Any) -> Any:
-        """As diffusers', but a tensor that is missing or does not belong is an error: diffusers only warns."""
+        """Load as diffusers does, but raise an error on missing or unexpected tensors, where diffusers only warns."""
         both = base.from_pretrained.__func__(cls, path, **{**options, "output_loading_info": True})
         faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, n))}" for kind, n in both[1].items() if n]
         if faults:

@@ -41,7 +41,7 @@ _PLACE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(.+)")
 
 
 class PublishedFacts(BaseModel):
-    """What tensors cannot tell. What is left out is known for the published widths, and asked for at others."""
+    """Facts that tensors do not reveal. Those left out are known for published widths, and required for others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -54,7 +54,7 @@ class PublishedFacts(BaseModel):
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width over width of the base's own MLP: a block of another ratio is a graft."""
     geometry: Literal["causal", "centred"] = "causal"
-    """Where the taps of Hyena's filters lie; causal in the published grafts."""
+    """Position of the taps of Hyena's filters; causal in the published grafts."""
     base: Base | None = None
     """The pretrained model that a graft was made from, for the record."""
 
@@ -65,12 +65,12 @@ class Published(NamedTuple):
     model: nn.Module
     plan: Plan
     origin: dict[str, Any]
-    """Where it comes from and what was done to it, for the folder's config."""
+    """Provenance, for the folder's config."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a module was published: its tensors, what they are called in a grafted model, how settings show in them.
+    """Published form of a module: its tensors, their names in a grafted model, and how they show its settings.
 
     `settings` are those of the operator's config, or None where the module is the host's own.
     """
