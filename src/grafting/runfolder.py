@@ -1,7 +1,7 @@
 """A run's folder: which stages are done, from which inputs, with which outputs; and the states to resume one from.
 
 A stage is skipped when its inputs' hash and its outputs' hashes agree with the manifest. A stage whose inputs changed
-starts anew, and so does everything that reads its outputs.
+starts from scratch, and so does everything that reads its outputs.
 
 What a fault may leave behind is found by checksums and named: of the manifest and of a stage's states there are two, so
 that the older serves when the newer is damaged. One process at a time holds the folder, by a lock of the operating system
@@ -166,7 +166,7 @@ class RunFolder:
             raise Interrupted(caught_signal() or signal.SIGTERM)
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What is on record of a stage; empty if nothing is."""
+        """Record of a stage; empty if there is none."""
         if not self.writes:
             self._manifest = self._read()
         return self._manifest["stages"].get(name, {})
@@ -357,7 +357,7 @@ class Stage:
                 log.write(json.dumps(line) + "\n")
 
     def _begin(self, step: int | None) -> None:
-        """Bring the log to where the stage goes on after a step, or starts."""
+        """Truncate the log to the step from which the stage resumes, or to its start."""
         self._first_step = step or 0
         if not self._run.writes:
             return
@@ -425,7 +425,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _damage_of(path: Path) -> str:
-    """What is wrong with a manifest file; empty if it is whole."""
+    """Faults of a manifest file; empty if it is intact."""
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a pretrained model does inside, measured before a plan is made: where its attention looks."""
+"""Analysis of a pretrained model before a plan is made: where its attention looks."""
 
 from .locality import Locality as Locality
 from .locality import SiteLocality as SiteLocality

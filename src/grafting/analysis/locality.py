@@ -1,4 +1,4 @@
-"""How local each attention is: the share of its map near the diagonal, and which blocks are the most and least local.
+"""Locality of each attention: the share of its map near the diagonal, and the most and least local blocks.
 
 A kernel that gives what softmax attention gives, bit for bit, and adds up its map by distance, stands at every attention
 for as long as one watches; then the model is what it was. It is measured on whatever runs meanwhile: noised images
@@ -60,7 +60,7 @@ class SiteLocality:
 
 @dataclass(frozen=True)
 class Locality:
-    """Each site's locality, in the order of blocks, as the mean of `num_maps` maps (images x passes) a site."""
+    """Each site's locality, in the order of blocks, as the mean of `num_maps` maps (images x passes) per site."""
 
     grid: Grid
     num_maps: int

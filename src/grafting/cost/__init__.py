@@ -1,1 +1,1 @@
-"""What a model, a plan and a run cost: counted, and measured."""
+"""Cost of a model, a plan and a run: counted, and measured."""

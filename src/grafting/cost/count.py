@@ -1,4 +1,4 @@
-"""What operators and models cost, found without running them: FLOPs, parameters, activations kept for backward.
+"""Cost of operators and models without running them: FLOPs, parameters, activations kept for backward.
 
 Operators declare their own FLOPs; all else of a model is counted in one forward pass on fake tensors, which have shapes
 and no values, so the weights need not be at hand. Everything is for one image and forward pass, in float32.
@@ -20,7 +20,7 @@ from ..contract import OperatorConfig, Role, Site, softmax_attention_flops
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs an image; a multiply-accumulate is two."""
+    """FLOPs per image; a multiply-accumulate counts as two."""
 
     mixing: int  # what replaces softmax(QK^T)V, or an MLP's layers
     projections: int  # q, k, v, output projections and featurizers
@@ -68,7 +68,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class SiteCost:
-    """What stands at a site, and what it costs an image."""
+    """Operator at a site, and its cost per image."""
 
     site: Site
     operator: OperatorConfig | None  # None: the host's own
@@ -80,7 +80,7 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model costs an image: its sites, and all of it."""
+    """Cost of a model per image: its sites, and the whole."""
 
     sites: tuple[SiteCost, ...]
     flops: int  # as declared at the sites, as counted elsewhere
@@ -164,7 +164,7 @@ def _percent(before: int, after: int) -> float:
 
 @dataclass
 class Passed:
-    """What one part of a model did in a forward pass."""
+    """Work of one part of a model in a forward pass."""
 
     counted_flops: int = 0  # of matrix products, convolutions and fused attention
     saved_bytes: int = 0
@@ -173,7 +173,7 @@ class Passed:
 def dry_run(
     model: nn.Module, paths: Sequence[str], inputs: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Passed]:
-    """What the modules at `paths`, and under "" all that is outside them, do in a forward pass that computes nothing.
+    """Count the work of the modules at `paths`, and under "" of all others, in a forward pass that computes nothing.
 
     What a tensor keeps for the backward pass belongs to the part that keeps it first; parameters are not counted.
     Attention is the CPU's fused kernel, which keeps no scores. FLOPs are those that torch counts, and a softmax's: what

@@ -1,4 +1,4 @@
-"""What a forward pass is measured to cost on this machine: time, whole and by part, and peak memory.
+"""Measured cost of a forward pass on this machine: time, whole and by part, and peak memory.
 
 A single time means little on a machine that does other work too: compare passes that were measured in turn.
 """

@@ -1,4 +1,4 @@
-"""What a plan does to a model's cost: counted without running it, or measured; per site and whole, on any grid.
+"""Change in a model's cost under a plan: counted without running it, or measured; per site and whole, on any grid.
 
 The counted part needs shapes only: a model on the `meta` device, no weights and no data.
 """

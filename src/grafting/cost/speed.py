@@ -1,4 +1,4 @@
-"""How fast a stage works: images and tokens a second, the share of the device's peak, waiting for data, memory.
+"""Speed of a stage: images and tokens per second, the share of the device's peak, waiting for data, memory.
 
 Measured around a stage's own iterator, which knows nothing of it. FLOPs are those that `metrics/cost.py` counts; peaks are
 makers' figures for dense matrix products, so a share of a peak (model FLOPs utilisation, MFU) is comparable with others'.
@@ -58,7 +58,7 @@ def device_at(device: torch.device) -> Device | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one step of a stage does, on all processes together."""
+    """Work of one step of a stage, over all processes."""
 
     images: int
     tokens: int  # of an image

@@ -1,4 +1,4 @@
-"""What training and evaluation read: images, latents, subsets, and the bundled testbed."""
+"""Data for training and evaluation: images, latents, subsets, and the bundled testbed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ def load_data(config: DataConfig) -> ImageSet | LatentSet:
 
 
 def list_data(source: str) -> Listing:
-    """What `testbed`, `fashion-mnist`, a folder of latents or an image folder holds; no image is read.
+    """List `testbed`, `fashion-mnist`, a folder of latents or an image folder; no image is read.
 
     Raises:
         DataError: something is missing or damaged.

@@ -46,7 +46,7 @@ class BundledSubsetConfig(ImageSource):
 
 
 def bundled_subset() -> ImageSet:
-    """6,000 training images of Fashion-MNIST, 600 a class, 28x28 grey, padded to 32x32.
+    """6,000 training images of Fashion-MNIST, 600 per class, 28x28 grey, padded to 32x32.
 
     Raises:
         DataError: the file is missing or damaged.

@@ -64,7 +64,7 @@ class ImageSet:
 
 
 class ImageSource(PartialData):
-    """Where images come from, as a recipe says it."""
+    """Source of images in a recipe."""
 
     name: str
 
@@ -86,7 +86,7 @@ class ImageSource(PartialData):
         return self.read(self._places(seed=0))
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the data in a run's manifest: the content's hash and not where it lies.
+        """Identity of the data in a run's manifest: the content's hash, not its location.
 
         Raises:
             DataError: something is missing or damaged.

@@ -1,7 +1,7 @@
 """A folder of latents while it is filled, shard by shard, by any number of processes that see the same files.
 
 A shard covers fixed images, whatever else was done, and its bytes depend on the work's facts alone. It is done when its record,
-with its checksum, lies in `shards/`; so a process that is killed loses the shard it was at, and whoever goes on finds the
+with its checksum, lies in `shards/`; so a process that is killed loses the shard it was at, and whoever resumes finds the
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
@@ -39,7 +39,7 @@ _LABEL_BYTES = 4
 
 
 class Record(BaseModel):
-    """What became of a shard's images."""
+    """Outcome of a shard's images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,7 +50,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentFolder:
-    """A folder of latents to fill with `num_images` images, `per_shard` of them a shard."""
+    """A folder of latents to fill with `num_images` images, `per_shard` per shard."""
 
     folder: Path
     facts: Mapping[str, Any]  # all that the shards' bytes depend on, as JSON
@@ -119,7 +119,7 @@ class LatentFolder:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes on disk an image."""
+        """Bytes on disk per image."""
         values = torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
         return self.items_per_image * (values + _LABEL_BYTES)
 

@@ -46,12 +46,12 @@ class Shard(StoredFile):
 
     @model_serializer(mode="wrap")
     def _in_order(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """As indexes have always been written, so that the same folder is the same bytes."""
+        """Serialise in the format of all earlier indexes, so that the same folder has the same bytes."""
         return {"file": self.file, "count": self.count, **to_dict(self)}
 
 
 class ItemNames(BaseModel):
-    """The file that names the items, one a line, in their order."""
+    """The file that names the items, one per line, in their order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,7 +60,7 @@ class ItemNames(BaseModel):
 
 
 class LatentIndex(BaseModel):
-    """What a folder of latents is; items are numbered through its shards."""
+    """Index of a folder of latents; items are numbered through its shards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,7 +107,7 @@ class LatentsConfig(PartialData):
     seed: NonNegativeInt = 0
     """Of the draw of `per_class`, and of samples from stored means and variances: one for each item, always the same."""
     verify: bool = True
-    """Compare the SHA-256 of every shard that is read from (about a second a GB); sizes are always compared."""
+    """Compare the SHA-256 of every shard that is read from (about one second per GB); sizes are always compared."""
 
     def load(self) -> "LatentSet":
         """The latents, of which nothing but labels is read.
@@ -141,7 +141,7 @@ class LatentsConfig(PartialData):
         return LatentSet(self.folder, index, torch.arange(index.count), seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the data in a run's manifest: hashes of the index and of the chosen items, not where they lie."""
+        """Identity of the data in a run's manifest: hashes of the index and of the chosen items, not their location."""
         latents = self.model_copy(update={"verify": False}).load()  # the index names the hashes that count
         return {
             "name": self.name,

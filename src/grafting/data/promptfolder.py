@@ -90,7 +90,7 @@ def write_prompts(
 
 
 class _Table:
-    """What the prompts are, as the first has it, and the words of those that were admitted."""
+    """Format of the prompts, taken from the first, and the words of those that were admitted."""
 
     def __init__(
         self, lengths: Mapping[str, str], mask_dtype: torch.dtype, *, num_nulls: int, others: list[str]

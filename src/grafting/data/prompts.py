@@ -69,7 +69,7 @@ class PromptLine(BaseModel):
 
 
 class PromptIndex(BaseModel):
-    """What a folder of prompts is; prompts are numbered through its shards, the nulls after all others."""
+    """Index of a folder of prompts; prompts are numbered through its shards, the nulls after all others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -119,7 +119,7 @@ class PromptsConfig(BaseModel):
     dropout: Dropout | None = None
     """Share of prompts that training replaces by their null; left out, what the folder says."""
     verify: bool = True
-    """Compare the SHA-256 of every file (about a second a GB); sizes are always compared."""
+    """Compare the SHA-256 of every file (about one second per GB); sizes are always compared."""
 
     def load(self) -> "Prompts":
         """The prompts, of which nothing is in memory.
@@ -169,7 +169,7 @@ class Prompts:
 
     @property
     def sha256(self) -> str:
-        """What latents of these prompts are bound to: a hash of the prompts, whatever share of them is dropped."""
+        """Hash of the prompts that their latents are bound to, whatever share of them is dropped."""
         return self.index.sha256
 
     @property

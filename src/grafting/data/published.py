@@ -87,19 +87,19 @@ def open_published(source: Path) -> Published:
 
 
 class ImportConfig(BaseModel):
-    """How published latents are written."""
+    """Settings for importing published latents."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dtype: Dtype = "fp16"
     """Of the stored latents."""
     shard_size: PositiveInt = 2048
-    """Items a shard."""
+    """Items per shard."""
     num_classes: PositiveInt = 1000
     scale: PositiveFloat = PUBLISHED_SCALE
-    """What they were multiplied by."""
+    """Factor by which they were multiplied."""
     vae: str = PUBLISHED_VAE
-    """What they were made with, for the record."""
+    """Autoencoder that made them, for the record."""
 
 
 def import_published(

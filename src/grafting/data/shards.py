@@ -64,7 +64,7 @@ class StoredFile(BaseModel):
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What the index of a folder says of a file in it."""
+    """Entry of a folder's index for one of its files."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -120,7 +120,7 @@ class TensorFile:
 
     @cached_property
     def _starts(self) -> dict[str, int]:
-        """Where each tensor's bytes begin in the file, after its header was compared with what the index says."""
+        """Offset of each tensor's bytes in the file, after checking its header against the index."""
         with _faults_named(self.path), self.path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _LONGEST_HEADER)))
@@ -186,7 +186,7 @@ class RaggedFile(TensorFile):
         self._spans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def spans(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where along a column's first axis each row begins [count], and its length [count]: 1 where they are not ragged.
+        """Start of each row along a column's first axis [count], and its length [count]: 1 where they are not ragged.
 
         Raises:
             DataError: the file is missing or damaged.

@@ -271,7 +271,7 @@ def _label_in(member: Member, suffix: str, *, tar: Path, key: str) -> int | None
 
 
 def _commit_of(source: str, revision: str | None) -> str:
-    """What a branch or tag of a data set stands for now; a commit needs no network."""
+    """Resolve a branch or tag of a data set to a commit; a commit needs no network."""
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     try:

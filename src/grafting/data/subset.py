@@ -42,7 +42,7 @@ class Subset:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a data set holds, without its images: the ids that a subset can name, and their classes once they are asked for."""
+    """Listing of a data set without its images: the ids that a subset can name, and their classes, loaded on demand."""
 
     source: str
     num_classes: int
@@ -76,7 +76,7 @@ class Listing:
         return Subset(source=self.source, num_classes=self.num_classes, ids=ids, drawn=drawn)
 
     def places(self, subset: Subset) -> Int[Tensor, "m"]:
-        """Where the subset's items stand in the data set, sorted.
+        """Sorted positions of the subset's items in the data set.
 
         Raises:
             DataError: the subset is of another data set, or names items that are not there.
@@ -127,13 +127,13 @@ class PartialData(BaseModel, ABC):
     subset: Path | None = None
     """A file of `grafting data subset`: only what it names; all when left out."""
     subset_sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None = None
-    """What the file's hash has to be. The copy of the recipe in a run's folder always says it."""
+    """Required hash of the file. The copy of the recipe in a run's folder always has it."""
     per_class: PositiveInt | None = None
     """Instead of a file: of every class this many items, drawn by seed."""
 
     @abstractmethod
     def listing(self) -> Listing:
-        """What the whole data set holds.
+        """Listing of the whole data set.
 
         Raises:
             DataError: something is missing or damaged.
@@ -149,7 +149,7 @@ class PartialData(BaseModel, ABC):
         return self if subset is None else self.model_copy(update={"subset_sha256": subset.sha256})
 
     def _places(self, *, seed: int) -> Tensor | None:
-        """Where the items that are asked for stand in the data set; None for all of them."""
+        """Positions of the selected items in the data set; None for all of them."""
         if None not in (self.subset, self.per_class):
             raise DataError("data names both a subset file and per_class: give one of them")
         subset = self._read_subset()
@@ -193,7 +193,7 @@ def stratified_subset(labels: Int[Tensor, "n"], *, per_class: int, seed: int) ->
 
 
 def subset_sha256(ids: tuple[int, ...] | tuple[str, ...]) -> str:
-    """The SHA-256, in hex, of the ids sorted and written one a line; their order does not matter."""
+    """The SHA-256, in hex, of the ids sorted and written one per line; their order does not matter."""
     return hashlib.sha256("".join(f"{i}\n" for i in sorted(ids)).encode()).hexdigest()
 
 

@@ -83,7 +83,7 @@ class Autoencoder:
             return self.module.decode(unscaled).sample.float().cpu()
 
     def describe(self) -> dict[str, Any]:
-        """What identifies it, as JSON."""
+        """Identity, as JSON."""
         return {"name": self.name, "revision": self.revision, "sha256": self.sha256}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Images to latents: the posterior of an autoencoder for every image of a stream, in shards that any process can go on with.
+"""Images to latents: the posterior of an autoencoder for every image of a stream, in shards that any process can resume.
 
 Kept are means and log variances; the sample is drawn when training reads them (`data.latents`). Images are decoded in
 threads while the autoencoder works. With `mirrored`, each image is encoded a second time from right to left, as an item of

@@ -1,4 +1,4 @@
-"""What a recipe will take, stage by stage, before anything is run: time, memory of a process, disk.
+"""Forecast of a recipe's cost per stage, before anything runs: time, memory per process, disk.
 
 Neither weights nor data are needed. FLOPs, parameters and the activations kept for a backward pass are counted on the
 model's shapes; time is FLOPs over a device's peak at a stated share of it (MFU), which is an assumption, or images over the
@@ -47,7 +47,7 @@ _DUMP_SAMPLES = 8000  # of the published stage 1
 
 @dataclass(frozen=True, kw_only=True)
 class StageForecast:
-    """What one stage will take."""
+    """Forecast of one stage."""
 
     name: str
     work: str
@@ -69,7 +69,7 @@ class StageForecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a recipe will take."""
+    """Forecast of a recipe."""
 
     recipe: str
     device: str
@@ -98,7 +98,7 @@ def forecast(
     mfu: float = DEFAULT_MFU,
     folder: Path | None = None,
 ) -> Forecast:
-    """What a recipe will take.
+    """Forecast a recipe's time, memory and disk.
 
     Args:
         device: a key of `throughput.DEVICES`; by default this machine's, if it is a known one.
@@ -192,7 +192,7 @@ class _Shapes:
         return 2 * _BF16 * samples * math.prod(self.tokens) * self.num_fitted
 
     def trained(self, trainable: str | tuple[str, ...]) -> int:
-        """How many parameters stage 2 trains."""
+        """Number of parameters that stage 2 trains."""
         if trainable == "all":
             return sum(self.names.values())
         if trainable == "new":
@@ -221,7 +221,7 @@ def _saved_an_image(model: nn.Module, precision: Precision, grid: Grid) -> int:
 
 @dataclass(frozen=True)
 class _Clock:
-    """How long work takes on the devices."""
+    """Estimated time of work on the devices."""
 
     device: Any
     peak_tflops: float | None
@@ -242,7 +242,7 @@ class _Clock:
 
 
 def _logged_rate(log: Path) -> float | None:
-    """The median images a second that a stage has logged."""
+    """Median images per second that a stage has logged."""
     if not log.is_file():
         return None
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
@@ -298,7 +298,7 @@ def _weights(shapes: _Shapes) -> dict[str, int]:
 
 
 def _copies(precision: Precision, params: int) -> dict[str, int]:
-    """What autocast keeps of weights during a pass."""
+    """Bytes of weight copies that autocast keeps during a pass."""
     return {"bf16 copies of weights": _BF16 * params} if precision == "bf16" else {}
 
 

@@ -1,4 +1,4 @@
-"""What a result depends on, as JSON: hashed, it says whether a stage has to run again, and whether a line was measured before."""
+"""Inputs of a result as JSON: their hash tells whether a stage must run again, and whether a line was already measured."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def essence(value: Any) -> Any:
 
 
 def _names(key: str, value: Any) -> bool:
-    """Whether a setting says what its owner is, though it has its default."""
+    """True if a setting identifies its owner even at its default."""
     return key == "name" or (key == "edit" and value != "replace")
 
 
@@ -38,19 +38,19 @@ def result_settings(config: BaseModel) -> dict[str, Any]:
 
 
 def calibrate_inputs(job: Job) -> list[Any]:
-    """What the closed-form start depends on."""
+    """Inputs of the closed-form start."""
     return [job.identity, essence(job.recipe.calibrate)]
 
 
 def distill_inputs(job: Job) -> list[Any]:
-    """What stage 1 depends on."""
+    """Inputs of stage 1."""
     assert job.recipe.distill is not None
     calibration = [essence(job.recipe.calibrate)] if job.recipe.calibrate else []
     return [job.identity, result_settings(job.recipe.distill), *calibration]
 
 
 def finetune_inputs(job: Job, folder: RunFolder) -> list[Any]:
-    """What stage 2 depends on: among others, the files that the stage before it left."""
+    """Inputs of stage 2, including the files left by the stage before it."""
     assert job.recipe.finetune is not None
     before = [name for name in ("distill", "calibrate") if getattr(job.recipe, name)]
     files = folder.stage_outputs(before[0]) if before and job.is_fitted else None
@@ -58,7 +58,7 @@ def finetune_inputs(job: Job, folder: RunFolder) -> list[Any]:
 
 
 def operator_inputs(job: Job, path: str) -> list[Any]:
-    """What one fitted operator depends on: its site's part of the plan, or all of it where sites see each other."""
+    """Inputs of one fitted operator: its site's part of the plan, or all of it where sites see each other."""
     assert job.recipe.distill is not None
     inputs = distill_inputs(job)
     in_pairs = any(isinstance(choice, Merge) for choice in job.chosen.values())
@@ -70,7 +70,7 @@ def operator_inputs(job: Job, path: str) -> list[Any]:
 
 
 def samples_inputs(job: Job, folder: RunFolder, row: RowName) -> list[Any]:
-    """What a row's images depend on: its model, how they are drawn, and what makes pixels of them."""
+    """Inputs of a row's images: its model, the sampling settings, and the autoencoder."""
     kind = ROWS[row]
     model = [job.identity["grafting"], job.identity["source"]]
     if kind.is_edited:

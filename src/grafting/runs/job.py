@@ -59,7 +59,7 @@ class Job:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the plan has anything for stage 1; where blocks are dropped there is nothing to fit."""
+        """True if the plan has anything for stage 1; dropped blocks leave nothing to fit."""
         return any(not isinstance(choice, Drop) for choice in self.chosen.values())
 
 
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 
 def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
-    """Whether images of this shape have figures: by the suite that the recipe names, else by the testbed's if it knows such.
+    """True if images of this shape can be measured: by the recipe's suite, else by the testbed's if it supports them.
 
     Raises:
         RecipeError: the suite cannot measure them.

@@ -23,7 +23,7 @@ class OperatorStore:
         self.folder = folder
 
     def holds(self, key: Any) -> bool:
-        """Whether an operator was saved under this key (JSON). One that is damaged is named in a warning, and is not held."""
+        """True if an operator was saved under this key (JSON). A damaged one is named in a warning and does not count."""
         path = self._path(key)
         if not path.is_file():
             return False

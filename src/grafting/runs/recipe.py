@@ -46,11 +46,11 @@ class Recipe(BaseModel):
     plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
     data: DataConfig
-    """What stages 1 and 2 train on."""
+    """Data for stages 1 and 2."""
     conditions: PromptsConfig | None = None
-    """What the model is asked for, where it does not know that by itself, as of classes: a folder of encoded prompts."""
+    """Folder of encoded prompts, for models that do not define their conditions themselves, as classes are."""
     process: ProcessConfig | None = None
-    """How inputs are noised; left out, as the host's family is trained."""
+    """Noising of inputs; if omitted, that of the host's family."""
     calibrate: CalibrateConfig | None = None
     """Fit in closed form, before stage 1, what of the operators can be; left out, they start as they are built."""
     distill: DistillConfig | None = None
@@ -58,13 +58,13 @@ class Recipe(BaseModel):
     finetune: FinetuneConfig | None = None
     """Stage 2; left out, the distilled model is the result."""
     sample: SamplingConfig | None = None
-    """How images are sampled, the same for every row; left out, none are."""
+    """Sampling of images, the same for every row; if omitted, no images are sampled."""
     vae: VaeConfig | None = None
-    """What makes pixels of samples, where the model makes latents."""
+    """Autoencoder that decodes samples, if the model makes latents."""
     evaluate: SuiteConfig | None = None
     """The suite that measures samples; left out, the testbed's where it fits them."""
     rows: tuple[RowName, ...] = tuple(ROW_TITLES)
-    """Which models are sampled and measured."""
+    """Models to sample and measure."""
     seed: int = Field(default=0, ge=0)
     """Of the operators' random weights."""
     save_every: PositiveInt = 100

@@ -58,7 +58,7 @@ def run(
 
 
 def _ignore(stage: str, step: Step) -> None:
-    """What `run` does with steps when nobody follows them."""
+    """Default step callback of `run`: does nothing."""
 
 
 def _open(job: Job, folder: Path) -> RunFolder:

@@ -240,7 +240,7 @@ def _evaluate_inputs(job: Job, run: RunFolder, part: Part) -> list[Any]:
 
 
 def _origin(job: Job) -> dict[str, Any]:
-    """What the protocol of a job's figures says of its images."""
+    """Sampling part of the protocol of a job's figures."""
     assert job.recipe.sample is not None
     vae = job.decoder.identity if job.decoder else None
     origin = origin_of(job.recipe.sample, denoiser=job.denoiser, vae=vae)
@@ -248,7 +248,7 @@ def _origin(job: Job) -> dict[str, Any]:
 
 
 def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, Any]:
-    """What a row's model costs: parameters, attention FLOPs an image and forward pass, measured sampling time."""
+    """Cost of a row's model: parameters, attention FLOPs per image and forward pass, measured sampling time."""
     folder = run.path / "samples" / row
     times = sorted(line["ms_per_image"] for line in read_log(folder / "log.jsonl"))
     flops = job.attention_flops(is_edited=ROWS[row].is_edited)
@@ -354,7 +354,7 @@ class TrainingFlops(NamedTuple):
 
 
 def training_flops(job: Job, row: RowName) -> TrainingFlops:
-    """What it took to make a row's model. A backward pass counts as two forward passes."""
+    """Cost of making a row's model. A backward pass counts as two forward passes."""
     cost = plan_cost(job.model, job.recipe.edits, grid=job.grid)
     base, model = cost.before.flops, cost.after.flops
     if not ROWS[row].is_edited:

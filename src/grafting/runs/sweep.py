@@ -2,7 +2,7 @@
 
 A sweep is a recipe's settings (or a `base:`) and grids of changes to them. Runs share what they have in common: fitted
 operators of equal sites, and lines of the table that were measured before. The table is kept up to date as lines come, so a
-killed sweep goes on where it was, and lines measured on another machine need not be measured again.
+killed sweep resumes where it stopped, and lines measured on another machine need not be measured again.
 """
 
 import csv
@@ -58,7 +58,7 @@ class Sweep(BaseModel):
     name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
     description: str = ""
     settings: dict[str, Any]
-    """What all recipes share, as in a recipe file; `base:` was merged in."""
+    """Settings shared by all recipes, as in a recipe file; `base:` is already merged in."""
     grids: Annotated[tuple[SweepGrid, ...], Field(min_length=1)]
     pretraining_images: PositiveInt | None = None
     """Images that the source was pretrained on, counted with repetition: the unit of `compute_share`."""

@@ -2,7 +2,7 @@
 
 They are fed with a run's steps alone and change nothing of it; `log.jsonl` in each stage's folder is always written and holds
 the same figures. All of them write into the run's folder and send nothing away, unless the user has asked for that
-(WANDB_MODE=online). A run that goes on goes on under its own id. Nothing of the environment is recorded.
+(WANDB_MODE=online). A resumed run keeps its tracker id. Nothing of the environment is recorded.
 """
 
 import json
@@ -141,7 +141,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracking(
     names: Sequence[str], folder: Path, *, name: str, settings: Mapping[str, Any]
 ) -> Iterator[Callable[[str, Step], None]]:
-    """What passes a run's steps on to trackers, which start with the first step and end with the block.
+    """Forward a run's steps to trackers, which start with the first step and end with the block.
 
     Of a run's processes the main one tracks.
 

@@ -35,7 +35,7 @@ _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same 
 
 
 class SamplingConfig(BaseModel):
-    """How images are drawn from a model. The defaults are DiT's, but for the number of images."""
+    """Settings for sampling images. The defaults are DiT's, except for the number of images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
@@ -114,7 +114,7 @@ class SamplingConfig(BaseModel):
 
     @property
     def labels_rule(self) -> str:
-        """How image i gets its class, in words."""
+        """Rule that gives image i its class."""
         if self.labels == "balanced":
             return "i mod number of classes"
         if self.labels == "random":

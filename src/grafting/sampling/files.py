@@ -88,7 +88,7 @@ def origin_of(
     denoiser: Denoiser | None = None,
     vae: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a protocol says of images that were drawn so; process, conditions and autoencoder are part of the sampling."""
+    """Sampling part of a protocol; noise process, conditions and autoencoder belong to it."""
     sampling = settled(config, default_device()).model_dump(mode="json")
     sampling |= denoiser.identity if denoiser else {}
     return {
@@ -331,7 +331,7 @@ def _open_safetensors(path: Path) -> SampleFile:
 
 def _read_safetensors(path: Path, num_images: int, size: int) -> Iterator[Tensor]:
     for first in range(0, num_images, size):
-        # opened anew for each batch: pages of a file that stays mapped would count as memory in use
+        # reopened for each batch: pages of a file that stays mapped would count as memory in use
         with safe_open(path, "pt") as file:
             yield file.get_slice("images")[first : min(first + size, num_images)]
 

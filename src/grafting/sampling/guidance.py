@@ -30,7 +30,7 @@ class Guidance:
     rescale: float | Literal["norm"] = 0.0
 
     def is_on(self, share: int | float) -> bool:
-        """Whether it is on at this share of the way from clean to noise."""
+        """True if guidance is on at this share of the way from clean to noise."""
         low, high = self.interval
         return low <= share <= high
 

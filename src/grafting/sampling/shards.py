@@ -3,7 +3,7 @@
 A shard is a batch: number b holds the images from b times the batch size on, whoever draws it, so the set does not depend on
 the number of processes. Each process draws every world_size-th shard and asks nothing of the others; the main one writes
 the samples file when all shards are there. Shards are whole or absent and carry their checksum: a process that is killed
-loses the batch that it was at, and the same call goes on from there. This file does not know models or recipes.
+loses the batch that it was at, and the same call resumes from there. This file does not know models or recipes.
 """
 
 import json
@@ -98,7 +98,7 @@ class Drawing:
         return self.config.num_images - sum(len(self._numbers(shard)) for shard in self._missing())
 
     def matches(self, path: Path) -> bool:
-        """Whether a file of samples holds these images already.
+        """True if a file of samples already holds these images.
 
         Raises:
             RunError: it holds others, which are not written over.
@@ -213,7 +213,7 @@ class Drawing:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the images' protocol says of them."""
+        """Sampling part of the images' protocol."""
         dtype = self.description.get("weights_dtype", "float32")
         vae = self._decoder.identity
         return origin_of(self.config, weights_dtype=dtype, denoiser=self._denoiser, vae=vae)
@@ -368,7 +368,7 @@ def write_pictures(paths: Sequence[Path], images: UInt8[Tensor, "b c h w"]) -> N
 
 
 def describe_model(model: nn.Module, *, settings: Any) -> dict[str, Any]:
-    """What identifies a model by what it holds, as JSON: its settings, tensors and their type.
+    """Identity of a model by content, as JSON: its settings, tensors and their type.
 
     Args:
         settings: all that its tensors do not say, as JSON: arguments of its class, plan.
