@@ -116,7 +116,10 @@ def test_it_runs_from_stage_1_to_a_report(ran):
     assert tuple(samples.images.shape) == (7, *HOSTS[name][2])
     assert samples.labels.tolist() == [0, 1, 2, 3, 4, 5, 0]
     assert samples.origin["sampling"]["conditions"]["name"] == "prompts"
-    assert "<h1>" in (folder / "run/report.html").read_text()
+    page = (folder / "run/report.html").read_text()
+    for said in ("no suite has measured its images", "shows costs alone", '<span class="name">prompt</span>'):
+        assert said in page
+    assert "chet distance" not in page
 
 
 def test_it_is_not_done_again(ran):

@@ -16,7 +16,7 @@ _LARGE_SIDE = 64
 _MAX_BYTES = 1_500_000
 
 
-def gallery(samples: Mapping[str, Samples]) -> dict[str, Any] | None:
+def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> dict[str, Any] | None:
     """A short sheet for each model and, where they are small enough, a longer one; None if there is no image."""
     samples = {name: s for name, s in samples.items() if len(s.images)}
     if not samples:
@@ -29,9 +29,10 @@ def gallery(samples: Mapping[str, Samples]) -> dict[str, Any] | None:
     has_more = len(longest.images) > columns and sum(s.images.nbytes for s in samples.values()) <= _MAX_BYTES
     return {
         "columns": columns,
+        "asked": asked,
         "labels": labels,
-        "sheets": [_sheet(name, s, count=columns, columns=columns) for name, s in samples.items()],
-        "more": [_sheet(name, s, count=len(s.images), columns=10) for name, s in samples.items()]
+        "sheets": [_sheet(name, s, asked, count=columns, columns=columns) for name, s in samples.items()],
+        "more": [_sheet(name, s, asked, count=len(s.images), columns=10) for name, s in samples.items()]
         if has_more
         else [],
         "num_more": len(longest.images),
@@ -53,9 +54,9 @@ class Sheet(NamedTuple):
     alt: str
 
 
-def _sheet(name: str, samples: Samples, *, count: int, columns: int) -> Sheet:
+def _sheet(name: str, samples: Samples, asked: str, *, count: int, columns: int) -> Sheet:
     images, labels = samples.images[:count], samples.labels[:count].tolist()
-    alt = f"The first {len(images)} images of {name}; their classes are {', '.join(map(str, labels))}"
+    alt = f"The first {len(images)} images of {name}, by {asked}: {', '.join(map(str, labels))}"
     return Sheet(name, sheet_uri(_filled(images, columns), columns=columns), alt)
 
 

@@ -47,7 +47,7 @@ def _render(run: Run) -> str:
         results=results(run.rows or []),
         further=further(run.rows or []),
         notes=notes(run.rows or []),
-        gallery=gallery(run.samples),
+        gallery=gallery(run.samples, asked="prompt" if (run.recipe or {}).get("conditions") else "class"),
         plan=_plan(_sites(run)),
         stage_1=stage_1(run.distill_log or [], _sites(run)),
         stage_2=stage_2(run.finetune_log or []),

@@ -27,8 +27,11 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not rows:
         return None
     figure, base = headline(rows), baseline(rows)
-    columns = [column for column in shown_in("main") if column is not figure]
     values = [row[figure.key] for row in rows if is_number(row.get(figure.key))]
+    columns = [column for column in shown_in("main") if column is not figure]
+    if not values:
+        # no suite measures these images: what is left is costs
+        columns = [column for column in columns if any(column.key in row for row in rows)]
     limits = [limit for row in rows for limit in figure.limits(row) or ()]
     scale = Scale.around(
         [*values, *limits],
@@ -39,6 +42,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         "title": figure.name(rows),
         "figure": figure,
+        "is_measured": bool(values),
         "columns": columns,
         "axis": interval_axis(scale),
         "logarithmic": scale.log,

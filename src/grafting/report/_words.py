@@ -48,6 +48,8 @@ def _outcome(rows: Sequence[Mapping[str, Any]], *, alike: bool) -> str:
     measured = {row["name"]: row for row in rows if is_number(row.get(figure.key))}
     base = measured.get(PRETRAINED)
     last = last_measured(rows)
+    if last is None and rows and not any("protocol" in row for row in rows) and "params" in rows[0]:
+        return "no suite has measured its images"
     if last is None:
         return (
             "not measured yet"
