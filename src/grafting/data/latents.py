@@ -172,6 +172,9 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.items)
 
+    def __str__(self) -> str:
+        return f"the latents in {self.folder}"
+
     @property
     def num_classes(self) -> int:
         return self.index.num_classes

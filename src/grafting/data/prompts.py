@@ -36,6 +36,7 @@ from ..contract import TrainingData
 from ..errors import DataError
 from ..machine.files import hash_json
 from .latents import LatentSet, Shard
+from .scenes import Captions, Scenes
 from .shards import DTYPES, RaggedFile, StoredFile, by_shard
 
 INDEX_NAME = "prompts.json"
@@ -295,15 +296,15 @@ class Prompts:
 
 
 def check_bound(data: TrainingData, conditions: object) -> None:
-    """Raises a DataError if latents are of other prompts than the model is asked by, or of prompts and it is asked by class."""
-    if not isinstance(data, LatentSet) or data.conditions_sha256 is None:
+    """Raises a DataError if data are of other prompts than the model is asked by, or of prompts and it is asked by class."""
+    if not isinstance(data, LatentSet | Scenes) or data.conditions_sha256 is None:
         return
-    asked = conditions.sha256 if isinstance(conditions, Prompts) else None
+    asked = conditions.sha256 if isinstance(conditions, Prompts | Captions) else None
     if data.conditions_sha256 != asked:
         by = f"by the prompts {asked[:12]}" if asked else "by class"
         raise DataError(
-            f"the latents in {data.folder} are of the prompts {data.conditions_sha256[:12]}, and the model is asked {by}: "
-            "give the folder of prompts that the latents were written for"
+            f"{data} are of the prompts {data.conditions_sha256[:12]}, and the model is asked {by}: "
+            "name those that the data were made for"
         )
 
 

@@ -82,6 +82,8 @@ class Suite(Data, ABC):
     batch_size: PositiveInt = 500
     """Images per call of the network."""
 
+    asked_by: ClassVar[str | None] = None
+    """Name of the conditions whose images it judges, `classes` among them; None if any images will do."""
     uses_labels: ClassVar[bool] = True
     """False of a suite that measures images whose conditions are not known."""
 

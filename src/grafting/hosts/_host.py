@@ -203,7 +203,7 @@ class Host(ABC):
         if found is None:
             raise HostError(
                 f"host {self.name!r} is asked for what prompts say, and none are given: name them in the recipe, "
-                "`conditions: {name: prompts, folder: ./prompts}`, or give `conditions=Prompts(folder)`"
+                "`conditions: {name: prompts, folder: ./prompts}` (or `{name: scenes}`), or give `conditions=Prompts(folder)`"
             )
         return Denoiser(self.predict, process or self.process(model), found, distilled=self.distilled)
 

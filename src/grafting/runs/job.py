@@ -117,15 +117,22 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 
 def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
-    """True if images of this shape can be measured: by the recipe's suite, else by the testbed's if it supports them.
+    """True if images of this shape can be measured: by the recipe's suite, else by a testbed's if it supports them.
 
     Raises:
         RecipeError: the suite cannot measure them.
     """
     assert recipe.sample is not None
-    if recipe.evaluate is None and (recipe.conditions or recipe.suite.faults(1_000_000, image_shape)):
+    suite = recipe.suite
+    is_asked = suite.asked_by in (None, recipe.asked)
+    if recipe.evaluate is None and (not is_asked or suite.faults(1_000_000, image_shape)):
         return False
-    if faults := recipe.suite.faults(recipe.sample.num_images, image_shape):
+    faults = suite.faults(recipe.sample.num_images, image_shape)
+    if not is_asked:
+        faults.append(
+            f"suite {suite.name} judges images by conditions {suite.asked_by}; the recipe's are {recipe.asked}"
+        )
+    if faults:
         raise RecipeError(fault_list([f"evaluate: {fault}" for fault in faults], "what the recipe samples"))
     return True
 
