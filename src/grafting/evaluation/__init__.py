@@ -23,6 +23,7 @@ from .evaluator import Evaluator as Evaluator
 from .evaluator import evaluate as evaluate
 from .figures import Evaluation as Evaluation
 from .figures import ratio as ratio
+from .per_image import PerImage as PerImage
 from .protocol import Identity as Identity
 from .protocol import Metrics as Metrics
 from .protocol import MetricsConfig as MetricsConfig

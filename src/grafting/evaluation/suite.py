@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..contract import Step
 from ..errors import DataError
+from .per_image import PerImage
 from .protocol import Data, Protocol
 
 OnStep = Callable[[Step], None]
@@ -66,6 +67,10 @@ class SuiteEvaluator(ABC):
         Raises:
             ProtocolError: no image came, or fewer than the protocol says.
         """
+
+    def per_image(self) -> PerImage | None:
+        """What each image adds to these figures, for comparisons image by image; None where a suite does not keep it."""
+        return None
 
 
 class KeptReference(NamedTuple):

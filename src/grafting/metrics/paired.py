@@ -41,7 +41,6 @@ def paired_difference(
     a: Scores, b: Scores, *, strata: Numbers = None, clusters: Numbers = None, confidence: float = 0.95
 ) -> Estimate:
     """The mean of a's scores less that of b's, image by image; raises as `mean_estimate`, whose arguments it takes."""
-    _check_pairs(a, b)
     return mean_estimate(a.double() - b.double(), strata=strata, clusters=clusters, confidence=confidence)
 
 
@@ -56,7 +55,6 @@ def paired_change(
     confidence: float = 0.95,
 ) -> Estimate:
     """Figure a less figure b, with an interval from the influences of their images; raises as `mean_estimate`."""
-    _check_pairs(influence_a, influence_b)
     between = influence_a.double() - influence_b.double()
     return spread(between, strata=strata, clusters=clusters).around(a - b, confidence)
 
@@ -78,7 +76,6 @@ def paired_ratio(
     Raises:
         ValueError: as `mean_estimate`, or a figure that is not positive.
     """
-    _check_pairs(influence_a, influence_b)
     if min(a, b) <= 0:
         raise ValueError(f"a ratio needs positive figures; found {a:.3g} and {b:.3g}")
     relative = spread(influence_a.double() / a - influence_b.double() / b, strata=strata, clusters=clusters)
@@ -93,8 +90,3 @@ def seeds_estimate(values: Sequence[float], *, confidence: float = 0.95) -> Esti
         ValueError: fewer than two seeds.
     """
     return mean_estimate(torch.tensor(values, dtype=torch.float64), confidence=confidence)
-
-
-def _check_pairs(a: Tensor, b: Tensor) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"pairs need one number an image in both rows; there are {len(a)} and {len(b)}")
