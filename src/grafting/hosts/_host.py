@@ -132,6 +132,9 @@ class Host(ABC):
     def shape(self, model: nn.Module) -> tuple[int, ...]:
         """The native shape of one input: channels, then frames of a video, then height and width."""
 
+    def initialise(self, model: nn.Module) -> None:
+        """Set a new model's random weights for pretraining; by default they stay as its class draws them."""
+
     @abstractmethod
     def tiny(self) -> nn.Module:
         """A small random model of this class, for tests and trials; its output is not zero."""
