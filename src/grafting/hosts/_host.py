@@ -132,8 +132,9 @@ class Host(ABC):
     def shape(self, model: nn.Module) -> tuple[int, ...]:
         """The native shape of one input: channels, then frames of a video, then height and width."""
 
-    def initialise(self, model: nn.Module) -> None:
-        """Set a new model's random weights for pretraining; by default they stay as its class draws them."""
+    def initialised(self, model: nn.Module) -> nn.Module:
+        """A new model with random weights for pretraining; by default those that its class draws."""
+        return model
 
     @abstractmethod
     def tiny(self) -> nn.Module:

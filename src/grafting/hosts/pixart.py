@@ -90,7 +90,7 @@ class PixArtHost(Host):
     def shape(self, model: PixArt) -> tuple[int, ...]:
         return (model.config.in_channels, model.config.sample_size, model.config.sample_size)
 
-    def initialise(self, model: PixArt) -> None:
+    def initialised(self, model: PixArt) -> PixArt:
         """Xavier's weights, and zeros where attention to the text and the head end: the model begins as blocks without text.
 
         Source: after PixArt-alpha `diffusion/model/nets/PixArt.py::initialize_weights`, whose embeddings are smaller.
@@ -104,6 +104,7 @@ class PixArtHost(Host):
         nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
         for layer in (*(block.attn2.to_out[0] for block in model.transformer_blocks), model.proj_out):
             nn.init.zeros_(layer.weight)
+        return model
 
     def tiny(self) -> PixArt:
         model = self.model_class(

@@ -174,8 +174,7 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     """The model that a recipe starts from, and a hash of what it is."""
     if isinstance(source, FreshModel) and source.weights is None:
         torch.manual_seed(source.seed)
-        model = _construct(source)
-        hosts()[source.host].initialise(model)
+        model = hosts()[source.host].initialised(_construct(source))
         return model, hash_json(source.model_dump(mode="json", exclude_none=True))
     name = source.weights if isinstance(source, FreshModel) else source
     assert name is not None
