@@ -93,7 +93,7 @@ class DiT(ModelMixin, ConfigMixin):
         return cls(**{**DIT_PRESETS[name], **overrides})
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "b"] | Int[Tensor, "b"], y: Int[Tensor, "b"]
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"] | Int[Tensor, " b"], y: Int[Tensor, " b"]
     ) -> Float[Tensor, "b out_c h w"]:
         """The model's prediction for noised images x at steps t (0..999, may be fractional) and classes y.
 
@@ -354,7 +354,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
 
-    def forward(self, y: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+    def forward(self, y: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
         return self.embedding_table(y)
 
 

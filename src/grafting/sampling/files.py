@@ -40,7 +40,7 @@ class Samples(NamedTuple):
     """Images, labels, and how they came about: `sampling`, `labels` and `weights_dtype` of their protocol."""
 
     images: UInt8[Tensor, "n c *size"]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, " n"]
     origin: dict[str, Any]
 
 
@@ -59,7 +59,7 @@ class SampleFile:
     path: Path
     num_images: int
     shape: tuple[int, ...]
-    labels: Int[Tensor, "n"] | None
+    labels: Int[Tensor, " n"] | None
     origin: dict[str, Any]
     record: dict[str, Any]
     read: Callable[[int], Iterator[Tensor]]
@@ -72,7 +72,7 @@ class SampleFile:
         """
         return self.read(size)
 
-    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, "b"]]]:
+    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, " b"]]]:
         """The images with their labels, `size` at a time. Raises as `images`, and at the call if there are no labels."""
         if self.labels is None:
             raise DataError(
