@@ -236,8 +236,8 @@ def softmax_attention_flops(site: Site, num_pairs: int, *, num_heads: int | None
     return num_pairs * (4 * site.dim + 2 * (site.num_heads if num_heads is None else num_heads))
 
 
-# calls a model on noised inputs [B, ...], steps [B] and a condition: what `Conditions.at` gives
-Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+# calls a model, of the class that it is made for, on noised inputs [B, ...], steps [B] and a condition: what `Conditions.at` gives
+Predict = Callable[[Any, Tensor, Tensor, Any], Tensor]
 
 # x_t's successor, from the model's prediction at x_t and x_t
 Update = Callable[[Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from ..contract import Grid, OperatorConfig, Site
 from ..editing.plan import Drop, Merge, Plan, fault_list
 from ..editing.surgery import build_operators, grafted, holds_operators, leaving_no_hook, resolve
 from ..errors import PlanError
-from ..hosts import host_of
+from ..hosts import config_of, host_of
 from ..weights.portable import Record
 from .count import ModelCost, SiteCost, changes, model_cost
 from .latency import peak_memory, time_forward
@@ -146,13 +146,14 @@ def _standing(model: nn.Module, sites: Sequence[Site]) -> dict[Site, OperatorCon
     held = [site for site in sites if holds_operators(model.get_submodule(site.path))]
     if not held:
         return {}
-    record = getattr(model, "config", {}).get("grafting")
+    record = config_of(model).get("grafting")
     if record is None:
         raise PlanError(
             "the model was grafted in place, so what stands at its sites is not on record: undo that graft first"
         )
     plan = Record.read(record, source="the model's config").plan
-    by_path = {site.path: operator for site, operator in resolve(model, plan).items()}
+    chosen = resolve(model, plan)
+    by_path = {site.path: choice for site, choice in chosen.items() if isinstance(choice, OperatorConfig)}
     return {site: by_path[site.path] for site in held}
 
 

@@ -45,7 +45,7 @@ class Decoder:
     def to(self, device: torch.device) -> "Decoder":
         """This decoder, moved to a device."""
         if self._vae is not None:
-            self._vae.module.to(device)
+            self._vae.to(device)
         return self
 
     @property
@@ -71,7 +71,7 @@ class Decoder:
         if self._vae is None:
             return shape
         _, height, width = shape
-        channels = int(self._vae.module.config.out_channels)
+        channels = int(self._vae.module.config["out_channels"])
         return (channels, height * self._vae.factor, width * self._vae.factor)
 
     def __call__(self, x: Float[Tensor, "b c *size"]) -> UInt8[Tensor, "b c2 *size2"]:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -266,6 +267,7 @@ def _open_npz(path: Path) -> SampleFile:
 def _read_npz(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Tensor]:
     num_images, *image = shape
     with _whole_npz(path), ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
+        assert isinstance(member, BufferedIOBase)
         _read_header(member)
         for first in range(0, num_images, size):
             rows = np.empty((min(size, num_images - first), *image), np.uint8)
