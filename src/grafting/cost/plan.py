@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -32,9 +33,9 @@ class PlanCost:
     num_merged: int = 0
     """Blocks that are merged, whose sites are not told apart."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """All figures: changes in percent, of the whole model, and of every site."""
-        whole = {
+        whole: JsonValue = {
             name: {"before": getattr(self.before, name), "after": getattr(self.after, name)}
             for name in ("flops", "params", "saved_bytes")
         }
@@ -56,8 +57,10 @@ class Measured:
     speedup: float  # median over passes of before / after
     peak_bytes: tuple[int, int]
 
-    def to_json(self) -> dict[str, Any]:
-        ms = {path: {"before": before, "after": after} for path, (before, after) in self.ms.items()}
+    def to_json(self) -> dict[str, JsonValue]:
+        ms: dict[str, JsonValue] = {
+            path: {"before": before, "after": after} for path, (before, after) in self.ms.items()
+        }
         return {
             "ms": ms.pop(""),
             "speedup": self.speedup,
@@ -180,7 +183,7 @@ def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site],
     return list(sites.values()), operators
 
 
-def _site_json(before: SiteCost, after: SiteCost | None) -> dict[str, Any]:
+def _site_json(before: SiteCost, after: SiteCost | None) -> dict[str, JsonValue]:
     """A site before and after; after is None where its block is no more."""
     figures: Mapping[str, Callable[[SiteCost], int]] = {
         "flops": lambda cost: cost.flops.total,

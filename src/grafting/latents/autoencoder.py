@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers.models import AutoencoderKL
 from jaxtyping import Float, UInt8
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ class Autoencoder:
             unscaled = latents.to(self.device).float() / self.scale + self.shift
             return self.module.decode(unscaled).sample.float().cpu()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JsonValue]:
         """Identity, as JSON."""
         return {"name": self.name, "revision": self.revision, "sha256": self.sha256}
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from ..contract import Denoiser, Grid, Site, TrainingData
@@ -37,7 +37,7 @@ class Job:
     shape: tuple[int, ...]  # of one input, as the data has it
     chosen: dict[Site, Choice]
     data: TrainingData
-    identity: dict[str, Any]  # hashes of the model, plan, data, conditions and process
+    identity: dict[str, JsonValue]  # hashes of the model, plan, data, conditions and process
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         finetuning.check_division(recipe.finetune)
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         distillation.split(len(data), recipe.distill)
-    identity = {
+    identity: dict[str, JsonValue] = {
         "grafting": version("grafting"),
         "source": source_sha256,
         "plan": recipe.edits.model_dump(mode="json"),
