@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Computing(Protocol):
     @property
     def precision(self) -> Precision: ...
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self: ...
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Any: ...
 
 
 C = TypeVar("C", bound=Computing)
