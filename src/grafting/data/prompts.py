@@ -177,7 +177,7 @@ class Prompts:
     def identity(self) -> dict[str, JsonValue]:
         return {"name": "prompts", "sha256": self.sha256, "dropout": self.dropout}
 
-    def nulls(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"] | None:
+    def nulls(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
         """The number of each prompt's null, which is a null's own; None if the folder has none."""
         if self.index.num_nulls == 0:
             return None
@@ -187,7 +187,7 @@ class Prompts:
         return torch.tensor(nulls, dtype=numbers.dtype, device=numbers.device) + len(self)
 
     def at(
-        self, numbers: Int[Tensor, "b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+        self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Any]:
         """Keyword arguments for these prompts and nulls, each tensor [B, ...] but constants.
 
@@ -276,7 +276,7 @@ class Prompts:
     def _total(self) -> int:
         return self.index.count + self.index.num_nulls
 
-    def _checked(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def _checked(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """The numbers, on the CPU.
 
         Raises:

@@ -18,7 +18,7 @@ PixArt = Any
 _VAE_FACTOR = 8
 
 
-class PixArtHost(Host):
+class PixArtHost(Host[PixArt]):
     """Blocks of self-attention, attention to the text, and MLP.
 
     The condition is a mapping of `encoder_hidden_states` [B, T, C], `encoder_attention_mask` [B, T] and, for models

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from ..contract import Denoiser, Grid, Site, TrainingData
@@ -14,7 +14,7 @@ from ..data import check_bound
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
-from ..hosts import Host, host_of, hosts
+from ..hosts import Host, config_of, host_of, hosts
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json, sha256_of
@@ -37,7 +37,7 @@ class Job:
     shape: tuple[int, ...]  # of one input, as the data has it
     chosen: dict[Site, Choice]
     data: TrainingData
-    identity: dict[str, Any]  # hashes of the model, plan, data, conditions and process
+    identity: dict[str, JsonValue]  # hashes of the model, plan, data, conditions and process
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         finetuning.check_division(recipe.finetune)
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         distillation.split(len(data), recipe.distill)
-    identity = {
+    identity: dict[str, JsonValue] = {
         "grafting": version("grafting"),
         "source": source_sha256,
         "plan": recipe.edits.model_dump(mode="json"),
@@ -213,12 +213,12 @@ def _construct(source: FreshModel) -> nn.Module:
 
 def _check_config(model: nn.Module, source: FreshModel) -> None:
     """Raises a RecipeError that lists where the weights' model is not the one that is described, if it is not."""
-    described = skeleton(source)
+    described, found = skeleton(source), config_of(model)
     faults = [] if type(model) is type(described) else [f"it is a {type(model).__name__}"]
     faults += [
-        f"{key} is {model.config.get(key)!r} there, {value!r} in the recipe"
-        for key, value in described.config.items()
-        if not key.startswith("_") and hash_json(model.config.get(key)) != hash_json(value)
+        f"{key} is {found.get(key)!r} there, {value!r} in the recipe"
+        for key, value in config_of(described).items()
+        if not key.startswith("_") and hash_json(found.get(key)) != hash_json(value)
     ]
     if faults:
         raise RecipeError(fault_list(faults, f"source: the model in {source.weights}"))
