@@ -23,6 +23,7 @@ from ..sampling.chain import SamplingConfig, check_sampling
 from ..training import distillation, finetuning
 from ..weights.folder import WEIGHTS_NAME, find_model, load_model
 from .operator_cache import OperatorStore
+from .paths import naming_paths
 from .recipe import FreshModel, Recipe
 
 
@@ -65,6 +66,11 @@ class Job:
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
     """Load what a recipe names and check that everything fits, without writing anything. The job's recipe says no `auto`."""
+    with naming_paths(recipe.written):
+        return _prepare(recipe, store)
+
+
+def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     recipe, _ = settled_run(recipe, default_device())
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)

@@ -5,7 +5,7 @@ pretrained model + plan --distill--> operators --finetune--> model --sample--> i
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, PrivateAttr, StringConstraints
 
 from ..data import ConditionsConfig, DataConfig
 from ..diffusion import ProcessConfig
@@ -17,6 +17,7 @@ from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
 from ..words import ROW_TITLES, RowName
+from .paths import WrittenPaths
 
 
 class FreshModel(BaseModel):
@@ -69,6 +70,12 @@ class Recipe(BaseModel):
     """Of the operators' random weights."""
     save_every: PositiveInt = 100
     """Steps of stage 1 and 2 between saved states."""
+    _written: WrittenPaths = PrivateAttr(default_factory=WrittenPaths)
+
+    @property
+    def written(self) -> WrittenPaths:
+        """How the recipe's files write its paths, by what they resolve to."""
+        return self._written
 
     @property
     def edits(self) -> Plan:
