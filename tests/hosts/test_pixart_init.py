@@ -32,6 +32,8 @@ def test_a_fresh_model_is_initialised_for_pretraining():
         assert not PixArtHost().predict(model, x, t, captions).any()
         model.proj_out.weight.normal_()
         said = PixArtHost().predict(model, x, t, captions)
-        unsaid = PixArtHost().predict(model, x, t, captions | {"encoder_hidden_states": torch.zeros(2, 3, 12)})
+        unsaid = PixArtHost().predict(
+            model, x, t, captions | {"encoder_hidden_states": torch.zeros(2, 3, 12)}
+        )
     assert torch.equal(said, unsaid)
     assert said.std() > 0.1

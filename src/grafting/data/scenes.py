@@ -182,12 +182,12 @@ class Captions:
     def identity(self) -> dict[str, JsonValue]:
         return {"name": "scenes", "version": _CAPTIONS_VERSION, "dropout": self.dropout}
 
-    def nulls(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def nulls(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """The number of the empty caption, for each."""
         return torch.full_like(numbers, len(self))
 
     def at(
-        self, numbers: Int[Tensor, "b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+        self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """`encoder_hidden_states` [B, 6, 32] and `encoder_attention_mask` [B, 6], all ones.
 
@@ -366,7 +366,7 @@ class Scenes:
         """Hash of the captions whose numbers these are."""
         return Captions().sha256
 
-    def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 3 32 32"], Int[Tensor, "b"]]:
+    def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 32 32"], Int[Tensor, " b"]]:
         scenes = [draw_scene(self.seeds[index]) for index in indices.tolist()]
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
         return images.float() / 127.5 - 1, torch.tensor([scene.caption for scene in scenes])

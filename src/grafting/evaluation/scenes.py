@@ -38,11 +38,11 @@ class Readings(NamedTuple):
     far the background is from the nearest grating, in levels (rms)."""
 
     cells: Int[np.ndarray, "b 4 4 2"]
-    stray: Float[np.ndarray, "b"]
-    background: Float[np.ndarray, "b"]
+    stray: Float[np.ndarray, " b"]
+    background: Float[np.ndarray, " b"]
 
     @property
-    def readable(self) -> Bool[np.ndarray, "b"]:
+    def readable(self) -> Bool[np.ndarray, " b"]:
         return (self.stray < _STRAY) & (self.cells != NO_OBJECT).all((1, 2, 3))
 
 
@@ -94,7 +94,7 @@ def _centres(saturation: Float[np.ndarray, "b 32 32"]) -> Float[np.ndarray, "b 4
 
 def _background(
     grey: Float[np.ndarray, "b 32 32"], free: Bool[np.ndarray, "b 32 32"]
-) -> Float[np.ndarray, "b"]:
+) -> Float[np.ndarray, " b"]:
     """Distance to the nearest grating, rms over the pixels of the background; over all where there is hardly any."""
     weights = np.where(free.sum((1, 2), keepdims=True) < _FEWEST_GREY, True, free).astype(float)
     waves = (grey - scenes.MEAN_LEVEL) / scenes.CONTRAST
@@ -273,7 +273,7 @@ class ScenesEvaluator(SuiteEvaluator):
         )
 
 
-def _scores(rows: dict[str, Tensor]) -> dict[str, Float[Tensor, "n"]]:
+def _scores(rows: dict[str, Tensor]) -> dict[str, Float[Tensor, " n"]]:
     """Every figure's number of each image; NaN where an image does not count."""
     seen = Readings(*(rows[name].numpy() for name in Readings._fields))
     captions = [caption_of(number) for number in rows["labels"].tolist()]
@@ -294,7 +294,9 @@ def _scores(rows: dict[str, Tensor]) -> dict[str, Float[Tensor, "n"]]:
     return scores | {"background": rows["background"].double()}
 
 
-def _share_of_twins(verdicts: Sequence[Verdict], distances: frozenset[tuple[int, int]]) -> Float[Tensor, "n"]:
+def _share_of_twins(
+    verdicts: Sequence[Verdict], distances: frozenset[tuple[int, int]]
+) -> Float[Tensor, " n"]:
     """The share of each image's unsaid objects at these distances whose twin is there; NaN where there is none."""
     found = [[stands for distance, stands in verdict.twins if distance in distances] for verdict in verdicts]
     return torch.tensor([np.mean(s) if s else math.nan for s in found], dtype=torch.float64)
