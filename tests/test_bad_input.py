@@ -259,7 +259,7 @@ COMMANDS = [
     calls("unknown operator's settings", "operators hyena-q", "no operator 'hyena-q'; there are .*hyena-x"),
     calls("grid in words", "cost {w}/recipe.yaml --grid large", "--grid is rows x columns of tokens, such as 64x64, or"),
     calls("bands in words", "locality {w}/dit --bands wide", "--bands is numbers of tokens, such as 2,4,8; found 'wide'"),
-    calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus' is known; there are .*h100"),
+    calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus'; there are .*h100"),
     calls("device for a run", "run {w}/recipe.yaml --out {w}/out --device h100", "--device only applies to --dry-run"),
     calls("schema to a folder", "schema --out {w}", "cannot write {w}: it is a folder; name a file"),
     calls("folder for a recipe", "check {w}/dit", "no recipe file {w}/dit: it is a folder"),

@@ -334,7 +334,10 @@ def _locality_of_samples(
     host = host_of(model)
     denoiser, shape = host.denoiser(model, conditions), config.shape or host.shape(model)
     is_diffusion, is_of_pixels = isinstance(denoiser.process, Diffusion), makes_pixels(shape)
-    chosen: dict[str, Any] = {"sampler": "ddim" if is_diffusion else "euler", "clip": is_diffusion and is_of_pixels}
+    chosen: dict[str, Any] = {
+        "sampler": "ddim" if is_diffusion else "euler",
+        "clip": is_diffusion and is_of_pixels,
+    }
     if "guided_channels" not in config.model_fields_set and host.name == "dit" and not is_of_pixels:
         chosen["guided_channels"] = 3  # as DiT's published samples
     config = settled(config.model_copy(update=chosen), default_device())

@@ -226,7 +226,7 @@ def _app_of(function: Callable[..., None], groups: Mapping[str, Options]) -> typ
         f"{group}_{name}": (group, name) for group, options in groups.items() for name in options.options
     }
 
-    def run(ctx: typer.Context, **values: Any) -> None:
+    def run(ctx: Any, **values: Any) -> None:
         given: dict[str, dict[str, Any]] = {group: {} for group in groups}
         for key, (group, name) in places.items():
             value = values.pop(key)
