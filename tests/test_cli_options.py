@@ -46,6 +46,8 @@ class Settings(BaseModel):
 
 
 class Source(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     source: str
     """Source."""
     copies: int = 1

@@ -119,7 +119,9 @@ class Option:
 
     @property
     def default(self) -> Any:
-        return self.own.get("default", None if self.field.is_required() else self.field.default)
+        if "default" in self.own:
+            return self.own["default"]
+        return None if self.field.is_required() else self.field.get_default(call_default_factory=True)
 
     @cached_property
     def _types(self) -> tuple[Any, ...]:
