@@ -1,4 +1,4 @@
-"""Helpers shared by several commands: consoles, common arguments, and parsing of models, recipes and shapes."""
+"""Helpers shared by several commands: consoles, common arguments, and parsing of models and recipes."""
 
 import json
 import os
@@ -79,11 +79,3 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Parse a shape such as 4,32,32."""
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DataError(f"--shape is numbers such as 4,32,32; found {text!r}")
-    return tuple(map(int, parts))

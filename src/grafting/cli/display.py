@@ -233,7 +233,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         for what in ("memory", "disk"):
             parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
             say(console, f"{stage['name']}, {what}: {parts}")
-        say(console, f"{stage['name']}, time {stage['basis']}")
+        say(console, f"{stage['name']}, time: {stage['basis']}")
     if found["data"]["items"] is not None:
         say(console, f"Data: {found['data']['items']:,} items, {size(found['data']['bytes'])}")
     dump = found["dump"]
@@ -241,7 +241,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         here = size(dump["here"]) if dump["here"] else "nothing"
         say(
             console,
-            f"Activations on disk: {here}; the published method for stage 1 keeps {size(dump['published'])}",
+            f"Activations on disk: {here}; the published method for stage 1 stores {size(dump['published'])}",
         )
 
 

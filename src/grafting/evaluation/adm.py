@@ -286,7 +286,7 @@ class AdmReference:
         if self.spread is not None:
             pooled, spatial = self.spread
             lines.append(
-                f"Its own images lie {pooled:.4g} (pooled) and {spatial:.4g} (spatial) from its statistics"
+                f"Distance from its statistics to its own images: {pooled:.4g} (pooled) and {spatial:.4g} (spatial)"
             )
         return lines
 
@@ -331,11 +331,11 @@ def check_adm_reference(path: Path) -> None:
             f"or statistics, {', '.join(_STATISTICS)}, or both"
         )
     elif 0 < len(missing) < len(_STATISTICS):
-        faults.append(f"of its statistics {', '.join(missing)} are missing")
+        faults.append(f"its statistics lack {', '.join(missing)}")
     if not missing:
         shapes = {name: file.shape(name) for name in _STATISTICS}
         faults += [
-            f"{mean} is {list(shapes[mean])} and {covariance} {list(shapes[covariance])}; [F] and [F, F] fit"
+            f"{mean} is {list(shapes[mean])} and {covariance} {list(shapes[covariance])}; expected [F] and [F, F]"
             for mean, covariance in (_STATISTICS[:2], _STATISTICS[2:])
             if len(shapes[mean]) != 1 or shapes[covariance] != shapes[mean] * 2
         ]
@@ -521,18 +521,18 @@ def _notes(features: Tensor, bias: float | None, config: AdmConfig, reference: A
         )
     if num_images <= width:
         notes.append(
-            f"{num_images} images are fewer than the {width} features and one more: their covariance lacks rank, "
-            f"and the Frechet distances measure mostly that"
+            f"too few images: {num_images} for {width} features, so the covariance lacks rank and the Frechet distances "
+            f"mostly measure that"
         )
     elif num_images < 10_000 and bias is None:
         notes.append(
-            f"with {num_images} images of {width} features frechet is far too high; "
-            f"by how much can be told from {4 * width} images on"
+            f"frechet is far too high with {num_images} images of {width} features; "
+            f"the error can be estimated from {4 * width} images on"
         )
     if bias is not None and num_images < _PUBLISHED_IMAGES:
-        notes.append(f"with {num_images} images frechet is too high by about {bias:.3g}")
+        notes.append(f"frechet is about {bias:.3g} too high with {num_images} images")
     if num_images != _PUBLISHED_IMAGES:
-        notes.append(f"published figures are of {_PUBLISHED_IMAGES} images; these are of {num_images}")
+        notes.append(f"published figures use {_PUBLISHED_IMAGES} images; these use {num_images}")
     if num_images % config.score_split_size:
         notes.append(
             f"the last part of the Inception score has {num_images % config.score_split_size} images, "
@@ -543,7 +543,7 @@ def _notes(features: Tensor, bias: float | None, config: AdmConfig, reference: A
     if reference.spread is not None:
         pooled, spatial = reference.spread
         notes.append(
-            f"the reference's own {reference.num_images} images lie "
-            f"{pooled:.4g} (pooled) and {spatial:.4g} (spatial) from the statistics beside them"
+            f"distance from the reference's statistics to its own {reference.num_images} images: "
+            f"{pooled:.4g} (pooled) and {spatial:.4g} (spatial)"
         )
     return notes

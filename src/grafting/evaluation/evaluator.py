@@ -66,7 +66,7 @@ class Evaluator(SuiteEvaluator):
         """
         if labels is None or labels.shape != images.shape[:1]:
             found = "no labels" if labels is None else f"labels {list(labels.shape)}"
-            raise DataError(f"{len(images)} images came with {found}; one each is needed")
+            raise DataError(f"{len(images)} images came with {found}; expected one label per image")
         self._protocol.check_room(self.num_images + len(images))
         pooled, logits, _ = extract(self._network, images)
         width = len(self._reference.statistics.mean)
@@ -148,14 +148,13 @@ def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[
     notes = []
     if num_images <= width:
         notes.append(
-            f"{num_images} images are fewer than the {width} features and one more: their covariance lacks rank, "
-            f"and frechet measures mostly that"
+            f"too few images: {num_images} for {width} features, so the covariance lacks rank and frechet mostly measures that"
         )
     if bias is not None and num_images < 10_000:
-        notes.append(f"with {num_images} images frechet is too high by about {bias:.3g}")
+        notes.append(f"frechet is about {bias:.3g} too high with {num_images} images")
     if num_images > config.pairwise_images:
         notes.append(
-            f"kid, precision, recall, density and coverage see {config.pairwise_images} images drawn at random"
+            f"kid, precision, recall, density and coverage are computed on {config.pairwise_images} images drawn at random"
         )
     return notes
 
