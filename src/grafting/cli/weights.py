@@ -98,7 +98,7 @@ def push(
 
     [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
     """
+    from ..runs.hub import push_to_hub
     from ..weights.folder import find_model
-    from ..weights.hub import push_to_hub
 
     say(out, f"Uploaded: {push_to_hub(find_model(model), repo, private=not public)}")
