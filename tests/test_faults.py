@@ -29,7 +29,7 @@ from grafting.runs.folder import read_log
 from grafting.runs.operator_cache import OperatorStore
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
-from grafting.weights.folder import load_tensors
+from grafting.weights.tensors import load_tensors
 
 TINY = tinyrecipe.TINY | {
     "plan": [

@@ -11,7 +11,8 @@ from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, RunError
 from grafting.hosts import hosts
 from grafting.runs.hub import push_to_hub
-from grafting.weights.folder import WEIGHTS_NAME, save_model
+from grafting.weights.folder import save_model
+from grafting.weights.locate import WEIGHTS_NAME
 
 PLAN = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-x"),))
 

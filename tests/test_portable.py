@@ -18,7 +18,8 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
-from grafting.weights.folder import INDEX_NAME, WEIGHTS_NAME, load, save_model
+from grafting.weights.folder import load, save_model
+from grafting.weights.locate import INDEX_NAME, WEIGHTS_NAME
 from grafting.weights.portable import Base, grafted_class, plan_of, with_plan
 
 PIXART = hosts()["pixart"]

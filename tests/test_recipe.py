@@ -25,7 +25,8 @@ from grafting.runs.recipe import FreshModel, Recipe
 from grafting.runs.record import write_report
 from grafting.runs.run import run
 from grafting.runs.stages import training_flops
-from grafting.weights.folder import load_tensors, save_model
+from grafting.weights.folder import save_model
+from grafting.weights.tensors import load_tensors
 
 ROOT = Path(__file__).parents[1]
 TINY = tinyrecipe.TINY | {

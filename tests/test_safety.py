@@ -27,8 +27,9 @@ from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 from grafting.runs.states import STATE_NAME, read_state
 from grafting.sampling.files import read_samples
-from grafting.weights.folder import load_model, read_pickle
+from grafting.weights.folder import load_model
 from grafting.weights.published import read_file
+from grafting.weights.tensors import read_pickle
 
 SOURCE = Path(grafting.__file__).parent
 TINY = tinyrecipe.TINY | {
@@ -285,7 +286,7 @@ def test_a_revision_of_the_hub_is_kept_as_its_commit(tmp_path: Path, monkeypatch
         asked.update(name=name, revision=revision)
         return str(snapshot)
 
-    monkeypatch.setattr("grafting.weights.folder.snapshot_download", download)
+    monkeypatch.setattr("grafting.weights.locate.snapshot_download", download)
     vae = load_autoencoder("stabilityai/sd-vae-ft-ema", revision="main")
     assert asked == {"name": "stabilityai/sd-vae-ft-ema", "revision": "main"}
     assert vae.revision == commit

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..machine.files import sha256_of
 from ..machine.precision import Precision, resolve_precision
-from ..weights.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_model
+from ..weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_model
 
 # of a folder of an autoencoder alone, and of one of a whole pipeline
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "diffusion_pytorch_model-*.safetensors")

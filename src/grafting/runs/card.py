@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..weights.card import write_card
-from ..weights.folder import CONFIG_NAME
+from ..weights.locate import CONFIG_NAME
 from .folder import stale_stages
 
 

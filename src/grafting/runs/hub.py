@@ -8,7 +8,8 @@ from huggingface_hub import HfApi
 from ..errors import CheckpointError, RunError
 from ..machine.huberrors import HUB_ERRORS
 from ..weights.card import CARD_NAME
-from ..weights.folder import CONFIG_NAME, HUB_NAME, load_model
+from ..weights.folder import load_model
+from ..weights.locate import CONFIG_NAME, HUB_NAME
 from .card import write_model_card
 
 # what a folder may hold besides is not uploaded

@@ -28,8 +28,9 @@ from ..sampling.shards import Drawing, describe_model
 from ..training.calibration import calibrate
 from ..training.distillation import distill
 from ..training.finetuning import finetune
-from ..weights.folder import save_model, save_operators
+from ..weights.folder import save_model
 from ..weights.portable import Base
+from ..weights.tensors import save_operators
 from ..words import RowName
 from .card import write_model_card
 from .folder import RunFolder, read_log

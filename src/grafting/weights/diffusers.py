@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..machine.files import write_json
 from ..models.dit import DiT, sincos_2d
-from .folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, load_strictly, read_pickle, read_weights
+from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .portable import settings_of
+from .tensors import load_strictly, read_pickle, read_weights
 
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
 

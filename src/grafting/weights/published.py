@@ -22,8 +22,10 @@ from ..errors import CheckpointError, PlanError
 from ..machine.files import sha256_of
 from ..models.dit import DIT_PRESETS, DiT
 from .diffusers import diffusers_folder, read_diffusers
-from .folder import CONFIG_NAME, find_model, load_strictly, load_tensors, read_pickle, save_model
+from .folder import save_model
+from .locate import CONFIG_NAME, find_model
 from .portable import Base
+from .tensors import load_strictly, load_tensors, read_pickle
 
 Shapes = Mapping[str, tuple[int, ...]]
 
