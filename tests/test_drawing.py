@@ -15,7 +15,7 @@ from PIL import Image
 from grafting.errors import DataError, FaultWarning, RunError
 from grafting.hosts import hosts
 from grafting.latents.decoding import Decoder
-from grafting.machine import processes as parallel
+from grafting.machine import processes
 from grafting.sampling import shards as drawing_module
 from grafting.sampling.chain import SamplingConfig
 from grafting.sampling.files import open_samples, read_samples
@@ -106,8 +106,8 @@ def test_the_testbeds_images_are_the_same_in_any_batches(tmp_path, sampler):
 def _draw_as_one(folder: Path, model) -> int:
     """What a process of several does: draws its share, and the main one writes."""
     mine = new(folder, model)
-    steps = draw(mine, model, rank=parallel.rank(), world_size=parallel.world_size())
-    if parallel.is_main():
+    steps = draw(mine, model, rank=processes.rank(), world_size=processes.world_size())
+    if processes.is_main():
         assert all(step.total == 21 for step in mine.wait())
         assert mine.num_drawn == 21
         mine.write(folder / "s.npz")

@@ -3,6 +3,7 @@ that begin with an underscore. So an operator knows no host and no other operato
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import grafting
 
 ROOT = Path(grafting.__file__).parent
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 # from the ground up: a room sees all rooms above it in this list, and none of its own line
 LAYERS = (
@@ -107,3 +109,10 @@ def test_the_rule_sees_what_it_forbids(tmp_path, monkeypatch):
     for name, text in allowed.items():
         (tmp_path / name).write_text(text)
         assert not faults(tmp_path / name), name
+
+
+def test_the_table_for_contributors_is_this_order():
+    rows = re.findall(r"^\| ((?:`\w+/?` )+)\|", CONTRIBUTING.read_text(), re.MULTILINE)
+    rooms = [re.findall(r"`(\w+/?)`", row) for row in rows]
+    assert tuple({room.rstrip("/") for room in row} for row in rooms) == LAYERS[:-1]
+    assert all((ROOT / room).is_dir() == room.endswith("/") for row in rooms for room in row)

@@ -15,7 +15,7 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import build_operators
 from grafting.errors import CheckpointError, RunError, TrainingError
 from grafting.hosts import hosts
-from grafting.machine import processes as parallel
+from grafting.machine import processes
 from grafting.machine.sharding import read_tensors
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
@@ -34,7 +34,7 @@ def _finetuned(settings, until=None, state=None, folder=None):
     torch.manual_seed(0)
     teacher = HOST.tiny().eval()
     model = copy.deepcopy(teacher)
-    with parallel.together():
+    with processes.together():
         steps = []
         for step in finetune(
             model,
@@ -59,7 +59,7 @@ def _distilled(settings, until=None, state=None):
     teacher = HOST.tiny().eval()
     operators = build_operators(teacher, RANDOM)
     config = {"steps": 6, "batch_size": 16, "holdout": 24, "holdout_every": 3, "lr": 1e-2}
-    with parallel.together():
+    with processes.together():
         steps = []
         for step in distill(
             teacher,
@@ -174,23 +174,23 @@ def test_no_pickle_is_run_from_a_states_index(tmp_path):
 
 
 def _all_that_is_agreed_on():
-    with parallel.together():
-        here = parallel.rank()
+    with processes.together():
+        here = processes.rank()
         tensor = torch.full((3,), float(here))
-        parallel.copy_from(1, tensor)
+        processes.copy_from(1, tensor)
         parameter = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = torch.tensor([1.0, 3.0]) * here
-        parallel.average_gradients([parameter])
+        processes.average_gradients([parameter])
         return {
-            "total": parallel.total([float(here), 10.0]),
-            "mean": parallel.mean([float(here)]),
-            "any": [parallel.any_process(here == 1), parallel.any_process(False)],
-            "broadcast": parallel.broadcast({"rank": here}),
-            "gather": parallel.gather(here),
-            "on_main": parallel.gather_on_main(here),
+            "total": processes.total([float(here), 10.0]),
+            "mean": processes.mean([float(here)]),
+            "any": [processes.any_process(here == 1), processes.any_process(False)],
+            "broadcast": processes.broadcast({"rank": here}),
+            "gather": processes.gather(here),
+            "on_main": processes.gather_on_main(here),
             "copied": tensor.tolist(),
             "gradient": parameter.grad.tolist(),
-            "share": list(range(5))[parallel.share()],
+            "share": list(range(5))[processes.share()],
         }
 
 
@@ -212,17 +212,17 @@ def test_what_processes_agree_on():
 
 
 def test_one_process_needs_no_other():
-    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
-    assert parallel.gather("x") == ["x"]
-    assert parallel.mean([2.0]) == [2.0]
+    assert (processes.rank(), processes.world_size(), processes.is_main()) == (0, 1, True)
+    assert processes.gather("x") == ["x"]
+    assert processes.mean([2.0]) == [2.0]
     assert not torch.distributed.is_initialized()
 
 
 def _one_fails():
-    with parallel.together():
-        if parallel.rank() == 1:
+    with processes.together():
+        if processes.rank() == 1:
             raise RunError("this disk is full")
-        parallel.barrier()
+        processes.barrier()
 
 
 def test_one_process_error_ends_all_with_one_message():
@@ -234,10 +234,10 @@ def test_processes_that_cannot_meet(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RunError, match="process 0 of 2, but the processes cannot connect"):
-        parallel.connect()
+        processes.connect()
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(RunError, match="WORLD_SIZE is 'two'"):
-        parallel.world_size()
+        processes.world_size()
 
 
 def _recipe(**finetune):

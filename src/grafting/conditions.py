@@ -48,12 +48,12 @@ class ClassLabels:
             "dropout": self.dropout,
         }
 
-    def nulls(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"] | None:
+    def nulls(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
         return None if self.null_label is None else torch.full_like(numbers, self.null_label)
 
     def at(
-        self, numbers: Int[Tensor, "b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-    ) -> Int[Tensor, "b"]:
+        self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> Int[Tensor, " b"]:
         return numbers.to(device, non_blocking=True)
 
     def words(self, number: int) -> str:

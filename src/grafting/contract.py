@@ -148,7 +148,7 @@ class Mixer(nn.Module, ABC):
     num_inherited_neurons: int = 0
     """Number of the replaced MLP's neurons that `inherit` copied; 0 if it copied none, or the mixer has none."""
 
-    def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, "kept"]) -> None:
+    def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, " kept"]) -> None:
         """Take these neurons, by index, in the place of those that `inherit` chose.
 
         Asked only of mixers whose `num_inherited_neurons` is positive, which have this method.
@@ -236,8 +236,8 @@ def softmax_attention_flops(site: Site, num_pairs: int, *, num_heads: int | None
     return num_pairs * (4 * site.dim + 2 * (site.num_heads if num_heads is None else num_heads))
 
 
-# calls a model on noised inputs [B, ...], steps [B] and a condition: what `Conditions.at` gives
-Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+# calls a model, of the class that it is made for, on noised inputs [B, ...], steps [B] and a condition: what `Conditions.at` gives
+Predict = Callable[[Any, Tensor, Tensor, Any], Tensor]
 
 # x_t's successor, from the model's prediction at x_t and x_t
 Update = Callable[[Tensor, Tensor], Tensor]
@@ -260,13 +260,13 @@ class Conditions(Protocol):
 
     def __len__(self) -> int: ...
 
-    def nulls(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"] | None:
+    def nulls(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
         """For each condition, the number of what asks for nothing; None if the model has no such thing."""
         ...
 
     def at(
         self,
-        numbers: Int[Tensor, "b"],
+        numbers: Int[Tensor, " b"],
         *,
         shape: tuple[int, ...],
         device: torch.device,
@@ -353,7 +353,7 @@ class Denoiser:
         parts = {"process": self.process.identity, "conditions": self.conditions.identity}
         return {key: value for key, value in parts.items() if value["name"] not in ("diffusion", "classes")}
 
-    def __call__(self, model: nn.Module, x_t: Tensor, t: Tensor, numbers: Int[Tensor, "b"]) -> Tensor:
+    def __call__(self, model: nn.Module, x_t: Tensor, t: Tensor, numbers: Int[Tensor, " b"]) -> Tensor:
         """The model's raw prediction for noised inputs x_t [B, ...] at steps t [B] under these conditions."""
         shape = tuple(x_t.shape[1:])
         condition = self.conditions.at(numbers, shape=shape, device=x_t.device, dtype=x_t.dtype)
@@ -371,7 +371,7 @@ class TrainingData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Float[Tensor, "b *shape"], Tensor]:
+    def batch(self, indices: Tensor) -> tuple[Float[Tensor, " b *shape"], Tensor]:
         """Images, videos or latents in the model's range, and the numbers of their conditions [B]."""
         ...
 

@@ -35,35 +35,35 @@ class Diffusion:
         return {"name": "diffusion"}
 
     @cached_property
-    def betas(self) -> Float[Tensor, "steps"]:
+    def betas(self) -> Float[Tensor, " steps"]:
         return torch.linspace(BETA_START, BETA_END, NUM_STEPS, dtype=torch.float64)
 
     @cached_property
-    def alpha_bars(self) -> Float[Tensor, "steps"]:
+    def alpha_bars(self) -> Float[Tensor, " steps"]:
         return (1 - self.betas).cumprod(0)
 
     @cached_property
-    def _alpha_bars_before(self) -> Float[Tensor, "steps"]:
+    def _alpha_bars_before(self) -> Float[Tensor, " steps"]:
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
 
     @cached_property
-    def posterior_log_variance(self) -> Float[Tensor, "steps"]:
+    def posterior_log_variance(self) -> Float[Tensor, " steps"]:
         """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, that of t = 1."""
         variance = self.betas * (1 - self._alpha_bars_before) / (1 - self.alpha_bars)
         return torch.cat([variance[1:2], variance[1:]]).log()
 
-    def draw_steps(self, count: int, draw: torch.Generator) -> Int[Tensor, "count"]:
+    def draw_steps(self, count: int, draw: torch.Generator) -> Int[Tensor, " count"]:
         return torch.randint(0, NUM_STEPS, (count,), generator=draw)
 
-    def steps_at(self, shares: Float[Tensor, "count"]) -> Int[Tensor, "count"]:
+    def steps_at(self, shares: Float[Tensor, " count"]) -> Int[Tensor, " count"]:
         return (shares * NUM_STEPS + 1e-6).long().clamp(max=NUM_STEPS - 1)  # shares of whole steps stay whole
 
     def share_of(self, step: int | float) -> float:
         return step / (NUM_STEPS - 1)
 
     def add_noise(
-        self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Int[Tensor, "b"]
-    ) -> Float[Tensor, "b *chw"]:
+        self, x: Float[Tensor, " b *chw"], noise: Float[Tensor, " b *chw"], t: Int[Tensor, " b"]
+    ) -> Float[Tensor, " b *chw"]:
         """x_t for clean x, standard normal noise and steps t."""
         # square roots before rounding to float32, where 1 - alpha_bar would keep four digits at the first steps
         signal, scale = self._at(self.alpha_bars.sqrt(), t, x), self._at((1 - self.alpha_bars).sqrt(), t, x)
@@ -76,8 +76,8 @@ class Diffusion:
         x: Float[Tensor, "b c *hw"],
         x_t: Float[Tensor, "b c *hw"],
         noise: Float[Tensor, "b c *hw"],
-        t: Int[Tensor, "b"],
-    ) -> Float[Tensor, "b"]:
+        t: Int[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
         """Per-sample training loss: mse of the noise, plus the variational bound where the variance is predicted too.
 
         The bound sees the predicted noise detached, so that it moves the variance only.
@@ -158,32 +158,32 @@ class FlowMatching:
     def identity(self) -> dict[str, JsonValue]:
         return {"name": "flow", "scale": self.scale, "shift": self.shift}
 
-    def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, "count"]:
+    def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, " count"]:
         s = torch.randn(count, generator=draw).sigmoid()
         return self.scale * self.shift * s / (1 + (self.shift - 1) * s)
 
-    def steps_at(self, shares: Float[Tensor, "count"]) -> Float[Tensor, "count"]:
+    def steps_at(self, shares: Float[Tensor, " count"]) -> Float[Tensor, " count"]:
         return self.scale * shares.float()
 
     def share_of(self, step: int | float) -> float:
         return step / self.scale
 
     def add_noise(
-        self, x: Float[Tensor, "b *chw"], noise: Float[Tensor, "b *chw"], t: Float[Tensor, "b"]
-    ) -> Float[Tensor, "b *chw"]:
+        self, x: Float[Tensor, " b *chw"], noise: Float[Tensor, " b *chw"], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b *chw"]:
         """x_t for clean x, standard normal noise and steps t."""
         s = (t / self.scale).view(-1, *[1] * (x.ndim - 1))
         return (1 - s) * x + s * noise
 
     def loss(
         self,
-        prediction: Float[Tensor, "b *chw"],
+        prediction: Float[Tensor, " b *chw"],
         *,
-        x: Float[Tensor, "b *chw"],
-        x_t: Float[Tensor, "b *chw"],
-        noise: Float[Tensor, "b *chw"],
-        t: Float[Tensor, "b"],
-    ) -> Float[Tensor, "b"]:
+        x: Float[Tensor, " b *chw"],
+        x_t: Float[Tensor, " b *chw"],
+        noise: Float[Tensor, " b *chw"],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
         """Per-sample training loss: mse of the velocity."""
         return (noise - x - prediction.float()).square().flatten(1).mean(1)
 

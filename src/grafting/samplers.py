@@ -32,7 +32,7 @@ def retained_steps(num_steps: int, *, of: int = 1000) -> list[int]:
 
 
 def ddpm(
-    alpha_bars: Float[Tensor, "steps"], *, steps: int, clip: bool, streams: Sequence[Generator]
+    alpha_bars: Float[Tensor, " steps"], *, steps: int, clip: bool, streams: Sequence[Generator]
 ) -> Chain:
     """Ancestral sampling, with the predicted variance where there is one."""
     from diffusers import DDPMScheduler
@@ -49,7 +49,7 @@ def ddpm(
         yield step, update
 
 
-def ddim(alpha_bars: Float[Tensor, "steps"], *, steps: int, clip: bool) -> Chain:
+def ddim(alpha_bars: Float[Tensor, " steps"], *, steps: int, clip: bool) -> Chain:
     """DDIM with eta 0: no noise is added."""
     from diffusers import DDIMScheduler
 
@@ -63,7 +63,7 @@ def ddim(alpha_bars: Float[Tensor, "steps"], *, steps: int, clip: bool) -> Chain
         yield step, update
 
 
-def dpm_solver(betas: Float[Tensor, "steps"], *, steps: int, clip: bool) -> Chain:
+def dpm_solver(betas: Float[Tensor, " steps"], *, steps: int, clip: bool) -> Chain:
     """DPM-Solver++ of second order, for predicted noise."""
     from diffusers import DPMSolverMultistepScheduler
 

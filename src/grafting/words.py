@@ -209,6 +209,40 @@ _ROWS = (
         better="high", help="how sure the classes of images are, and how many there are",
     ),
     Figure(
+        key="exact", title="Exact", of="images", better="high", write=percent, shown=("main", "sweep"),
+        help="the share of scenes that are what the caption says, with one pair of twins and nothing else",
+    ),
+    Figure(
+        key="true", title="True captions", brief="true", of="images", better="high", write=percent,
+        shown=("main", "sweep"), help="the share of images of which the caption is true, mean over the six tasks",
+    ),
+    *(
+        Figure(
+            key=f"true_{task}", title=f"True: {task}", of="images", better="high", write=percent,
+            help=f"the share of images of the task {task} of which the caption is true",
+        )
+        for task in ("single", "two", "counting", "colour", "position", "binding")
+    ),
+    Figure(
+        key="twins", title="Twins", brief="twins", of="images", better="high", write=percent,
+        shown=("main", "sweep"), help="the share of unsaid objects whose twin stands at the mirrored cell",
+    ),
+    *(
+        Figure(
+            key=f"twins_{name}", title=f"Twins, {name}", of="images", better="high", write=percent,
+            help=f"the same of objects {cells} from the mirrored cell",
+        )
+        for name, cells in (
+            ("near", "one row and one column"),
+            ("apart", "three rows or three columns"),
+            ("far", "three rows and three columns"),
+        )
+    ),
+    Figure(
+        key="background", title="Background", brief="background", of="images", better="low",
+        shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
+    ),
+    Figure(
         key="params", title="Parameters", brief="params", of="model", better="low", write=amount,
         shown=("main",),
     ),

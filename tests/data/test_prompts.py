@@ -420,7 +420,7 @@ def test_latents_go_with_the_prompts_that_they_are_of(folder: Path, tmp_path: Pa
     other = Prompts(write(tmp_path / "other", ROWS[::-1]))
     message = (
         f"the latents in .* are of the prompts {prompts.sha256[:12]}, and the model is asked by the prompts "
-        f"{other.sha256[:12]}: give the folder of prompts that the latents were written for"
+        f"{other.sha256[:12]}: name those that the data were made for"
     )
     with pytest.raises(DataError, match=message):
         check_bound(bound, other)

@@ -250,7 +250,7 @@ def _far(grid: Grid) -> int:
 
 
 def _distances(
-    queries: Int[Tensor, "rows"], grid: Grid
+    queries: Int[Tensor, " rows"], grid: Grid
 ) -> tuple[Int[Tensor, "rows l"], Int[Tensor, "rows l"]]:
     """From each of these tokens to every token: on the raster index, and in rows or columns, whichever is more."""
     keys = torch.arange(grid.num_tokens, device=queries.device)

@@ -139,9 +139,11 @@ def cost(
     from ..hosts import host_of
     from ..machine.devices import default_device
     from ..runs.job import load_source, skeleton
+    from ..runs.paths import naming_paths
 
     loaded = open_recipe(recipe, settings)
-    bare = skeleton(loaded.source)
+    with naming_paths(loaded.written):
+        bare = skeleton(loaded.source)
     tokens = _parse_grid(grid) if grid else None
     if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:
         tokens = host_of(bare).grid_of(bare, loaded.sample.shape)
@@ -460,7 +462,7 @@ def recipe_schema() -> dict[str, Any]:
     required = schema.pop("required")
     schema["properties"]["base"] = {
         "type": "string",
-        "description": "A recipe file whose settings this one changes.",
+        "description": "A recipe file whose settings this one changes; relative to this file.",
     }
     return schema | {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -132,12 +132,13 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
     from ..editing.plan import fault_list
     from ..evaluation import SUITES
     from ..runs.file import faults_of
+    from ..runs.paths import with_paths
 
     if name not in SUITES:
         lines = [f"{known}: {(suite.__doc__ or '').splitlines()[0]}" for known, suite in SUITES.items()]
         raise DataError("\n  ".join([f"no suite {name!r}; there are", *lines]))
     written = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    written |= dict(map(parse_setting, settings or ()))
+    written |= with_paths(dict(map(parse_setting, settings or ())))
     _check_options(name, written)
     try:
         return SUITES[name].model_validate(written)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import RecipeError
+from ..runs.paths import recipes_folder
 from ._shared import Json, Out, RecipeFile, Settings, open_recipe, out, print_json
 from .display import follow, in_turn, metrics_table, say, show_forecast
 
@@ -246,13 +247,6 @@ def _parse_label(text: str) -> tuple[str, str]:
     if not found:
         raise RecipeError(f"--only takes COLUMN=LABEL, found {text!r}")
     return column, label
-
-
-def recipes_folder() -> Path:
-    """Return the folder of the recipes shipped with the package or beside its source."""
-    package = Path(__file__).parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
 @app.command()

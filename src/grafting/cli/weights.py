@@ -46,6 +46,7 @@ def convert(
 
     [dim]$ grafting convert model.pt dit-hyena-x[/]
     """
+    from ..editing.plan import Replace
     from ..machine.files import check_is_new
     from ..weights.diffusers import export_diffusers
     from ..weights.portable import Base
@@ -62,7 +63,11 @@ def convert(
         say(out, f"diffusers folder: {export_diffusers(loaded, folder)}")
         return
     converted = convert_weights(source, folder, facts)
-    edits = [[edit.role, edit.operator.name, str(edit.blocks)] for edit in converted.plan.edits]
+    edits = [
+        [edit.role, edit.operator.name, str(edit.blocks)]
+        for edit in converted.plan.edits
+        if isinstance(edit, Replace)
+    ]
     if edits:
         out.print(plain_table(["role", "operator", "blocks"], edits))
     say(out, f"Read as {converted.origin['format']}, {'grafted' if edits else 'not grafted'}: {folder}")

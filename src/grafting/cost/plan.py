@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -16,7 +17,7 @@ from ..contract import Grid, OperatorConfig, Site
 from ..editing.plan import Drop, Merge, Plan, fault_list
 from ..editing.surgery import build_operators, grafted, holds_operators, leaving_no_hook, resolve
 from ..errors import PlanError
-from ..hosts import host_of
+from ..hosts import config_of, host_of
 from ..weights.portable import Record
 from .count import ModelCost, SiteCost, changes, model_cost
 from .latency import peak_memory, time_forward
@@ -32,9 +33,9 @@ class PlanCost:
     num_merged: int = 0
     """Blocks that are merged, whose sites are not told apart."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """All figures: changes in percent, of the whole model, and of every site."""
-        whole = {
+        whole: JsonValue = {
             name: {"before": getattr(self.before, name), "after": getattr(self.after, name)}
             for name in ("flops", "params", "saved_bytes")
         }
@@ -56,8 +57,10 @@ class Measured:
     speedup: float  # median over passes of before / after
     peak_bytes: tuple[int, int]
 
-    def to_json(self) -> dict[str, Any]:
-        ms = {path: {"before": before, "after": after} for path, (before, after) in self.ms.items()}
+    def to_json(self) -> dict[str, JsonValue]:
+        ms: dict[str, JsonValue] = {
+            path: {"before": before, "after": after} for path, (before, after) in self.ms.items()
+        }
         return {
             "ms": ms.pop(""),
             "speedup": self.speedup,
@@ -146,13 +149,14 @@ def _standing(model: nn.Module, sites: Sequence[Site]) -> dict[Site, OperatorCon
     held = [site for site in sites if holds_operators(model.get_submodule(site.path))]
     if not held:
         return {}
-    record = getattr(model, "config", {}).get("grafting")
+    record = config_of(model).get("grafting")
     if record is None:
         raise PlanError(
             "the model was grafted in place, so what stands at its sites is not on record: undo that graft first"
         )
     plan = Record.read(record, source="the model's config").plan
-    by_path = {site.path: operator for site, operator in resolve(model, plan).items()}
+    chosen = resolve(model, plan)
+    by_path = {site.path: choice for site, choice in chosen.items() if isinstance(choice, OperatorConfig)}
     return {site: by_path[site.path] for site in held}
 
 
@@ -179,7 +183,7 @@ def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site],
     return list(sites.values()), operators
 
 
-def _site_json(before: SiteCost, after: SiteCost | None) -> dict[str, Any]:
+def _site_json(before: SiteCost, after: SiteCost | None) -> dict[str, JsonValue]:
     """A site before and after; after is None where its block is no more."""
     figures: Mapping[str, Callable[[SiteCost], int]] = {
         "flops": lambda cost: cost.flops.total,

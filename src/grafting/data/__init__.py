@@ -1,4 +1,4 @@
-"""Data for training and evaluation: images, latents, subsets, and the bundled testbed."""
+"""Data for training and evaluation: images, latents, prompts, subsets, and the two testbeds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,15 +18,22 @@ from .promptfolder import write_prompts as write_prompts
 from .prompts import Prompts as Prompts
 from .prompts import PromptsConfig as PromptsConfig
 from .prompts import check_bound as check_bound
+from .scenes import Captions as Captions
+from .scenes import CaptionsConfig as CaptionsConfig
+from .scenes import Scenes as Scenes
+from .scenes import ScenesConfig as ScenesConfig
 from .subset import Listing
 
 # how a recipe names its data; `name` tells which
 DataConfig = Annotated[
-    BundledSubsetConfig | FashionMnistConfig | ImageFolderConfig | LatentsConfig, Field(discriminator="name")
+    BundledSubsetConfig | FashionMnistConfig | ImageFolderConfig | LatentsConfig | ScenesConfig,
+    Field(discriminator="name"),
 ]
+# how a recipe names what its model may be asked for
+ConditionsConfig = Annotated[PromptsConfig | CaptionsConfig, Field(discriminator="name")]
 
 
-def load_data(config: DataConfig) -> ImageSet | LatentSet:
+def load_data(config: DataConfig) -> ImageSet | LatentSet | Scenes:
     """The images or latents that a recipe's `data:` names.
 
     Raises:

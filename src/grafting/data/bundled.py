@@ -40,7 +40,7 @@ class BundledSubsetConfig(ImageSource):
             read_labels=lambda: bundled_subset().labels,
         )
 
-    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+    def read(self, places: Int[Tensor, " m"] | None) -> ImageSet:
         images = bundled_subset()
         return images if places is None else images.take(places)
 

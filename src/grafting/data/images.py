@@ -37,22 +37,22 @@ class ImageSet:
     """8-bit images and labels; `batch` gives them in [-1, 1], padded to `size` with the lowest value."""
 
     images: UInt8[Tensor, "n c h w"]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, " n"]
     num_classes: int
     size: int  # height = width after padding, in pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b"]]:
+    def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
         return self.pixels(indices).float() / 127.5 - 1, self.labels[indices]
 
-    def pixels(self, indices: Int[Tensor, "b"]) -> UInt8[Tensor, "b c h w"]:
+    def pixels(self, indices: Int[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
         """The same images in 8 bits, padded: what samples are compared with."""
         pad = self.size - self.images.shape[-1]
         return F.pad(self.images[indices], [pad // 2, pad - pad // 2] * 2)
 
-    def take(self, indices: Int[Tensor, "m"]) -> "ImageSet":
+    def take(self, indices: Int[Tensor, " m"]) -> "ImageSet":
         """The set of these images, in this order."""
         return ImageSet(self.images[indices], self.labels[indices], self.num_classes, self.size)
 
@@ -69,7 +69,7 @@ class ImageSource(PartialData):
     name: str
 
     @abstractmethod
-    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+    def read(self, places: Int[Tensor, " m"] | None) -> ImageSet:
         """The images at these places of the data set, or all, in memory.
 
         Raises:
@@ -113,7 +113,7 @@ class FashionMnistConfig(ImageSource):
             read_labels=lambda: labels,
         )
 
-    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+    def read(self, places: Int[Tensor, " m"] | None) -> ImageSet:
         images = read_fashion_mnist(self.folder, train=self.split == "train")
         return images if places is None else images.take(places)
 
@@ -132,7 +132,7 @@ class ImageFolderConfig(ImageSource):
     def listing(self) -> Listing:
         return list_image_folder(self.folder)
 
-    def read(self, places: Int[Tensor, "m"] | None) -> ImageSet:
+    def read(self, places: Int[Tensor, " m"] | None) -> ImageSet:
         return read_image_folder(self.folder, size=self.size, channels=self.channels, places=places)
 
 
@@ -155,7 +155,7 @@ def read_fashion_mnist(folder: Path = FASHION_MNIST_FOLDER, *, train: bool = Tru
 
 
 def read_image_folder(
-    folder: Path, *, size: int, channels: int = 3, places: Int[Tensor, "m"] | None = None
+    folder: Path, *, size: int, channels: int = 3, places: Int[Tensor, " m"] | None = None
 ) -> ImageSet:
     """The images of `folder`/CLASS/*.png and *.jpg, cropped to their central square and resized to `size`.
 

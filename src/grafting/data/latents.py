@@ -161,7 +161,7 @@ class LatentSet:
         seed: an item's sample from its mean and variance depends on (seed, number) alone.
     """
 
-    def __init__(self, folder: Path, index: LatentIndex, items: Int[Tensor, "m"], *, seed: int):
+    def __init__(self, folder: Path, index: LatentIndex, items: Int[Tensor, " m"], *, seed: int):
         self.folder, self.index, self.items, self.seed = folder, index, items, seed
         self._ends = torch.tensor([shard.count for shard in index.shards]).cumsum(0)
         self._shards = [
@@ -171,6 +171,9 @@ class LatentSet:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def __str__(self) -> str:
+        return f"the latents in {self.folder}"
 
     @property
     def num_classes(self) -> int:
@@ -182,14 +185,14 @@ class LatentSet:
         return self.index.conditions_sha256
 
     @cached_property
-    def labels(self) -> Int[Tensor, "m"]:
+    def labels(self) -> Int[Tensor, " m"]:
         """The class of every item of this set."""
         labels = np.empty(len(self.items), np.int64)
         for shard, rows, places in self._by_shard(self.items):
             labels[places] = shard.labels[rows]
         return torch.from_numpy(labels)
 
-    def batch(self, indices: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b c *fhw"], Int[Tensor, "b"]]:
+    def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c *fhw"], Int[Tensor, " b"]]:
         """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
 
         Raises:
@@ -209,7 +212,7 @@ class LatentSet:
         for number, rows, places in by_shard(self._ends, numbers):
             yield self._shards[number], rows, places
 
-    def take(self, indices: Int[Tensor, "m"]) -> "LatentSet":
+    def take(self, indices: Int[Tensor, " m"]) -> "LatentSet":
         """The set of these items, in this order."""
         return LatentSet(self.folder, self.index, self.items[indices], seed=self.seed)
 
@@ -268,7 +271,7 @@ def read_item_names(folder: Path, index: LatentIndex) -> list[str]:
 
 def write_latents(
     folder: Path,
-    batches: Iterable[tuple[Float[Tensor, "b c *fhw"], Int[Tensor, "b"]]],
+    batches: Iterable[tuple[Float[Tensor, "b c *fhw"], Int[Tensor, " b"]]],
     *,
     source: str,
     vae: str,
@@ -325,7 +328,7 @@ def write_latents(
 
 def _regrouped(
     batches: Iterable[tuple[Tensor, Tensor]], size: int
-) -> Iterator[tuple[Float[Tensor, "n c *fhw"], Int[Tensor, "n"]]]:
+) -> Iterator[tuple[Float[Tensor, "n c *fhw"], Int[Tensor, " n"]]]:
     """The same items in groups of `size`, the last of what is left."""
     latents: list[Tensor] = []
     labels: list[Tensor] = []

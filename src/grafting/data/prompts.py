@@ -36,6 +36,7 @@ from ..contract import TrainingData
 from ..errors import DataError
 from ..machine.files import hash_json
 from .latents import LatentSet, Shard
+from .scenes import Captions, Scenes
 from .shards import DTYPES, RaggedFile, StoredFile, by_shard
 
 INDEX_NAME = "prompts.json"
@@ -176,7 +177,7 @@ class Prompts:
     def identity(self) -> dict[str, JsonValue]:
         return {"name": "prompts", "sha256": self.sha256, "dropout": self.dropout}
 
-    def nulls(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"] | None:
+    def nulls(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
         """The number of each prompt's null, which is a null's own; None if the folder has none."""
         if self.index.num_nulls == 0:
             return None
@@ -186,7 +187,7 @@ class Prompts:
         return torch.tensor(nulls, dtype=numbers.dtype, device=numbers.device) + len(self)
 
     def at(
-        self, numbers: Int[Tensor, "b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+        self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Any]:
         """Keyword arguments for these prompts and nulls, each tensor [B, ...] but constants.
 
@@ -275,7 +276,7 @@ class Prompts:
     def _total(self) -> int:
         return self.index.count + self.index.num_nulls
 
-    def _checked(self, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def _checked(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """The numbers, on the CPU.
 
         Raises:
@@ -295,15 +296,15 @@ class Prompts:
 
 
 def check_bound(data: TrainingData, conditions: object) -> None:
-    """Raises a DataError if latents are of other prompts than the model is asked by, or of prompts and it is asked by class."""
-    if not isinstance(data, LatentSet) or data.conditions_sha256 is None:
+    """Raises a DataError if data are of other prompts than the model is asked by, or of prompts and it is asked by class."""
+    if not isinstance(data, LatentSet | Scenes) or data.conditions_sha256 is None:
         return
-    asked = conditions.sha256 if isinstance(conditions, Prompts) else None
+    asked = conditions.sha256 if isinstance(conditions, Prompts | Captions) else None
     if data.conditions_sha256 != asked:
         by = f"by the prompts {asked[:12]}" if asked else "by class"
         raise DataError(
-            f"the latents in {data.folder} are of the prompts {data.conditions_sha256[:12]}, and the model is asked {by}: "
-            "give the folder of prompts that the latents were written for"
+            f"{data} are of the prompts {data.conditions_sha256[:12]}, and the model is asked {by}: "
+            "name those that the data were made for"
         )
 
 

@@ -69,7 +69,7 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def by_shard(
-    ends: Int[Tensor, "shards"], numbers: Int[Tensor, "b"]
+    ends: Int[Tensor, " shards"], numbers: Int[Tensor, " b"]
 ) -> Iterator[tuple[int, list[int], list[int]]]:
     """Each shard that holds some of these items: its number, their rows in it, and their places among `numbers`.
 
@@ -97,7 +97,7 @@ class TensorFile:
     ):
         self.path, self.tensors, self.sha256 = path, tensors, sha256
 
-    def read(self, name: str, pieces: Iterable[tuple[UInt8[np.ndarray, "n"], int]]) -> None:
+    def read(self, name: str, pieces: Iterable[tuple[UInt8[np.ndarray, " n"], int]]) -> None:
         """Fills arrays of bytes from offsets in a tensor's bytes; the file is opened for it: it may be gone by now.
 
         Raises:
@@ -112,7 +112,7 @@ class TensorFile:
             finally:
                 os.close(descriptor)
 
-    def integers(self, name: str) -> Int32[np.ndarray, "n"]:
+    def integers(self, name: str) -> Int32[np.ndarray, " n"]:
         """A tensor [n] of int32, whole."""
         numbers = np.empty(self.tensors[name][1], "<i4")
         self.read(name, [(numbers.view(np.uint8), 0)])
@@ -141,7 +141,7 @@ class ShardFile(TensorFile):
         super().__init__(path, {"latents": (dtype, (count, *shape)), "labels": ("int32", (count,))})
 
     @cached_property
-    def labels(self) -> Int32[np.ndarray, "n"]:
+    def labels(self) -> Int32[np.ndarray, " n"]:
         """The class of every row.
 
         Raises:

@@ -51,7 +51,7 @@ class Listing:
     copies: int = 1  # items of the data set for each id, one after the other (an image and its mirror image)
 
     @cached_property
-    def labels(self) -> Int[Tensor, "n"]:
+    def labels(self) -> Int[Tensor, " n"]:
         return self.read_labels()
 
     @cached_property
@@ -75,7 +75,7 @@ class Listing:
         ids = tuple(self.ids[place] for place in _drawn(self.labels, wanted, seed).tolist())
         return Subset(source=self.source, num_classes=self.num_classes, ids=ids, drawn=drawn)
 
-    def places(self, subset: Subset) -> Int[Tensor, "m"]:
+    def places(self, subset: Subset) -> Int[Tensor, " m"]:
         """Sorted positions of the subset's items in the data set.
 
         Raises:
@@ -97,7 +97,7 @@ class Listing:
             )
         return self._items(torch.tensor(sorted(place_of[name] for name in subset.ids)))
 
-    def places_drawn(self, *, per_class: int, seed: int) -> Int[Tensor, "m"]:
+    def places_drawn(self, *, per_class: int, seed: int) -> Int[Tensor, " m"]:
         """The same of a subset that `draw` would draw."""
         return self._items(_drawn(self.labels, self._wanted(per_class), seed))
 
@@ -176,7 +176,7 @@ class PartialData(BaseModel, ABC):
         return subset
 
 
-def stratified_subset(labels: Int[Tensor, "n"], *, per_class: int, seed: int) -> Int[Tensor, "m"]:
+def stratified_subset(labels: Int[Tensor, " n"], *, per_class: int, seed: int) -> Int[Tensor, " m"]:
     """Sorted indices of `per_class` items of every class, drawn at random; a class's draw depends on (seed, class).
 
     More of a class are the same ones and others: 64 are among 128 of the same seed.

@@ -55,7 +55,7 @@ def members(tar: Path) -> Iterator[tuple[str, Member]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for info in archive:
-                archive.members = []  # tarfile keeps all that it saw
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all that it saw; an attribute without a type
                 if not info.isreg() or info.issparse():
                     continue
                 if info.offset_data + info.size > size:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..contract import Kernel, OperatorConfig, Site
+from ..contract import Kernel, KernelConfig, MixerConfig, OperatorConfig, Site
 from ..errors import PlanError
 from ..hosts import Host, LayoutTracker, host_of
 from ..machine.randomness import seeded
@@ -268,10 +268,12 @@ def _build(
 ) -> KernelAttention | MixerAdapter:
     operator, tracker = config.build(site), LayoutTracker(host)
     if isinstance(operator, Kernel):
+        assert isinstance(config, KernelConfig)
         attention = _own_copy(module)
         if config.projections == "random":
             host.redraw(attention)
         return KernelAttention(attention, operator, site=site, tracker=tracker)
+    assert isinstance(config, MixerConfig)
     if inherit and config.init == "inherit":
         weights = host.attention_weights if site.role == "attention" else host.mlp_weights
         operator.inherit(weights(module))

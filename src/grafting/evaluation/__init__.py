@@ -23,11 +23,14 @@ from .evaluator import Evaluator as Evaluator
 from .evaluator import evaluate as evaluate
 from .figures import Evaluation as Evaluation
 from .figures import ratio as ratio
+from .per_image import PerImage as PerImage
 from .protocol import Identity as Identity
 from .protocol import Metrics as Metrics
 from .protocol import MetricsConfig as MetricsConfig
 from .protocol import Protocol as Protocol
 from .reference import Reference as Reference
+from .scenes import ScenesEvaluation as ScenesEvaluation
+from .scenes import ScenesSuite as ScenesSuite
 from .suite import KeptReference as KeptReference
 from .suite import Result as Result
 from .suite import Suite as Suite
@@ -43,7 +46,7 @@ def _named(value: Any) -> Any:
 
 
 SuiteConfig = Annotated[
-    TestbedSuite | AdmSuite,
+    TestbedSuite | AdmSuite | ScenesSuite,
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]

@@ -170,7 +170,7 @@ class Protocol(Data):
         return _flatten(fields)
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, JsonValue]:
+def _flatten(value: dict[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:
     """Nested mappings as one, with dotted names."""
     flat: dict[str, JsonValue] = {}
     for name, item in value.items():

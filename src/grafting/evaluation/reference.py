@@ -121,7 +121,7 @@ class Reference:
 class _Sample(NamedTuple):
     """Rows drawn uniformly from a stream of unknown length: those with the smallest of as many random keys."""
 
-    keys: Float[Tensor, "n"]
+    keys: Float[Tensor, " n"]
     rows: Float[Tensor, "n f"]
 
     def smallest(self, limit: int) -> "_Sample":

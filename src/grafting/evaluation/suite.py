@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..contract import Step
 from ..errors import DataError
+from .per_image import PerImage
 from .protocol import Data, Protocol
 
 OnStep = Callable[[Step], None]
@@ -67,6 +68,10 @@ class SuiteEvaluator(ABC):
             ProtocolError: no image came, or fewer than the protocol says.
         """
 
+    def per_image(self) -> PerImage | None:
+        """What each image adds to these figures, for comparisons image by image; None where a suite does not keep it."""
+        return None
+
 
 class KeptReference(NamedTuple):
     """A reference that was written to a file: facts as JSON, `num_images` among them, and lines of text for people."""
@@ -82,6 +87,8 @@ class Suite(Data, ABC):
     batch_size: PositiveInt = 500
     """Images per call of the network."""
 
+    asked_by: ClassVar[str | None] = None
+    """Name of the conditions whose images it judges, `classes` among them; None if any images will do."""
     uses_labels: ClassVar[bool] = True
     """False of a suite that measures images whose conditions are not known."""
 

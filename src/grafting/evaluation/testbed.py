@@ -1,7 +1,7 @@
 """The testbed's suite: figures of small grey images by the bundled classifier, against all of Fashion-MNIST."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path
 from ..metrics.features import ModuleNetwork
@@ -19,6 +19,7 @@ class TestbedSuite(Suite):
     __test__ = False  # pytest takes classes called Test... for tests
 
     name: Literal["testbed"] = "testbed"
+    asked_by: ClassVar = "classes"
 
     def faults(self, num_images: int, image_shape: tuple[int, ...]) -> list[str]:
         faults, least = [], MetricsConfig().min_images

@@ -14,7 +14,7 @@ from torch import Tensor
 def depthwise_1d(
     x: Float[Tensor, "b l d"],
     weight: Float[Tensor, "d 1 k"],
-    bias: Float[Tensor, "d"] | None = None,
+    bias: Float[Tensor, " d"] | None = None,
     *,
     before: int,
 ) -> Float[Tensor, "b l d"]:
@@ -29,7 +29,7 @@ def depthwise_1d(
 def depthwise_2d(
     x: Float[Tensor, "b rows cols d"],
     weight: Float[Tensor, "d 1 k k"],
-    bias: Float[Tensor, "d"] | None = None,
+    bias: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "b rows cols d"]:
     """The same over rows and columns, with K // 2 taps before the token along each."""
     kernel_size = weight.shape[-1]

@@ -20,7 +20,7 @@ def with_ones(h: Shaped[Tensor, "n f"]) -> Float64[Tensor, "n f1"]:
 
 def ridge_correction(
     gram: Float64[Tensor, "f1 f1"], cross: Float64[Tensor, "f1 d"], *, strength: float
-) -> tuple[Float64[Tensor, "d f"], Float64[Tensor, "d"]]:
+) -> tuple[Float64[Tensor, "d f"], Float64[Tensor, " d"]]:
     """Solve for the change of a linear layer's weight and bias that minimises its squared error.
 
     The correction is pulled towards zero, so a layer without error stays as it is; the bias is free.
@@ -39,7 +39,7 @@ def ridge_correction(
 
 def ridge_correction_reference(
     h: Float64[Tensor, "n f"], residual: Float64[Tensor, "n d"], *, strength: float
-) -> tuple[Float64[Tensor, "d f"], Float64[Tensor, "d"]]:
+) -> tuple[Float64[Tensor, "d f"], Float64[Tensor, " d"]]:
     """`ridge_correction` from the rows themselves: least squares, with a row for the pull on each feature's weights."""
     num_rows, num_features = h.shape
     scale = (num_rows * strength * h.var(dim=0, correction=0).mean()).sqrt()
@@ -53,7 +53,7 @@ def ridge_correction_reference(
 def error_removed(
     gram: Float64[Tensor, "f1 f1"],
     cross: Float64[Tensor, "f1 d"],
-    correction: tuple[Float64[Tensor, "d f"], Float64[Tensor, "d"]],
+    correction: tuple[Float64[Tensor, "d f"], Float64[Tensor, " d"]],
 ) -> float:
     """By how much a correction lowers the sum of squared residuals."""
     weight, bias = correction
@@ -61,7 +61,7 @@ def error_removed(
     return (stacked * (2 * cross - gram @ stacked)).sum().item()
 
 
-def moments(gram: Float64[Tensor, "f1 f1"]) -> tuple[Float64[Tensor, "f f"], Float64[Tensor, "f"]]:
+def moments(gram: Float64[Tensor, "f1 f1"]) -> tuple[Float64[Tensor, "f f"], Float64[Tensor, " f"]]:
     """Covariance and mean of the features."""
     mean = gram[-1, :-1] / gram[-1, -1]
     return gram[:-1, :-1] / gram[-1, -1] - mean.outer(mean), mean
@@ -69,7 +69,7 @@ def moments(gram: Float64[Tensor, "f1 f1"]) -> tuple[Float64[Tensor, "f f"], Flo
 
 def most_varying(
     covariance: Float64[Tensor, "f f"], down: Float64[Tensor, "d f"], *, num: int
-) -> Int64[Tensor, "num"]:
+) -> Int64[Tensor, " num"]:
     """Indices, ascending, of the `num` neurons with the largest variance * |column of down|^2.
 
     That is what each alone adds to the output's variance. Means do not count: a bias can stand for them.
@@ -79,7 +79,7 @@ def most_varying(
 
 def hardest_to_replace(
     covariance: Float64[Tensor, "f f"], down: Float64[Tensor, "d f"], *, num: int
-) -> Int64[Tensor, "num"]:
+) -> Int64[Tensor, " num"]:
     """Indices, ascending, of the `num` neurons that are left when the most replaceable one is taken out again and again.
 
     Taking out neuron j, with the other columns of `down` refitted in its stead, costs |column|^2 / inverse_jj of the
@@ -103,7 +103,7 @@ def hardest_to_replace(
 
 
 def error_without(
-    covariance: Float64[Tensor, "f f"], down: Float64[Tensor, "d f"], kept: Int64[Tensor, "num"]
+    covariance: Float64[Tensor, "f f"], down: Float64[Tensor, "d f"], kept: Int64[Tensor, " num"]
 ) -> float:
     """Mean squared error, summed over outputs, of the best linear layer that sees only the neurons `kept`."""
     left = torch.zeros(len(covariance), dtype=torch.bool, device=down.device)

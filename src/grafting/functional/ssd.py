@@ -20,7 +20,7 @@ _CHUNKS_AT_ONCE = 16
 def ssd(
     x: Float[Tensor, "b l heads p"],
     dt: Float[Tensor, "b l heads"],
-    A: Float[Tensor, "heads"],
+    A: Float[Tensor, " heads"],
     B: Float[Tensor, "b l n"],
     C: Float[Tensor, "b l n"],
     *,
@@ -50,7 +50,7 @@ def ssd(
 def ssd_reference(
     x: Float[Tensor, "b l heads p"],
     dt: Float[Tensor, "b l heads"],
-    A: Float[Tensor, "heads"],
+    A: Float[Tensor, " heads"],
     B: Float[Tensor, "b l n"],
     C: Float[Tensor, "b l n"],
 ) -> Float[Tensor, "b l heads p"]:

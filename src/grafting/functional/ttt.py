@@ -22,7 +22,7 @@ def ttt(
     w1: Float[Tensor, "heads k m"],
     w2: Float[Tensor, "heads m v"],
     *,
-    step_size: Float[Tensor, "heads"],
+    step_size: Float[Tensor, " heads"],
     scale: float | None = None,
 ) -> Float[Tensor, "b heads l v"]:
     """silu(q w1') w2', in the dtype of v, where w1' and w2' are one gradient step from w1 and w2.
@@ -58,7 +58,7 @@ def ttt_reference(
     w1: Float[Tensor, "heads k m"],
     w2: Float[Tensor, "heads m v"],
     *,
-    step_size: Float[Tensor, "heads"],
+    step_size: Float[Tensor, " heads"],
     scale: float | None = None,
 ) -> Float[Tensor, "b heads l v"]:
     """Reference for `ttt` that takes the step's gradient from autograd, per image and head."""

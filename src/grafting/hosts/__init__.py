@@ -3,6 +3,7 @@
 from ._host import Call as Call
 from ._host import Host as Host
 from ._host import LayoutTracker as LayoutTracker
+from ._host import config_of as config_of
 from ._registry import host_of as host_of
 from ._registry import hosts as hosts
 from ._sdpa import BlockList as BlockList

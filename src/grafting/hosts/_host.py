@@ -4,9 +4,9 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class LayoutTracker:
     (gradient checkpointing) must run before the next forward pass on another grid.
     """
 
-    def __init__(self, host: "Host"):
+    def __init__(self, host: "Host[Any]"):
         self.host = host
         self.stays = False
         """True if operators outside the model read it, so that it stays when the model holds none."""
@@ -91,12 +91,10 @@ class LayoutTracker:
         self._layout = self.host.layout(model, *args, **kwargs)
 
 
-class Host(ABC):
+class Host(ABC, Generic[Model]):
     """A pretrained model family that can be edited. Subclasses are final."""
 
     name: str
-    model_class: type[nn.Module]
-    """The class, or a property that imports it when it is asked for."""
     calls: ClassVar[dict[Role, Call]]
     """Roles whose modules mixers may replace; kernels need no declaration."""
     time_scale: float = 1000.0
@@ -104,12 +102,17 @@ class Host(ABC):
     distilled: bool = False
     """Distilled for guidance or few steps, as published: trained on a teacher's output, not on the process's loss."""
 
+    @property
     @abstractmethod
-    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+    def model_class(self) -> type[Model]:
+        """The class; imported when it is asked for, where that takes long."""
+
+    @abstractmethod
+    def sites(self, model: Model) -> tuple[Site, ...]:
         """Every replaceable place, by block, attention before MLP."""
 
     @abstractmethod
-    def layout(self, model: nn.Module, *args: Any, **kwargs: Any) -> TokenLayout:
+    def layout(self, model: Model, *args: Any, **kwargs: Any) -> TokenLayout:
         """The token layout of a forward pass with these arguments."""
 
     @abstractmethod
@@ -121,7 +124,7 @@ class Host(ABC):
         """The layers of one of its MLP modules; views, not copies."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def predict(self, model: Model, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """The model's raw prediction for noised inputs x_t [B, C, H, W], or videos [B, C, F, H, W], at steps t [B].
 
         Args:
@@ -129,16 +132,20 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def shape(self, model: nn.Module) -> tuple[int, ...]:
+    def shape(self, model: Model) -> tuple[int, ...]:
         """The native shape of one input: channels, then frames of a video, then height and width."""
 
+    def initialised(self, model: nn.Module) -> nn.Module:
+        """A new model with random weights for pretraining; by default those that its class draws."""
+        return model
+
     @abstractmethod
-    def tiny(self) -> nn.Module:
+    def tiny(self) -> Model:
         """A small random model of this class, for tests and trials; its output is not zero."""
 
     @abstractmethod
     def example(
-        self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
+        self, model: Model, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
     ) -> dict[str, Any]:
         """Random keyword arguments of a forward pass whose image tokens form this grid.
 
@@ -147,11 +154,11 @@ class Host(ABC):
             num_text: text tokens, where the model has any.
         """
 
-    def at_grid(self, grid: Grid) -> "Host":
+    def at_grid(self, grid: Grid) -> "Host[Model]":
         """This host, for a model that sees this grid alone; itself where it reads the grid from the input's shape."""
         return self
 
-    def blocks(self, model: nn.Module) -> tuple[Site, ...]:
+    def blocks(self, model: Model) -> tuple[Site, ...]:
         """The blocks that can be merged or dropped, or why one cannot; by default the host declares none."""
         return ()
 
@@ -162,31 +169,31 @@ class Host(ABC):
         """
         return Branches(blocks, call)
 
-    def shape_faults(self, model: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    def shape_faults(self, model: Model, shape: tuple[int, ...]) -> list[str]:
         """Why the model takes no inputs of this shape; empty if it does."""
         native = self.shape(model)
         if len(shape) != len(native) or shape[0] != native[0]:
             return [f"{self.name} takes inputs such as {list(native)}; found {list(shape)}"]
         return []
 
-    def grid_of(self, model: nn.Module, shape: tuple[int, ...]) -> Grid:
+    def grid_of(self, model: Model, shape: tuple[int, ...]) -> Grid:
         """The image tokens of an input of this shape: as many as those of the native one, in proportion."""
         native, grid = self.shape(model), self.sites(model)[0].grid
         rows, cols = grid.rows * shape[-2] // native[-2], grid.cols * shape[-1] // native[-1]
         frames = grid.frames * shape[1] // native[1] if len(shape) == 4 else grid.frames
         return Grid(rows, cols, frames)
 
-    def conditions(self, model: nn.Module) -> Conditions | None:
+    def conditions(self, model: Model) -> Conditions | None:
         """Conditions of the model, if it defines them itself, such as classes."""
         return None
 
-    def process(self, model: nn.Module) -> NoiseProcess:
+    def process(self, model: Model) -> NoiseProcess:
         """The noise process that the family is trained with."""
         return Diffusion()
 
     def denoiser(
         self,
-        model: nn.Module,
+        model: Model,
         conditions: Conditions | None = None,
         process: NoiseProcess | None = None,
     ) -> Denoiser:
@@ -203,7 +210,7 @@ class Host(ABC):
         if found is None:
             raise HostError(
                 f"host {self.name!r} is asked for what prompts say, and none are given: name them in the recipe, "
-                "`conditions: {name: prompts, folder: ./prompts}`, or give `conditions=Prompts(folder)`"
+                "`conditions: {name: prompts, folder: ./prompts}` (or `{name: scenes}`), or give `conditions=Prompts(folder)`"
             )
         return Denoiser(self.predict, process or self.process(model), found, distilled=self.distilled)
 
@@ -235,6 +242,12 @@ class Host(ABC):
                 hook._layout = None
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def config_of(model: nn.Module) -> Mapping[str, Any]:
+    """The settings that diffusers keeps of a model; none of a model that is not of diffusers."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def linear_weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -87,7 +87,7 @@ class SdpaSpec(_Spec):
     """Distilled for guidance or few steps, as published."""
 
 
-class SdpaHost(Host):
+class SdpaHost(Host[nn.Module]):
     """The host that a spec describes.
 
     Args:

@@ -14,7 +14,7 @@ from ..models.dit import Attention, DiT, Mlp, ParallelBlocks
 from ._host import Call, Host, linear_weights, randomise
 
 
-class DiTHost(Host):
+class DiTHost(Host[DiT]):
     """Blocks of attention and MLP; the condition is a class label [B]."""
 
     name = "dit"
@@ -23,21 +23,26 @@ class DiTHost(Host):
 
     def sites(self, model: DiT) -> tuple[Site, ...]:
         side = model.config.input_size // model.config.patch_size
-        dim, grid = model.config.hidden_size, Grid(side, side)
-        attention = {"role": "attention", "num_heads": model.config.num_heads}
-        mlp = {"role": "mlp", "hidden_dim": int(dim * model.config.mlp_ratio)}
+        at = partial(Site, dim=model.config.hidden_size, grid=Grid(side, side))
+        num_heads, hidden_dim = model.config.num_heads, int(model.config.hidden_size * model.config.mlp_ratio)
         return tuple(
-            Site(block=i, path=f"blocks.{i}.{path}", dim=dim, grid=grid, **facts)
+            site
             for i in range(model.config.depth)
-            for path, facts in (("attn", attention), ("mlp", mlp))
+            for site in (
+                at(role="attention", block=i, path=f"blocks.{i}.attn", num_heads=num_heads),
+                at(role="mlp", block=i, path=f"blocks.{i}.mlp", hidden_dim=hidden_dim),
+            )
         )
 
     def blocks(self, model: DiT) -> tuple[Site, ...]:
         """All of them: the head reads no block."""
         side = model.config.input_size // model.config.patch_size
-        facts = {"role": "block", "dim": model.config.hidden_size, "grid": Grid(side, side)}
+        dim, grid = model.config.hidden_size, Grid(side, side)
         call = BlockCall(arguments=("x",), returns=("x",))
-        return tuple(Site(block=i, path=f"blocks.{i}", call=call, **facts) for i in range(model.config.depth))
+        return tuple(
+            Site(role="block", block=i, path=f"blocks.{i}", dim=dim, grid=grid, call=call)
+            for i in range(model.config.depth)
+        )
 
     def branches(self, blocks: Sequence[nn.Module], call: BlockCall) -> nn.ModuleList:
         return ParallelBlocks(blocks)
@@ -46,17 +51,20 @@ class DiTHost(Host):
         patch = model.config.patch_size
         return TokenLayout(Grid(x.shape[2] // patch, x.shape[3] // patch))
 
-    def attention_weights(self, attention: Attention) -> AttentionWeights:
+    def attention_weights(self, attention: nn.Module) -> AttentionWeights:
+        assert isinstance(attention, Attention)
         weight, bias = linear_weights(attention.qkv)
         assert bias is not None
         q, k, v = zip(weight.chunk(3), bias.chunk(3), strict=True)
         return AttentionWeights(q, k, v, linear_weights(attention.proj))
 
-    def mlp_weights(self, mlp: Mlp) -> MlpWeights:
+    def mlp_weights(self, mlp: nn.Module) -> MlpWeights:
+        assert isinstance(mlp, Mlp)
         gelu = partial(F.gelu, approximate="tanh")
         return MlpWeights(linear_weights(mlp.fc1), linear_weights(mlp.fc2), gelu)
 
-    def output_layer(self, attention: Attention) -> nn.Linear:
+    def output_layer(self, attention: nn.Module) -> nn.Linear:
+        assert isinstance(attention, Attention)
         return attention.proj
 
     def predict(self, model: DiT, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ PixArt = Any
 _VAE_FACTOR = 8
 
 
-class PixArtHost(Host):
+class PixArtHost(Host[PixArt]):
     """Blocks of self-attention, attention to the text, and MLP.
 
     The condition is a mapping of `encoder_hidden_states` [B, T, C], `encoder_attention_mask` [B, T] and, for models
@@ -89,6 +89,22 @@ class PixArtHost(Host):
 
     def shape(self, model: PixArt) -> tuple[int, ...]:
         return (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+
+    def initialised(self, model: PixArt) -> PixArt:
+        """Xavier's weights, and zeros where attention to the text and the head end: the model begins as blocks without text.
+
+        Source: after PixArt-alpha `diffusion/model/nets/PixArt.py::initialize_weights`, whose embeddings are smaller.
+        """
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+        nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
+        for layer in (*(block.attn2.to_out[0] for block in model.transformer_blocks), model.proj_out):
+            nn.init.zeros_(layer.weight)
+        return model
 
     def tiny(self) -> PixArt:
         model = self.model_class(

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 from jaxtyping import Float, UInt8
+from pydantic import JsonValue
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..machine.files import sha256_of
@@ -42,25 +43,30 @@ class Autoencoder:
 
     @property
     def scale(self) -> float:
-        return float(self.module.config.scaling_factor)
+        return float(self.module.config["scaling_factor"])
 
     @property
     def shift(self) -> float:
-        return float(self.module.config.shift_factor or 0.0)
+        return float(self.module.config["shift_factor"] or 0.0)
 
     @property
     def factor(self) -> int:
         """Pixels of an image a side for one of a latent."""
-        return 2 ** (len(self.module.config.block_out_channels) - 1)
+        return 2 ** (len(self.module.config["block_out_channels"]) - 1)
 
     @property
     def channels(self) -> int:
         """Channels of a latent."""
-        return int(self.module.config.latent_channels)
+        return int(self.module.config["latent_channels"])
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    def to(self, device: torch.device) -> "Autoencoder":
+        """This autoencoder, moved to a device."""
+        cast(nn.Module, self.module).to(device)  # diffusers' own `to` is typed wrongly
+        return self
 
     def encode(
         self, images: UInt8[Tensor, "b 3 h w"], *, precision: Precision = "fp32"
@@ -82,7 +88,7 @@ class Autoencoder:
             unscaled = latents.to(self.device).float() / self.scale + self.shift
             return self.module.decode(unscaled).sample.float().cpu()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, JsonValue]:
         """Identity, as JSON."""
         return {"name": self.name, "revision": self.revision, "sha256": self.sha256}
 
@@ -112,14 +118,14 @@ def load_autoencoder(
     found = find_model(source, revision=revision, patterns=VAE_FILES)
     folder = found / "vae" if (found / "vae" / CONFIG_NAME).is_file() else found
     _check_config(folder)
-    module = _load(folder).eval().requires_grad_(False)
     from_hub = _COMMIT.fullmatch(found.name) is not None and not Path(source).exists()
-    return Autoencoder(
-        module=module.to(device or torch.device("cpu")),
+    vae = Autoencoder(
+        module=_load(folder).eval().requires_grad_(False),
         name=str(source) if from_hub else _name_of(folder),
         revision=found.name if from_hub else None,
         sha256=_sha256_of(folder),
     )
+    return vae.to(device or torch.device("cpu"))
 
 
 def _check_config(folder: Path) -> None:

@@ -1,10 +1,8 @@
 """From what a model makes to 8-bit pixels: by rounding where it makes pixels, through a VAE where latents."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt
 from torch import Tensor
 
 from ..errors import ProtocolError
@@ -45,11 +43,11 @@ class Decoder:
     def to(self, device: torch.device) -> "Decoder":
         """This decoder, moved to a device."""
         if self._vae is not None:
-            self._vae.module.to(device)
+            self._vae.to(device)
         return self
 
     @property
-    def identity(self) -> dict[str, Any] | None:
+    def identity(self) -> dict[str, JsonValue] | None:
         """All that pixels depend on beside the samples, as JSON; None without an autoencoder. Names are no part of it."""
         if self._vae is None or self._config is None:
             return None
@@ -62,7 +60,7 @@ class Decoder:
             "tiling": config.tiling,
         }
 
-    def describe(self) -> dict[str, Any] | None:
+    def describe(self) -> dict[str, JsonValue] | None:
         """The autoencoder's name, revision and hash, for the record; None without one."""
         return None if self._vae is None else self._vae.describe()
 
@@ -71,7 +69,7 @@ class Decoder:
         if self._vae is None:
             return shape
         _, height, width = shape
-        channels = int(self._vae.module.config.out_channels)
+        channels = int(self._vae.module.config["out_channels"])
         return (channels, height * self._vae.factor, width * self._vae.factor)
 
     def __call__(self, x: Float[Tensor, "b c *size"]) -> UInt8[Tensor, "b c2 *size2"]:

@@ -14,12 +14,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
 from torch import Tensor
 
 from ..contract import Step
@@ -201,7 +201,7 @@ def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folde
     )
 
 
-def _index_facts(stream: ImageStream, vae: Autoencoder, config: EncodingConfig) -> dict[str, Any]:
+def _index_facts(stream: ImageStream, vae: Autoencoder, config: EncodingConfig) -> dict[str, JsonValue]:
     return {
         "source": stream.name,
         "source_revision": stream.revision,

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,20 @@ FP32_IS_ABSENT: Mapping[str, Any] = MappingProxyType({"precision": "fp32"})
 _SIZES = (128, 256, 512, 1024, 2048)
 _LONG_S = 2e-3
 
-C = TypeVar("C", bound=BaseModel)
+S = TypeVar("S", bound=BaseModel)
+
+
+@runtime_checkable
+class Computing(Protocol):
+    """Config of what computes in a precision."""
+
+    @property
+    def precision(self) -> Precision: ...
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Any: ...
+
+
+C = TypeVar("C", bound=Computing)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
@@ -53,7 +66,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
             raise RunError(
                 f"the environment variable {VARIABLE} is {forced!r}: fp32 or bf16, or leave it out"
             )
-        return forced  # type: ignore[return-value]
+        return cast(Precision, forced)
     return "bf16" if bf16_speedup(device) >= FASTER else "fp32"
 
 
@@ -133,7 +146,7 @@ def settled_as_begun(config: C, device: torch.device, *, begun: Any, where: Path
     return config.model_copy(update={"precision": begun})
 
 
-def settled_sections(settings: C, choose: Callable[[str], Precision]) -> C:
+def settled_sections(settings: S, choose: Callable[[str], Precision]) -> S:
     """Settings with sections, as a recipe: each whose precision is `auto` has what `choose` says of its name."""
     changed = {
         name: section.model_copy(update={"precision": choose(name)})
@@ -142,7 +155,7 @@ def settled_sections(settings: C, choose: Callable[[str], Precision]) -> C:
     return settings.model_copy(update=changed) if changed else settings
 
 
-def settled_run(recipe: C, device: torch.device, *, folder: Path | None = None) -> tuple[C, str]:
+def settled_run(recipe: S, device: torch.device, *, folder: Path | None = None) -> tuple[S, str]:
     """A recipe without `auto`, and what is to be said of that, if anything. The main process chooses, and tells the others.
 
     What the run in `folder` began in holds, section by section; a section that it had not goes by the others where they agree,

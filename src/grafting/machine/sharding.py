@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
 
 from ..errors import CheckpointError
-from ..machine import processes as parallel
+from ..machine import processes
 
 FACTS_NAME = "facts.json"
 
@@ -39,7 +39,7 @@ _INDEX_NAMES = {
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Spread a model's parameters over all processes, in place: block by block, then those outside of blocks."""
-    mesh = init_device_mesh(device.type, (parallel.world_size(),))
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
     for block in blocks:
         if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)
@@ -82,10 +82,10 @@ class ShardedState:
 
     def save(self, folder: Path) -> None:
         """Write it; all processes call this with the same folder, which the main one has made."""
-        parallel.barrier()
+        processes.barrier()
         with _also_alone():
             dcp.save(self.tensors, storage_writer=dcp.FileSystemWriter(folder))
-        if parallel.is_main():
+        if processes.is_main():
             (folder / FACTS_NAME).write_text(json.dumps(self.facts))
 
 

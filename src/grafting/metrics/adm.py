@@ -87,7 +87,7 @@ def adm_precision_recall(
     return AdmPrecisionRecall(float(precise.double().mean()), float(recalled.double().mean()))
 
 
-def _radii(x: Float[Tensor, "n f"], k: int, distances: Distances, block: int) -> Float[Tensor, "n"]:
+def _radii(x: Float[Tensor, "n f"], k: int, distances: Distances, block: int) -> Float[Tensor, " n"]:
     """The squared distance from each row to its k-th nearest other row; a row itself is the nearest of all."""
     radii = []
     for rows in x.split(block):

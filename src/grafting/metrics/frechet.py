@@ -27,7 +27,7 @@ class FeatureStatistics:
     """
 
     count: int
-    mean: Float64[Tensor, "f"]
+    mean: Float64[Tensor, " f"]
     scatter: Float64[Tensor, "f f"]
 
     @classmethod
@@ -84,7 +84,7 @@ class FeatureStatistics:
 class Gaussian(NamedTuple):
     """Mean and covariance alone, as published files of statistics have them."""
 
-    mean: Float64[Tensor, "f"]
+    mean: Float64[Tensor, " f"]
     covariance: Float64[Tensor, "f f"]
 
 

@@ -46,11 +46,11 @@ def kernel_distance(
     return KernelDistance(float(value), float(error))
 
 
-def _row_sums(x: Float64[Tensor, "n f"], y: Float64[Tensor, "m f"], chunk_size: int) -> Float64[Tensor, "n"]:
+def _row_sums(x: Float64[Tensor, "n f"], y: Float64[Tensor, "m f"], chunk_size: int) -> Float64[Tensor, " n"]:
     """Sum over y of the kernel, for each row of x."""
     chunks = x.split(chunk_size)
     return torch.cat([(chunk @ y.T / x.shape[1] + 1).pow(3).sum(1) for chunk in chunks])
 
 
-def _kernel_diagonal(x: Float64[Tensor, "n f"]) -> Float64[Tensor, "n"]:
+def _kernel_diagonal(x: Float64[Tensor, "n f"]) -> Float64[Tensor, " n"]:
     return (x.square().sum(1) / x.shape[1] + 1).pow(3)

@@ -65,7 +65,7 @@ def density_coverage(
     return DensityCoverage(num_inside / (k * len(generated)), _share(torch.cat(covered)))
 
 
-def neighbour_radii(x: Float[Tensor, "n f"], k: int, *, chunk_size: int = 1024) -> Float64[Tensor, "n"]:
+def neighbour_radii(x: Float[Tensor, "n f"], k: int, *, chunk_size: int = 1024) -> Float64[Tensor, " n"]:
     """The distance from each row to its k-th nearest other row.
 
     Raises:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -27,7 +27,22 @@ DIT_PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiTConfig(FrozenDict):
+    """Declaration of a DiT's settings, which diffusers keeps untyped."""
+
+    input_size: int
+    patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    class_dropout_prob: float
+    num_classes: int
+    learn_sigma: bool
+
+
+class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own declarations of `config_name` differ
     """Predicts noise (and, with `learn_sigma`, a variance) of a noised image, given its step and class.
 
     The model takes the labels that it is given, in training too: whoever trains it drops them (`noising.draw_noised`), so
@@ -49,8 +64,9 @@ class DiT(ModelMixin, ConfigMixin):
         ValueError: a size that does not divide another.
     """
 
+    config: DiTConfig
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["DiTBlock"]
+    _no_split_modules = ["DiTBlock"]  # type: ignore[assignment]  # declared as None by diffusers
 
     @register_to_config
     def __init__(
@@ -93,7 +109,7 @@ class DiT(ModelMixin, ConfigMixin):
         return cls(**{**DIT_PRESETS[name], **overrides})
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "b"] | Int[Tensor, "b"], y: Int[Tensor, "b"]
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"] | Int[Tensor, " b"], y: Int[Tensor, " b"]
     ) -> Float[Tensor, "b out_c h w"]:
         """The model's prediction for noised images x at steps t (0..999, may be fractional) and classes y.
 
@@ -105,7 +121,7 @@ class DiT(ModelMixin, ConfigMixin):
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c)
+                x = self._gradient_checkpointing_func(block, x, c)  # type: ignore[misc]  # the same
             else:
                 x = block(x, c)
         x = self.final_layer(x, c)  # [B, L, patch * patch * out_c]
@@ -344,7 +360,7 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]  # torch knows no class of a part
 
 
 class LabelEmbedder(nn.Module):
@@ -354,7 +370,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
 
-    def forward(self, y: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+    def forward(self, y: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
         return self.embedding_table(y)
 
 

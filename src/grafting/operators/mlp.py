@@ -72,7 +72,7 @@ class MLP(Mixer):
         self.inherit_neurons(weights, strongest(up, down, num=min(len(self.fc1.weight), len(up))))
 
     @torch.no_grad()
-    def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, "kept"]) -> None:
+    def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, " kept"]) -> None:
         (up, up_bias), (down, down_bias) = weights.up, weights.down
         self.num_inherited_neurons = len(kept)
         self.fc1.weight[: len(kept)] = up[kept].to(self.fc1.weight)

@@ -135,7 +135,7 @@ class _Parabolas(NamedTuple):
 
 
 def _parabolas(
-    up: Float[Tensor, "hidden d"], bias: Float[Tensor, "hidden"], activation: Callable[[Tensor], Tensor]
+    up: Float[Tensor, "hidden d"], bias: Float[Tensor, " hidden"], activation: Callable[[Tensor], Tensor]
 ) -> _Parabolas:
     """The closest parabola to each neuron's activation, in squares, for normal inputs: its Hermite series cut short."""
     z, weight = (torch.tensor(x).to(up) for x in hermegauss(NUM_QUADRATURE_POINTS))

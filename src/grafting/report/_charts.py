@@ -17,8 +17,8 @@ _AXIS_HEIGHT, _ROW_HEIGHT = 30.0, 58.0
 class Curve(NamedTuple):
     """Values over steps, drawn as a faint line, a strong line, or points."""
 
-    steps: Float64[np.ndarray, "n"]
-    values: Float64[np.ndarray, "n"]
+    steps: Float64[np.ndarray, " n"]
+    values: Float64[np.ndarray, " n"]
     style: Literal["raw", "smooth", "points"]
 
 
@@ -130,7 +130,7 @@ def _draw(curve: Curve, across: Scale, up: Scale) -> Markup:
     return element("path", d="M" + "L".join(points), class_=curve.style) if points else Markup("")
 
 
-def thin(values: Float64[np.ndarray, "n"], limit: int) -> np.ndarray:
+def thin(values: Float64[np.ndarray, " n"], limit: int) -> np.ndarray:
     """Indices of at most `limit` values that look like all of them: the least and the largest of each stretch."""
     if len(values) <= limit:
         return np.arange(len(values))
@@ -139,7 +139,7 @@ def thin(values: Float64[np.ndarray, "n"], limit: int) -> np.ndarray:
     return np.unique(kept)
 
 
-def smooth(values: Float64[np.ndarray, "n"], share: float = 0.04) -> Float64[np.ndarray, "n"]:
+def smooth(values: Float64[np.ndarray, " n"], share: float = 0.04) -> Float64[np.ndarray, " n"]:
     """A centred moving mean over `share` of all values; the window is cut at both ends, so that none is invented."""
     half = int(len(values) * share / 2)
     sums = np.concatenate([[0.0], values.cumsum()])

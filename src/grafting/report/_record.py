@@ -15,7 +15,7 @@ class Samples(NamedTuple):
     """The first images of one model, at most `MAX_IMAGES`, and how many there are in all."""
 
     images: UInt8[np.ndarray, "n c h w"]
-    labels: Int64[np.ndarray, "n"]
+    labels: Int64[np.ndarray, " n"]
     num_images: int
 
 

@@ -1,4 +1,7 @@
-"""Recipes as YAML files: read safely, merged with their base, and every fault listed with its path in the file."""
+"""Recipes as YAML files: read safely, merged with their base, and every fault listed with its place in the file.
+
+Paths are made absolute as each file is read (`paths`), before it is merged with its base.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -10,6 +13,7 @@ from pydantic import ValidationError
 
 from ..editing.plan import fault_list
 from ..errors import GraftingError, RecipeError
+from .paths import WrittenPath, absolute, with_paths, written_in
 from .recipe import Recipe
 
 Changes = dict[str, Any]
@@ -20,7 +24,8 @@ def load_recipe(path: str | Path, *, changes: Mapping[str, Any] | None = None) -
     """The recipe in a YAML file; `base:` names another file whose settings it changes.
 
     Args:
-        changes: to its settings; keys may be dotted paths, such as `finetune.steps`.
+        changes: to its settings; keys may be dotted paths, such as `finetune.steps`. Paths among the values are relative to the
+            working directory.
 
     Raises:
         RecipeError: the file is missing, empty, not YAML, not a mapping, or has faults (all are listed).
@@ -29,7 +34,7 @@ def load_recipe(path: str | Path, *, changes: Mapping[str, Any] | None = None) -
     settings = read_settings(path)
     if "grids" in settings:
         raise RecipeError(f"{path} holds many recipes: grafting sweep {path}")
-    return parse_recipe(changed(settings, dict(changes or {})), source=str(path))
+    return parse_recipe(changed(settings, with_paths(changes or {})), source=str(path))
 
 
 def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
@@ -39,11 +44,13 @@ def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
         RecipeError: they have faults (all are listed); `source` says where they stand.
     """
     try:
-        return Recipe.model_validate(settings)
+        recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         raise RecipeError(fault_list(faults_of(error), source)) from error
     except GraftingError as error:
         raise RecipeError(f"{source}: {error}") from error
+    recipe.written.update(written_in(settings))
+    return recipe
 
 
 def faults_of(error: ValidationError) -> list[str]:
@@ -64,12 +71,19 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(settings, dict):
         found = "is empty" if settings is None else f"holds a {type(settings).__name__}"
         raise RecipeError(f"{path} {found}; a recipe is a mapping such as `name: my-run`")
-    if "base" not in settings:
+    has_base, base = "base" in settings, settings.pop("base", None)
+    try:
+        settings = with_paths(settings, file=path)
+    except RecursionError:
+        raise RecipeError(f"{path}: a value holds itself") from None
+    if not has_base:
         return settings
-    base = settings.pop("base")
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base names one file, found {base!r}")
-    return merge(read_settings(path.parent / base, (*seen, path.resolve())), settings)
+    below = Path(absolute(base, path.parent.resolve()))
+    if not below.exists():
+        raise RecipeError(f"no recipe file {below}, which {path} names by `base: {base}`")
+    return merge(read_settings(below, (*seen, path.resolve())), settings)
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,4 +150,6 @@ def _what(error: Any) -> str:
         return "unknown key"
     if error["type"] == "missing":
         return "missing"
-    return f"{error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
+    found = error["input"]
+    told = f"{found.written}, which is {found}" if isinstance(found, WrittenPath) else repr(found)
+    return f"{error['msg'].removeprefix('Value error, ')}, found {told}"

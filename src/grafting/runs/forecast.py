@@ -33,6 +33,7 @@ from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
 from .job import skeleton
+from .paths import naming_paths
 from .recipe import Recipe
 from .rows import ROWS, rows_in
 from .stages import stage_flops
@@ -152,7 +153,8 @@ class _Shapes:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "_Shapes":
-        model = skeleton(recipe.source)
+        with naming_paths(recipe.written):
+            model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
         conditions = host.conditions(model)
         shape = (recipe.sample and recipe.sample.shape) or host.shape(model)

@@ -72,7 +72,7 @@ def operator_inputs(job: Job, path: str) -> list[Any]:
 def samples_inputs(job: Job, folder: RunFolder, row: RowName) -> list[Any]:
     """Inputs of a row's images: its model, the sampling settings, and the autoencoder."""
     kind = ROWS[row]
-    model = [job.identity["grafting"], job.identity["source"]]
+    model: list[Any] = [job.identity["grafting"], job.identity["source"]]
     if kind.is_edited:
         model += [job.identity["plan"], job.identity["seed"], row]
         stage = kind.read_from(job.recipe)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from ..contract import Denoiser, Grid, Site, TrainingData
@@ -14,7 +14,7 @@ from ..data import check_bound
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
-from ..hosts import Host, host_of, hosts
+from ..hosts import Host, config_of, host_of, hosts
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json, sha256_of
@@ -24,6 +24,7 @@ from ..training import distillation, finetuning
 from ..weights.folder import load_model
 from ..weights.locate import WEIGHTS_NAME, find_model
 from .operator_cache import OperatorStore
+from .paths import naming_paths
 from .recipe import FreshModel, Recipe
 
 
@@ -38,7 +39,7 @@ class Job:
     shape: tuple[int, ...]  # of one input, as the data has it
     chosen: dict[Site, Choice]
     data: TrainingData
-    identity: dict[str, Any]  # hashes of the model, plan, data, conditions and process
+    identity: dict[str, JsonValue]  # hashes of the model, plan, data, conditions and process
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
     peak_tflops: float | None = None  # of one device, where the caller knows it
@@ -66,6 +67,11 @@ class Job:
 
 def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
     """Load what a recipe names and check that everything fits, without writing anything. The job's recipe says no `auto`."""
+    with naming_paths(recipe.written):
+        return _prepare(recipe, store)
+
+
+def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     recipe, _ = settled_run(recipe, default_device())
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
@@ -92,7 +98,7 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
         finetuning.check_division(recipe.finetune)
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         distillation.split(len(data), recipe.distill)
-    identity = {
+    identity: dict[str, JsonValue] = {
         "grafting": version("grafting"),
         "source": source_sha256,
         "plan": recipe.edits.model_dump(mode="json"),
@@ -118,15 +124,22 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 
 def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
-    """True if images of this shape can be measured: by the recipe's suite, else by the testbed's if it supports them.
+    """True if images of this shape can be measured: by the recipe's suite, else by a testbed's if it supports them.
 
     Raises:
         RecipeError: the suite cannot measure them.
     """
     assert recipe.sample is not None
-    if recipe.evaluate is None and (recipe.conditions or recipe.suite.faults(1_000_000, image_shape)):
+    suite = recipe.suite
+    is_asked = suite.asked_by in (None, recipe.asked)
+    if recipe.evaluate is None and (not is_asked or suite.faults(1_000_000, image_shape)):
         return False
-    if faults := recipe.suite.faults(recipe.sample.num_images, image_shape):
+    faults = suite.faults(recipe.sample.num_images, image_shape)
+    if not is_asked:
+        faults.append(
+            f"suite {suite.name} judges images by conditions {suite.asked_by}; the recipe's are {recipe.asked}"
+        )
+    if faults:
         raise RecipeError(fault_list([f"evaluate: {fault}" for fault in faults], "what the recipe samples"))
     return True
 
@@ -168,7 +181,8 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     """The model that a recipe starts from, and a hash of what it is."""
     if isinstance(source, FreshModel) and source.weights is None:
         torch.manual_seed(source.seed)
-        return _construct(source), hash_json(source.model_dump(mode="json", exclude_none=True))
+        model = hosts()[source.host].initialised(_construct(source))
+        return model, hash_json(source.model_dump(mode="json", exclude_none=True))
     name = source.weights if isinstance(source, FreshModel) else source
     assert name is not None
     if name != "testbed" and not Path(name).exists():
@@ -206,12 +220,12 @@ def _construct(source: FreshModel) -> nn.Module:
 
 def _check_config(model: nn.Module, source: FreshModel) -> None:
     """Raises a RecipeError that lists where the weights' model is not the one that is described, if it is not."""
-    described = skeleton(source)
+    described, found = skeleton(source), config_of(model)
     faults = [] if type(model) is type(described) else [f"it is a {type(model).__name__}"]
     faults += [
-        f"{key} is {model.config.get(key)!r} there, {value!r} in the recipe"
-        for key, value in described.config.items()
-        if not key.startswith("_") and hash_json(model.config.get(key)) != hash_json(value)
+        f"{key} is {found.get(key)!r} there, {value!r} in the recipe"
+        for key, value in config_of(described).items()
+        if not key.startswith("_") and hash_json(found.get(key)) != hash_json(value)
     ]
     if faults:
         raise RecipeError(fault_list(faults, f"source: the model in {source.weights}"))

@@ -5,18 +5,19 @@ pretrained model + plan --distill--> operators --finetune--> model --sample--> i
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, PrivateAttr, StringConstraints
 
-from ..data import DataConfig, PromptsConfig
+from ..data import ConditionsConfig, DataConfig
 from ..diffusion import ProcessConfig
 from ..editing.plan import Edit, Plan
-from ..evaluation import Suite, SuiteConfig, TestbedSuite
+from ..evaluation import ScenesSuite, Suite, SuiteConfig, TestbedSuite
 from ..latents.decoding import VaeConfig
 from ..sampling.chain import SamplingConfig
 from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
 from ..words import ROW_TITLES, RowName
+from .paths import WrittenPaths
 
 
 class FreshModel(BaseModel):
@@ -47,8 +48,8 @@ class Recipe(BaseModel):
     """The edits; none trains the model as it is."""
     data: DataConfig
     """Data for stages 1 and 2."""
-    conditions: PromptsConfig | None = None
-    """Folder of encoded prompts, for models that do not define their conditions themselves, as classes are."""
+    conditions: ConditionsConfig | None = None
+    """Folder of encoded prompts, or the captions of `scenes`, for models that do not define their conditions themselves, as classes are."""
     process: ProcessConfig | None = None
     """Noising of inputs; if omitted, that of the host's family."""
     calibrate: CalibrateConfig | None = None
@@ -62,13 +63,19 @@ class Recipe(BaseModel):
     vae: VaeConfig | None = None
     """Autoencoder that decodes samples, if the model makes latents."""
     evaluate: SuiteConfig | None = None
-    """The suite that measures samples; left out, the testbed's where it fits them."""
+    """The suite that measures samples; left out, that of the bundled testbed which fits them, if one does."""
     rows: tuple[RowName, ...] = tuple(ROW_TITLES)
     """Models to sample and measure."""
     seed: int = Field(default=0, ge=0)
     """Of the operators' random weights."""
     save_every: PositiveInt = 100
     """Steps of stage 1 and 2 between saved states."""
+    _written: WrittenPaths = PrivateAttr(default_factory=WrittenPaths)
+
+    @property
+    def written(self) -> WrittenPaths:
+        """How the recipe's files write its paths, by what they resolve to."""
+        return self._written
 
     @property
     def edits(self) -> Plan:
@@ -76,4 +83,11 @@ class Recipe(BaseModel):
 
     @property
     def suite(self) -> Suite:
-        return self.evaluate or TestbedSuite()
+        """The suite that is named, else that of the testbed whose conditions these are."""
+        by_default = {"scenes": ScenesSuite}.get(self.asked, TestbedSuite)
+        return self.evaluate or by_default()
+
+    @property
+    def asked(self) -> str:
+        """Name of the conditions."""
+        return self.conditions.name if self.conditions else "classes"

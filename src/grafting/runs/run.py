@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..contract import Step
+from ..data.subset import PartialData
 from ..editing.plan import describe_choice
 from ..errors import RunError
 from ..machine.devices import default_device
@@ -73,13 +74,16 @@ def _open(job: Job, folder: Path) -> RunFolder:
 
 def _check_subset(recipe: Recipe, written: Path) -> None:
     """Raises a RunError if the run began on another subset under the same name, unless the recipe says which it wants."""
-    if recipe.data.subset is None or recipe.data.subset_sha256 is not None or not written.is_file():
+    data = recipe.data
+    if not isinstance(data, PartialData) or data.subset_sha256 is not None:
+        return
+    if data.subset is None or not written.is_file():
         return
     before = yaml.safe_load(written.read_text()).get("data", {})
-    found = recipe.data.pinned().subset_sha256
-    if before.get("subset") == str(recipe.data.subset) and before.get("subset_sha256") not in (None, found):
+    found = data.pinned().subset_sha256
+    if before.get("subset") == str(data.subset) and before.get("subset_sha256") not in (None, found):
         raise RunError(
-            f"{recipe.data.subset} has sha256 {found}, the run in {written.parent} began with "
+            f"{data.subset} has sha256 {found}, the run in {written.parent} began with "
             f"{before['subset_sha256']}: name another folder with --out, or write `subset_sha256: {found}` in the "
             "recipe's data to start over here"
         )

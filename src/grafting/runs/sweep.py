@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraint
 
 from ..editing.plan import fault_list
 from ..errors import GraftingError, MissingBackend, RecipeError, RunError
-from ..machine import processes as parallel
+from ..machine import processes
 from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import Precision, settled_run, settled_sections
@@ -147,9 +147,9 @@ def run_sweep(
     for point in chosen:
         with following(point) if following else nullcontext() as on_step:
             lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)
-        if parallel.is_main():
+        if processes.is_main():
             _add(sweep, table, lines)
-        parallel.barrier()
+        processes.barrier()
         yield point
 
 
@@ -220,9 +220,12 @@ def _is_known(job: Job, known: frozenset[str]) -> bool:
 
 def _either(recipe: Recipe) -> list[Recipe]:
     """The recipe in each precision, where it leaves that to the device."""
-    ways: tuple[Precision, ...] = ("fp32", "bf16")
-    settled = [settled_sections(recipe, lambda _, way=way: way) for way in ways]
+    settled = [_all_in("fp32", recipe), _all_in("bf16", recipe)]
     return settled if settled[0] != settled[1] else []
+
+
+def _all_in(precision: Precision, recipe: Recipe) -> Recipe:
+    return settled_sections(recipe, lambda _: precision)
 
 
 def _with_rows(recipe: Recipe, rows: Sequence[str]) -> Recipe:

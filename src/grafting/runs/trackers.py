@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..contract import Step
 from ..errors import MissingBackend, RunError
-from ..machine import processes as parallel
+from ..machine import processes
 from ..machine.files import write_json
 
 FOLDER_NAME = "tracking"
@@ -159,7 +159,7 @@ def tracking(
     with ExitStack() as ending:
 
         def on_step(stage: str, step: Step) -> None:
-            if not (names and parallel.is_main()):
+            if not (names and processes.is_main()):
                 return
             if not started:
                 for kind in dict.fromkeys(names):

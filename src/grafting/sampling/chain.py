@@ -130,10 +130,10 @@ class Batch:
     """
 
     indices: tuple[int, ...]
-    labels: Int[Tensor, "b"]
-    x: Float[Tensor, "b *shape"]
+    labels: Int[Tensor, " b"]
+    x: Float[Tensor, " b *shape"]
 
-    def images(self) -> UInt8[Tensor, "b *shape"]:
+    def images(self) -> UInt8[Tensor, " b *shape"]:
         """The samples of a model of pixels as 8-bit pixels."""
         return to_uint8(self.x)
 
@@ -208,7 +208,7 @@ def _has_no_null(conditions: Conditions) -> bool:
     return conditions.nulls(torch.tensor([0])) is None
 
 
-def labels_of(indices: Sequence[int], config: SamplingConfig, *, count: int) -> Int[Tensor, "b"]:
+def labels_of(indices: Sequence[int], config: SamplingConfig, *, count: int) -> Int[Tensor, " b"]:
     """The number of each image's condition, of `count`."""
     if config.labels == "balanced":
         labels = [i % count for i in indices]
@@ -229,7 +229,7 @@ def _draw(
     shape: tuple[int, ...],
     indices: Sequence[int],
     labels: Tensor,
-) -> Float[Tensor, "b *shape"]:
+) -> Float[Tensor, " b *shape"]:
     """One batch, on the CPU."""
     device = next(model.parameters()).device
     streams = [generator(config.seed, i) for i in indices]

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -40,7 +41,7 @@ class Samples(NamedTuple):
     """Images, labels, and how they came about: `sampling`, `labels` and `weights_dtype` of their protocol."""
 
     images: UInt8[Tensor, "n c *size"]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, " n"]
     origin: dict[str, Any]
 
 
@@ -59,7 +60,7 @@ class SampleFile:
     path: Path
     num_images: int
     shape: tuple[int, ...]
-    labels: Int[Tensor, "n"] | None
+    labels: Int[Tensor, " n"] | None
     origin: dict[str, Any]
     record: dict[str, Any]
     read: Callable[[int], Iterator[Tensor]]
@@ -72,7 +73,7 @@ class SampleFile:
         """
         return self.read(size)
 
-    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, "b"]]]:
+    def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, " b"]]]:
         """The images with their labels, `size` at a time. Raises as `images`, and at the call if there are no labels."""
         if self.labels is None:
             raise DataError(
@@ -266,6 +267,7 @@ def _open_npz(path: Path) -> SampleFile:
 def _read_npz(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Tensor]:
     num_images, *image = shape
     with _whole_npz(path), ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
+        assert isinstance(member, BufferedIOBase)
         _read_header(member)
         for first in range(0, num_images, size):
             rows = np.empty((min(size, num_images - first), *image), np.uint8)

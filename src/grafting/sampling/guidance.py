@@ -34,7 +34,7 @@ class Guidance:
         low, high = self.interval
         return low <= share <= high
 
-    def nulls(self, conditions: Conditions, numbers: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+    def nulls(self, conditions: Conditions, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """For each condition, the number of what it is led away from."""
         if self.negative is not None:
             return torch.full_like(numbers, self.negative)

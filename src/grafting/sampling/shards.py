@@ -218,7 +218,7 @@ class Drawing:
         vae = self._decoder.identity
         return origin_of(self.config, weights_dtype=dtype, denoiser=self._denoiser, vae=vae)
 
-    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, "b"]]]:
+    def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, " b"]]]:
         """The images and labels of all shards, in their order.
 
         Raises:

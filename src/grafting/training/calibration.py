@@ -135,9 +135,9 @@ class _OutputFit:
             # features that seem to have no mean leave nothing to a bias
             self.gram[-1, :-1] = self.gram[:-1, -1] = self.cross[-1] = 0
         weight, bias = correction = ridge_correction(self.gram, self.cross, strength=config.ridge)
-        self.layer.weight += weight.to(self.layer.weight)
+        self.layer.weight.add_(weight.to(self.layer.weight))
         if self.layer.bias is not None:
-            self.layer.bias += bias.to(self.layer.bias)
+            self.layer.bias.add_(bias.to(self.layer.bias))
         left = self.error - error_removed(self.gram, self.cross, correction)
         variance = max(variance, 1e-30)
         return {f"r2_before/{self.path}": 1 - self.error / variance, f"r2/{self.path}": 1 - left / variance}

@@ -34,7 +34,7 @@ from ..editing.placed import Placed
 from ..errors import CheckpointError, TrainingError
 from ..functional.losses import Regression, regression_loss
 from ..hosts import host_of
-from ..machine import processes as parallel
+from ..machine import processes
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
 from .batches import Batches, check_batch_size
@@ -163,8 +163,8 @@ def _training(teacher: nn.Module, operators: Mapping[str, Placed]) -> Iterator[N
 
 def check_division(config: DistillConfig) -> None:
     """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
-    processes = parallel.world_size() if config.spread == "data" else 1
-    check_batch_size("stage 1", config.batch_size, processes=processes, accumulate=config.accumulate)
+    num_processes = processes.world_size() if config.spread == "data" else 1
+    check_batch_size("stage 1", config.batch_size, processes=num_processes, accumulate=config.accumulate)
 
 
 class _Fitting:
@@ -176,7 +176,7 @@ class _Fitting:
         visited.prepare("stage 1")
         self.sites = {path: _Site(o, config) for path, o in visited.operators.items() if o.fits}
         # the sites that this process fits, and the part of each batch that it fits them on
-        mine, share = slice(None), parallel.share()
+        mine, share = slice(None), processes.share()
         if config.spread == "sites":
             mine, share = share, mine
         self.mine = tuple(self.sites)[mine]
@@ -194,7 +194,7 @@ class _Fitting:
             raise TrainingError("cache_samples is set, but there is no folder for the activations")
         cache = ActivationCache(cache_folder, num_samples, batches=self.batches, paths=self.mine)
         chosen = self.train[torch.arange(num_samples) % len(self.train)]
-        with parallel.main_first():
+        with processes.main_first():
             cache.fill(self._repeatable(chosen, stream=2, paths=tuple(self.sites)))
         return cache
 
@@ -233,16 +233,16 @@ class _Fitting:
         source.visit(step, visit)
         if self.config.spread == "data":
             parameters = (p for site in self.sites.values() for p in site.parameters)
-            parallel.average_gradients([p for p in parameters if p.grad is not None])
+            processes.average_gradients([p for p in parameters if p.grad is not None])
         return sums
 
     def _figures(self, mine: Mapping[str, Tensor]) -> dict[str, float]:
         """A figure of every site, from those of this process's sites."""
         here = torch.stack(list(mine.values())).tolist() if mine else []
         if self.config.spread == "data":
-            return dict(zip(mine, parallel.mean(here), strict=True))
+            return dict(zip(mine, processes.mean(here), strict=True))
         known = dict(zip(mine, here, strict=True))
-        return dict(zip(self.sites, parallel.total([known.get(p, 0.0) for p in self.sites]), strict=True))
+        return dict(zip(self.sites, processes.total([known.get(p, 0.0) for p in self.sites]), strict=True))
 
     def _judge(self, path: str, step: int, loss: float, norm: float) -> dict[str, float]:
         """Findings of a site's guard; raise an error if it says so."""
@@ -266,7 +266,7 @@ class _Fitting:
         # whole batches are dealt out, so that each gives what it gives one process
         for number in range(len(self.held_out.indices))[self.batches.share]:
             self.held_out.visit(number, visit)
-        sums = iter(parallel.total([value for site in measured.values() for value in site.sums]))
+        sums = iter(processes.total([value for site in measured.values() for value in site.sums]))
         found = {path: _Measured(*islice(sums, 4)) for path in self.sites}
         losses = {f"holdout_loss/{path}": site.loss for path, site in found.items()}
         return losses | {f"r2/{path}": site.r2 for path, site in found.items()}
@@ -275,7 +275,7 @@ class _Fitting:
         """State needed to resume after `step` steps."""
         here = {path: self.sites[path].state(step) for path in self.mine}
         if self.config.spread == "sites":
-            here = {path: state for part in parallel.gather_on_main(here) for path, state in part.items()}
+            here = {path: state for part in processes.gather_on_main(here) for path, state in part.items()}
         return {
             "step": step,
             "operators": {path: here[path]["operator"] for path in self.sites if path in here},
@@ -301,7 +301,7 @@ class _Fitting:
         if self.config.spread == "sites":
             for number, path in enumerate(self.sites):
                 for tensor in self.visited.operators[path].state_dict().values():
-                    parallel.copy_from(number % parallel.world_size(), tensor)
+                    processes.copy_from(number % processes.world_size(), tensor)
 
 
 class _Site(Trainee):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import (
@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..contract import Denoiser, Step, TrainingData
 from ..errors import CheckpointError, TrainingError
 from ..hosts import host_of
-from ..machine import processes as parallel
+from ..machine import processes
 from ..machine.devices import default_device, half_types, mixed_precision
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import seeded
@@ -40,6 +40,9 @@ from .average import Average
 from .batches import Batches, NoisedBatch, check_batch_size
 from .guard import GuardConfig
 from .trainee import Trainee
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
 
 class FinetuneConfig(BaseModel):
@@ -131,7 +134,7 @@ def finetune(
     denoiser, device = denoiser or host_of(model).denoiser(model), default_device()
     _select_parameters(model, config.trainable, new_parameters)
     student = _Student(model, blocks, config, denoiser)
-    batches = Batches(data, config, denoiser=denoiser, device=device, share=parallel.share())
+    batches = Batches(data, config, denoiser=denoiser, device=device, share=processes.share())
     training = _Training(student, batches, config, teacher.to(device).eval() if teacher is not None else None)
     first = training.load(state) if state is not None else 0
     yield from batches.steps(first, training.step, training.snapshot)
@@ -144,13 +147,13 @@ class _Student:
     def __init__(self, model: nn.Module, blocks: Sequence[str], config: FinetuneConfig, denoiser: Denoiser):
         self.model = self.result = model
         device = default_device()
-        if config.shard and parallel.connect():
+        if config.shard and processes.connect():
             # the copy is spread; what it was copied from waits for the result
             self.model = copy.deepcopy(model).to(device)
             model.to("cpu")
         self.model.to(device).train()
         if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+            cast("ModelMixin", self.model).enable_gradient_checkpointing()
         modules = [self.model.get_submodule(path) for path in blocks]
         self.compiled = modules if config.compile else []
         for block in self.compiled:
@@ -158,7 +161,7 @@ class _Student:
         self.call: nn.Module = _Call(self.model, denoiser)
         if self.model is not model:
             shard(self.call, modules, device)
-        elif parallel.connect():
+        elif processes.connect():
             # every process begins with the main one's weights
             devices = None if device.type == "cpu" else [device]
             self.call = DistributedDataParallel(self.call, device_ids=devices)
@@ -168,8 +171,9 @@ class _Student:
 
     def gradients_averaged(self, averaged: bool) -> AbstractContextManager:
         """Inside, whether a backward pass averages gradients over processes; those that do not are added up here."""
-        waits = isinstance(self.call, DistributedDataParallel) and not averaged
-        return self.call.no_sync() if waits else nullcontext()
+        if isinstance(self.call, DistributedDataParallel) and not averaged:
+            return self.call.no_sync()
+        return nullcontext()
 
     def finish(self) -> None:
         """Leave the weights in the model that was given."""
@@ -233,11 +237,11 @@ class _Training:
         parts = self.batches.at(step)
         for number, part in enumerate(parts):
             with self.student.gradients_averaged(number + 1 == len(parts)):
-                losses = self._losses(part, (self.config.seed, step, parallel.rank(), 1, number))
+                losses = self._losses(part, (self.config.seed, step, processes.rank(), 1, number))
                 (losses["loss"] / len(parts)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        return dict(zip(sums, parallel.mean([value.item() for value in sums.values()]), strict=True))
+        return dict(zip(sums, processes.mean([value.item() for value in sums.values()]), strict=True))
 
     def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
         """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""
@@ -326,7 +330,7 @@ def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
 def check_division(config: FinetuneConfig) -> None:
     """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
     check_batch_size(
-        "stage 2", config.batch_size, processes=parallel.world_size(), accumulate=config.accumulate
+        "stage 2", config.batch_size, processes=processes.world_size(), accumulate=config.accumulate
     )
 
 

@@ -7,12 +7,20 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 # figures that a median is first taken of
 _FEWEST = 10
+
+
+class GuardState(TypedDict):
+    """Memory of a guard, as it is saved."""
+
+    lr_factor: float
+    events: int
+    history: dict[str, list[float]]
 
 
 class GuardConfig(BaseModel):
@@ -81,11 +89,11 @@ class Guard:
         over = self._events > self.config.max and self.config.policy != "stop"
         return f"; {self._events} bad steps are more than guard.max: {self.config.max}" if over else ""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GuardState:
         history = {name: list(values) for name, values in self._history.items()}
         return {"lr_factor": self.lr_factor, "events": self._events, "history": history}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: GuardState) -> None:
         self.lr_factor, self._events = state["lr_factor"], state["events"]
         self._history = {
             name: deque(values, maxlen=self.config.window) for name, values in state["history"].items()

@@ -118,7 +118,8 @@ def _ungrafted_names(model: nn.Module) -> set[str]:
 
 def original_embeddings(model: nn.Module) -> nn.Module:
     """diffusers' DiT, changed in place to the time embedding that published weights were trained with; returns it."""
-    for block in model.transformer_blocks:
+    blocks: Any = model.get_submodule("transformer_blocks")
+    for block in blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     return model
 

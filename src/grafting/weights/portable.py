@@ -11,7 +11,8 @@ from functools import cache
 from os import PathLike
 from typing import Any
 
-from diffusers import ModelMixin as ModelMixin  # diffusers loads only from modules that show this name
+# diffusers loads only from modules that show this name
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
@@ -19,7 +20,7 @@ from ..contract import OperatorConfig
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import build_operators, edits_of, place
 from ..errors import CheckpointError
-from ..hosts import host_of, hosts
+from ..hosts import config_of, host_of, hosts
 from ..operators import operator_configs
 
 PREFIX = "Grafted"
@@ -66,7 +67,7 @@ class Record(BaseModel):
                 f"known are {', '.join(hosts())}"
             )
         versions = {operator.name: operator.version for operator in _operators(plan)}
-        recorded = model.config.get("grafting", {}).get("base")
+        recorded = config_of(model).get("grafting", {}).get("base")
         base = Base(**recorded) if base is None and recorded else base
         return cls(host=host.name, plan=plan, operator_versions=versions, base=base)
 
@@ -122,7 +123,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
     # diffusers reads the settings' names from here
     signature = inspect.signature(base.__init__)
     grafting = inspect.Parameter("grafting", inspect.Parameter.KEYWORD_ONLY)
-    initialise.__signature__ = signature.replace(parameters=[*signature.parameters.values(), grafting])  # type: ignore[attr-defined]
+    initialise.__signature__ = signature.replace(parameters=[*signature.parameters.values(), grafting])  # type: ignore[attr-defined]  # no attribute of a function to mypy
 
     def from_pretrained(cls: Any, path: str | PathLike, **options: Any) -> Any:
         """Load as diffusers does, but raise an error on missing or unexpected tensors, where diffusers only warns."""
@@ -168,7 +169,7 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         CheckpointError: its record describes no plan, or an operator that is not installed.
     """
-    record = getattr(model, "config", {}).get("grafting")
+    record = config_of(model).get("grafting")
     if record is not None:
         return Record.read(record, source=f"the config of this {type(model).__name__}").plan
     return Plan(edits=edits_of(model))
@@ -176,7 +177,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """The constructor arguments of a model's class before any graft."""
-    return {k: v for k, v in model.config.items() if not k.startswith("_") and k != "grafting"}
+    return {k: v for k, v in config_of(model).items() if not k.startswith("_") and k != "grafting"}
 
 
 def __getattr__(name: str) -> Any:

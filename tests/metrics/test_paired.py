@@ -1,0 +1,104 @@
+"""Paired comparisons: standard errors against plain formulas, quantiles against tables."""
+
+import pytest
+import torch
+
+from grafting.metrics._interval import spread, student_quantile
+from grafting.metrics.paired import (
+    mean_estimate,
+    paired_change,
+    paired_difference,
+    paired_ratio,
+    seeds_estimate,
+)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    # tables of Student's t, 0.975
+    [
+        (1, 12.706205),
+        (2, 4.302653),
+        (3, 3.182446),
+        (7, 2.364624),
+        (30, 2.042272),
+        (41, 2.019541),
+        (100, 1.983972),
+    ],
+)
+def test_quantiles_of_student(degrees, quantile):
+    assert student_quantile(0.975, degrees) == pytest.approx(quantile, rel=1e-6)
+
+
+def test_an_unstratified_mean_has_the_usual_error():
+    scores = torch.randn(50).double()
+    found = mean_estimate(scores)
+    error = float(scores.std() / 50**0.5)
+    assert found.value == pytest.approx(float(scores.mean()))
+    assert found.error == pytest.approx(error)
+    assert found.high - found.value == pytest.approx(2.009575 * error, rel=1e-6)
+
+
+def test_strata_are_taken_out():
+    strata = torch.arange(60) % 3
+    scores = torch.randn(60).double() + 10 * strata
+    parts = [scores[strata == h] for h in range(3)]
+    want = (sum((len(p) / 60) ** 2 * p.var() / len(p) for p in parts)) ** 0.5
+    assert mean_estimate(scores, strata=strata).error == pytest.approx(float(want))
+    assert mean_estimate(scores).error > 5 * float(want)
+
+
+def test_a_stratum_of_one_image_leaves_all_strata_aside():
+    scores, strata = torch.randn(21), torch.arange(21) % 20
+    assert mean_estimate(scores, strata=strata) == mean_estimate(scores)
+
+
+def test_clusters_are_one_unit_each():
+    prompts = torch.arange(40) // 4
+    means = torch.randn(10).double()
+    found = mean_estimate(means[prompts], clusters=prompts)
+    assert found.error == pytest.approx(float(means.std() / 10**0.5))
+    tasks = prompts % 2
+    within = mean_estimate(means[prompts], strata=tasks, clusters=prompts)
+    want = sum(means[task::2].var() / 5 / 4 for task in range(2)) ** 0.5
+    assert within.error == pytest.approx(float(want))
+    with pytest.raises(ValueError, match="a cluster has values of two strata"):
+        mean_estimate(means[prompts], strata=torch.arange(40) % 2, clusters=prompts)
+
+
+def test_images_that_do_not_count_are_left_out():
+    a, b, strata = torch.randn(30), torch.randn(30), torch.arange(30) % 2
+    masked = a.clone()
+    masked[10:] = float("nan")
+    got = paired_difference(masked, b, strata=strata)
+    assert got == pytest.approx(paired_difference(a[:10], b[:10], strata=strata[:10]))
+
+
+def test_what_is_common_cancels():
+    common = 100 * torch.randn(200).double()
+    found = paired_difference(common + 1, common)
+    assert found.value == pytest.approx(1)
+    assert found.error < 1e-12
+    assert paired_ratio(2.0, 1.0, 2 * common, common) == pytest.approx((2, 0, 2, 2), abs=1e-9)
+    assert paired_change(3.0, 1.0, common, common) == (2, 0, 2, 2)
+
+
+def test_a_ratio_is_by_its_logarithm():
+    influence = torch.randn(100).double()
+    found = paired_ratio(0.3, 0.2, 0.3 * influence, 0 * influence)
+    assert found.value == pytest.approx(1.5)
+    assert found.error == pytest.approx(float(influence.std()) / 10)
+    assert found.low * found.high == pytest.approx(found.value**2)
+
+
+def test_seeds_have_students_interval():
+    found = seeds_estimate([1.0, 2.0, 3.0])
+    assert found.value == 2
+    assert found.high - 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="at least 2 independent values; there are 1"):
+        spread(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match="found 0 and 1"):
+        paired_ratio(0.0, 1.0, torch.randn(3), torch.randn(3))
