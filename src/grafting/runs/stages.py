@@ -23,8 +23,8 @@ from ..machine.devices import default_device
 from ..machine.files import write_json
 from ..machine.processes import barrier, broadcast, is_main, rank, world_size
 from ..runs import identity
+from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
-from ..sampling.shards import Drawing, describe_model
 from ..training.calibration import calibrate
 from ..training.distillation import distill
 from ..training.finetuning import finetune
