@@ -102,10 +102,10 @@ class Drawing:
         except DataError as error:
             raise RunError(f"{path} exists and will not be overwritten: {error}") from error
         if found.get("drawing") != self.description:
-            differences = differences(found.get("drawing"), self.description)
+            differing = differences(found.get("drawing"), self.description)
             raise RunError(
                 "\n  ".join(
-                    [f"{path} exists and holds other images: name another file, or remove it", *differences]
+                    [f"{path} exists and holds other images: name another file, or remove it", *differing]
                 )
             )
         return True
