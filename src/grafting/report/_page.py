@@ -9,10 +9,11 @@ from typing import Any
 
 import jinja2
 
+from ..machine.files import flatten
 from ..words import duration
 from ._gallery import gallery
 from ._plan_picture import operator_keys, plan_picture, plan_width
-from ._protocols import alike, flatten, protocol_table
+from ._protocols import alike, protocol_table
 from ._record import RunRecord
 from ._results import baseline, further, notes, results
 from ._training import stage_1, stage_2

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FaultWarning, RunError
-from ..machine.files import atomic_path, hash_json, is_empty, partial_folder, write_json
+from ..machine.files import atomic_path, flatten, hash_json, is_empty, partial_folder, write_json
 from ..metrics.features import tensors_sha256
 
 INDEX_NAME = "drawing.json"
@@ -152,16 +152,9 @@ def differences(found: Any, asked: Mapping[str, Any]) -> list[str]:
     """Each setting of two sets of images that differs, with both values."""
     if not isinstance(found, Mapping):
         return ["what drew them is not recorded"]
-    mine, its = _flat(asked), _flat(found)
+    mine, its = flatten(asked), flatten(found)
     return [
         f"{name}: {its.get(name, 'nothing')} there, {mine.get(name, 'nothing')} asked"
         for name in {**its, **mine}
         if (name in its, its.get(name)) != (name in mine, mine.get(name))
     ]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
-    return flat
