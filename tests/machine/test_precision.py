@@ -47,7 +47,7 @@ from grafting.weights.folder import save_model
 from processes import run_in_processes
 from toydata import denoiser, noise_images
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 HOST = hosts()["dit"]
 SECTIONS = ("distill", "finetune", "sample")

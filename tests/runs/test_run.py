@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-import tinyrecipe
 from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.subset import write_subset
 from grafting.editing.plan import Plan
@@ -27,13 +26,9 @@ from grafting.runs.run import run
 from grafting.runs.stages import training_flops
 from grafting.weights.folder import save_model
 from grafting.weights.tensors import load_tensors
+from tinyrecipe import SAVED_OFTEN as TINY
 
-ROOT = Path(__file__).parents[1]
-TINY = tinyrecipe.TINY | {
-    "distill": {"steps": 6, "batch_size": 4, "holdout": 8, "holdout_every": 3},
-    "finetune": {"steps": 6, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
-    "save_every": 2,
-}
+ROOT = Path(__file__).parents[2]
 
 
 def _recipe(**changes) -> Recipe:

@@ -58,7 +58,7 @@ def test_a_pipeline_saves_its_grafted_model_and_another_process_loads_it(model, 
     here = tinypipeline.draw(pipeline)
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import grafting, tinypipeline
 from diffusers import PixArtSigmaPipeline
 from safetensors.torch import save_file
