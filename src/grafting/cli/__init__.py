@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..cli import about, data, inspection, measuring, run, samples, weights
-from ..errors import FaultWarning, GraftingError, ResumeWarning
+from ..errors import FaultWarning, GraftingError, ResumeWarning, listed
 from ..machine.signals import Interrupted, catching_signals
 from ._shared import err
 
@@ -140,7 +140,7 @@ def _faults_of(error: Any) -> str:
         f"{'.'.join(map(str, e['loc'])) or error.title}: {e['msg'].removeprefix('Value error, ')}, found {e['input']!r}"
         for e in error.errors()
     ]
-    return "\n  ".join([f"these settings cannot be used ({error.title}):", *lines])
+    return listed(f"these settings cannot be used ({error.title}):", lines)
 
 
 def _fail(message: str, *, debug: bool) -> NoReturn:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError, RunError
+from ..errors import DataError, RunError, listed
 from ..machine.files import atomic_path, flatten, is_empty, sha256_of, write_bytes, write_json
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
 from .shards import facts_of
@@ -232,16 +232,12 @@ class LatentFolder:
     def check_unreadable(self, unreadable: Mapping[str, str], max_unreadable: int) -> None:
         """Raises a DataError if more images than that cannot be read."""
         if len(unreadable) > max_unreadable:
-            shown = [f"{_line(name)}: {_line(reason)}" for name, reason in list(unreadable.items())[:5]]
-            raise DataError(
-                "\n  ".join(
-                    [
-                        f"{len(unreadable)} of {self.num_images} images cannot be read, {max_unreadable} allowed: "
-                        "repair them and start again, or allow a larger share",
-                        *shown,
-                    ]
-                )
+            head = (
+                f"{len(unreadable)} of {self.num_images} images cannot be read, {max_unreadable} allowed: "
+                "repair them and start again, or allow a larger share"
             )
+            shown = [f"{_line(name)}: {_line(reason)}" for name, reason in list(unreadable.items())[:5]]
+            raise DataError(listed(head, shown))
 
     def unreadable_of(self, number: int) -> dict[str, str]:
         """The images of a shard that could not be read when it was done, and why."""
@@ -269,14 +265,8 @@ def _check_work(folder: Path, facts: Mapping[str, Any]) -> None:
     differing = [key for key in asked | found if asked.get(key) != found.get(key)]
     if differing:
         lines = [f"{key}: asked {asked.get(key)!r}, found {found.get(key)!r}" for key in sorted(differing)]
-        raise RunError(
-            "\n  ".join(
-                [
-                    f"{folder} holds latents of another work; name another folder, or empty it:",
-                    *lines,
-                ]
-            )
-        )
+        head = f"{folder} holds latents of another work; name another folder, or empty it:"
+        raise RunError(listed(head, lines))
 
 
 def _check_finite(latents: Tensor, names: Sequence[str], *, dtype: Dtype) -> None:

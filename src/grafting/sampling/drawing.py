@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ..contract import Denoiser, Step
-from ..errors import DataError, RunError
+from ..errors import DataError, RunError, listed
 from ..latents.decoding import Decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json
@@ -102,12 +102,8 @@ class Drawing:
         except DataError as error:
             raise RunError(f"{path} exists and will not be overwritten: {error}") from error
         if found.get("drawing") != self.description:
-            differing = differences(found.get("drawing"), self.description)
-            raise RunError(
-                "\n  ".join(
-                    [f"{path} exists and holds other images: name another file, or remove it", *differing]
-                )
-            )
+            head = f"{path} exists and holds other images: name another file, or remove it"
+            raise RunError(listed(head, differences(found.get("drawing"), self.description)))
         return True
 
     def draw(self, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:

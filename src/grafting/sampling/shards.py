@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import FaultWarning, RunError
+from ..errors import FaultWarning, RunError, listed
 from ..machine.files import atomic_path, flatten, hash_json, is_empty, partial_folder, write_json
 from ..metrics.features import tensors_sha256
 
@@ -134,15 +134,11 @@ class Shards:
                 f"{path} does not say which images are drawn: {error}. Remove {self.folder} to start over"
             ) from error
         if found != self._index:
-            raise RunError(
-                "\n  ".join(
-                    [
-                        f"{self.folder} holds part of a different set of images: use the settings they were drawn with, "
-                        "or remove it to start over",
-                        *differences(found, self._index),
-                    ]
-                )
+            head = (
+                f"{self.folder} holds part of a different set of images: use the settings they were drawn with, "
+                "or remove it to start over"
             )
+            raise RunError(listed(head, differences(found, self._index)))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06}.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from .tensors import tensor_hash
 
 
@@ -42,7 +42,6 @@ def borrow(delta: Mapping[str, Any], base: Mapping[str, Tensor], *, otherwise: s
         if name not in base or tensor_hash(base[name]) != digest
     ]
     if faults:
-        more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
         counted = f"{otherwise}: {len(faults)} of {len(delta['sha256'])} tensors differ"
-        raise CheckpointError("\n  ".join([counted, *faults[:12], *more]))
+        raise CheckpointError(listed(counted, faults, most=12))
     return {name: base[base_name] for name, base_name in delta["borrowed"].items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import build_operators, place
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError, PlanError, listed
 from ..machine.files import sha256_of
 from ..models.dit import DIT_PRESETS, DiT
 from .diffusers import diffusers_folder, read_diffusers
@@ -172,11 +172,8 @@ def recognise(
         if json.loads(operator).get("window", 1) is None
     ]
     if faults:
-        raise CheckpointError(
-            "\n  ".join(
-                [f"{source} cannot be converted: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults]
-            )
-        )
+        head = f"{source} cannot be converted: {len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise CheckpointError(listed(head, faults))
     edits = [
         Replace(role=role, blocks=tuple(blocks), operator=json.loads(operator))
         for (role, operator), blocks in chosen.items()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..editing.surgery import Operators
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..machine.files import atomic_path, pickle_fault
 from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 
@@ -110,11 +110,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], *, source: str)
         if tensors[name].shape != own[name].shape
     ]
     if faults:
-        listed = "\n  ".join(sorted(faults)[:12])
-        more = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
-        raise CheckpointError(
-            f"{source} does not fit {type(module).__name__}: {len(faults)} faults\n  {listed}{more}"
-        )
+        head = f"{source} does not fit {type(module).__name__}: {len(faults)} faults"
+        raise CheckpointError(listed(head, sorted(faults), most=12))
     module.load_state_dict(tensors)
 
 
