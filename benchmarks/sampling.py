@@ -29,8 +29,8 @@ from grafting.hosts import host_of
 from grafting.latents.decoding import Decoder
 from grafting.machine.files import sha256_of
 from grafting.sampling.chain import SamplingConfig
+from grafting.sampling.drawing import Drawing, describe_model
 from grafting.sampling.files import open_samples, origin_of, write_samples
-from grafting.sampling.shards import Drawing, describe_model
 from grafting.weights.folder import load
 
 SPEEDUP_GOAL = 1.6

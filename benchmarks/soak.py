@@ -49,8 +49,8 @@ from grafting.errors import GraftingError
 from grafting.machine.files import hash_json, sha256_of
 from grafting.machine.processes import is_main
 from grafting.machine.signals import Interrupted, catching_signals
-from grafting.runfolder import read_log
 from grafting.runs.file import merge
+from grafting.runs.folder import read_log
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 

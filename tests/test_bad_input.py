@@ -26,7 +26,7 @@ from grafting.editing.plan import Plan
 from grafting.editing.surgery import graft
 from grafting.machine.files import sha256_of
 from grafting.models.dit import DiT
-from grafting.runfolder import RunFolder
+from grafting.runs.folder import RunFolder
 from grafting.weights.folder import save_model
 
 CONFIG = {

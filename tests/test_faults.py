@@ -25,11 +25,11 @@ from grafting import cli
 from grafting.errors import CheckpointError, FaultWarning, RunError
 from grafting.machine import signals as interruption
 from grafting.machine.signals import Interrupted, catching_signals, deferred
-from grafting.runfolder import read_log
+from grafting.runs.folder import read_log
 from grafting.runs.operator_cache import OperatorStore
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
-from grafting.weights.folder import load_tensors
+from grafting.weights.tensors import load_tensors
 
 TINY = tinyrecipe.TINY | {
     "plan": [

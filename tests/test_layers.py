@@ -18,7 +18,7 @@ LAYERS = (
     {"errors", "words", "portable"},
     {"machine"},
     {"contract"},
-    {"conditions", "samplers", "runfolder"},
+    {"conditions", "samplers"},
     {"functional", "models", "diffusion"},
     {"operators", "hosts", "metrics", "data"},
     {"editing"},

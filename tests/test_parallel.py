@@ -21,7 +21,7 @@ from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 from grafting.training.distillation import DistillConfig, distill
 from grafting.training.finetuning import FinetuneConfig, finetune
-from grafting.weights.folder import load_tensors
+from grafting.weights.tensors import load_tensors
 from processes import run_in_processes
 from toydata import denoiser, noise_images
 

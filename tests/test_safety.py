@@ -22,13 +22,14 @@ from grafting.data.tars import members
 from grafting.errors import GraftingError
 from grafting.machine.files import atomic_folder
 from grafting.metrics.inception import load_inception
-from grafting.runfolder import STATE_NAME, _read_state
 from grafting.runs.file import load_recipe
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
+from grafting.runs.states import STATE_NAME, read_state
 from grafting.sampling.files import read_samples
-from grafting.weights.folder import load_model, read_pickle
+from grafting.weights.folder import load_model
 from grafting.weights.published import read_file
+from grafting.weights.tensors import read_pickle
 
 SOURCE = Path(grafting.__file__).parent
 TINY = tinyrecipe.TINY | {
@@ -138,18 +139,18 @@ def torch_file(path: Path, value: object) -> Path:
     return path
 
 
-def read_state(path: Path) -> None:
+def open_state(path: Path) -> None:
     """As a run reads a state whose checksums agree: the file was put there by somebody who could make them agree."""
     with atomic_folder(path.parent / "state") as folder:
         (folder / STATE_NAME).write_bytes(path.read_bytes())
-    _read_state(path.parent / "state")
+    read_state(path.parent / "state")
 
 
 READERS: dict[str, Callable[[Path], object]] = {
     "weights": read_pickle,
     "published weights": read_file,
     "inception": load_inception,
-    "a run's state": read_state,
+    "a run's state": open_state,
 }
 
 
@@ -285,7 +286,7 @@ def test_a_revision_of_the_hub_is_kept_as_its_commit(tmp_path: Path, monkeypatch
         asked.update(name=name, revision=revision)
         return str(snapshot)
 
-    monkeypatch.setattr("grafting.weights.folder.snapshot_download", download)
+    monkeypatch.setattr("grafting.weights.locate.snapshot_download", download)
     vae = load_autoencoder("stabilityai/sd-vae-ft-ema", revision="main")
     assert asked == {"name": "stabilityai/sd-vae-ft-ema", "revision": "main"}
     assert vae.revision == commit

@@ -32,10 +32,11 @@ from grafting.evaluation import (
 )
 from grafting.evaluation.protocol import Data
 from grafting.machine.files import hash_json
-from grafting.report import write_report, write_sweep_picture
+from grafting.report import write_sweep_picture
 from grafting.runs.identity import row_fingerprint
 from grafting.runs.job import prepare
 from grafting.runs.recipe import Recipe
+from grafting.runs.record import write_report
 from grafting.runs.run import run
 from grafting.runs.sweep import Sweep, points
 from grafting.weights.card import model_card

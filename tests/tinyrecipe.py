@@ -15,3 +15,9 @@ TINY = {
     "finetune": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
     "sample": {"sampler": "ddim", "steps": 2, "num_images": 20, "batch_size": 10, "cfg_scale": 1.0},
 }  # fmt: skip
+
+SAVED_OFTEN = TINY | {
+    "distill": {"steps": 6, "batch_size": 4, "holdout": 8, "holdout_every": 3},
+    "finetune": {"steps": 6, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
+    "save_every": 2,
+}

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from grafting.machine.files import sha256_of, write_bytes
 from grafting.report import write_grid
-from grafting.weights.folder import CONFIG_NAME, WEIGHTS_NAME, save_tensors
+from grafting.weights.locate import CONFIG_NAME, WEIGHTS_NAME
+from grafting.weights.tensors import save_tensors
 
 NUM_CURVE_POINTS = 20
 

@@ -86,12 +86,13 @@ from .models import DiT as DiT
 from .operators import operator_configs as operator_configs
 from .operators import parse_operator as parse_operator
 from .report import write_grid as write_grid
-from .report import write_report as write_report
 from .report import write_sweep_picture as write_sweep_picture
 from .runs.file import load_recipe as load_recipe
+from .runs.hub import push_to_hub as push_to_hub
 from .runs.operator_cache import OperatorStore as OperatorStore
 from .runs.recipe import FreshModel as FreshModel
 from .runs.recipe import Recipe as Recipe
+from .runs.record import write_report as write_report
 from .runs.run import run as run
 from .runs.sweep import Sweep as Sweep
 from .runs.sweep import load_sweep as load_sweep
@@ -117,7 +118,6 @@ from .weights.folder import merge_delta as merge_delta
 from .weights.folder import save as save
 from .weights.folder import save_delta as save_delta
 from .weights.folder import save_model as save_model
-from .weights.hub import push_to_hub as push_to_hub
 from .weights.portable import Base as Base
 from .weights.portable import plan_of as plan_of
 from .weights.portable import with_plan as with_plan

@@ -3,6 +3,14 @@
 A message says what was asked, what was found, what is allowed and what to do. `assert` is for our own invariants.
 """
 
+from collections.abc import Sequence
+
+
+def listed(head: str, faults: Sequence[str], *, most: int | None = None) -> str:
+    """A message and its faults, one per line, of which `most` are shown."""
+    left = 0 if most is None else len(faults) - most
+    return "\n  ".join([head, *faults[:most], *([f"and {left} more"] if left > 0 else [])])
+
 
 class GraftingError(Exception):
     """Base of every error that a user's input can cause; the command line prints it without a traceback."""

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from grafting import report
 from grafting.errors import FaultWarning, RunError
-from grafting.report import write_report
+from grafting.runs.record import write_report
 from report.synthetic_run import (
     FIGURES,
     SITES,

@@ -17,8 +17,8 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from ..cli import data, inspection, measuring, run, samples, weights
-from ..errors import FaultWarning, GraftingError, ResumeWarning
+from ..cli import about, data, inspection, measuring, run, samples, weights
+from ..errors import FaultWarning, GraftingError, ResumeWarning, listed
 from ..machine.signals import Interrupted, catching_signals
 from ._shared import err
 
@@ -56,7 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (run, inspection, samples, measuring, weights):
+for group in (run, inspection, about, samples, measuring, weights):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
 
@@ -140,7 +140,7 @@ def _faults_of(error: Any) -> str:
         f"{'.'.join(map(str, e['loc'])) or error.title}: {e['msg'].removeprefix('Value error, ')}, found {e['input']!r}"
         for e in error.errors()
     ]
-    return "\n  ".join([f"these settings cannot be used ({error.title}):", *lines])
+    return listed(f"these settings cannot be used ({error.title}):", lines)
 
 
 def _fail(message: str, *, debug: bool) -> NoReturn:

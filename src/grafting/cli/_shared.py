@@ -48,7 +48,8 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     Raises:
         CheckpointError, DataError: there is none, or it is damaged.
     """
-    from ..weights.folder import find_model, load_model
+    from ..weights.folder import load_model
+    from ..weights.locate import find_model
 
     return load_model(find_model(name))
 

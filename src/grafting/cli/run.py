@@ -257,6 +257,6 @@ def report(
 
     [dim]$ grafting report runs/quickstart[/]
     """
-    from ..report import write_report
+    from ..runs.record import write_report
 
     say(out, f"Report: {write_report(run_folder)}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..latents.decoding import VaeConfig
     from ..sampling.chain import SamplingConfig
-    from ..sampling.shards import Drawing
+    from ..sampling.drawing import Drawing
 
 app = typer.Typer()
 
@@ -98,7 +98,7 @@ def sample(
     from ..machine.devices import default_device
     from ..machine.processes import is_main
     from ..sampling.chain import check_sampling
-    from ..sampling.shards import Drawing, describe_model, settled_as_drawn
+    from ..sampling.drawing import Drawing, describe_model, settled_as_drawn
     from ..weights.portable import settings_of
 
     asks_clip = "clip" in sampling.model_fields_set
@@ -167,7 +167,7 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
         scale = 2 if first.shape[-1] <= 64 else 1
         places.append(str(write_grid(first, out_file.with_suffix(".png"), scale=scale)))
     if drawing.pictures is not None:
-        places.append(str(drawing.pictures))
+        places.append(str(drawing.pictures.folder))
     rate = (num_images - before) / seconds
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     say(out, f"{num_images} images: {', '.join(places)} ({rate:.3g} images/s{processes})")

@@ -86,7 +86,8 @@ def merge(
     [dim]$ grafting merge my-delta my-model[/]
     """
     from ..machine.files import check_is_new
-    from ..weights.folder import find_model, merge_delta
+    from ..weights.folder import merge_delta
+    from ..weights.locate import find_model
 
     check_is_new(folder)
     merge_delta(find_model(delta), folder, base=base)
@@ -103,7 +104,7 @@ def push(
 
     [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
     """
-    from ..weights.folder import find_model
-    from ..weights.hub import push_to_hub
+    from ..runs.hub import push_to_hub
+    from ..weights.locate import find_model
 
     say(out, f"Uploaded: {push_to_hub(find_model(model), repo, private=not public)}")

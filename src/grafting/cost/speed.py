@@ -25,7 +25,6 @@ class Device:
     pattern: str  # of the names that drivers give it
     bf16_tflops: float
     fp32_tflops: float  # without TF32, as is torch's default
-    memory_gb: int
 
     def tflops(self, precision: Precision) -> float:
         return self.bf16_tflops if precision == "bf16" else self.fp32_tflops
@@ -34,15 +33,15 @@ class Device:
 # Source: NVIDIA's data sheets of each product, tensor cores without sparsity: A100 80 GB, H100 (SXM5 and PCIe), H200, DGX
 # B200 (an eighth of it), L40S, L4, A10; for the RTX 4090 the Ada white paper, with float32 accumulation.
 DEVICES: Mapping[str, Device] = {
-    "a100": Device("NVIDIA A100", r"\bA100\b", 312.0, 19.5, 80),
-    "h100": Device("NVIDIA H100 SXM", r"\bH100\b(?!.*(PCIe|NVL))", 989.0, 67.0, 80),
-    "h100-pcie": Device("NVIDIA H100 PCIe", r"\bH100 PCIe", 756.0, 51.0, 80),
-    "h200": Device("NVIDIA H200", r"\bH200\b(?!.*NVL)", 989.0, 67.0, 141),
-    "b200": Device("NVIDIA B200", r"\bB200\b", 2250.0, 75.0, 180),
-    "l40s": Device("NVIDIA L40S", r"\bL40S\b", 362.0, 91.6, 48),
-    "l4": Device("NVIDIA L4", r"\bL4\b", 121.0, 30.3, 24),
-    "a10": Device("NVIDIA A10", r"\bA10\b", 125.0, 31.2, 24),
-    "rtx-4090": Device("NVIDIA RTX 4090", r"\bRTX 4090\b(?! D)", 165.0, 82.6, 24),
+    "a100": Device("NVIDIA A100", r"\bA100\b", 312.0, 19.5),
+    "h100": Device("NVIDIA H100 SXM", r"\bH100\b(?!.*(PCIe|NVL))", 989.0, 67.0),
+    "h100-pcie": Device("NVIDIA H100 PCIe", r"\bH100 PCIe", 756.0, 51.0),
+    "h200": Device("NVIDIA H200", r"\bH200\b(?!.*NVL)", 989.0, 67.0),
+    "b200": Device("NVIDIA B200", r"\bB200\b", 2250.0, 75.0),
+    "l40s": Device("NVIDIA L40S", r"\bL40S\b", 362.0, 91.6),
+    "l4": Device("NVIDIA L4", r"\bL4\b", 121.0, 30.3),
+    "a10": Device("NVIDIA A10", r"\bA10\b", 125.0, 31.2),
+    "rtx-4090": Device("NVIDIA RTX 4090", r"\bRTX 4090\b(?! D)", 165.0, 82.6),
 }
 
 

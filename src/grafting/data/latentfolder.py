@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError, RunError
-from ..machine.files import atomic_path, is_empty, sha256_of, write_bytes, write_json
+from ..errors import DataError, RunError, listed
+from ..machine.files import atomic_path, flatten, is_empty, sha256_of, write_bytes, write_json
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
 from .shards import facts_of
 
@@ -48,6 +49,34 @@ class Record(BaseModel):
     unreadable: dict[str, str] = {}  # name of an image, and why it is left out
 
 
+class _Records:
+    """The records of a folder's shards: a shard with a record is done."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def path(self, number: int) -> Path:
+        return self._folder / RECORDS_NAME / f"{number:05}.json"
+
+    def read(self, number: int) -> Record | None:
+        """None if there is none, or one that is damaged: the shard is then done again."""
+        try:
+            return Record.model_validate_json(self.path(number).read_text())
+        except (FileNotFoundError, ValidationError, ValueError):
+            return None
+
+    def write(self, number: int, record: Record) -> None:
+        write_json(self.path(number), record.model_dump(mode="json"))
+
+    def is_done(self, number: int) -> bool:
+        """True if the shard is there and is the one of its record."""
+        record = self.read(number)
+        if record is None or record.shard is None:
+            return record is not None
+        path = self._folder / record.shard.file
+        return path.is_file() and sha256_of(path) == record.shard.sha256
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentFolder:
     """A folder of latents to fill with `num_images` images, `per_shard` per shard."""
@@ -71,35 +100,11 @@ class LatentFolder:
 
     def check(self) -> None:
         """Raises a RunError if the folder holds anything else than a part of this work, and says what differs."""
-        if not self.folder.exists():
-            return
-        path = self.folder / WORK_NAME
-        # looked at first: whoever makes the folder now says what it is before anything else
-        empty = is_empty(self.folder)
-        if not path.is_file() and not empty:
-            raise RunError(
-                f"{self.folder} exists and is not a folder of latents that was begun: name another, or empty it"
-            )
-        if not path.is_file():
-            return
-        try:
-            found = _flat(json.loads(path.read_text()))
-        except (ValueError, AttributeError) as error:
-            raise RunError(f"{path} is damaged: {error}. Name another folder, or empty this one") from error
-        asked = _flat(self.facts)
-        differing = [key for key in asked | found if asked.get(key) != found.get(key)]
-        if differing:
-            lines = [
-                f"{key}: asked {asked.get(key)!r}, found {found.get(key)!r}" for key in sorted(differing)
-            ]
-            raise RunError(
-                "\n  ".join(
-                    [
-                        f"{self.folder} holds latents of another work; name another folder, or empty it:",
-                        *lines,
-                    ]
-                )
-            )
+        _check_work(self.folder, self.facts)
+
+    @cached_property
+    def _records(self) -> "_Records":
+        return _Records(self.folder)
 
     def check_space(self) -> tuple[int, int]:
         """Bytes that the shards still to be written take, and bytes that are free.
@@ -107,7 +112,7 @@ class LatentFolder:
         Raises:
             RunError: they do not fit.
         """
-        left = [number for number in range(self.num_shards) if not self._record_path(number).is_file()]
+        left = [number for number in range(self.num_shards) if not self._records.path(number).is_file()]
         needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
         free = shutil.disk_usage(_existing(self.folder)).free
         if needed > free:
@@ -140,7 +145,7 @@ class LatentFolder:
                 found = re.match(r"\.(?:latents-)?(\d+)\.", path.name)
                 if found and int(found[1]) in own:
                     path.unlink(missing_ok=True)
-            yield [number for number in own if not self._is_done(number)]
+            yield [number for number in own if not self._records.is_done(number)]
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -173,7 +178,8 @@ class LatentFolder:
         """
         assert len(latents) == len(labels) == len(names)
         stored = latents.to(DTYPES[self.dtype]).contiguous()
-        self._check_items(stored, labels, names)
+        _check_finite(stored, names, dtype=self.dtype)
+        _check_labels(labels, names, num_classes=self.num_classes)
         (self.folder / INDEX_NAME).unlink(missing_ok=True)  # it may name what this shard was
         path = self.folder / f"latents-{number:05}.safetensors"
         shard = None
@@ -184,8 +190,7 @@ class LatentFolder:
                     temporary,
                 )
             shard = Shard(**facts_of(path), count=len(labels))
-        record = Record(shard=shard, names=tuple(names), unreadable=dict(unreadable))
-        write_json(self._record_path(number), record.model_dump(mode="json"))
+        self._records.write(number, Record(shard=shard, names=tuple(names), unreadable=dict(unreadable)))
 
     def finish(self, facts: Mapping[str, Any], *, max_unreadable: int) -> LatentIndex | None:
         """Write the index if every shard is done, else do nothing: another process is still at work, or was stopped.
@@ -196,7 +201,7 @@ class LatentFolder:
         Raises:
             DataError: more unreadable images than `max_unreadable`, or not one that is readable.
         """
-        found = [self._read_record(number) for number in range(self.num_shards)]
+        found = [self._records.read(number) for number in range(self.num_shards)]
         records = [record for record in found if record is not None]
         if len(records) < self.num_shards:
             return None
@@ -227,59 +232,58 @@ class LatentFolder:
     def check_unreadable(self, unreadable: Mapping[str, str], max_unreadable: int) -> None:
         """Raises a DataError if more images than that cannot be read."""
         if len(unreadable) > max_unreadable:
-            shown = [f"{_line(name)}: {_line(reason)}" for name, reason in list(unreadable.items())[:5]]
-            raise DataError(
-                "\n  ".join(
-                    [
-                        f"{len(unreadable)} of {self.num_images} images cannot be read, {max_unreadable} allowed: "
-                        "repair them and start again, or allow a larger share",
-                        *shown,
-                    ]
-                )
+            head = (
+                f"{len(unreadable)} of {self.num_images} images cannot be read, {max_unreadable} allowed: "
+                "repair them and start again, or allow a larger share"
             )
+            shown = [f"{_line(name)}: {_line(reason)}" for name, reason in list(unreadable.items())[:5]]
+            raise DataError(listed(head, shown))
 
     def unreadable_of(self, number: int) -> dict[str, str]:
         """The images of a shard that could not be read when it was done, and why."""
-        record = self._read_record(number)
+        record = self._records.read(number)
         return {} if record is None else record.unreadable
 
-    def _check_items(self, stored: Tensor, labels: Sequence[int], names: Sequence[str]) -> None:
-        bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist() if len(labels) else []
-        if bad:
-            raise DataError(
-                f"{len(bad)} latents are not finite in {self.dtype}, the first of {names[bad[0]]}: "
-                "choose a dtype of larger range (bf16, fp32), or look at the autoencoder"
-            )
-        wrong = [i for i, label in enumerate(labels) if not 0 <= label < self.num_classes]
-        if wrong:
-            raise DataError(
-                f"labels are 0..{self.num_classes - 1}, found {labels[wrong[0]]} of {names[wrong[0]]}"
-            )
 
-    def _is_done(self, number: int) -> bool:
-        record = self._read_record(number)
-        if record is None or record.shard is None:
-            return record is not None
-        path = self.folder / record.shard.file
-        return path.is_file() and sha256_of(path) == record.shard.sha256
-
-    def _read_record(self, number: int) -> Record | None:
-        """None if there is none, or one that is damaged: the shard is then done again."""
-        try:
-            return Record.model_validate_json(self._record_path(number).read_text())
-        except (FileNotFoundError, ValidationError, ValueError):
-            return None
-
-    def _record_path(self, number: int) -> Path:
-        return self.folder / RECORDS_NAME / f"{number:05}.json"
+def _check_work(folder: Path, facts: Mapping[str, Any]) -> None:
+    if not folder.exists():
+        return
+    path = folder / WORK_NAME
+    # looked at first: whoever makes the folder now says what it is before anything else
+    empty = is_empty(folder)
+    if not path.is_file() and not empty:
+        raise RunError(
+            f"{folder} exists and is not a folder of latents that was begun: name another, or empty it"
+        )
+    if not path.is_file():
+        return
+    try:
+        found = flatten(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{path} is damaged: {error}. Name another folder, or empty this one") from error
+    asked = flatten(facts)
+    differing = [key for key in asked | found if asked.get(key) != found.get(key)]
+    if differing:
+        lines = [f"{key}: asked {asked.get(key)!r}, found {found.get(key)!r}" for key in sorted(differing)]
+        head = f"{folder} holds latents of another work; name another folder, or empty it:"
+        raise RunError(listed(head, lines))
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested facts by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in facts.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+def _check_finite(latents: Tensor, names: Sequence[str], *, dtype: Dtype) -> None:
+    if not len(latents):
+        return
+    bad = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(
+            f"{len(bad)} latents are not finite in {dtype}, the first of {names[bad[0]]}: "
+            "choose a dtype of larger range (bf16, fp32), or look at the autoencoder"
+        )
+
+
+def _check_labels(labels: Sequence[int], names: Sequence[str], *, num_classes: int) -> None:
+    wrong = [i for i, label in enumerate(labels) if not 0 <= label < num_classes]
+    if wrong:
+        raise DataError(f"labels are 0..{num_classes - 1}, found {labels[wrong[0]]} of {names[wrong[0]]}")
 
 
 def _existing(path: Path) -> Path:

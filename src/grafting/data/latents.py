@@ -28,7 +28,7 @@ from pydantic import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..machine.files import atomic_path, hash_json, sha256_of, write_json
 from ..machine.randomness import item_noise
 from .shards import ShardFile, StoredFile, by_shard, facts_of
@@ -222,9 +222,7 @@ class LatentSet:
         found = (self.index.shards[number].fault(self.folder, hashes=hashes) for number in used)
         faults = [fault for fault in found if fault]
         if faults:
-            raise DataError(
-                "\n  ".join([f"the latents in {self.folder} are incomplete or damaged:", *faults])
-            )
+            raise DataError(listed(f"the latents in {self.folder} are incomplete or damaged:", faults))
 
     def _samples(self, stored: Tensor, numbers: Tensor) -> Tensor:
         """The latents of what is stored, which is overwritten.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError, RunError
+from ..errors import DataError, RunError, listed
 from ..machine.files import atomic_path, write_bytes, write_json
 from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
 from .shards import LENGTHS, StoredFile, facts_of
@@ -113,7 +113,7 @@ class _Table:
                 tensors[mask] = torch.ones(tensors[name].shape[:1], dtype=self.mask_dtype)
         if faults := [*self._length_faults(tensors), *self._faults(prompt, tensors)]:
             head = f"prompt {len(self.lines)}, {prompt.words!r}, cannot be stored:"
-            raise DataError("\n  ".join([head, *faults]))
+            raise DataError(listed(head, faults))
         line = {"words": prompt.words} | ({"null": prompt.null} if prompt.null else {})
         self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         return tensors

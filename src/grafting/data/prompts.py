@@ -33,7 +33,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..contract import TrainingData
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..machine.files import hash_json
 from .latents import LatentSet, Shard
 from .scenes import Captions, Scenes
@@ -213,9 +213,7 @@ class Prompts:
         """Raises a DataError that names every file that is missing or not what the index says."""
         found = (file.fault(self.folder, hashes=hashes) for file in self.index.files)
         if faults := [fault for fault in found if fault]:
-            raise DataError(
-                "\n  ".join([f"the prompts in {self.folder} are incomplete or damaged:", *faults])
-            )
+            raise DataError(listed(f"the prompts in {self.folder} are incomplete or damaged:", faults))
 
     def _read(
         self, name: str, groups: list[tuple[int, list[int], list[int]]], *, count: int

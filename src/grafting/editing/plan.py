@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 
 from ..contract import KernelConfig, OperatorConfig, Role, Site
-from ..errors import PlanError
+from ..errors import PlanError, listed
 from ..operators import PRESETS, operator_configs, parse_operator
 
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*([1-9]\d*))?)?")
@@ -261,7 +261,7 @@ def words_of(site: Site) -> str:
 def fault_list(faults: Sequence[str], where: str) -> str:
     """One message of all distinct faults."""
     distinct = list(dict.fromkeys(faults))
-    return "\n  ".join([f"{len(distinct)} fault{'s' * (len(distinct) > 1)} in {where}", *distinct])
+    return listed(f"{len(distinct)} fault{'s' * (len(distinct) > 1)} in {where}", distinct)
 
 
 def _randomised(edit: Replace | Merge | Drop) -> Replace | Merge | Drop:

@@ -20,10 +20,10 @@ from pydantic import JsonValue
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..machine.files import sha256_of
 from ..machine.precision import Precision, resolve_precision
-from ..weights.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_model
+from ..weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_model
 
 # of a folder of an autoencoder alone, and of one of a whole pipeline
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "diffusion_pytorch_model-*.safetensors")
@@ -163,10 +163,7 @@ def _load(folder: Path) -> AutoencoderKL:
     faults = [f"{key} is missing" for key in info["missing_keys"]]
     faults += [f"{key} is unknown" for key in info["unexpected_keys"]]
     if faults:
-        more = [f"and {len(faults) - 8} more"] if len(faults) > 8 else []
-        raise CheckpointError(
-            "\n  ".join([f"the weights in {folder} are not those of its config:", *faults[:8], *more])
-        )
+        raise CheckpointError(listed(f"the weights in {folder} are not those of its config:", faults, most=8))
     return module
 
 

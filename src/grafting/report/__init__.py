@@ -1,7 +1,10 @@
-"""The report of a run: one HTML file that needs nothing else, made from what the run's folder holds."""
+"""The report of a run: one HTML file that needs nothing else, made from the record that `runs` reads."""
 
 from ._histogram import class_range as class_range
 from ._histogram import write_class_histogram as write_class_histogram
 from ._images import write_grid as write_grid
-from ._page import write_report as write_report
+from ._page import report_page as report_page
+from ._record import MAX_IMAGES as MAX_IMAGES
+from ._record import RunRecord as RunRecord
+from ._record import Samples as Samples
 from ._sweep import write_sweep_picture as write_sweep_picture

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._images import MAX_SIDE, sheet_uri
-from ._run import Samples
+from ._record import Samples
 
 _SHEET_COLUMNS = 20
 # larger images are fewer

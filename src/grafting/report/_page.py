@@ -1,6 +1,6 @@
 """The page: what each section of the report shows, made from a run's parts, and rendered by `report.html.j2`.
 
-No script and no asset outside the file. The same run folder always gives the same bytes.
+No script and no asset outside the file. The same record always gives the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,30 +9,19 @@ from typing import Any
 
 import jinja2
 
-from ..machine.files import write_bytes
+from ..machine.files import flatten
 from ..words import duration
 from ._gallery import gallery
 from ._plan_picture import operator_keys, plan_picture, plan_width
-from ._protocols import alike, flatten, protocol_table
+from ._protocols import alike, protocol_table
+from ._record import RunRecord
 from ._results import baseline, further, notes, results
-from ._run import Run, read_run
 from ._training import stage_1, stage_2
 from ._words import last_measured, replaced, summary
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into a run's folder, from what is there so far; returns its path.
-
-    Raises:
-        RunError: the folder is not that of a run, a part of it is damaged, or it cannot be written to.
-    """
-    folder = Path(folder)
-    path = folder / "report.html"
-    write_bytes(path, _render(read_run(folder)).encode())
-    return path
-
-
-def _render(run: Run) -> str:
+def report_page(run: RunRecord) -> str:
+    """The report of a run, as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -58,11 +47,11 @@ def _render(run: Run) -> str:
     )
 
 
-def _sites(run: Run) -> list[dict[str, Any]]:
+def _sites(run: RunRecord) -> list[dict[str, Any]]:
     return (run.plan or {}).get("sites") or []
 
 
-def _summary(run: Run) -> str:
+def _summary(run: RunRecord) -> str:
     rows = run.rows or []
     base, last = baseline(rows), last_measured(rows)
     return summary(_sites(run), rows, alike=bool(base and last and alike(base, last)))
@@ -80,7 +69,7 @@ def _plan(sites: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _stages(run: Run) -> list[dict[str, str]]:
+def _stages(run: RunRecord) -> list[dict[str, str]]:
     entries = (run.manifest or {}).get("stages") or {}
     return [
         {
@@ -98,7 +87,7 @@ def _state(entry: Mapping[str, Any]) -> str:
     return "done" if entry.get("done") else "not finished"
 
 
-def _library(run: Run) -> str | None:
+def _library(run: RunRecord) -> str | None:
     """The library's version, from the manifest or else from what the figures' protocols recorded."""
     recorded = [(row.get("protocol") or {}).get("recorded") or {} for row in run.rows or []]
     versions = [(run.manifest or {}).get("library"), *(r.get("grafting") for r in recorded)]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..machine.files import flatten
 from ..words import ABSENT
 
 # these say where and how fast a run went, not what came out
@@ -24,14 +25,6 @@ class ProtocolTable(NamedTuple):
     @property
     def differing(self) -> list[tuple[str, list[str]]]:
         return [(name, values) for name, values, differ in self.lines if differ]
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
-    return flat
 
 
 def compared(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from ..errors import RecipeError
 from ..hosts import host_of
 from ..machine.devices import default_device, mixed_precision
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
-from ..runfolder import NUM_STATES
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
 from .job import skeleton
@@ -38,6 +37,7 @@ from .paths import naming_paths
 from .recipe import Recipe
 from .rows import ROWS, rows_in
 from .stages import stage_flops
+from .states import NUM_STATES
 
 DEFAULT_MFU = 0.3
 

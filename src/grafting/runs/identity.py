@@ -7,8 +7,8 @@ from pydantic import BaseModel
 from ..contract import OperatorConfig
 from ..editing.plan import Merge
 from ..machine.files import hash_json
-from ..runfolder import RunFolder
 from ..words import RowName
+from .folder import RunFolder
 from .job import Job
 from .rows import ROWS
 

@@ -21,7 +21,8 @@ from ..machine.files import hash_json, sha256_of
 from ..machine.precision import settled_run
 from ..sampling.chain import SamplingConfig, check_sampling
 from ..training import distillation, finetuning
-from ..weights.folder import WEIGHTS_NAME, find_model, load_model
+from ..weights.folder import load_model
+from ..weights.locate import WEIGHTS_NAME, find_model
 from .operator_cache import OperatorStore
 from .paths import naming_paths
 from .recipe import FreshModel, Recipe

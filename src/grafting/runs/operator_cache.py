@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, FaultWarning
 from ..machine.files import hash_json
-from ..weights.folder import load_strictly, load_tensors, save_tensors, tensor_hash
+from ..weights.tensors import load_strictly, load_tensors, save_tensors, tensor_hash
 
 
 class OperatorStore:

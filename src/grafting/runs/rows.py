@@ -11,9 +11,10 @@ from ..editing.placed import Operators
 from ..editing.plan import Choice, Drop
 from ..editing.surgery import build_operators, graft, place
 from ..machine.devices import default_device
-from ..runfolder import RunFolder
-from ..weights.folder import load_model, load_operators
+from ..weights.folder import load_model
+from ..weights.tensors import load_operators
 from ..words import RowName
+from .folder import RunFolder
 from .job import Job
 from .recipe import Recipe
 

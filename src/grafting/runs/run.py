@@ -19,7 +19,7 @@ from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
-from ..runfolder import RunFolder
+from .folder import RunFolder
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .recipe import Recipe

@@ -22,20 +22,22 @@ from ..evaluation import evaluate
 from ..machine.devices import default_device
 from ..machine.files import write_json
 from ..machine.processes import barrier, broadcast, is_main, rank, world_size
-from ..report import write_report
-from ..runfolder import RunFolder, read_log
-from ..runfolder import Stage as OpenStage
 from ..runs import identity
+from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
-from ..sampling.shards import Drawing, describe_model
 from ..training.calibration import calibrate
 from ..training.distillation import distill
 from ..training.finetuning import finetune
-from ..weights.folder import save_model, save_operators
+from ..weights.folder import save_model
 from ..weights.portable import Base
+from ..weights.tensors import save_operators
 from ..words import RowName
+from .card import write_model_card
+from .folder import RunFolder, read_log
+from .folder import Stage as OpenStage
 from .job import Job
 from .recipe import Recipe
+from .record import write_report
 from .rows import ROWS, fitted_operators, rows_of, starting_operators
 
 OnStep = Callable[[str, Step], None]
@@ -173,7 +175,10 @@ def _finetune(work: Opened) -> list[Path]:
         return []
     source = job.recipe.source
     base = Base(id=source) if isinstance(source, str) else None
-    return save_model(work.run.path / "model", model, job.recipe.edits, base=base)
+    files = save_model(work.run.path / "model", model, job.recipe.edits, base=base)
+    if job.recipe.edits.edits:
+        write_model_card(work.run.path / "model")
+    return files
 
 
 def _sample(work: Opened) -> list[Path]:

@@ -24,7 +24,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from ..contract import Conditions, Denoiser
-from ..errors import ProtocolError
+from ..errors import ProtocolError, listed
 from ..functional.pixels import to_uint8
 from ..hosts import host_of
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
@@ -203,7 +203,7 @@ def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int 
         if unknown:
             faults.append(f"{name} {unknown} are out of range: conditions are 0..{len(conditions) - 1}")
     if faults:
-        raise ProtocolError("\n  ".join(["these samples cannot be drawn:", *faults]))
+        raise ProtocolError(listed("these samples cannot be drawn:", faults))
 
 
 def _has_no_null(conditions: Conditions) -> bool:

@@ -1,7 +1,7 @@
 """The card of a grafted model's folder, `README.md`: its plan, base, recipe and figures, and how to load it.
 
-The card is made from what the folder holds (`config.json`, and `metrics.json` and `recipe.yaml` there or in the run's
-folder above it) and says nothing that is not recorded.
+The card is made from what the folder holds (`config.json`, `metrics.json`, `recipe.yaml`) and what it is handed, and says
+nothing that is not recorded.
 """
 
 import json
@@ -12,26 +12,23 @@ from typing import Any
 import yaml
 
 from ..machine.files import write_bytes
-from ..runfolder import stale_stages
 from ..words import FIGURES
 
 CARD_NAME = "README.md"
 
 
-def write_card(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write the card of a folder whose config this is; returns it. Figures and recipe of another model are left out."""
-    stale = stale_stages(folder.parent)
-    rows = "" if "evaluate" in stale else _beside(folder, "metrics.json")
-    recipe = "" if "finetune" in stale else _beside(folder, "recipe.yaml")
-    write_bytes(
-        folder / CARD_NAME,
-        model_card(
-            config,
-            name=folder.parent.name if folder.name == "model" else folder.name,
-            metrics=json.loads(rows) if rows else [],
-            recipe=recipe,
-        ).encode(),
+def write_card(
+    folder: Path, config: Mapping[str, Any], *, metrics: Sequence[Mapping[str, Any]] = (), recipe: str = ""
+) -> Path:
+    """Write the card of a folder whose config this is; returns it. `metrics` and `recipe` are for a folder without its own."""
+    own_metrics, own_recipe = _text(folder / "metrics.json"), _text(folder / "recipe.yaml")
+    card = model_card(
+        config,
+        name=folder.parent.name if folder.name == "model" else folder.name,
+        metrics=json.loads(own_metrics) if own_metrics else metrics,
+        recipe=own_recipe or recipe,
     )
+    write_bytes(folder / CARD_NAME, card.encode())
     return folder / CARD_NAME
 
 
@@ -60,10 +57,9 @@ def model_card(
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _beside(folder: Path, name: str) -> str:
-    """A file's text, from the folder or, for the model of a run, from the run's folder; empty if there is none."""
-    homes = [folder, folder.parent] if (folder.parent / "manifest.json").is_file() else [folder]
-    return next(((home / name).read_text() for home in homes if (home / name).is_file()), "")
+def _text(path: Path) -> str:
+    """A file's text; empty if there is none."""
+    return path.read_text() if path.is_file() else ""
 
 
 def _header(grafting: Mapping[str, Any]) -> str:

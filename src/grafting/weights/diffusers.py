@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..machine.files import write_json
 from ..models.dit import DiT, sincos_2d
-from .folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, load_strictly, read_pickle, read_weights
+from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .portable import settings_of
+from .tensors import load_strictly, read_pickle, read_weights
 
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
 
@@ -141,7 +142,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dic
         if settings.get(name, value) != value
     ]
     if faults:
-        raise CheckpointError("\n  ".join([f"{folder} is not the DiT that was published:", *faults]))
+        raise CheckpointError(listed(f"{folder} is not the DiT that was published:", faults))
     pickled = folder / "diffusion_pytorch_model.bin"
     whole = any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
     tensors = read_pickle(pickled) if pickled.is_file() and not whole else read_weights(folder)
@@ -211,10 +212,7 @@ def _from_diffusers_names(tensors: Mapping[str, Tensor], depth: int, *, source: 
             if all(name in left for name in names):
                 native[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([left.pop(name) for name in names])
     if faults:
-        raise CheckpointError(
-            "\n  ".join(
-                [f"{source}: blocks have embedders of their own, and the original DiT has one", *faults[:12]]
-            )
-        )
+        head = f"{source}: blocks have embedders of their own, and the original DiT has one"
+        raise CheckpointError(listed(head, faults[:12]))
     left.pop("pos_embed.pos_embed", None)
     return native | left

@@ -6,39 +6,24 @@ diffusers folder. What is missing, unexpected, misshapen, truncated, edited, mad
 of an operator is an error that names it.
 """
 
-import argparse
-import hashlib
 import json
-import pickle
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.bundled import testbed_model_folder
 from ..editing.plan import Plan
-from ..editing.surgery import Operators, holds_operators
+from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import host_of, hosts
-from ..machine.files import atomic_path, hash_json, pickle_fault, sha256_of, write_json
-from ..machine.huberrors import HUB_ERRORS
+from ..machine.files import hash_json, sha256_of, write_json
 from .card import write_card
+from .delta import borrow, less_base
+from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
-DELTA_NAME = "delta.safetensors"
-
-MODEL_FILES = ("*.json", "*.safetensors", "README.md")
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from .tensors import load_strictly, load_tensors, read_weights, save_tensors
 
 
 def load(
@@ -59,27 +44,6 @@ def load(
         CheckpointError: there is no such model, or it is damaged or of an unknown class; says what was expected.
     """
     return load_model(find_model(source, revision=revision), dtype=dtype, base=base)[0]
-
-
-def find_model(
-    source: str | Path, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES
-) -> Path:
-    """The folder of the model that a name stands for, downloaded if it is on the Hub. Raises as `load`.
-
-    Args:
-        patterns: the files that are downloaded.
-    """
-    if source == "testbed":
-        return testbed_model_folder()
-    folder = Path(source)
-    if folder.exists() or not HUB_NAME.fullmatch(str(source)):
-        return folder / "model" if (folder / "manifest.json").is_file() else folder
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
-    except HUB_ERRORS as error:
-        raise CheckpointError(
-            f"no model in {source}: it does not exist, and the Hub does not give it: {error}"
-        ) from error
 
 
 def save(model: nn.Module, folder: str | Path, *, base: Base | None = None) -> Path:
@@ -129,9 +93,6 @@ def save_delta(
 ) -> list[Path]:
     """Write only those tensors of a model that its base has not got; returns the files.
 
-    A tensor of the base is known by its content, whatever its name: an attention that stands inside an operator, or a
-    block that moved, is borrowed all the same.
-
     Args:
         source: where the base is, if not where it says.
 
@@ -140,25 +101,16 @@ def save_delta(
         RunError: the folder cannot be written; a half-written folder has no config.
     """
     folder = Path(folder)
-    tensors = model.state_dict()
     dtype = next(model.parameters()).dtype
     found = base if source is None else Base(id=str(source))
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record = _record(model, plan, base)
-    names = {tensor_hash(t): name for name, t in _base_tensors(found, dtype=dtype).items()}
-    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
-    borrowed = {name: names[digest] for name, digest in hashes.items() if digest in names}
+    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype))
     weights = folder / DELTA_NAME
     _clear(folder)
-    save_tensors(
-        weights, {name: t for name, t in tensors.items() if name not in borrowed}, metadata={"format": "pt"}
-    )
-    delta = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "borrowed": borrowed,
-        "sha256": {base_name: hashes[name] for name, base_name in borrowed.items()},
-    }
+    save_tensors(weights, own, metadata={"format": "pt"})
+    delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
     return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
 
 
@@ -201,110 +153,10 @@ def load_model(
     _check_hashes(folder, config, grafting, weights=weights)
     tensors = load_tensors(weights) if "delta" in grafting else read_weights(folder)
     if "delta" in grafting:
-        tensors |= _borrow(folder, record, grafting["delta"], base=base)
+        tensors |= _borrowed(folder, record, grafting["delta"], base=base)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
     load_strictly(model, tensors, source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder that holds a whole model, in one file or several with an index.
-
-    Raises:
-        CheckpointError: there are none, or a file is missing or truncated.
-    """
-    if (folder / WEIGHTS_NAME).is_file():
-        return load_tensors(folder / WEIGHTS_NAME)
-    if not (folder / INDEX_NAME).is_file():
-        raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
-    shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-    return {name: t for shard in sorted(shards) for name, t in load_tensors(folder / shard).items()}
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, atomically."""
-    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata=metadata)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: no such file, or it is truncated or not safetensors.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no file {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-
-
-def read_pickle(path: Path) -> dict[str, Any]:
-    """Load a torch file of tensors and plain values; no code in it is run.
-
-    Raises:
-        CheckpointError: no such file, it is truncated, or it holds other objects.
-    """
-    try:
-        # DiT's training script keeps its arguments beside the weights, as a plain bag of settings
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no file {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = pickle_fault(error)
-        raise CheckpointError(
-            f"{path} is truncated, or not a torch file of plain tensors: {reason}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    return content
-
-
-def save_operators(path: Path, operators: Operators) -> None:
-    """Write operators, that stand in no model yet, as one safetensors file with the names of a grafted model."""
-    save_tensors(
-        path,
-        {
-            f"{site}.{name}": t
-            for site, module in operators.items()
-            for name, t in module.state_dict().items()
-        },
-    )
-
-
-def load_operators(path: Path, operators: Operators) -> None:
-    """Fill operators with the tensors of a file that `save_operators` wrote. Raises as `load_strictly`."""
-    tensors = load_tensors(path)
-    for site, module in operators.items():
-        own = {n.removeprefix(f"{site}."): t for n, t in tensors.items() if n.startswith(f"{site}.")}
-        load_strictly(module, own, source=f"{path} at {site}")
-
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
-    """Copy tensors into a module that has exactly these names and shapes.
-
-    Raises:
-        CheckpointError: lists what is missing, unexpected or of another shape; the module is unchanged.
-    """
-    own = module.state_dict()
-    faults = [f"missing tensor {name}" for name in own.keys() - tensors.keys()]
-    faults += [f"unexpected tensor {name}" for name in tensors.keys() - own.keys()]
-    faults += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if tensors[name].shape != own[name].shape
-    ]
-    if faults:
-        listed = "\n  ".join(sorted(faults)[:12])
-        more = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
-        raise CheckpointError(
-            f"{source} does not fit {type(module).__name__}: {len(faults)} faults\n  {listed}{more}"
-        )
-    module.load_state_dict(tensors)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -416,45 +268,20 @@ def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any]
         )
 
 
-def _borrow(
+def _borrowed(
     folder: Path, record: Record, delta: dict[str, Any], *, base: str | Path | None
 ) -> dict[str, Tensor]:
-    """The tensors of the base that a delta borrows, each known to be the one that it was saved with."""
+    """The tensors of a delta that are its base's."""
     if record.base is None:
         raise CheckpointError(f"{folder} is a delta but does not name its base")
     where = record.base if base is None else Base(id=str(base))
-    tensors = _base_tensors(where, dtype=getattr(torch, delta["dtype"]))
-    faults = [
-        f"{name} is missing" if name not in tensors else f"{name} has other values"
-        for name, digest in delta["sha256"].items()
-        if name not in tensors or tensor_hash(tensors[name]) != digest
-    ]
-    if faults:
-        more = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
-        raise CheckpointError(
-            "\n  ".join(
-                [
-                    f"{folder} is a delta of {record.base.id}{_at(record.base)}, and {where.id} is another model: "
-                    f"{len(faults)} of {len(delta['sha256'])} tensors differ",
-                    *faults[:12],
-                ]
-            )
-            + more
-        )
-    return {name: tensors[base_name] for name, base_name in delta["borrowed"].items()}
+    revision = "" if record.base.revision is None else f" at {record.base.revision}"
+    return borrow(
+        delta,
+        _base_tensors(where, dtype=getattr(torch, delta["dtype"])),
+        otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
+    )
 
 
 def _base_tensors(base: Base, *, dtype: torch.dtype) -> dict[str, Tensor]:
     return load(base.id, revision=base.revision, dtype=dtype).state_dict()
-
-
-def _at(base: Base) -> str:
-    return "" if base.revision is None else f" at {base.revision}"
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """The SHA-256, in hex, of a tensor's type, shape and values."""
-    values = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
-    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import build_operators, place
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError, PlanError, listed
 from ..machine.files import sha256_of
 from ..models.dit import DIT_PRESETS, DiT
 from .diffusers import diffusers_folder, read_diffusers
-from .folder import CONFIG_NAME, find_model, load_strictly, load_tensors, read_pickle, save_model
+from .folder import save_model
+from .locate import CONFIG_NAME, find_model
 from .portable import Base
+from .tensors import load_strictly, load_tensors, read_pickle
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -170,11 +172,8 @@ def recognise(
         if json.loads(operator).get("window", 1) is None
     ]
     if faults:
-        raise CheckpointError(
-            "\n  ".join(
-                [f"{source} cannot be converted: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults]
-            )
-        )
+        head = f"{source} cannot be converted: {len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise CheckpointError(listed(head, faults))
     edits = [
         Replace(role=role, blocks=tuple(blocks), operator=json.loads(operator))
         for (role, operator), blocks in chosen.items()

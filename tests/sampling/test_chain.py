@@ -20,7 +20,7 @@ from grafting.sampling import chain as sampling
 from grafting.sampling.chain import SamplingConfig, check_sampling, labels_of, sample
 from toydata import denoiser
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "dit.safetensors")
 WEIGHTS = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}
 SHAPE = (4, 8, 8)
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")

@@ -1,18 +1,16 @@
-"""A run's folder: which stages are done, from which inputs, with which outputs; and the states to resume one from.
+"""A run's folder: which stages are done, from which inputs, with which outputs.
 
 A stage is skipped when its inputs' hash and its outputs' hashes agree with the manifest. A stage whose inputs changed
 starts from scratch, and so does everything that reads its outputs.
 
-What a fault may leave behind is found by checksums and named: of the manifest and of a stage's states there are two, so
-that the older serves when the newer is damaged. One process at a time holds the folder, by a lock of the operating system
+What a fault may leave behind is found by checksums and named: of the manifest and of a stage's states (`states.py`) there
+are two, so that the older serves when the newer is damaged. One process at a time holds the folder, by a lock of the operating system
 that ends with the process, however it ends. Nothing depends on the clock or on the machine.
 """
 
 import fcntl
-import io
 import json
 import os
-import pickle
 import platform
 import shutil
 import signal
@@ -25,26 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from .contract import FolderState, Step
-from .errors import CheckpointError, FaultWarning, ResumeWarning, RunError
-from .machine.files import (
-    atomic_folder,
-    disk_errors,
-    folder_faults,
-    hash_json,
-    is_empty,
-    partial_folder,
-    sha256_of,
-    write_bytes,
-    write_json,
-)
-from .machine.signals import Interrupted, caught_signal, deferred
+from ..contract import FolderState, Step
+from ..errors import FaultWarning, ResumeWarning, RunError
+from ..machine.files import disk_errors, hash_json, is_empty, sha256_of, write_bytes, write_json
+from ..machine.signals import Interrupted, caught_signal, deferred
+from .states import newest_state, write_state
 
 FORMAT = 1
-STATE_NAME = "state.pt"
-NUM_STATES = 2
 
 
 class RunFolder:
@@ -284,47 +269,15 @@ class Stage:
     def load_state(self) -> Any:
         """The newest whole state to resume from, or None to start; cuts the log back to it.
 
-        A dict as it was saved, or the folder of a state that wrote itself. Of a damaged state the older one takes the place, with a warning.
-
-        Raises:
-            CheckpointError: there are states, all of them damaged; says how to restart the stage.
+        A dict as it was saved, or the folder of a state that wrote itself. Raises as `newest_state`.
         """
-        faults: list[str] = []
-        for folder in reversed(self._state_folders()):
-            try:
-                state = _read_state(folder)
-            except CheckpointError as error:
-                faults.append(str(error))
-                continue
-            if faults:
-                _warn(f"{'; '.join(faults)}. Resuming from step {int(folder.name)}")
-            self._begin(int(folder.name))
-            return state
-        if faults:
-            raise CheckpointError(f"{'; '.join(faults)}. Delete {self._states} to restart the stage")
-        self._begin(None)
-        return None
+        state = newest_state(self._states)
+        self._begin(None if state is None else state.step)
+        return None if state is None else state.content
 
     def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
-        """Keep the state after a step, atomically and with its checksums, and of older ones the last.
-
-        A state that writes itself is asked to on every process, into the same folder.
-        """
-        path = self._states / f"{step:010d}"
-        if not self._run.writes:
-            if isinstance(state, FolderState):
-                state.save(partial_folder(path))
-            return
-        with atomic_folder(path) as folder:
-            if isinstance(state, FolderState):
-                state.save(folder)
-            else:
-                _save(state, folder / STATE_NAME)
-        # after a return to an older state, those that it undid are of no use
-        kept = [folder for folder in self._state_folders() if folder.name <= path.name][-NUM_STATES:]
-        for folder in self._state_folders():
-            if folder not in kept:
-                shutil.rmtree(folder)
+        """Keep the state after a step; see `write_state`."""
+        write_state(self._states, state, step, is_writer=self._run.writes)
 
     def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
         """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
@@ -368,9 +321,6 @@ class Stage:
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
             write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def _state_folders(self) -> list[Path]:
-        return sorted(self._states.glob("[!.]*"))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -437,46 +387,3 @@ def _damage_of(path: Path) -> str:
     digest = manifest.pop("sha256", None)
     # a manifest of before there were checksums has none
     return "" if digest in (None, hash_json(manifest)) else f"{path} does not agree with its checksum"
-
-
-class _Watched(io.BufferedWriter):
-    """A file to write to that remembers why a write failed, which torch does not tell."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "wb"))
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return super().write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    file = _Watched(path)
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:
-        raise file.error or error from None
-    finally:
-        file.close()
-
-
-def _read_state(folder: Path) -> dict[str, Any] | Path:
-    """A state as it was saved, or its folder.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    faults = folder_faults(folder)
-    if faults:
-        raise CheckpointError(f"{folder} is damaged: {', '.join(faults)}")
-    path = folder / STATE_NAME
-    if not path.is_file():
-        return folder
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error

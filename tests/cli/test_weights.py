@@ -10,7 +10,7 @@ from grafting import cli
 from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.hosts import hosts
-from grafting.weights import hub
+from grafting.runs import hub
 from grafting.weights.folder import load, save_delta, save_model
 from grafting.weights.portable import Base, plan_of
 

@@ -16,10 +16,11 @@ from grafting.errors import DataError, FaultWarning, RunError
 from grafting.hosts import hosts
 from grafting.latents.decoding import Decoder
 from grafting.machine import processes
-from grafting.sampling import shards as drawing_module
+from grafting.sampling import drawing as drawing_module
 from grafting.sampling.chain import SamplingConfig
+from grafting.sampling.drawing import Drawing, describe_model
 from grafting.sampling.files import open_samples, read_samples
-from grafting.sampling.shards import Drawing, describe_model
+from grafting.sampling.shards import INDEX_NAME
 from grafting.weights.folder import load
 from processes import run_in_processes
 from toydata import denoiser
@@ -289,7 +290,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path, model):
 
 
 def test_another_process_may_make_the_folder_at_the_same_moment(tmp_path, model, monkeypatch):
-    index, is_file = tmp_path / "shards" / drawing_module.INDEX_NAME, Path.is_file
+    index, is_file = tmp_path / "shards" / INDEX_NAME, Path.is_file
     want = new(tmp_path / "other", model)
     draw(want, model)
     index.parent.mkdir()
@@ -297,7 +298,7 @@ def test_another_process_may_make_the_folder_at_the_same_moment(tmp_path, model,
     def then_the_other_draws(path: Path) -> bool:
         found = is_file(path)
         if path == index and not found:
-            shutil.copytree(want.folder, index.parent, dirs_exist_ok=True)
+            shutil.copytree(tmp_path / "other" / "shards", index.parent, dirs_exist_ok=True)
         return found
 
     monkeypatch.setattr(Path, "is_file", then_the_other_draws)

@@ -15,7 +15,7 @@ from grafting.runs.forecast import Forecast, StageForecast, forecast
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 
-IMAGENET = Path(__file__).parents[1] / "recipes" / "imagenet"
+IMAGENET = Path(__file__).parents[2] / "recipes" / "imagenet"
 TINY = tinyrecipe.TINY | {"save_every": 1}
 
 

@@ -142,7 +142,7 @@ def test_a_missing_or_unknown_tracker_is_one_error(tmp_path, monkeypatch):
         check_trackers(["wandb", "trackio"])
     with pytest.raises(MissingBackend, match="no tracker comet; there are tensorboard, wandb, trackio"):
         check_trackers(["comet"])
-    recipe = Path(__file__).parents[1] / "recipes" / "testbed" / "quickstart.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "testbed" / "quickstart.yaml"
     result = CliRunner().invoke(
         cli.app, ["run", str(recipe), "--out", str(tmp_path / "run"), "--track", "wandb"]
     )

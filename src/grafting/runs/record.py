@@ -1,56 +1,36 @@
-"""Reads what a run's folder holds, in its own formats and without torch; every part may be missing.
+"""A run's folder read as a record, and its report; every part may be missing.
 
-Nothing is computed here: see `_page.py` for what the report makes of it.
+What stages made by an earlier recipe is left out. Nothing is computed here: `report` says what is made of it.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors
 import yaml
-from jaxtyping import Int64, UInt8
 
 from ..errors import RunError
-from ..runfolder import read_log, stale_stages
+from ..machine.files import write_bytes
+from ..report import MAX_IMAGES, RunRecord, Samples, report_page
 from ..words import ROW_TITLES
-
-# more than any picture in the report shows
-MAX_IMAGES = 100
+from .folder import read_log, stale_stages
 
 
-class Samples(NamedTuple):
-    """The first images of one model, and how many there are in all."""
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into a run's folder, from what is there so far; returns its path.
 
-    images: UInt8[np.ndarray, "n c h w"]
-    labels: Int64[np.ndarray, " n"]
-    num_images: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run's folder as data; a part that is not there is None or empty, and is named in `missing`."""
-
-    name: str
-    recipe: Mapping[str, Any] | None
-    recipe_text: str | None
-    plan: Mapping[str, Any] | None
-    distill_log: list[dict[str, Any]] | None
-    finetune_log: list[dict[str, Any]] | None
-    samples: dict[str, Samples]
-    rows: list[dict[str, Any]] | None
-    manifest: Mapping[str, Any] | None
-    missing: list[str]
-
-    def leaves_out(self, stage: str) -> bool:
-        """True if the recipe itself has no such stage."""
-        return self.recipe is not None and stage in self.recipe and self.recipe[stage] is None
+    Raises:
+        RunError: the folder is not that of a run, a part of it is damaged, or it cannot be written to.
+    """
+    path = Path(folder) / "report.html"
+    write_bytes(path, report_page(read_run(Path(folder))).encode())
+    return path
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """All parts of a run's folder but those that stages made by an earlier recipe.
 
     Raises:
@@ -69,7 +49,7 @@ def read_run(folder: Path) -> Run:
     if not samples and all(part is None for part in parts.values()):
         raise RunError(f"{folder} is not a run folder: it holds none of {', '.join(_READERS)}")
     recipe, manifest = parts["recipe.yaml"], parts["manifest.json"]
-    run = Run(
+    run = RunRecord(
         name=str((recipe or {}).get("name") or (manifest or {}).get("recipe") or folder.resolve().name),
         recipe=recipe,
         recipe_text=(folder / "recipe.yaml").read_text() if recipe is not None else None,

@@ -13,20 +13,10 @@ from grafting.errors import CheckpointError, HostError, RunError
 from grafting.hosts import hosts
 from grafting.machine.files import hash_json, sha256_of
 from grafting.operators import operator_configs
-from grafting.weights.folder import (
-    CONFIG_NAME,
-    DELTA_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    load,
-    load_model,
-    load_operators,
-    merge_delta,
-    save_delta,
-    save_model,
-    save_operators,
-)
+from grafting.weights.folder import load, load_model, merge_delta, save_delta, save_model
+from grafting.weights.locate import CONFIG_NAME, DELTA_NAME, INDEX_NAME, WEIGHTS_NAME
 from grafting.weights.portable import Base, plan_of
+from grafting.weights.tensors import load_operators, save_operators
 
 HOST = hosts()["dit"]
 PLAN = Plan(
@@ -193,7 +183,7 @@ def test_failed_write_leaves_what_was_there(folder, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grafting.weights.folder.save_file", disk_full)
+    monkeypatch.setattr("grafting.weights.tensors.save_file", disk_full)
     with pytest.raises(RunError, match="No space left on device"):
         save_operators(folder / WEIGHTS_NAME, build_operators(HOST.tiny(), PLAN))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

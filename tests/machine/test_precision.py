@@ -38,8 +38,8 @@ from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
 from grafting.runs.sweep import load_sweep, measure, points, read_table
 from grafting.sampling.chain import SamplingConfig, sample
+from grafting.sampling.drawing import settled_as_drawn
 from grafting.sampling.files import origin_of
-from grafting.sampling.shards import settled_as_drawn
 from grafting.training.calibration import CalibrateConfig
 from grafting.training.distillation import DistillConfig, distill
 from grafting.training.finetuning import FinetuneConfig, finetune
@@ -47,7 +47,7 @@ from grafting.weights.folder import save_model
 from processes import run_in_processes
 from toydata import denoiser, noise_images
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 HOST = hosts()["dit"]
 SECTIONS = ("distill", "finetune", "sample")

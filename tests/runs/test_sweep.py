@@ -22,7 +22,7 @@ from grafting.runs.sweep import (
     run_sweep,
     run_sweep_on_ray,
 )
-from test_recipe import TINY
+from tinyrecipe import SAVED_OFTEN as TINY
 
 SWEEP = {
     "name": "tiny-sweep",

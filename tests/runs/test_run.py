@@ -11,28 +11,24 @@ import pytest
 import torch
 import yaml
 
-import tinyrecipe
 from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.subset import write_subset
 from grafting.editing.plan import Plan
 from grafting.editing.surgery import build_operators
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
-from grafting.report import write_report
-from grafting.runfolder import stale_stages
 from grafting.runs.file import load_recipe
+from grafting.runs.folder import stale_stages
 from grafting.runs.job import load_source, prepare, skeleton
 from grafting.runs.operator_cache import OperatorStore
 from grafting.runs.recipe import FreshModel, Recipe
+from grafting.runs.record import write_report
 from grafting.runs.run import run
 from grafting.runs.stages import training_flops
-from grafting.weights.folder import load_tensors, save_model
+from grafting.weights.folder import save_model
+from grafting.weights.tensors import load_tensors
+from tinyrecipe import SAVED_OFTEN as TINY
 
-ROOT = Path(__file__).parents[1]
-TINY = tinyrecipe.TINY | {
-    "distill": {"steps": 6, "batch_size": 4, "holdout": 8, "holdout_every": 3},
-    "finetune": {"steps": 6, "batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9},
-    "save_every": 2,
-}
+ROOT = Path(__file__).parents[2]
 
 
 def _recipe(**changes) -> Recipe:
@@ -267,7 +263,7 @@ def test_disk_full_in_stage_1_and_then_space(finished, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("grafting.runfolder.torch.save", full)
+        patched.setattr("grafting.runs.states.torch.save", full)
         with pytest.raises(RunError, match="No space left on device"):
             run(_recipe(), tmp_path / "run")
     assert calls == 1

@@ -16,7 +16,7 @@ from grafting.contract import Step
 from grafting.errors import CheckpointError, FaultWarning, ResumeWarning, RunError
 from grafting.machine.files import sha256_of
 from grafting.machine.signals import Interrupted, catching_signals
-from grafting.runfolder import RunFolder, read_log
+from grafting.runs.folder import RunFolder, read_log
 
 
 def _carry_out(folder, inputs, content="result"):
@@ -292,7 +292,7 @@ def test_log_of_a_stage_without_states_starts_anew(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from grafting.runfolder import RunFolder\n"
+        "import sys, time; from pathlib import Path; from grafting.runs.folder import RunFolder\n"
         f"run = RunFolder(Path({str(tmp_path)!r}), recipe_name='r'); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:

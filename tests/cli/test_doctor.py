@@ -46,7 +46,7 @@ def test_missing_package_comes_with_the_line_that_installs_it(found: doctor.Diag
 
 
 def test_extras_that_are_named_exist():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     for package in doctor.OPTIONAL_PACKAGES:
         if "grafting[" in package.install:

@@ -221,7 +221,7 @@ def test_presets_are_listed_and_spelt_out(name: str):
 
 def test_the_schema_in_the_repository_is_current(tmp_path: Path):
     assert call("schema", "--out", tmp_path / "schema.json").exit_code == 0
-    committed = Path(__file__).parents[1] / "recipes" / "recipe.schema.json"
+    committed = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
     assert committed.read_text() == (tmp_path / "schema.json").read_text(), "run `make schema`"
 
 

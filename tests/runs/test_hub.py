@@ -10,8 +10,9 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, RunError
 from grafting.hosts import hosts
-from grafting.weights.folder import WEIGHTS_NAME, save_model
-from grafting.weights.hub import push_to_hub
+from grafting.runs.hub import push_to_hub
+from grafting.weights.folder import save_model
+from grafting.weights.locate import WEIGHTS_NAME
 
 PLAN = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-x"),))
 

@@ -18,7 +18,7 @@ from grafting.weights.folder import load
 from grafting.weights.portable import plan_of
 from grafting.weights.published import convert_weights
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "dit.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "dit.safetensors")
 ORIGINAL = {name.removeprefix("model."): x for name, x in GOLDEN.items() if name.startswith("model.")}
 
 

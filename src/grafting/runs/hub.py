@@ -1,6 +1,5 @@
 """Uploads of model folders to the Hugging Face Hub, checked first, with their card."""
 
-import json
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -8,8 +7,10 @@ from huggingface_hub import HfApi
 
 from ..errors import CheckpointError, RunError
 from ..machine.huberrors import HUB_ERRORS
-from .card import CARD_NAME, write_card
-from .folder import CONFIG_NAME, HUB_NAME, load_model
+from ..weights.card import CARD_NAME
+from ..weights.folder import load_model
+from ..weights.locate import CONFIG_NAME, HUB_NAME
+from .card import write_model_card
 
 # what a folder may hold besides is not uploaded
 UPLOADED = [CONFIG_NAME, CARD_NAME, "*.safetensors", "*.safetensors.index.json"]
@@ -49,7 +50,7 @@ def push_to_hub(
     _, plan = load_model(folder)
     if not plan.edits:
         raise CheckpointError(f"the model in {folder} has no plan: only grafted models are uploaded")
-    write_card(folder, json.loads((folder / CONFIG_NAME).read_text()))
+    write_model_card(folder)
     hub: Hub = HfApi() if api is None else api
     try:
         hub.create_repo(repo_id, private=private, exist_ok=True)

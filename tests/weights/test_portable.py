@@ -18,7 +18,8 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
-from grafting.weights.folder import INDEX_NAME, WEIGHTS_NAME, load, save_model
+from grafting.weights.folder import load, save_model
+from grafting.weights.locate import INDEX_NAME, WEIGHTS_NAME
 from grafting.weights.portable import Base, grafted_class, plan_of, with_plan
 
 PIXART = hosts()["pixart"]
@@ -57,7 +58,7 @@ def test_a_pipeline_saves_its_grafted_model_and_another_process_loads_it(model, 
     here = tinypipeline.draw(pipeline)
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import grafting, tinypipeline
 from diffusers import PixArtSigmaPipeline
 from safetensors.torch import save_file

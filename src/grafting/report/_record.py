@@ -1,0 +1,39 @@
+"""A run as data, which `runs` reads from its folder: all that a report shows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+# more than any picture in the report shows
+MAX_IMAGES = 100
+
+
+class Samples(NamedTuple):
+    """The first images of one model, at most `MAX_IMAGES`, and how many there are in all."""
+
+    images: UInt8[np.ndarray, "n c h w"]
+    labels: Int64[np.ndarray, " n"]
+    num_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run as data; a part that is not there is None or empty, and is named in `missing`."""
+
+    name: str
+    recipe: Mapping[str, Any] | None
+    recipe_text: str | None
+    plan: Mapping[str, Any] | None
+    distill_log: list[dict[str, Any]] | None
+    finetune_log: list[dict[str, Any]] | None
+    samples: dict[str, Samples]
+    rows: list[dict[str, Any]] | None
+    manifest: Mapping[str, Any] | None
+    missing: list[str]
+
+    def leaves_out(self, stage: str) -> bool:
+        """True if the recipe itself has no such stage."""
+        return self.recipe is not None and stage in self.recipe and self.recipe[stage] is None

@@ -1,0 +1,118 @@
+"""The states that a stage of a run resumes from: whole or absent, with checksums, and two of them.
+
+When the newer is damaged the older takes its place, with a warning.
+"""
+
+import io
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..contract import FolderState
+from ..errors import CheckpointError, FaultWarning
+from ..machine.files import atomic_folder, folder_faults, partial_folder
+
+STATE_NAME = "state.pt"
+NUM_STATES = 2
+
+
+class State(NamedTuple):
+    """What was saved after a step: a dict, or the folder of a state that wrote itself."""
+
+    step: int
+    content: dict[str, Any] | Path
+
+
+def newest_state(states: Path) -> State | None:
+    """The newest whole state of a stage's folder of states; None if there is none to resume from.
+
+    Raises:
+        CheckpointError: there are states, all of them damaged; says how to restart the stage.
+    """
+    faults: list[str] = []
+    for folder in reversed(_folders(states)):
+        step = int(folder.name)
+        try:
+            state = State(step, read_state(folder))
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            warnings.warn(f"{'; '.join(faults)}. Resuming from step {step}", FaultWarning, stacklevel=3)
+        return state
+    if faults:
+        raise CheckpointError(f"{'; '.join(faults)}. Delete {states} to restart the stage")
+    return None
+
+
+def write_state(states: Path, state: dict[str, Any] | FolderState, step: int, *, is_writer: bool) -> None:
+    """Keep the state after a step, and of older ones the last.
+
+    A state that writes itself is asked to on every process, into the same folder; one process is the writer of the rest.
+    """
+    path = states / f"{step:010d}"
+    if not is_writer:
+        if isinstance(state, FolderState):
+            state.save(partial_folder(path))
+        return
+    with atomic_folder(path) as folder:
+        if isinstance(state, FolderState):
+            state.save(folder)
+        else:
+            _save(state, folder / STATE_NAME)
+    # after a return to an older state, those that it undid are of no use
+    kept = [folder for folder in _folders(states) if folder.name <= path.name][-NUM_STATES:]
+    for folder in _folders(states):
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any] | Path:
+    """A state as it was saved, or its folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    faults = folder_faults(folder)
+    if faults:
+        raise CheckpointError(f"{folder} is damaged: {', '.join(faults)}")
+    path = folder / STATE_NAME
+    if not path.is_file():
+        return folder
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _folders(states: Path) -> list[Path]:
+    return sorted(states.glob("[!.]*"))
+
+
+class _Watched(io.BufferedWriter):
+    """A file to write to that remembers why a write failed, which torch does not tell."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    file = _Watched(path)
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise file.error or error from None
+    finally:
+        file.close()

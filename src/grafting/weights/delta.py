@@ -1,0 +1,47 @@
+"""A model as what its base has not got: the tensors of its own, and the names and hashes of those that it borrows.
+
+A tensor of the base is known by its content, whatever its name: an attention that stands inside an operator, or a block
+that moved, is borrowed all the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, listed
+from .tensors import tensor_hash
+
+
+def less_base(
+    tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that a base has not got, and as JSON what is borrowed of it."""
+    names = {tensor_hash(tensor): name for name, tensor in base.items()}
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    borrowed = {name: names[digest] for name, digest in hashes.items() if digest in names}
+    own = {name: tensor for name, tensor in tensors.items() if name not in borrowed}
+    return own, {
+        "borrowed": borrowed,
+        "sha256": {base_name: hashes[name] for name, base_name in borrowed.items()},
+    }
+
+
+def borrow(delta: Mapping[str, Any], base: Mapping[str, Tensor], *, otherwise: str) -> dict[str, Tensor]:
+    """The tensors of the base that a delta borrows, each known to be the one that it was saved with.
+
+    Args:
+        otherwise: what is wrong where they are not.
+
+    Raises:
+        CheckpointError: the base has other tensors; lists them.
+    """
+    faults = [
+        f"{name} is missing" if name not in base else f"{name} has other values"
+        for name, digest in delta["sha256"].items()
+        if name not in base or tensor_hash(base[name]) != digest
+    ]
+    if faults:
+        counted = f"{otherwise}: {len(faults)} of {len(delta['sha256'])} tensors differ"
+        raise CheckpointError(listed(counted, faults, most=12))
+    return {name: base[base_name] for name, base_name in delta["borrowed"].items()}

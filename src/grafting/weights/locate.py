@@ -1,0 +1,41 @@
+"""Where models are: the folder that a name stands for, and the names of the files in it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..data.bundled import testbed_model_folder
+from ..errors import CheckpointError
+from ..machine.huberrors import HUB_ERRORS
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+DELTA_NAME = "delta.safetensors"
+
+MODEL_FILES = ("*.json", "*.safetensors", "README.md")
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_model(
+    source: str | Path, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES
+) -> Path:
+    """The folder of the model that a name stands for, downloaded if it is on the Hub. Raises as `load`.
+
+    Args:
+        patterns: the files that are downloaded.
+    """
+    if source == "testbed":
+        return testbed_model_folder()
+    folder = Path(source)
+    if folder.exists() or not HUB_NAME.fullmatch(str(source)):
+        return folder / "model" if (folder / "manifest.json").is_file() else folder
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
+    except HUB_ERRORS as error:
+        raise CheckpointError(
+            f"no model in {source}: it does not exist, and the Hub does not give it: {error}"
+        ) from error
