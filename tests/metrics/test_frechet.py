@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from closeness import assert_close
-from grafting.metrics.frechet import FeatureStatistics, frechet_bias, frechet_distance, frechet_estimate
+from grafting.metrics.frechet import FeatureStatistics, FrechetInfluences, frechet_distance
 
 
 def gaussian(n, f, *, shift=0.0, scale=1.0):
@@ -81,7 +81,7 @@ def test_rank_deficient_sets_keep_their_rotation_invariant_distance():
 def test_constant_features_are_at_the_distance_of_their_means():
     a, b = FeatureStatistics.of(torch.zeros(5, 4)), FeatureStatistics.of(torch.ones(5, 4))
     assert frechet_distance(a, b) == pytest.approx(4)
-    assert frechet_estimate(torch.ones(5, 4), a) == (4, 4, 4)
+    assert FrechetInfluences.of(torch.ones(5, 4), a).estimate() == (4, 0, 4, 4)
 
 
 @pytest.mark.parametrize("num_generated", [40, 300])
@@ -94,7 +94,7 @@ def test_equals_torchmetrics(num_generated):
     reference = FeatureStatistics.of(real)
     got = frechet_distance(FeatureStatistics.of(generated), reference)
     assert got == pytest.approx(float(oracle.compute()), rel=1e-6)
-    assert frechet_estimate(generated, reference).value == pytest.approx(got, rel=1e-9)
+    assert FrechetInfluences.of(generated, reference).value == pytest.approx(got, rel=1e-9)
 
 
 class Rows(nn.Module):
@@ -115,7 +115,10 @@ class Rows(nn.Module):
 )
 def test_the_interval_covers_the_mean_over_draws(n, shift, scale):
     reference = FeatureStatistics.of(gaussian(10_000, 24))
-    estimates = [frechet_estimate(gaussian(n, 24, shift=shift, scale=scale), reference) for _ in range(200)]
+    estimates = [
+        FrechetInfluences.of(gaussian(n, 24, shift=shift, scale=scale), reference).estimate()
+        for _ in range(200)
+    ]
     mean = math.fsum(e.value for e in estimates) / len(estimates)
     deviation = torch.tensor([e.value for e in estimates]).std()
     width = math.fsum(e.high - e.value for e in estimates) / len(estimates) / 1.96
@@ -127,7 +130,7 @@ def test_the_interval_covers_the_mean_over_draws(n, shift, scale):
 
 def test_higher_confidence_is_a_wider_interval():
     features, reference = gaussian(300, 8, shift=0.5), FeatureStatistics.of(gaussian(1000, 8))
-    usual, wide = (frechet_estimate(features, reference, confidence=c) for c in (0.95, 0.99))
+    usual, wide = (FrechetInfluences.of(features, reference).estimate(confidence=c) for c in (0.95, 0.99))
     assert wide.low < usual.low < usual.value < usual.high < wide.high
 
 
@@ -137,7 +140,7 @@ def test_the_bias_of_few_rows_is_found():
     truth = frechet_distance(FeatureStatistics.of(gaussian(200_000, 16, scale=1.2)), reference)
     draws = [gaussian(200, 16, scale=1.2) for _ in range(60)]
     bias = math.fsum(frechet_distance(FeatureStatistics.of(d), reference) for d in draws) / 60 - truth
-    estimate = math.fsum(frechet_bias(d, reference) for d in draws) / 60
+    estimate = math.fsum(FrechetInfluences.of(d, reference).bias for d in draws) / 60
     assert estimate == pytest.approx(bias, rel=0.3)
 
 
@@ -148,4 +151,4 @@ def test_refuses_one_row_and_other_widths():
     with pytest.raises(ValueError, match="of 4 and of 5 features"):
         frechet_distance(many, wide)
     with pytest.raises(ValueError, match="of 4 and of 5 features"):
-        frechet_estimate(torch.randn(9, 4), wide)
+        FrechetInfluences.of(torch.randn(9, 4), wide)

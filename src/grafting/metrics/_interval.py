@@ -30,10 +30,19 @@ class Spread:
         """Half the width of the interval by Student's t."""
         return student_quantile((1 + confidence) / 2, self.degrees) * self.error if self.error else 0.0
 
+    def less(self, variance: float) -> "Spread":
+        """Without a part of its variance that is known to be too much: half of it at most."""
+        return Spread(max(self.error**2 - variance, self.error**2 / 2) ** 0.5, self.degrees)
+
     def around(self, value: float, confidence: float) -> Estimate:
         """The interval around a value that has this standard error."""
         reach = self.reach(confidence)
         return Estimate(value, self.error, value - reach, value + reach)
+
+    def times(self, ratio: float, confidence: float) -> Estimate:
+        """The interval of a ratio whose logarithm has this standard error."""
+        factor = math.exp(self.reach(confidence))
+        return Estimate(ratio, self.error, ratio / factor, ratio * factor)
 
 
 def spread(
@@ -71,6 +80,14 @@ def spread(
     sizes = home.bincount()[home]
     variance = (totals.square() * sizes / (sizes - 1)).sum() / len(values) ** 2
     return Spread(float(variance.sqrt()), len(home) - _count(groups))
+
+
+def even_strata(strata: Int[Tensor, "n"] | None) -> Int[Tensor, "n"] | None:
+    """Strata as 0, 1, 2 ...; None unless each has two values or more."""
+    if strata is None or not len(strata):
+        return None
+    _, numbers, counts = strata.unique(return_inverse=True, return_counts=True)
+    return numbers if int(counts.min()) >= 2 else None
 
 
 def student_quantile(probability: float, degrees: int) -> float:
