@@ -127,6 +127,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     caption = f"{rows[0]['num_images']} images per model"
     if protocol:
         caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
+        if any(figure.paired(row) for row in rows):
+            caption += "\n\u00d7: to the pretrained model, by images of the same seeds"
     else:
         caption += ", not evaluated: name a suite with `evaluate`"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
@@ -138,6 +140,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         interval = figure.interval(row)
         value = f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else "")
+        value += f"\n{paired}" if (paired := figure.paired(row)) else ""
         table.add_row(
             ROW_TITLES.get(row["name"], row["name"]),
             *([value] if protocol else []),
