@@ -13,9 +13,9 @@ from ..errors import DataError, GraftingError, RunError
 from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances
 from ..evaluation.influences import load_influences
 from ..metrics.paired import Estimate
-from ..runfolder import stale_stages
 from ..sampling.files import open_samples
 from ..words import PRETRAINED, swept, swept_pairs
+from .folder import stale_stages
 
 _BATCH = 500
 
