@@ -1,6 +1,5 @@
 """Read-only commands that inspect recipes and models, and what they cost."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,9 +9,11 @@ from ..words import FIGURES
 from ._shared import (
     Json,
     Model,
+    PromptsFolder,
     RecipeFile,
     Settings,
     err,
+    open_denoiser,
     open_model,
     open_recipe,
     out,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..analysis import Locality
-    from ..contract import Conditions, Grid, Site
+    from ..contract import Denoiser, Grid, Site
     from ..editing.plan import Choice
     from ..runs.job import Job
     from ..sampling.chain import SamplingConfig
@@ -249,9 +250,7 @@ def locality(
             help="Band widths: tokens on each side. [dim]Default: 1/32, 1/16 and 1/8 of the tokens.[/]",
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Folder of encoded prompts, for text-conditioned models.")
-    ] = None,
+    prompts: PromptsFolder = None,
     noised: Annotated[
         bool,
         typer.Option(
@@ -267,13 +266,11 @@ def locality(
 
     [dim]$ grafting locality testbed --bands 2,4,8[/]
     """
-    from ..data import Prompts
     from ..hosts import host_of
     from ..machine.devices import default_device
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
-    asked = Prompts(prompts) if prompts else None
     num_tokens = host_of(loaded).sites(loaded)[0].grid.num_tokens
     if wanted and max(wanted) >= num_tokens:
         raise DataError(f"--bands: {max(wanted)} is too wide for {num_tokens} tokens")
@@ -281,7 +278,8 @@ def locality(
         found = _locality_of_noised(loaded, images=sampling.num_images, seed=sampling.seed)
         protocol = f"{sampling.num_images} noised images, steps evenly spread"
     else:
-        found, drawn = _locality_of_samples(loaded, asked, sampling)
+        denoiser = open_denoiser(model, loaded, prompts=prompts, shift=None)
+        found, drawn = _locality_of_samples(loaded, denoiser, sampling)
         protocol = (
             f"{drawn.num_images} images drawn by {drawn.sampler} with {drawn.steps} steps, "
             f"cfg scale {drawn.cfg_scale:g}, {drawn.precision}"
@@ -319,7 +317,7 @@ def _parse_bands(text: str) -> tuple[int, ...]:
 
 
 def _locality_of_samples(
-    model: "nn.Module", conditions: "Conditions | None", config: "SamplingConfig"
+    model: "nn.Module", denoiser: "Denoiser", config: "SamplingConfig"
 ) -> "tuple[Locality, SamplingConfig]":
     """Measure locality while sampling images, as in the paper; also return the settings that they are drawn with."""
     from ..analysis import watching_locality
@@ -332,7 +330,7 @@ def _locality_of_samples(
     from ..sampling.chain import sample as draw
 
     host = host_of(model)
-    denoiser, shape = host.denoiser(model, conditions), config.shape or host.shape(model)
+    shape = config.shape or host.shape(model)
     is_diffusion, is_of_pixels = isinstance(denoiser.process, Diffusion), makes_pixels(shape)
     chosen: dict[str, Any] = {
         "sampler": "ddim" if is_diffusion else "euler",

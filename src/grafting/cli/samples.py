@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import DataError
-from ._shared import Model, open_model, out
+from ._shared import Model, PromptsFolder, Shift, open_denoiser, open_model, out
 from .display import follow, say
 from .options import Options, command
 
@@ -74,12 +74,8 @@ def sample(
         Path | None,
         typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file to this folder."),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Folder of encoded prompts, for text-conditioned models.")
-    ] = None,
-    shift: Annotated[
-        float | None, typer.Option(help="Shift of flow steps towards noise. [dim]Default: the model's.[/]")
-    ] = None,
+    prompts: PromptsFolder = None,
+    shift: Shift = None,
 ) -> None:
     """Sample images from a model into one .npz file: arr_0 [N, H, W, C] (uint8) and labels.
 
@@ -91,8 +87,7 @@ def sample(
     [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num-images 50000
       --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125[/]
     """
-    from ..data import Prompts
-    from ..diffusion import Diffusion, FlowConfig
+    from ..diffusion import Diffusion
     from ..hosts import host_of
     from ..latents.decoding import load_decoder, makes_pixels
     from ..machine.devices import default_device
@@ -107,8 +102,7 @@ def sample(
         raise DataError(f"--out names an .npz file, found {out_file}")
     loaded, plan = open_model(model)
     host = host_of(loaded)
-    process = None if shift is None else FlowConfig(shift=shift).build(scale=host.time_scale)
-    denoiser = host.denoiser(loaded, Prompts(prompts) if prompts else None, process)
+    denoiser = open_denoiser(model, loaded, prompts=prompts, shift=shift)
     sampled = config.shape or host.shape(loaded)
     if faults := host.shape_faults(loaded, sampled):
         raise DataError(f"--shape: {faults[0]}")
