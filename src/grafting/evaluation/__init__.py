@@ -32,6 +32,7 @@ from .reference import Reference as Reference
 from .scenes import ScenesEvaluation as ScenesEvaluation
 from .scenes import ScenesSuite as ScenesSuite
 from .suite import KeptReference as KeptReference
+from .suite import Remark as Remark
 from .suite import Result as Result
 from .suite import Suite as Suite
 from .suite import SuiteEvaluator as SuiteEvaluator

@@ -22,7 +22,7 @@ from ..machine.files import hash_json
 from ..metrics.paired import mean_estimate
 from .per_image import PerImage
 from .protocol import Data, Identity, Metrics, Protocol
-from .suite import OnStep, Suite, SuiteEvaluator
+from .suite import OnStep, Remark, Suite, SuiteEvaluator
 
 NOTHING, NO_OBJECT = -1, -2
 _SHAPE = (3, SIDE, SIDE)
@@ -255,17 +255,26 @@ class ScenesEvaluator(SuiteEvaluator):
 
     def per_image(self) -> PerImage:
         rows = self.state()
-        return PerImage(labels=rows["labels"], scores=_scores(rows), strata=rows["labels"] % len(TASKS))
+        found = _scores(rows)
+        of_all = {name: scores for name, scores in found.items() if not scores.isnan().any()}
+        of_some = {
+            name: _influences(scores)
+            for name, scores in found.items()
+            if name not in of_all and not scores.isnan().all()
+        }
+        return PerImage(
+            labels=rows["labels"], scores=of_all, influences=of_some, strata=rows["labels"] % len(TASKS)
+        )
 
     def result(self) -> ScenesEvaluation:
         self._protocol.check_whole(self.num_images)
-        found = self.per_image()
+        rows = self.state()
+        found, tasks = _scores(rows), rows["labels"] % len(TASKS)
         figures: dict[str, float | None] = {}
-        for name, scores in found.scores.items():
-            has_any = bool((~scores.isnan()).any())
-            figures[name] = float(scores.nanmean()) if has_any else None
+        for name, scores in found.items():
+            figures[name] = None if scores.isnan().all() else float(scores.nanmean())
         for name in ("exact", "true", "twins", "background"):
-            estimate = mean_estimate(found.scores[name], strata=found.strata)
+            estimate = mean_estimate(found[name], strata=tasks)
             figures |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         figures["true"] = float(np.mean([figures[f"true_{task}"] for task in TASKS]))
         return ScenesEvaluation.model_validate(
@@ -292,6 +301,12 @@ def _scores(rows: dict[str, Tensor]) -> dict[str, Float[Tensor, " n"]]:
     for name, distances in _DISTANCES.items():
         scores[name] = _share_of_twins(verdicts, distances)
     return scores | {"background": rows["background"].double()}
+
+
+def _influences(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Influence of each image on the mean of those scores that count, which differ from row to row."""
+    counted = ~scores.isnan()
+    return ((scores - scores.nanmean()) / counted.double().mean()).nan_to_num()
 
 
 def _share_of_twins(
@@ -321,6 +336,14 @@ class ScenesSuite(Suite):
     def inputs(self, identity: dict[str, str] | None, origin: Mapping[str, Any]) -> Any:
         return self.open(origin)().protocol.model_dump(mode="json")
 
+    def remarks(self, images: Tensor, labels: Tensor) -> list[Remark]:
+        seen = read_scenes(images)
+        captions = [caption_of(number) for number in labels.tolist()]
+        return [
+            _remark(cells, caption, readable=bool(readable))
+            for cells, caption, readable in zip(seen.cells, captions, seen.readable, strict=True)
+        ]
+
     def open(
         self, origin: Mapping[str, Any], *, on_step: OnStep | None = None
     ) -> Callable[[], SuiteEvaluator]:
@@ -332,3 +355,26 @@ class ScenesSuite(Suite):
             metrics=ScenesMetrics(),
         )
         return lambda: ScenesEvaluator(protocol)
+
+
+def _remark(cells: Int[np.ndarray, "4 4 2"], caption: Caption, *, readable: bool) -> Remark:
+    """What was read in an image, with the objects marked that are none, that lack their twin or have another colour than said."""
+    verdict = judge(cells, caption, readable=readable)
+    said = dict(caption.said)
+    found, wrong = [], []
+    for r, c in np.argwhere(cells[..., 0] != NOTHING).tolist():
+        shape, colour = cells[r, c].tolist()
+        if shape == NO_OBJECT:
+            found.append("no object")
+            wrong.append((r, c))
+            continue
+        found.append(f"{tuple(scenes.COLOURS)[colour]} {scenes.SHAPES[shape]}")
+        is_twin = cells[scenes.mirrored(r, c)].tolist() == [shape, colour]
+        if not (said[shape] in (None, colour) if shape in said else is_twin):
+            wrong.append((r, c))
+    judged = (
+        "exact" if verdict.exact else "true" if verdict.true else "not true" if readable else "unreadable"
+    )
+    side = 1 / CELLS
+    marks = tuple((c * side, r * side, side, side) for r, c in wrong)
+    return Remark(f"{judged}: {', '.join(found) or 'nothing'}", marks)

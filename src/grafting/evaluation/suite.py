@@ -36,6 +36,13 @@ class Result(Interface):
     def model_dump(self, *, mode: str = "python") -> dict[str, Any]: ...
 
 
+class Remark(NamedTuple):
+    """What a suite says of one image: a text, and the places that are wrong, as left, top, width, height in shares of it."""
+
+    text: str
+    marks: tuple[tuple[float, float, float, float], ...] = ()
+
+
 class SuiteEvaluator(ABC):
     """Takes images as they come, and gives their figures at the end."""
 
@@ -118,6 +125,10 @@ class Suite(Data, ABC):
             origin: what the protocol says of the images: `sampling`, `num_images`, `labels`, `weights_dtype`.
             on_step: called after each batch of a reference's images.
         """
+
+    def remarks(self, images: Tensor, labels: Tensor) -> list[Remark] | None:
+        """Remarks on images [B, C, H, W] of 8 bits, for people; None from a suite that measures no image by itself."""
+        return None
 
     def keep_reference(self, path: Path, *, on_step: OnStep | None = None) -> KeptReference:
         """Write what `open` needs of the reference to a file, which then stands for it.

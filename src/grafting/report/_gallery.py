@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._images import MAX_SIDE, sheet_uri
+from ..evaluation import Remark
+from ._images import MAX_SIDE, sheet_uri, shrunk
 from ._record import Samples
 
 _SHEET_COLUMNS = 20
@@ -22,15 +23,17 @@ def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> dict[str
     if not samples:
         return None
     side = max(max(s.images.shape[2:]) for s in samples.values())
-    columns = _LARGE_SHEET_COLUMNS if side > _LARGE_SIDE else _SHEET_COLUMNS
-    columns = min(columns, max(len(s.images) for s in samples.values()))
     longest = max(samples.values(), key=lambda s: len(s.images))
+    # captions need room
+    columns = _LARGE_SHEET_COLUMNS if side > _LARGE_SIDE or longest.words else _SHEET_COLUMNS
+    columns = min(columns, max(len(s.images) for s in samples.values()))
     labels = longest.labels[:columns].tolist()
     has_more = len(longest.images) > columns and sum(s.images.nbytes for s in samples.values()) <= _MAX_BYTES
     return {
         "columns": columns,
         "asked": asked,
-        "labels": labels,
+        "remarked": any(s.remarks for s in samples.values()),
+        "labels": longest.words[:columns] if longest.words else labels,
         "sheets": [_sheet(name, s, asked, count=columns, columns=columns) for name, s in samples.items()],
         "more": [_sheet(name, s, asked, count=len(s.images), columns=10) for name, s in samples.items()]
         if has_more
@@ -46,18 +49,45 @@ def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> dict[str
     }
 
 
+class Cell(NamedTuple):
+    """One image of a sheet, in pixels of it: its place, what is said of it, and the places in it that are wrong."""
+
+    left: int
+    top: int
+    text: str
+    marks: list[tuple[float, float, float, float]]
+
+
 class Sheet(NamedTuple):
-    """A model's first images as one picture."""
+    """A model's first images as one picture; over it, where anything is said of them, their cells."""
 
     name: str
     uri: str
     alt: str
+    size: tuple[int, int]  # of an image as it is shown
+    viewbox: str
+    cells: list[Cell]
 
 
 def _sheet(name: str, samples: Samples, asked: str, *, count: int, columns: int) -> Sheet:
     images, labels = samples.images[:count], samples.labels[:count].tolist()
     alt = f"The first {len(images)} images of {name}, by {asked}: {', '.join(map(str, labels))}"
-    return Sheet(name, sheet_uri(_filled(images, columns), columns=columns), alt)
+    height, width = shrunk(images[:1]).shape[2:]
+    rows = -(-max(len(images), columns) // columns)
+    viewbox = f"0 0 {columns * (width + 1) - 1} {rows * (height + 1) - 1}"
+    cells = [_cell(samples, place, (width, height), columns=columns) for place in range(len(images))]
+    cells = [cell for cell in cells if cell.text]
+    uri = sheet_uri(_filled(images, columns), columns=columns)
+    return Sheet(name, uri, alt, (width, height), viewbox, cells)
+
+
+def _cell(samples: Samples, place: int, size: tuple[int, int], *, columns: int) -> Cell:
+    width, height = size
+    left, top = place % columns * (width + 1), place // columns * (height + 1)
+    words = samples.words[place] if samples.words else ""
+    remark = samples.remarks[place] if samples.remarks else Remark("")
+    marks = [(left + x * width, top + y * height, w * width, h * height) for x, y, w, h in remark.marks]
+    return Cell(left, top, "\n".join(filter(None, (words, remark.text))), marks)
 
 
 def _filled(images: np.ndarray, count: int) -> np.ndarray:

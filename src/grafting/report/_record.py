@@ -1,22 +1,29 @@
 """A run as data, which `runs` reads from its folder: all that a report shows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from ..evaluation import Remark
+
 # more than any picture in the report shows
 MAX_IMAGES = 100
 
 
 class Samples(NamedTuple):
-    """The first images of one model, at most `MAX_IMAGES`, and how many there are in all."""
+    """The first images of one model, at most `MAX_IMAGES`, and how many there are in all.
+
+    `words` are those of each image's condition, `remarks` what the run's suite says of it; both may be missing.
+    """
 
     images: UInt8[np.ndarray, "n c h w"]
     labels: Int64[np.ndarray, " n"]
     num_images: int
+    words: Sequence[str] | None = None
+    remarks: Sequence[Remark] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

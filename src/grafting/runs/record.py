@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import torch
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from ..errors import RunError
+from ..contract import Conditions
+from ..data import ConditionsConfig
+from ..errors import DataError, RunError
+from ..evaluation import ScenesSuite, Suite, SuiteConfig
 from ..machine.files import write_bytes
 from ..report import MAX_IMAGES, RunRecord, Samples, report_page
 from ..words import ROW_TITLES
@@ -41,8 +46,9 @@ def read_run(folder: Path) -> RunRecord:
         name: None if _STAGE_OF.get(name) in stale else _read_part(folder / name, read)
         for name, read in _READERS.items()
     }
+    told = _tellers(parts["recipe.yaml"])
     samples = {
-        path.stem: _read_samples(path)
+        path.stem: _read_samples(path, *told)
         for path in _sample_paths(folder)
         if f"samples/{path.stem}" not in stale
     }
@@ -108,16 +114,36 @@ def _sample_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
 
 
-def _read_samples(path: Path) -> Samples:
+def _tellers(recipe: dict[str, Any] | None) -> tuple[Conditions | None, Suite | None]:
+    """What has words for conditions and remarks on images, as far as the recipe names them and they can still be read."""
+    asked = {name: value for name, value in (recipe or {}).items() if name in ("conditions", "evaluate")}
+    try:
+        known = _Asked.model_validate(asked)
+        conditions = known.conditions.load() if known.conditions else None
+    except (DataError, ValidationError):
+        return None, None
+    is_of_scenes = known.conditions is not None and known.conditions.name == "scenes"
+    return conditions, known.evaluate or (ScenesSuite() if is_of_scenes else None)
+
+
+class _Asked(BaseModel):
+    """The part of a recipe that says what images show, and who judges them."""
+
+    conditions: ConditionsConfig | None = None
+    evaluate: SuiteConfig | None = None
+
+
+def _read_samples(path: Path, conditions: Conditions | None, suite: Suite | None) -> Samples:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return Samples(
-                _pictures(_first(file.get_slice("images"))),
-                _first(file.get_slice("labels")).astype(np.int64),
-                file.get_slice("images").get_shape()[0],
-            )
+            images = _pictures(_first(file.get_slice("images")))
+            labels = _first(file.get_slice("labels")).astype(np.int64)
+            count = file.get_slice("images").get_shape()[0]
     except (safetensors.SafetensorError, OSError) as error:
         raise RunError(f"{path} is not a complete samples file: {error}") from error
+    words = None if conditions is None else [conditions.words(number) for number in labels.tolist()]
+    remarks = None if suite is None else suite.remarks(torch.from_numpy(images), torch.from_numpy(labels))
+    return Samples(images, labels, count, words, remarks)
 
 
 def _pictures(images: np.ndarray) -> np.ndarray:
