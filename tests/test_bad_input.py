@@ -228,11 +228,11 @@ MODELS = [
     calls("weights of no DiT", "convert {w}/foreign.safetensors {w}/out", "is not a DiT: expected .*found 1 tensors: layer"),
     calls("no such file", "convert {w}/none.pt {w}/out", "none.pt"),
     calls("samples file of another kind", "sample {w}/dit --out {w}/out.gif", "--out names an .npz file, found {w}/out.gif"),
-    calls("words for labels", "sample {w}/dit --out {w}/out.npz --labels cats", "--labels is balanced, random, or classes such as 3,5; found 'cats'"),
+    calls("words for labels", "sample {w}/dit --out {w}/out.npz --labels cats", "--labels is balanced, random or numbers such as 3,5; found 'cats'"),
     calls("class that is not known", "sample {w}/dit --out {w}/out.npz --labels 3,11", r"labels \[11\] are out of range", r"0\.\.9"),
-    calls("negative number of images", "sample {w}/dit --out {w}/out.npz --num -4", "num_images: .*greater than 0, found -4"),
+    calls("negative number of images", "sample {w}/dit --out {w}/out.npz --num -4", "--num: .*greater than 0, found -4"),
     calls("sampler that is not known", "sample {w}/dit --out {w}/out.npz --sampler euler", "sampler euler does not run predicted noise", "ddpm, ddim"),
-    calls("precision that is not known", "sample {w}/dit --out {w}/out.npz --precision fp8", "precision: .*'fp32' or 'bf16', found 'fp8'"),
+    calls("precision that is not known", "sample {w}/dit --out {w}/out.npz --precision fp8", "--precision: .*'fp32' or 'bf16', found 'fp8'"),
     calls("model that diverged", "sample {w}/diverged --out {w}/out.npz --num 2 --steps 2", "not finite", "diverged"),
 ]  # fmt: skip
 
@@ -259,7 +259,7 @@ COMMANDS = [
     calls("unknown operator's settings", "operators hyena-q", "no operator 'hyena-q'; there are .*hyena-x"),
     calls("grid in words", "cost {w}/recipe.yaml --grid large", "--grid is rows x columns of tokens, such as 64x64, or"),
     calls("bands in words", "locality {w}/dit --bands wide", "--bands is numbers of tokens, such as 2,4,8; found 'wide'"),
-    calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus' is known; there are .*h100"),
+    calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus'; there are .*h100"),
     calls("device for a run", "run {w}/recipe.yaml --out {w}/out --device h100", "--device only applies to --dry-run"),
     calls("schema to a folder", "schema --out {w}", "cannot write {w}: it is a folder; name a file"),
     calls("folder for a recipe", "check {w}/dit", "no recipe file {w}/dit: it is a folder"),

@@ -83,7 +83,7 @@ def count(value: Any) -> str:
 
 def percent(value: Any) -> str:
     """A share in percent."""
-    return f"{100 * value:.1f}\u00a0%" if is_number(value) else ABSENT
+    return f"{100 * value:.1f}\u00a0%".replace("-", MINUS) if is_number(value) else ABSENT
 
 
 def change(value: Any, base: Any) -> str:
@@ -168,6 +168,21 @@ class Figure:
         limits = self.limits(row)
         return "\u2013".join(map(self.write, limits)) if limits else ""
 
+    def paired(self, row: Measured) -> str:
+        """A row's figure against the pretrained model's, image by image: 1.11× (1.05–1.17), or +0.3 % (−0.1 to 0.7 %).
+
+        Empty if they were not compared so; see `evaluation/comparison.py`.
+        """
+        parts = (row.get("paired") or {}).get(self.key) or {}
+        if "ratio" in parts:
+            value, low, high = (parts["ratio"][end] for end in ("value", "low", "high"))
+            decimals = min(max(1 - math.floor(math.log10(max(high - low, 1e-9))), 2), 4)
+            return f"{value:.{decimals}f}{TIMES} ({low:.{decimals}f}\u2013{high:.{decimals}f})"
+        if "difference" in parts:
+            value, low, high = (parts["difference"][end] for end in ("value", "low", "high"))
+            return f"{'+' * (value > 0)}{self.write(value)} ({self.write(low)} to {self.write(high)})"
+        return ""
+
 
 # in the order in which tables show them; the first that judges images and was measured is a table's main one
 _ROWS = (
@@ -243,6 +258,15 @@ _ROWS = (
         shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
     ),
     Figure(
+        key="image_distance", title="Distance to the pretrained image", brief="distance to the pretrained image",
+        of="images", write=percent, shown=("sweep",),
+        help="the root mean square difference of pixels from the pretrained model's image of the same seed, over their range",
+    ),
+    Figure(
+        key="feature_distance", title="The same in features", brief="the same in features", of="images",
+        help="the root mean square difference of features from those of the pretrained model's image of the same seed",
+    ),
+    Figure(
         key="params", title="Parameters", brief="params", of="model", better="low", write=amount,
         shown=("main",),
     ),
@@ -303,6 +327,8 @@ _PARTS = {
     "high": "upper limit",
     "bias": "bias",
     "error": "standard error",
+    "ratio": "ratio to the pretrained model",
+    "difference": "difference from the pretrained model",
 }
 
 
@@ -322,10 +348,28 @@ def name_of(key: str, rows: Sequence[Measured]) -> str:
     if key in FIGURES:
         return FIGURES[key].name(rows)
     whole, _, part = key.rpartition("_")
-    return f"{FIGURES[whole].name(rows)}, {_PARTS[part]}"
+    return f"{name_of(whole, rows)}, {_PARTS[part]}"
 
 
 def swept(row: Measured) -> Iterator[str]:
     """The keys of a row that a sweep's table keeps: figures, and their intervals."""
     for figure in shown_in("sweep"):
         yield from (k for k in (figure.key, f"{figure.key}_low", f"{figure.key}_high") if k in row)
+
+
+def swept_pairs(paired: Measured) -> dict[str, float]:
+    """What a sweep's table keeps of a row's comparison with the pretrained one, as columns: `frechet_ratio`, `recall_difference_low`."""
+    columns: dict[str, float] = {}
+    for figure in shown_in("sweep"):
+        parts = paired.get(figure.key) or {}
+        for kind in [kind for kind in ("ratio", "difference") if kind in parts][:1]:
+            limits = {f"{figure.key}_{kind}_{end}": parts[kind][end] for end in ("low", "high")}
+            columns |= {f"{figure.key}_{kind}": parts[kind]["value"]} | limits
+    return columns
+
+
+def seeded_keys(line: Measured) -> list[str]:
+    """The columns of a sweep's line that are averaged over seeds: figures, and their comparisons with the pretrained model."""
+    kinds = ("", "_ratio", "_difference")
+    keys = [f"{figure.key}{kind}" for figure in shown_in("sweep") for kind in kinds]
+    return [key for key in keys if key in line]

@@ -83,7 +83,7 @@ def test_published_latents(tmp_path: Path):
         ((), "give one source of --images, --tars, --dataset, --published; found none"),
         (("--images", "a", "--tars", "b"), "found --images and --tars"),
         (("--images", "nowhere"), "no folder nowhere"),
-        (("--published", "a", "--size", "16"), "--published cannot be combined with size"),
+        (("--published", "a", "--size", "16"), "--published cannot be combined with --size"),
         (
             ("--published", "a", "--dtype", "fp8"),
             "dtype: Input should be 'fp16', 'bf16' or 'fp32', found 'fp8'",

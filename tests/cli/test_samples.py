@@ -136,9 +136,10 @@ def test_latents_become_pixels(tmp_path, folders):
         (0, ("--vae", "{vae}"), "takes latents of 2: a model of pixels needs none"),
         (1, ("--vae", "{vae}/nowhere"), "no autoencoder in"),
         (1, ("--vae", "{vae}", "--guided-channels", 3), "guided_channels is 3, but images have 2 channels"),
-        (0, ("--precision", "fp8"), "precision: Input should be 'auto', 'fp32' or 'bf16', found 'fp8'"),
-        (0, ("--batch-size", 0), "batch_size: Input should be greater than 0, found 0"),
-        (1, ("--vae", "{vae}", "--vae-batch-size", 0), "batch_size: Input should be greater than 0"),
+        (0, ("--precision", "fp8"), "--precision: Input should be 'auto', 'fp32' or 'bf16', found 'fp8'"),
+        (1, ("--vae-batch-size", 3, "--vae-tiling"), "--vae-batch-size and --vae-tiling: only with --vae"),
+        (0, ("--batch-size", 0), "--batch-size: Input should be greater than 0, found 0"),
+        (1, ("--vae", "{vae}", "--vae-batch-size", 0), "--vae-batch-size: Input should be greater than 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_told_before_any_work(tmp_path, folders, model, options, message):

@@ -84,7 +84,7 @@ def test_measures_batches_as_they_come(network, reference):
     assert result.kid_error > 0
     assert 1 <= result.inception_score <= 3
     assert result.num_images == 60
-    assert any("too high by about" in note for note in result.notes)
+    assert any("too high with" in note for note in result.notes)
 
 
 def test_batching_does_not_matter(network, reference):
@@ -147,7 +147,7 @@ def test_pairwise_metrics_see_a_random_part(network, reference):
     part, whole = evaluator.result(), measured(network, reference, x)
     assert part.frechet == pytest.approx(whole.frechet)
     assert part.kid != whole.kid
-    assert "see 30 images drawn at random" in part.notes[-1]
+    assert "are computed on 30 images drawn at random" in part.notes[-1]
 
 
 def test_measures_with_the_bundled_kind_of_classifier():

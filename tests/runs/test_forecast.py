@@ -127,7 +127,7 @@ def test_a_rate_that_the_run_has_logged_goes_before_a_computed_one(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run/finetune/log.jsonl").read_text().splitlines()]
     rate = sum(line["images_per_s"] for line in log) / 2
     assert measured.hours == pytest.approx(8 / rate / 3600)
-    assert measured.basis.startswith("measured: ")
+    assert measured.basis.startswith("measured, ")
 
 
 def test_disk_of_a_state_is_what_a_run_writes(tmp_path):
@@ -150,14 +150,14 @@ def test_guidance_doubles_sampling():
     plain = stage(forecast(tiny()), "sample finetuned")
     guided = stage(forecast(tiny(sample=TINY["sample"] | {"cfg_scale": 1.5})), "sample finetuned")
     assert guided.flops == 2 * plain.flops
-    assert plain.disk == {"images, in shards and whole": 2 * 20 * 32 * 32}
+    assert plain.disk == {"images (in shards, then in one file)": 2 * 20 * 32 * 32}
 
 
 def test_without_a_known_device_there_is_no_time(monkeypatch):
     monkeypatch.setattr("grafting.runs.forecast.device_at", lambda device: None)
     found = stage(forecast(tiny()), "distill")
     assert found.hours is None
-    assert "give --device or --peak-tflops" in found.basis
+    assert "set --device or --peak-tflops" in found.basis
     assert stage(forecast(tiny(), peak_tflops=1.0), "distill").hours > 0
 
 

@@ -194,4 +194,6 @@ def test_a_point_measured_alone_gives_the_same_lines(finished, tmp_path):
     folder, sweep, _ = finished
     (line,) = measure(sweep, points(sweep)[3], tmp_path, rows=["distilled"])
     (same,) = (x for x in read_table(folder / "table") if x["fingerprint"] == line["fingerprint"])
-    assert line == same
+    # beside it stands what another run's pretrained row says of it
+    assert line == {key: same[key] for key in line}
+    assert same.keys() - line.keys() >= {"agreement_difference", "image_distance"}

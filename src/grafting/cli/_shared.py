@@ -1,4 +1,4 @@
-"""Helpers shared by several commands: consoles, common arguments, and parsing of models, recipes and shapes."""
+"""Helpers shared by several commands: consoles, common arguments, and parsing of models and recipes."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..contract import Denoiser
     from ..editing.plan import Plan
     from ..runs.recipe import Recipe
 
@@ -27,8 +28,20 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="[cyan]testbed[/], a model or run folder, or owner/name on the Hub."
+        metavar="MODEL",
+        help="[cyan]testbed[/], [cyan]scenes[/], a model or run folder, or owner/name on the Hub.",
     ),
+]
+PromptsFolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of encoded prompts, or [cyan]scenes[/], for text-conditioned models. "
+        "[dim]Default: those of the run, if a run made the model.[/]",
+    ),
+]
+Shift = Annotated[
+    float | None, typer.Option(help="Shift of flow steps towards noise. [dim]Default: the model's.[/]")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [dim]Default: runs/NAME.[/]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -52,6 +65,25 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     from ..weights.locate import find_model
 
     return load_model(find_model(name))
+
+
+def open_denoiser(name: str, model: "nn.Module", *, prompts: str | None, shift: float | None) -> "Denoiser":
+    """The denoiser of the model named on the command line: as its options say, else as is recorded of it.
+
+    Raises:
+        HostError, DataError: it is asked by prompts, and none are given, or they are missing or damaged.
+    """
+    from ..data import Captions, Prompts
+    from ..diffusion import FlowConfig
+    from ..hosts import host_of
+    from ..runs.recorded import recorded
+
+    host, known = host_of(model), recorded(name)
+    process = known.process if shift is None else FlowConfig(shift=shift)
+    conditions = known.conditions.load() if known.conditions else None
+    if prompts is not None:
+        conditions = Captions() if prompts == "scenes" else Prompts(prompts)
+    return host.denoiser(model, conditions, process.build(scale=host.time_scale) if process else None)
 
 
 def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
@@ -80,11 +112,3 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Parse a shape such as 4,32,32."""
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DataError(f"--shape is numbers such as 4,32,32; found {text!r}")
-    return tuple(map(int, parts))

@@ -10,10 +10,15 @@ import typer
 from ..errors import DataError
 from ._shared import Json, out, print_json
 from .display import follow, plain_table, say
+from .options import Options, command
 
 if TYPE_CHECKING:
     from ..contract import Step
     from ..data.sources import ImageStream
+    from ..latents.encoding import EncodingConfig
+
+_STORED = frozenset({"dtype", "shard_size"})
+"""Settings of an encoding that published latents have as well."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,9 +32,16 @@ def _data() -> None:
     """Encode images to latents; draw subsets."""
 
 
-@app.command()
+def _encoding() -> Options:
+    from ..latents.encoding import EncodingConfig
+
+    return Options(config=EncodingConfig, title="Encoding", own={"mirrored": {"names": ("--flip",)}})
+
+
+@command(app, encoding=_encoding)
 def latents(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the latents.")],
+    encoding: "EncodingConfig",
     images: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Image folder with one subfolder per class, like ImageNet's."),
@@ -63,28 +75,7 @@ def latents(
         ),
     ] = None,
     vae_revision: Annotated[str | None, typer.Option(help="Commit of the autoencoder on the Hub.")] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the central crop, in pixels. [dim]Default: 256.[/]")
-    ] = None,
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Also encode each image mirrored, as a separate item.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="Stored dtype: fp16, bf16 or fp32.")] = "fp16",
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Compute precision of the encoder: fp32, bf16 or auto. [dim]Default: auto (bf16 if faster on this device).[/]"
-        ),
-    ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 2048,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per batch. [dim]Default: 32.[/]")
-    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of image-decoding threads.")] = 4,
-    max_unreadable: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Maximum share of unreadable images. [dim]Default: 0.001.[/]"),
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate time and disk space; write nothing.")
     ] = False,
@@ -103,22 +94,15 @@ def latents(
         raise DataError(
             f"give one source of {', '.join(given)}; found {' and '.join(asked) if asked else 'none'}"
         )
-    settings = {
-        "size": size,
-        "mirrored": flip or None,
-        "precision": precision,
-        "batch_size": batch_size,
-        "max_unreadable": max_unreadable,
-    }
-    settings = {key: value for key, value in settings.items() if value is not None}
-    stored = {"dtype": dtype, "shard_size": shard_size}
     if published is not None:
-        encoder = settings | {"vae": vae, "vae_revision": vae_revision, "name": name}
-        refused = [key for key, value in encoder.items() if value is not None]
+        given = {"--vae": vae, "--vae-revision": vae_revision, "--name": name}
+        refused = [option for option, value in given.items() if value is not None]
+        refused += [_encoding().options[field].names[0] for field in encoding.model_fields_set - _STORED]
         if refused:
             raise DataError(
                 f"published latents are already encoded: --published cannot be combined with {', '.join(sorted(refused))}"
             )
+        stored = encoding.model_dump(include=set(_STORED))
         _import(published, folder, stored, num_classes=num_classes, dry_run=dry_run)
         return
     stream = _stream(
@@ -127,7 +111,7 @@ def latents(
     _encode(
         stream,
         folder,
-        settings | stored,
+        encoding,
         vae=vae or "stabilityai/sd-vae-ft-ema",
         vae_revision=vae_revision,
         workers=workers,
@@ -224,7 +208,7 @@ def _stream(
 def _encode(
     stream: "ImageStream",
     folder: Path,
-    settings: dict[str, Any],
+    config: "EncodingConfig",
     *,
     vae: str,
     vae_revision: str | None,
@@ -232,11 +216,10 @@ def _encode(
     dry_run: bool,
 ) -> None:
     from ..latents.autoencoder import load_autoencoder
-    from ..latents.encoding import EncodingConfig, encode, forecast
+    from ..latents.encoding import encode, forecast
     from ..machine.devices import default_device
     from ..machine.processes import is_main, rank, world_size
 
-    config = EncodingConfig.model_validate(settings)
     encoder = load_autoencoder(vae, revision=vae_revision, device=default_device())
     if is_main():
         found = forecast(stream, encoder, config, folder, workers=workers)

@@ -127,6 +127,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     caption = f"{rows[0]['num_images']} images per model"
     if protocol:
         caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
+        if any(figure.paired(row) for row in rows):
+            caption += "\n\u00d7: to the pretrained model, by images of the same seeds"
     else:
         caption += ", not evaluated: name a suite with `evaluate`"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
@@ -138,6 +140,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         interval = figure.interval(row)
         value = f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else "")
+        value += f"\n{paired}" if (paired := figure.paired(row)) else ""
         table.add_row(
             ROW_TITLES.get(row["name"], row["name"]),
             *([value] if protocol else []),
@@ -233,7 +236,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         for what in ("memory", "disk"):
             parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
             say(console, f"{stage['name']}, {what}: {parts}")
-        say(console, f"{stage['name']}, time {stage['basis']}")
+        say(console, f"{stage['name']}, time: {stage['basis']}")
     if found["data"]["items"] is not None:
         say(console, f"Data: {found['data']['items']:,} items, {size(found['data']['bytes'])}")
     dump = found["dump"]
@@ -241,7 +244,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         here = size(dump["here"]) if dump["here"] else "nothing"
         say(
             console,
-            f"Activations on disk: {here}; the published method for stage 1 keeps {size(dump['published'])}",
+            f"Activations on disk: {here}; the published method for stage 1 stores {size(dump['published'])}",
         )
 
 

@@ -1,6 +1,5 @@
 """Read-only commands that inspect recipes and models, and what they cost."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,25 +9,27 @@ from ..words import FIGURES
 from ._shared import (
     Json,
     Model,
+    PromptsFolder,
     RecipeFile,
     Settings,
     err,
+    open_denoiser,
     open_model,
     open_recipe,
     out,
-    parse_shape,
     print_json,
 )
 from .display import follow, plain_table, say, show_cost
+from .options import Options, command
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..analysis import Locality
-    from ..contract import Conditions, Grid, Site
+    from ..contract import Denoiser, Grid, Site
     from ..editing.plan import Choice
-    from ..machine.precision import Precision
     from ..runs.job import Job
+    from ..sampling.chain import SamplingConfig
 
 app = typer.Typer()
 
@@ -215,9 +216,33 @@ def _site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
     }
 
 
-@app.command()
+def _sampling() -> Options:
+    from ..sampling.chain import SamplingConfig
+
+    return Options(
+        config=SamplingConfig,
+        title="Sampling",
+        own={
+            "num_images": {
+                "names": ("--images",),
+                "default": 250,
+                "help": "Number of images to measure on.",
+            },
+            "steps": {"default": 50},
+            "shape": {"metavar": "C,H,W"},
+            "guided_channels": {
+                "help": "Number of leading channels to guide. [dim]Default: 3 for DiT's latents, else all.[/]"
+            },
+            "batch_size": {"default": 50},
+        },
+        without=frozenset({"sampler", "clip", "compile"}),
+    )
+
+
+@command(app, sampling=_sampling)
 def locality(
     model: Model,
+    sampling: "SamplingConfig",
     bands: Annotated[
         str | None,
         typer.Option(
@@ -225,17 +250,7 @@ def locality(
             help="Band widths: tokens on each side. [dim]Default: 1/32, 1/16 and 1/8 of the tokens.[/]",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Number of images to measure on.")] = 250,
-    steps: Annotated[int, typer.Option(help="Sampling steps per image.")] = 50,
-    cfg_scale: Annotated[float, typer.Option(help="Guidance scale (1 = off).")] = 1.5,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Folder of encoded prompts, for text-conditioned models.")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(metavar="C,H,W", help="Shape of one sample. [dim]Default: the model's native shape.[/]"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed; image i depends on (seed, i).")] = 0,
+    prompts: PromptsFolder = None,
     noised: Annotated[
         bool,
         typer.Option(
@@ -251,34 +266,23 @@ def locality(
 
     [dim]$ grafting locality testbed --bands 2,4,8[/]
     """
-    from ..data import Prompts
     from ..hosts import host_of
     from ..machine.devices import default_device
-    from ..machine.precision import resolve_precision
 
     wanted = None if bands is None else _parse_bands(bands)
     loaded = open_model(model)[0].eval().to(default_device())
-    asked = Prompts(prompts) if prompts else None
     num_tokens = host_of(loaded).sites(loaded)[0].grid.num_tokens
     if wanted and max(wanted) >= num_tokens:
         raise DataError(f"--bands: {max(wanted)} is too wide for {num_tokens} tokens")
     if noised:
-        found = _locality_of_noised(loaded, images=images, seed=seed)
-        protocol = f"{images} noised images, steps evenly spread"
+        found = _locality_of_noised(loaded, images=sampling.num_images, seed=sampling.seed)
+        protocol = f"{sampling.num_images} noised images, steps evenly spread"
     else:
-        precision = resolve_precision("auto", default_device())
-        found, sampler = _locality_of_samples(
-            loaded,
-            asked,
-            shape=None if shape is None else parse_shape(shape),
-            images=images,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            seed=seed,
-            precision=precision,
-        )
+        denoiser = open_denoiser(model, loaded, prompts=prompts, shift=None)
+        found, drawn = _locality_of_samples(loaded, denoiser, sampling)
         protocol = (
-            f"{images} images drawn by {sampler} with {steps} steps, cfg scale {cfg_scale:g}, {precision}"
+            f"{drawn.num_images} images drawn by {drawn.sampler} with {drawn.steps} steps, "
+            f"cfg scale {drawn.cfg_scale:g}, {drawn.precision}"
         )
     wanted, half = wanted or found.default_bands, len(found.sites) // 2
     lists = {
@@ -313,45 +317,34 @@ def _parse_bands(text: str) -> tuple[int, ...]:
 
 
 def _locality_of_samples(
-    model: "nn.Module",
-    conditions: "Conditions | None",
-    *,
-    shape: tuple[int, ...] | None,
-    images: int,
-    steps: int,
-    cfg_scale: float,
-    seed: int,
-    precision: "Precision",
-) -> "tuple[Locality, str]":
-    """Measure locality while sampling images, as in the paper; also return the sampler's name."""
+    model: "nn.Module", denoiser: "Denoiser", config: "SamplingConfig"
+) -> "tuple[Locality, SamplingConfig]":
+    """Measure locality while sampling images, as in the paper; also return the settings that they are drawn with."""
     from ..analysis import watching_locality
     from ..contract import Step
     from ..diffusion import Diffusion
     from ..hosts import host_of
     from ..latents.decoding import makes_pixels
-    from ..sampling.chain import SamplingConfig
+    from ..machine.devices import default_device
+    from ..machine.precision import settled
     from ..sampling.chain import sample as draw
 
     host = host_of(model)
-    denoiser, shape = host.denoiser(model, conditions), shape or host.shape(model)
+    shape = config.shape or host.shape(model)
     is_diffusion, is_of_pixels = isinstance(denoiser.process, Diffusion), makes_pixels(shape)
-    config = SamplingConfig(
-        sampler="ddim" if is_diffusion else "euler",
-        steps=steps,
-        cfg_scale=cfg_scale,
-        guided_channels=3 if host.name == "dit" and not is_of_pixels else None,  # as DiT's published samples
-        clip=is_diffusion and is_of_pixels,
-        num_images=images,
-        batch_size=min(images, 50),
-        seed=seed,
-        precision=precision,
-    )
+    chosen: dict[str, Any] = {
+        "sampler": "ddim" if is_diffusion else "euler",
+        "clip": is_diffusion and is_of_pixels,
+    }
+    if "guided_channels" not in config.model_fields_set and host.name == "dit" and not is_of_pixels:
+        chosen["guided_channels"] = 3  # as DiT's published samples
+    config = settled(config.model_copy(update=chosen), default_device())
     done = 0
     with watching_locality(model) as result, follow(err) as on_step:
         for batch in draw(model, config, denoiser=denoiser, shape=shape):
             done += len(batch.labels)
-            on_step("sample", Step(done=done, total=images))
-    return result(), config.sampler
+            on_step("sample", Step(done=done, total=config.num_images))
+    return result(), config
 
 
 def _locality_of_noised(model: "nn.Module", *, images: int, seed: int) -> "Locality":

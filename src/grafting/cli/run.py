@@ -15,7 +15,7 @@ from .display import follow, in_turn, metrics_table, say, show_forecast
 
 if TYPE_CHECKING:
     from ..runs.recipe import Recipe
-    from ..runs.sweep import Point
+    from ..runs.sweep import Point, Sweep
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
 StageName = Literal["calibrate", "distill", "finetune", "sample", "evaluate", "report"]
@@ -32,6 +32,14 @@ PeakTflops = Annotated[
     typer.Option(
         min=0.001,
         help="Peak TFLOP/s of the device, to compute MFU on devices that are not built in.",
+    ),
+]
+
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Repeat training and sampling with this many seeds; a table has means and t intervals over them.",
     ),
 ]
 
@@ -59,6 +67,7 @@ def run(
     track: Track = None,
     peak_tflops: PeakTflops = None,
     settings: Settings = None,
+    seeds: Seeds = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Estimate time, memory and disk, then stop. Needs no data."),
@@ -79,8 +88,15 @@ def run(
     """Run a recipe; finished stages are skipped.
 
     [dim]$ grafting run my-recipe.yaml --until distill
-    $ grafting run my-recipe.yaml --dry-run --device h100 --processes 8[/]
+    $ grafting run my-recipe.yaml --dry-run --device h100 --processes 8
+    $ grafting run my-recipe.yaml --seeds 3[/]
     """
+    if seeds is not None:
+        _check_repeatable(dry_run=dry_run, until=until, track=track, peak_tflops=peak_tflops)
+        from ..runs.sweep import seeds_sweep
+
+        _sweep(seeds_sweep(open_recipe(recipe, settings), seeds), out_folder)
+        return
     if dry_run:
         _forecast(
             open_recipe(recipe, settings),
@@ -212,18 +228,49 @@ def sweep(
     machines: Annotated[
         bool, typer.Option("--ray", help="Distribute the runs over a Ray cluster with a shared file system.")
     ] = False,
+    seeds: Seeds = None,
 ) -> None:
     """Run many recipes and write one table (JSON, CSV, Markdown). Finished rows are skipped.
 
     [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
     """
-    from ..machine.processes import together
-    from ..runs.sweep import load_sweep, run_sweep, run_sweep_on_ray
+    from ..runs.sweep import load_sweep
 
     loaded = load_sweep(file)
-    folder = out_folder or Path("runs") / loaded.name
+    _sweep(
+        loaded if seeds is None else loaded.model_copy(update={"seeds": seeds}),
+        out_folder,
+        table=table,
+        only=dict(map(_parse_label, only or [])),
+        rows=rows.split(",") if rows else None,
+        machines=machines,
+    )
+
+
+def _check_repeatable(**options: Any) -> None:
+    """Raise a RecipeError if options of one run are given for many."""
+    usual = {"until": "report"}
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in options.items() if value and value != usual.get(name)
+    ]
+    if given:
+        raise RecipeError(f"--seeds makes whole runs and takes no {' and no '.join(given)}")
+
+
+def _sweep(
+    loaded: "Sweep",
+    folder: Path | None,
+    *,
+    table: Path | None = None,
+    only: dict[str, str] | None = None,
+    rows: list[str] | None = None,
+    machines: bool = False,
+) -> None:
+    from ..machine.processes import together
+    from ..runs.sweep import run_sweep, run_sweep_on_ray
+
+    folder = folder or Path("runs") / loaded.name
     table = table or folder / "table"
-    labels, chosen = dict(map(_parse_label, only or [])), rows.split(",") if rows else None
 
     @contextmanager
     def following(point: "Point") -> Iterator[Any]:
@@ -233,13 +280,15 @@ def sweep(
 
     say(out, f"Sweep {loaded.name}, in {folder}")
     if machines:
-        for point in run_sweep_on_ray(loaded, folder, table=table, only=labels, rows=chosen):
+        for point in run_sweep_on_ray(loaded, folder, table=table, only=only, rows=rows):
             say(out, f"{point.name}: done")
     else:
         with together():
-            for _ in run_sweep(loaded, folder, table=table, only=labels, rows=chosen, following=following):
+            for _ in run_sweep(loaded, folder, table=table, only=only, rows=rows, following=following):
                 pass
     say(out, f"Table: {table.with_suffix('.md')}")
+    if loaded.seeds > 1:
+        say(out, f"Means over seeds: {table.with_name(table.name + '-over-seeds').with_suffix('.md')}")
 
 
 def _parse_label(text: str) -> tuple[str, str]:

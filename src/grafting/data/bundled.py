@@ -1,7 +1,7 @@
-"""The testbed that comes with the package: where its files lie, and what is in them.
+"""What comes with the package: the testbed of garments, and the pretrained models of both testbeds.
 
-`recipes/testbed/make_assets.py` makes them; the cards beside them say from what. Every file is checked against
-`checksums.json`, so a half-installed package says so instead of giving odd figures.
+`recipes/testbed/make_assets.py` and `recipes/scenes/export_model.py` make the files; the cards beside them say from what. Every
+file is checked against `checksums.json`, so a half-installed package says so instead of giving odd figures.
 """
 
 import json
@@ -89,23 +89,47 @@ def testbed_model_folder() -> Path:
     Raises:
         DataError: a file is missing or damaged.
     """
-    config, _ = (_asset(f"dit/{name}") for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+    return _model_folder("testbed", "dit")
+
+
+def scenes_pipeline_folder() -> Path:
+    """The folder of the pretrained text-to-image model of scenes: a `PixArtSigmaPipeline` without text encoder and VAE.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        _asset(name, "scenes")
+    return _model_folder("scenes", "transformer").parent
+
+
+def bundled_model_folder(name: str) -> Path | None:
+    """The folder of the model of this name; None if none that is bundled has it.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    if name == "testbed":
+        return testbed_model_folder()
+    return scenes_pipeline_folder() / "transformer" if name == "scenes" else None
+
+
+def _model_folder(bundle: str, folder: str) -> Path:
+    config, _ = (
+        _asset(f"{folder}/{name}", bundle) for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    )
     return config.parent
 
 
-def _folder() -> Path:
-    return Path(str(resources.files("grafting").joinpath("assets", "testbed")))
-
-
-def _asset(name: str) -> Path:
+def _asset(name: str, bundle: str = "testbed") -> Path:
     """A bundled file, after its hash was compared."""
-    path, expected = _folder() / name, _checksums().get(name)
+    home = Path(str(resources.files("grafting").joinpath("assets", bundle)))
+    path, expected = home / name, _checksums(home / "checksums.json").get(name)
     if not path.is_file():
         raise DataError(f"the bundled file {path} is missing: reinstall grafting")
     if expected is None:
         raise DataError(
-            f"the bundled file {path} is not in checksums.json beside it; whoever put it there should run "
-            f"`python recipes/testbed/make_assets.py --only checksums`"
+            f"the bundled file {path} is not in {home / 'checksums.json'}; the script that made it writes it there"
         )
     found = sha256_of(path)
     if found != expected:
@@ -116,8 +140,7 @@ def _asset(name: str) -> Path:
     return path
 
 
-def _checksums() -> dict[str, str]:
-    path = _folder() / "checksums.json"
+def _checksums(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"the bundled file {path} is missing: reinstall grafting")
     return json.loads(path.read_text())

@@ -11,14 +11,14 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
-from .adm import INCEPTION_NAME as INCEPTION_NAME
-from .adm import AdmConfig as AdmConfig
-from .adm import AdmEvaluation as AdmEvaluation
-from .adm import AdmEvaluator as AdmEvaluator
-from .adm import AdmReference as AdmReference
+from ..words import INCEPTION_NAME as INCEPTION_NAME
 from .adm import AdmSuite as AdmSuite
 from .adm import inception_network as inception_network
-from .adm import open_adm_reference as open_adm_reference
+from .adm_evaluator import AdmConfig as AdmConfig
+from .adm_evaluator import AdmEvaluation as AdmEvaluation
+from .adm_evaluator import AdmEvaluator as AdmEvaluator
+from .adm_reference import AdmReference as AdmReference
+from .adm_reference import open_adm_reference as open_adm_reference
 from .evaluator import Evaluator as Evaluator
 from .evaluator import evaluate as evaluate
 from .figures import Evaluation as Evaluation

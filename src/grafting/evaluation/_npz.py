@@ -26,7 +26,7 @@ class NpzFile:
         if not path.is_file():
             raise DataError(f"no file {path}")
         self.path = path
-        with _damage(path), ZipFile(path) as archive:
+        with damage(path), ZipFile(path) as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
         self.names = frozenset(name.removesuffix(".npy") for name in members)
 
@@ -41,7 +41,7 @@ class NpzFile:
         Raises:
             DataError: the file is damaged, or the array holds something else.
         """
-        with _damage(self.path), np.load(self.path, allow_pickle=False) as arrays:
+        with damage(self.path), np.load(self.path, allow_pickle=False) as arrays:
             values = arrays[name]
         if values.dtype.kind != "f":
             raise DataError(f"{self.path}: {name} is {values.dtype}, statistics are floats")
@@ -69,7 +69,7 @@ class NpzFile:
     @contextmanager
     def _header(self, name: str):
         """The member after its header, its shape, and its dtype, or None where it is stored by columns."""
-        with _damage(self.path), ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
+        with damage(self.path), ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
             version = np.lib.format.read_magic(member)
             read = (
                 np.lib.format.read_array_header_1_0
@@ -81,7 +81,7 @@ class NpzFile:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:

@@ -9,11 +9,13 @@ from ..contract import Step
 from ..errors import DataError, ProtocolError
 from ..machine.randomness import generator
 from ..metrics.features import FeatureNetwork, extract
-from ..metrics.frechet import frechet_bias, frechet_estimate
+from ..metrics.frechet import FrechetInfluences
 from ..metrics.inception_score import inception_score
 from ..metrics.kid import kernel_distance
 from ..metrics.manifold import density_coverage, precision_recall
+from ..metrics.paired import even_strata
 from .figures import Evaluation
+from .per_image import PerImage, dealt_in_turn, spread_out
 from .protocol import MetricsConfig, Protocol
 from .reference import Reference
 from .suite import SuiteEvaluator
@@ -46,6 +48,7 @@ class Evaluator(SuiteEvaluator):
         self._config = _check_protocol(network, reference, protocol)
         self._network, self._reference, self._protocol = network, reference, protocol
         self._batches: list[dict[str, Tensor]] = [] if state is None else [state]
+        self._measured: tuple[Evaluation, PerImage] | None = None
 
     @property
     def protocol(self) -> Protocol:
@@ -66,7 +69,7 @@ class Evaluator(SuiteEvaluator):
         """
         if labels is None or labels.shape != images.shape[:1]:
             found = "no labels" if labels is None else f"labels {list(labels.shape)}"
-            raise DataError(f"{len(images)} images came with {found}; one each is needed")
+            raise DataError(f"{len(images)} images came with {found}; expected one label per image")
         self._protocol.check_room(self.num_images + len(images))
         pooled, logits, _ = extract(self._network, images)
         width = len(self._reference.statistics.mean)
@@ -79,6 +82,7 @@ class Evaluator(SuiteEvaluator):
             _check_labels(batch["labels"], logits.shape[1])
             batch["logits"] = logits
         self._batches.append(batch)
+        self._measured = None
 
     def state(self) -> dict[str, Tensor]:
         """State needed to resume from here, as tensors."""
@@ -92,9 +96,16 @@ class Evaluator(SuiteEvaluator):
         Raises:
             ProtocolError: no image came, or fewer than the protocol says.
         """
+        return self._measure()[0]
+
+    def per_image(self) -> PerImage:
+        return self._measure()[1]
+
+    def _measure(self) -> tuple[Evaluation, PerImage]:
         self._protocol.check_whole(self.num_images)
-        rows = self.state()
-        return _measure(rows, self._reference, self._protocol, self._config)
+        if self._measured is None:
+            self._measured = _measure(self.state(), self._reference, self._protocol, self._config)
+        return self._measured
 
 
 def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEvaluator) -> Iterator[Step]:
@@ -114,21 +125,25 @@ def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEv
 
 def _measure(
     rows: dict[str, Tensor], reference: Reference, protocol: Protocol, config: MetricsConfig
-) -> Evaluation:
-    features = rows["features"]
-    frechet = frechet_estimate(features, reference.statistics)
-    bias = frechet_bias(features, reference.statistics)
+) -> tuple[Evaluation, PerImage]:
+    features, labels, logits = rows["features"], rows["labels"], rows.get("logits")
+    strata = even_strata(dealt_in_turn(protocol.sampling, labels))
+    frechet = FrechetInfluences.of(features, reference.statistics, strata=strata)
     drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
     some, real = features[drawn], reference.features.float()
-    kid = kernel_distance(real, some)
+    kid = kernel_distance(real, some, strata=None if strata is None else strata[drawn])
     fidelity = precision_recall(real, some, k=config.precision_neighbours)
     spread = density_coverage(real, some, k=config.density_neighbours)
-    logits = rows.get("logits")
-    return Evaluation(
-        frechet=frechet.value,
-        frechet_low=frechet.low,
-        frechet_high=frechet.high,
-        frechet_bias=bias,
+    scores = {"precision": fidelity.precise, "density": spread.dense}
+    scores = {key: spread_out(values, drawn, len(features)) for key, values in scores.items()}
+    if logits is not None:
+        scores["agreement"] = (logits.argmax(1) == labels).double()
+    interval = frechet.estimate()
+    evaluation = Evaluation(
+        frechet=interval.value,
+        frechet_low=interval.low,
+        frechet_high=interval.high,
+        frechet_bias=frechet.bias,
         kid=kid.value,
         kid_error=kid.standard_error,
         precision=fidelity.precision,
@@ -136,11 +151,20 @@ def _measure(
         density=spread.density,
         coverage=spread.coverage,
         inception_score=None if logits is None else inception_score(logits, splits=config.score_splits).value,
-        agreement=None if logits is None else float((logits.argmax(1) == rows["labels"]).double().mean()),
+        agreement=None if logits is None else float(scores["agreement"].mean()),
         num_images=len(features),
-        notes=tuple(_notes(features, bias, config)),
+        notes=tuple(_notes(features, frechet.bias, config)),
         protocol=protocol,
     )
+    per_image = PerImage(
+        labels=labels,
+        scores=scores,
+        influences={"kid": spread_out(kid.influence, drawn, len(features))},
+        frechet=frechet,
+        points={"recall": fidelity.recalled.double(), "coverage": spread.covered.double()},
+        features=features,
+    )
+    return evaluation, per_image
 
 
 def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[str]:
@@ -148,14 +172,13 @@ def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[
     notes = []
     if num_images <= width:
         notes.append(
-            f"{num_images} images are fewer than the {width} features and one more: their covariance lacks rank, "
-            f"and frechet measures mostly that"
+            f"too few images: {num_images} for {width} features, so the covariance lacks rank and frechet mostly measures that"
         )
     if bias is not None and num_images < 10_000:
-        notes.append(f"with {num_images} images frechet is too high by about {bias:.3g}")
+        notes.append(f"frechet is about {bias:.3g} too high with {num_images} images")
     if num_images > config.pairwise_images:
         notes.append(
-            f"kid, precision, recall, density and coverage see {config.pairwise_images} images drawn at random"
+            f"kid, precision, recall, density and coverage are computed on {config.pairwise_images} images drawn at random"
         )
     return notes
 

@@ -139,7 +139,7 @@ class Protocol(Data):
     def misfits(self, network: Identified, reference: Identified) -> list[str]:
         """Reasons why this protocol cannot be carried out with this network and reference."""
         faults = [
-            f"it names {what} {said.name!r} ({said.sha256[:12]}), given is {found.name!r} ({found.sha256[:12]})"
+            f"it names {what} {said.name!r} ({said.sha256[:12]}), found {found.name!r} ({found.sha256[:12]})"
             for what, said, found in (
                 ("feature network", self.feature_network, network),
                 ("reference", self.reference, reference),

@@ -20,15 +20,16 @@ class VaeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str
-    """A folder of diffusers' AutoencoderKL, or of a pipeline that has one in `vae`; or owner/name on the Hub."""
+    """Autoencoder that decodes latents: a folder of diffusers' AutoencoderKL, or of a pipeline that has one in `vae`; or
+    owner/name on the Hub."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit of the autoencoder on the Hub."""
     batch_size: PositiveInt = 16
-    """Latents at a time; changes speed and memory, not the images (up to float rounding). 1 needs least memory."""
+    """Latents decoded per batch; changes speed and memory, not the images (up to float rounding). 1 needs least memory."""
     tiling: bool = False
-    """Decode large latents in overlapping tiles, which bounds memory further and changes the images a little."""
+    """Decode large latents in overlapping tiles, which saves memory and changes the images a little."""
     precision: Precision = "auto"
-    """Of the decoder's forward pass; bf16 by autocast, `auto`: where it is faster."""
+    """Precision of the decoder's forward pass: fp32, bf16 (by autocast) or auto (bf16 where it is faster)."""
 
 
 class Decoder:

@@ -39,19 +39,20 @@ class EncodingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     size: PositiveInt = 256
-    """Height = width of the central crop, in pixels."""
+    """Side of the central crop, in pixels."""
     mirrored: bool = False
-    """Encode every image mirrored as well, as an item after it."""
+    """Also encode each image mirrored, as a separate item after it."""
     dtype: Dtype = "fp16"
-    """Of the stored means and log variances."""
+    """Dtype of the stored means and log variances: fp16, bf16 or fp32."""
     shard_size: PositiveInt = 2048
     """Images per shard; a killed process loses at most one shard."""
     batch_size: PositiveInt = 32
-    """Images per batch; it may change latents by float rounding, so resumed work keeps it."""
+    """Images per batch; changes latents by float rounding, so resumed work keeps it."""
     precision: Precision = "auto"
-    """Of the encoder's forward pass (bf16 by autocast; `auto`: where it is faster). Resumed work keeps its precision."""
+    """Precision of the encoder's forward pass: fp32, bf16 (by autocast) or auto (bf16 where it is faster). Resumed work keeps
+    its precision."""
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Share of images that may be unreadable; they are left out and listed."""
+    """Maximum share of unreadable images; they are left out and listed."""
 
 
 @dataclass(frozen=True, kw_only=True)

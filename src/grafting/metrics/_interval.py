@@ -30,17 +30,26 @@ class Spread:
         """Half the width of the interval by Student's t."""
         return student_quantile((1 + confidence) / 2, self.degrees) * self.error if self.error else 0.0
 
+    def less(self, variance: float) -> "Spread":
+        """Without a part of its variance that is known to be too much: half of it at most."""
+        return Spread(max(self.error**2 - variance, self.error**2 / 2) ** 0.5, self.degrees)
+
     def around(self, value: float, confidence: float) -> Estimate:
         """The interval around a value that has this standard error."""
         reach = self.reach(confidence)
         return Estimate(value, self.error, value - reach, value + reach)
 
+    def times(self, ratio: float, confidence: float) -> Estimate:
+        """The interval of a ratio whose logarithm has this standard error."""
+        factor = math.exp(self.reach(confidence))
+        return Estimate(ratio, self.error, ratio / factor, ratio * factor)
+
 
 def spread(
-    values: Float[Tensor, "n"],
+    values: Float[Tensor, " n"],
     *,
-    strata: Int[Tensor, "n"] | None = None,
-    clusters: Int[Tensor, "n"] | None = None,
+    strata: Int[Tensor, " n"] | None = None,
+    clusters: Int[Tensor, " n"] | None = None,
 ) -> Spread:
     """The spread of the mean of values; what is NaN does not count.
 
@@ -71,6 +80,14 @@ def spread(
     sizes = home.bincount()[home]
     variance = (totals.square() * sizes / (sizes - 1)).sum() / len(values) ** 2
     return Spread(float(variance.sqrt()), len(home) - _count(groups))
+
+
+def even_strata(strata: Int[Tensor, " n"] | None) -> Int[Tensor, " n"] | None:
+    """Strata as 0, 1, 2 ...; None unless each has two values or more."""
+    if strata is None or not len(strata):
+        return None
+    _, numbers, counts = strata.unique(return_inverse=True, return_counts=True)
+    return numbers if int(counts.min()) >= 2 else None
 
 
 def student_quantile(probability: float, degrees: int) -> float:
@@ -108,7 +125,7 @@ def _share_within(angle: float, degrees: int) -> float:
     return 2 / math.pi * (angle + sine * math.cos(angle) * total)
 
 
-def _numbered(names: Tensor | None, values: Tensor, *, each_its_own: bool = False) -> Int[Tensor, "n"]:
+def _numbered(names: Tensor | None, values: Tensor, *, each_its_own: bool = False) -> Int[Tensor, " n"]:
     """Names as 0, 1, 2 ...; without names one for all, or each value its own."""
     if names is not None:
         return names.to(values.device).unique(return_inverse=True)[1]

@@ -11,7 +11,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Distances = Literal["float16", "float32"]
@@ -22,10 +22,12 @@ _ROWS_AT_ONCE = 1_000
 
 
 class AdmPrecisionRecall(NamedTuple):
-    """Shares in [0, 1]: of generated rows in the reference's manifold, of the reference's in the generated one's."""
+    """Shares in [0, 1]: of generated rows in the reference's manifold, of the reference's in the generated one's; which are."""
 
     precision: float
     recall: float
+    precise: Bool[Tensor, " n"]
+    recalled: Bool[Tensor, " m"]
 
 
 def adm_inception_score(logits: Float[Tensor, "n k"], *, split_size: int = 5000) -> float:
@@ -84,7 +86,8 @@ def adm_precision_recall(
             squared = _squared_distances(reference[rows], generated[columns], distances)
             precise[columns] |= (squared <= reference_radii[rows, None]).any(0)
             recalled[rows] |= (squared <= generated_radii[columns]).any(1)
-    return AdmPrecisionRecall(float(precise.double().mean()), float(recalled.double().mean()))
+    precision, recall = (float(hits.double().mean()) for hits in (precise, recalled))
+    return AdmPrecisionRecall(precision, recall, precise.cpu(), recalled.cpu())
 
 
 def _radii(x: Float[Tensor, "n f"], k: int, distances: Distances, block: int) -> Float[Tensor, " n"]:

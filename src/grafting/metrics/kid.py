@@ -6,21 +6,34 @@ Source: arXiv:1801.01401.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
+
+from ._interval import spread
 
 
 class KernelDistance(NamedTuple):
-    """An unbiased estimate (it may be below zero) and its standard error over draws of the generated features."""
+    """An unbiased estimate (it may be below zero), its standard error over draws of the generated features, and their influences.
+
+    Near a distance of 0 the influences vanish and noise of second order is left (the estimate is degenerate there): the
+    standard error of a distance, or of a difference of two, is then too small.
+    """
 
     value: float
     standard_error: float
+    influence: Float64[Tensor, " n"]
 
 
 def kernel_distance(
-    real: Float[Tensor, "m f"], generated: Float[Tensor, "n f"], *, chunk_size: int = 1024
+    real: Float[Tensor, "m f"],
+    generated: Float[Tensor, "n f"],
+    *,
+    strata: Int[Tensor, " n"] | None = None,
+    chunk_size: int = 1024,
 ) -> KernelDistance:
     """MMD^2 with kernel (x.y / f + 1)^3, from all pairs, and its delete-one jackknife standard error.
+
+    Each row's influence is its pseudo-value: n times the value less n - 1 times that without the row.
 
     Its mean is that of the usual average over random subsets, its variance lower. The real features are taken as
     fixed. Memory is bounded by chunk_size x max(m, n) float64 values.
@@ -42,8 +55,8 @@ def kernel_distance(
     within = (pairs.sum() - 2 * pairs) / ((n - 1) * (n - 2))
     across = (crossed.sum() - crossed) / ((n - 1) * m)
     left_out = within_real + within - 2 * across
-    error = ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt()
-    return KernelDistance(float(value), float(error))
+    influence = n * value - (n - 1) * left_out
+    return KernelDistance(float(value), spread(influence, strata=strata).error, influence)
 
 
 def _row_sums(x: Float64[Tensor, "n f"], y: Float64[Tensor, "m f"], chunk_size: int) -> Float64[Tensor, " n"]:

@@ -10,22 +10,29 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1]: of generated rows in the real manifold, of real rows in the generated manifold."""
+    """Shares in [0, 1]: of generated rows in the real manifold, of real rows in the generated manifold; and which are."""
 
     precision: float
     recall: float
+    precise: Bool[Tensor, " n"]
+    recalled: Bool[Tensor, " m"]
 
 
 class DensityCoverage(NamedTuple):
-    """Number of real balls that hold a generated row, over k (1 is as real); the share of real balls that hold one."""
+    """Number of real balls that hold a generated row, over k (1 is as real); the share of real balls that hold one.
+
+    `dense` has the number of each generated row, over k; `covered` says which balls hold one.
+    """
 
     density: float
     coverage: float
+    dense: Float64[Tensor, " n"]
+    covered: Bool[Tensor, " m"]
 
 
 def precision_recall(
@@ -40,11 +47,12 @@ def precision_recall(
     real_radii = neighbour_radii(real, k, chunk_size=chunk_size)
     generated_radii = neighbour_radii(generated, k, chunk_size=chunk_size)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
-    recalled = []
+    parts = []
     for rows, distances in _distances(real, generated, chunk_size):
         precise |= (distances < real_radii[rows, None]).any(0)
-        recalled.append((distances < generated_radii).any(1))
-    return PrecisionRecall(_share(precise), _share(torch.cat(recalled)))
+        parts.append((distances < generated_radii).any(1))
+    recalled = torch.cat(parts)
+    return PrecisionRecall(_share(precise), _share(recalled), precise, recalled)
 
 
 def density_coverage(
@@ -57,12 +65,15 @@ def density_coverage(
     """
     real, generated = real.double(), generated.double()
     radii = neighbour_radii(real, k, chunk_size=chunk_size)
-    num_inside, covered = 0, []
+    num_around = torch.zeros(len(generated), dtype=torch.int64, device=real.device)
+    parts = []
     for rows, distances in _distances(real, generated, chunk_size):
         inside = distances < radii[rows, None]
-        num_inside += int(inside.sum())
-        covered.append(inside.any(1))
-    return DensityCoverage(num_inside / (k * len(generated)), _share(torch.cat(covered)))
+        num_around += inside.sum(0)
+        parts.append(inside.any(1))
+    covered = torch.cat(parts)
+    density = int(num_around.sum()) / (k * len(generated))
+    return DensityCoverage(density, _share(covered), num_around.double() / k, covered)
 
 
 def neighbour_radii(x: Float[Tensor, "n f"], k: int, *, chunk_size: int = 1024) -> Float64[Tensor, " n"]:

@@ -6,7 +6,6 @@ influence of an image is the figure's first-order change with its weight, so a f
 Source: Hampel 1974 (influence), Efron 1982 ch. 6 (the infinitesimal jackknife).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ._interval import Estimate as Estimate
+from ._interval import even_strata as even_strata
 from ._interval import spread
 
 Scores = Float[Tensor, "n"]
@@ -79,8 +79,7 @@ def paired_ratio(
     if min(a, b) <= 0:
         raise ValueError(f"a ratio needs positive figures; found {a:.3g} and {b:.3g}")
     relative = spread(influence_a.double() / a - influence_b.double() / b, strata=strata, clusters=clusters)
-    reach = relative.reach(confidence)
-    return Estimate(a / b, relative.error, a / b * math.exp(-reach), a / b * math.exp(reach))
+    return relative.times(a / b, confidence)
 
 
 def seeds_estimate(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:

@@ -47,6 +47,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "axis": interval_axis(scale),
         "logarithmic": scale.log,
         "rows": [_result(row, base, figure, columns, scale) for row in rows],
+        "is_paired": any("ratio" in (row.get("paired") or {}).get(figure.key, {}) for row in rows),
         "protocols_differ": len(protocol_table(rows).columns) > 1,
     }
 
@@ -65,10 +66,15 @@ def _result(
         "meaning": ROW_MEANINGS.get(row["name"], ""),
         "value": figure.write(row.get(figure.key)),
         "interval": figure.interval(row),
-        "ratio": ratio(figure, row, others) if others and alike(row, others) else "",
+        "ratio": figure.paired(row) or (ratio(figure, row, others) if others and alike(row, others) else ""),
         "plot": _interval_mark(row, base, figure, scale),
-        "cells": [(column.write(row.get(column.key)), _change(column, row, others)) for column in columns],
+        "cells": [_cell(column, row, others) for column in columns],
     }
+
+
+def _cell(column: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str | None]:
+    """A figure, and what stands under it: its difference from the pretrained model's."""
+    return column.write(row.get(column.key)), column.paired(row) or _change(column, row, base)
 
 
 def _change(column: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
@@ -106,7 +112,13 @@ def further(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     return {
         "heads": [(figure.name(rows), figure.help) for figure in figures],
-        "lines": [[str(row["name"]), *(f.write(row.get(f.key)) for f in figures)] for row in rows],
+        "lines": [
+            (
+                str(row["name"]),
+                [(f.write(row.get(f.key)), f.paired(row) or f.interval(row)) for f in figures],
+            )
+            for row in rows
+        ],
     }
 
 
@@ -114,9 +126,24 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Each note once, with the rows that it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
-        for note in row.get("notes") or []:
+        for note in [*(row.get("notes") or []), *_pairing_notes(row, baseline(rows))]:
             about.setdefault(str(note), []).append(str(row["name"]))
     return [("all" if len(names) == len(rows) else ", ".join(names), note) for note, names in about.items()]
+
+
+def _pairing_notes(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
+    """What to know of a row's comparison with the pretrained one, or why there is none."""
+    if base is None or row is base or "protocol" not in row:
+        return []
+    paired = row.get("paired")
+    if paired is None:
+        return [
+            "measured by a version that kept nothing of each image: intervals are of each row alone, "
+            "and too wide to tell whether two rows differ"
+        ]
+    if reason := paired.get("reason"):
+        return [f"not compared image by image: {reason}"]
+    return list(paired.get("notes") or [])
 
 
 def baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -75,9 +75,9 @@ def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _label_columns(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns before the stage."""
+    """The columns before the stage; the stage itself where there is one recipe."""
     keys = list(lines[0])
-    return keys[: keys.index("stage")]
+    return keys[: keys.index("stage")] or ["stage"]
 
 
 def _name(line: Mapping[str, Any], columns: Sequence[str]) -> str:

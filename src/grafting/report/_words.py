@@ -76,7 +76,9 @@ def last_measured(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None
 
 
 def ratio(figure: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """A row's figure as a multiple of another's; empty if that says nothing."""
+    """A row's figure as a multiple of the pretrained one's, with its interval where images are paired; empty if that says nothing."""
+    if figure.ratio and (paired := figure.paired(row)):
+        return paired
     value, other = row.get(figure.key), base.get(figure.key)
     if not (figure.ratio and is_number(value) and is_number(other) and other > 0):
         return ""

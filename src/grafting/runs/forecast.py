@@ -2,8 +2,8 @@
 
 Neither weights nor data are needed. FLOPs, parameters and the activations kept for a backward pass are counted on the
 model's shapes; time is FLOPs over a device's peak at a stated share of it (MFU), which is an assumption, or images over the
-rate that an earlier part of the same run has logged. Not included: starting up, reading data, measuring on held-out images,
-decoding latents, evaluation, workspaces of kernels and what a memory allocator holds back.
+rate that an earlier part of the same run has logged. Left out: starting up, reading data, measuring on held-out images,
+decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
 """
 
 import fnmatch
@@ -42,7 +42,7 @@ from .states import NUM_STATES
 DEFAULT_MFU = 0.3
 
 _FP32, _BF16, _ADAM = 4, 2, 8  # bytes: a float32, a bfloat16, both moments of a parameter
-_VAE_FACTOR = 8  # pixels a latent in each direction, of the autoencoders of Stable Diffusion
+_VAE_FACTOR = 8  # pixels per latent in each direction, of the autoencoders of Stable Diffusion
 _DUMP_SAMPLES = 8000  # of the published stage 1
 
 
@@ -56,7 +56,7 @@ class StageForecast:
     flops: int  # all processes together
     hours: float | None  # by the clock; None: no peak is known
     basis: str  # what the hours come from
-    memory: dict[str, int]  # bytes a process on its device, by what they hold
+    memory: dict[str, int]  # bytes per process on its device, by what they hold
     disk: dict[str, int]  # bytes, by what they hold
 
     @property
@@ -104,7 +104,7 @@ def forecast(
     Args:
         device: a key of `throughput.DEVICES`; by default this machine's, if it is a known one.
         peak_tflops: the peak of one device, in place of the known one.
-        processes: one a device.
+        processes: one per device.
         mfu: the share of the peak that is reached.
         folder: the run's; where a stage has logged its rate there, its time is computed from that.
 
@@ -113,7 +113,7 @@ def forecast(
     """
     if device is not None and device not in DEVICES:
         raise RecipeError(
-            f"no device {device!r} is known; there are {', '.join(DEVICES)}. For others, set --peak-tflops"
+            f"no device {device!r}; there are {', '.join(DEVICES)}. For others, set --peak-tflops"
         )
     known = DEVICES[device] if device else device_at(default_device())
     if device:
@@ -141,13 +141,13 @@ class _Shapes:
 
     cost: PlanCost
     shape: tuple[int, ...]  # of an image or latent
-    num_classes: int | None  # None where the model is asked for by prompts
+    num_classes: int | None  # None for a text-conditioned model
     chosen: Mapping[Any, Any]
     new_params: int
     names: dict[str, int]  # parameters of the grafted model that train, by name
     new_names: frozenset[str]
     num_blocks: int
-    saved: dict[Precision, int]  # bytes an image kept for the backward pass of the grafted model
+    saved: dict[Precision, int]  # bytes per image kept for the backward pass of the grafted model
     tokens: tuple[int, int]  # how many and how wide
     num_fitted: int  # sites that stage 1 fits
 
@@ -207,7 +207,7 @@ def _precisions(recipe: Recipe) -> set[Precision]:
 
 
 def _saved_an_image(model: nn.Module, precision: Precision, grid: Grid) -> int:
-    """Bytes that one image more keeps for the backward pass; bf16 copies of weights, kept once, are not among them."""
+    """Bytes kept for the backward pass per image; bf16 copies of weights, kept once, are not among them."""
     host = host_of(model)
 
     def saved(batch_size: int) -> int:
@@ -235,12 +235,12 @@ class _Clock:
         """Hours, and what they come from."""
         rate = _logged_rate(self.folder / stage / "log.jsonl") if self.folder else None
         if rate is not None:
-            return images / rate / 3600, f"measured: {rate:.4g} images/s in {self.folder}"
+            return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.folder}"
         peak = self.peak_tflops or (self.device.tflops(precision) if self.device else None)
         if peak is None:
-            return None, "no peak is known for this device: give --device or --peak-tflops"
+            return None, "unknown for this device: set --device or --peak-tflops"
         seconds = flops / (peak * 1e12 * self.mfu * self.processes)
-        return seconds / 3600, f"computed: FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
+        return seconds / 3600, f"computed, FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
 
 
 def _logged_rate(log: Path) -> float | None:
@@ -262,7 +262,7 @@ def _training(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
         found.append(
             StageForecast(
                 name="calibrate",
-                work=f"{images:,} images, twice at most",
+                work=f"{images:,} images, at most twice",
                 images=images,
                 flops=flops["calibrate"],
                 hours=hours,
@@ -305,7 +305,7 @@ def _copies(precision: Precision, params: int) -> dict[str, int]:
 
 
 def _distill_memory(config: DistillConfig, shapes: _Shapes, processes: int) -> dict[str, int]:
-    """The teacher makes no graph: what one block holds while it runs, and the graph of the largest operator."""
+    """Memory of stage 1: the teacher keeps no graph, so one block's activations and the graph of the largest operator."""
     spreads_sites = config.spread == "sites"
     own = shapes.new_params // (processes if spreads_sites else 1)
     batch = config.batch_size // (1 if spreads_sites else processes) // config.accumulate
@@ -323,7 +323,7 @@ def _distill_memory(config: DistillConfig, shapes: _Shapes, processes: int) -> d
 def _distill_disk(config: DistillConfig, shapes: _Shapes) -> dict[str, int]:
     state = (_FP32 + _ADAM) * shapes.new_params
     return {
-        f"states, {NUM_STATES} and one while it is written": (NUM_STATES + 1) * state,
+        f"states ({NUM_STATES} kept, one being written)": (NUM_STATES + 1) * state,
         "operators": _FP32 * shapes.new_params,
         "activations": _kept_activations(config, shapes),
     }
@@ -353,7 +353,7 @@ def _finetune_disk(config: FinetuneConfig, shapes: _Shapes) -> dict[str, int]:
     params, trained = shapes.cost.after.params, shapes.trained(config.trainable)
     state = _FP32 * params + (_FP32 + _ADAM) * trained
     return {
-        f"states, {NUM_STATES} and one while it is written": (NUM_STATES + 1) * state,
+        f"states ({NUM_STATES} kept, one being written)": (NUM_STATES + 1) * state,
         "model": _FP32 * params,
     }
 
@@ -396,14 +396,16 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
                 memory={"pretrained model": _FP32 * shapes.cost.before.params}
                 | ({"weights": _FP32 * cost.params} if is_edited else {})
                 | _copies(config.precision, cost.params),
-                disk={"images, in shards and whole": 2 * config.num_images * channels * math.prod(size)},
+                disk={
+                    "images (in shards, then in one file)": 2 * config.num_images * channels * math.prod(size)
+                },
             )
         )
     return found
 
 
 def _data(recipe: Recipe, shapes: _Shapes) -> dict[str, int | None]:
-    """Items and bytes; of latents that are not there, as many as the recipe names, as samples in 16 bits."""
+    """Items and bytes of the data; for missing latents, as many as the recipe names, as samples in 16 bits."""
     config = recipe.data
     if not isinstance(config, LatentsConfig):
         return {"items": None, "bytes": None}

@@ -11,6 +11,7 @@ from torch import nn
 from ..contract import Denoiser, Grid, Site, TrainingData
 from ..cost.count import Flops, role_flops
 from ..data import check_bound
+from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
@@ -26,6 +27,7 @@ from ..weights.locate import WEIGHTS_NAME, find_model
 from .operator_cache import OperatorStore
 from .paths import naming_paths
 from .recipe import FreshModel, Recipe
+from .recorded import recorded
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
     chosen = resolve(model, recipe.edits)
+    recipe = _as_recorded(recipe)
     denoiser = denoiser_of(recipe, model)
     decoder = None
     if recipe.sample is not None:
@@ -144,6 +147,15 @@ def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
     return True
 
 
+def _as_recorded(recipe: Recipe) -> Recipe:
+    """The same, with conditions and process that the recipe leaves out as they are recorded of its source."""
+    if not isinstance(recipe.source, str):
+        return recipe
+    known = recorded(recipe.source)
+    missing = {name: value for name, value in known if value is not None and getattr(recipe, name) is None}
+    return recipe.model_copy(update=missing)
+
+
 def denoiser_of(recipe: Recipe, model: nn.Module) -> Denoiser:
     """A recipe's model as every stage sees it."""
     host = host_of(model)
@@ -185,9 +197,9 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
         return model, hash_json(source.model_dump(mode="json", exclude_none=True))
     name = source.weights if isinstance(source, FreshModel) else source
     assert name is not None
-    if name != "testbed" and not Path(name).exists():
+    if bundled_model_folder(name) is None and not Path(name).exists():
         raise RecipeError(
-            f"no model in {name}: it does not exist; a source is `testbed`, a model's folder, or a host and its config"
+            f"no model in {name}: it does not exist; a source is `testbed`, `scenes`, a model's folder, or a host and its config"
         )
     folder = find_model(name)
     model, plan = load_model(folder)

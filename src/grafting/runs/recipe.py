@@ -43,15 +43,16 @@ class Recipe(BaseModel):
     """Names the run's folder."""
     description: str = ""
     source: str | FreshModel = "testbed"
-    """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
+    """The pretrained model: `testbed`, `scenes`, a model folder, or a fresh model of a host."""
     plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
     data: DataConfig
     """Data for stages 1 and 2."""
     conditions: ConditionsConfig | None = None
-    """Folder of encoded prompts, or the captions of `scenes`, for models that do not define their conditions themselves, as classes are."""
+    """Folder of encoded prompts, or the captions of `scenes`, for models that do not define their
+    conditions themselves, as classes are; if omitted, what is recorded of the source."""
     process: ProcessConfig | None = None
-    """Noising of inputs; if omitted, that of the host's family."""
+    """Noising of inputs; if omitted, what is recorded of the source (bundled models, runs), else that of the host's family."""
     calibrate: CalibrateConfig | None = None
     """Fit in closed form, before stage 1, what of the operators can be; left out, they start as they are built."""
     distill: DistillConfig | None = None

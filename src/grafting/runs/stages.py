@@ -19,6 +19,7 @@ from ..editing.placed import Operators
 from ..editing.plan import Choice, Merge
 from ..editing.surgery import build_operators, place
 from ..evaluation import evaluate
+from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
 from ..machine.files import write_json
 from ..machine.processes import barrier, broadcast, is_main, rank, world_size
@@ -36,6 +37,7 @@ from .card import write_model_card
 from .folder import RunFolder, read_log
 from .folder import Stage as OpenStage
 from .job import Job
+from .pairing import influences_path, with_pretrained
 from .recipe import Recipe
 from .record import write_report
 from .rows import ROWS, fitted_operators, rows_of, starting_operators
@@ -217,7 +219,7 @@ def _row_of(part: Part) -> RowName:
 
 
 def _evaluate(work: Opened) -> list[Path]:
-    """Figures of every row; where no suite fits the images, what the rows cost alone."""
+    """Figures of every row, each beside the pretrained one's; where no suite fits the images, what the rows cost."""
     job, run = work.job, work.run
     assert job.recipe.sample is not None
     metrics, suite = [], job.recipe.suite
@@ -226,6 +228,7 @@ def _evaluate(work: Opened) -> list[Path]:
         if job.is_measured
         else None
     )
+    kept = []
     for row in rows_of(job):
         figures: dict[str, Any] = {"num_images": job.recipe.sample.num_images}
         if new_evaluator is not None:
@@ -233,9 +236,12 @@ def _evaluate(work: Opened) -> list[Path]:
             for step in evaluate(samples.batches(suite.batch_size), evaluator):
                 work.tell(f"evaluate {row}", step)
             figures = evaluator.result().model_dump(mode="json")
+            if (per_image := evaluator.per_image()) is not None:
+                kept.append(influences_path(run.path, row))
+                save_influences(kept[-1], per_image, figures=figures)
         metrics.append({"name": row} | _cost(job, run, row) | figures)
-    write_json(run.path / "metrics.json", metrics)
-    return [run.path / "metrics.json"]
+    write_json(run.path / "metrics.json", with_pretrained(run.path, metrics))
+    return [run.path / "metrics.json", *kept]
 
 
 def _evaluate_inputs(job: Job, run: RunFolder, part: Part) -> list[Any]:

@@ -24,14 +24,16 @@ from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import Precision, settled_run, settled_sections
 from ..report import write_sweep_picture
-from ..words import FINETUNED, ROW_TITLES, swept
+from ..words import FINETUNED, PRETRAINED, ROW_TITLES, swept, swept_pairs
 from .file import Changes, changed, faults_of, parse_recipe, read_settings
 from .identity import row_fingerprint
 from .job import Job, prepare
 from .operator_cache import OperatorStore
+from .pairing import columns_against, pretrained_rows
 from .recipe import Recipe
 from .rows import ROWS, rows_of
 from .run import run
+from .seeds import SEED, over_seeds, with_seeds_moved
 from .stages import OnStep, training_flops
 
 Label = str | int | float
@@ -60,6 +62,8 @@ class Sweep(BaseModel):
     settings: dict[str, Any]
     """Settings shared by all recipes, as in a recipe file; `base:` is already merged in."""
     grids: Annotated[tuple[SweepGrid, ...], Field(min_length=1)]
+    seeds: PositiveInt = 1
+    """Repetitions of each recipe with all its seeds moved; a second table has their means with intervals."""
     pretraining_images: PositiveInt | None = None
     """Images that the source was pretrained on, counted with repetition: the unit of `compute_share`."""
 
@@ -111,12 +115,30 @@ def points(sweep: Sweep) -> list[Point]:
             except RecipeError as error:
                 faults.append(str(error))
             else:
-                found.append(Point(labels, recipe))
+                found += _repeated(Point(labels, recipe), sweep.seeds)
     names = [point.name for point in found]
     faults += [f"{name}: two recipes have these labels" for name in set(names) if names.count(name) > 1]
     if faults:
         raise RecipeError(fault_list(faults, f"sweep {sweep.name}"))
     return found
+
+
+def _repeated(point: Point, seeds: int) -> list[Point]:
+    """A recipe once, or as many times with all seeds moved."""
+    if seeds == 1:
+        return [point]
+    repeated = []
+    for number in range(seeds):
+        label, recipe = f"seed-{number + 1}", with_seeds_moved(point.recipe, number)
+        name = f"{recipe.name.removesuffix('-')}-{label}"
+        repeated.append(Point(point.labels | {SEED: label}, recipe.model_copy(update={"name": name})))
+    return repeated
+
+
+def seeds_sweep(recipe: Recipe, seeds: int) -> Sweep:
+    """One recipe as a sweep over seeds."""
+    settings = recipe.model_dump(mode="json", exclude_none=True, exclude={"name"})
+    return Sweep(name=recipe.name, settings=settings, grids=(SweepGrid(),), seeds=seeds)
 
 
 def run_sweep(
@@ -148,7 +170,7 @@ def run_sweep(
         with following(point) if following else nullcontext() as on_step:
             lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)
         if processes.is_main():
-            _add(sweep, table, lines)
+            _add(sweep, table, lines, folder)
         processes.barrier()
         yield point
 
@@ -184,7 +206,7 @@ def run_sweep_on_ray(
     waiting = {remote.remote(point): point for point in chosen}
     while waiting:
         (finished,), _ = ray.wait(list(waiting), num_returns=1)
-        _add(sweep, table, ray.get(finished))
+        _add(sweep, table, ray.get(finished), folder)
         yield waiting.pop(finished)
 
 
@@ -310,9 +332,36 @@ def _known(table: Path) -> frozenset[str]:
     return frozenset(line["fingerprint"] for line in read_table(table))
 
 
-def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]]) -> None:
+def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]], folder: Path) -> None:
     # read again: another process may have added lines of another part of the sweep
-    write_table(table, _in_order(sweep, [*read_table(table), *lines]))
+    lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
+    write_table(table, lines)
+    if sweep.seeds > 1 and (means := over_seeds(lines)):
+        write_table(table.with_name(f"{table.name}-over-seeds"), means)
+
+
+def _compared(sweep: Sweep, lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Lines with their comparison to the pretrained row that another run of the sweep has measured, where theirs has none."""
+    runs = {frozenset(map(str, point.labels.items())): folder / point.name for point in points(sweep)}
+    bases = list(pretrained_rows(runs.values()))
+    return [
+        line
+        if line["stage"] == PRETRAINED or any(key.endswith(("_ratio", "_difference")) for key in line)
+        else _with_columns(line, columns_against(bases, runs.get(_labels(line)), line["stage"]))
+        for line in lines
+    ]
+
+
+def _labels(line: Mapping[str, Any]) -> frozenset[str]:
+    """The labels of a line, which stand before its stage."""
+    keys = list(line)
+    return frozenset(map(str, [(key, line[key]) for key in keys[: keys.index("stage")]]))
+
+
+def _with_columns(line: dict[str, Any], columns: Mapping[str, float]) -> dict[str, Any]:
+    """A line with more figures, before its costs."""
+    first = {key: line[key] for key in list(line)[: list(line).index("params")]}
+    return {**first, **columns, **{key: value for key, value in line.items() if key not in first}}
 
 
 def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,6 +372,7 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
         **point.labels,
         "stage": row,
         **{key: measured[key] for key in swept(measured)},
+        **swept_pairs(measured.get("paired") or {}),
         "params": measured["params"],
         "compute_share": sweep.pretraining_images
         and round(flops.training / (sweep.pretraining_images * 3 * flops.base), 5),

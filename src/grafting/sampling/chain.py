@@ -43,40 +43,42 @@ class SamplingConfig(BaseModel):
     """Fields that protocols and records leave out at their defaults: those written before had none of them."""
 
     sampler: Literal["ddpm", "ddim", "dpm-solver++", "euler", "heun"] = "ddpm"
-    """Predicted noise: `ddpm` is ancestral sampling with the predicted variance; `ddim` (eta 0) and `dpm-solver++` add no
+    """Sampler. Predicted noise: `ddpm` is ancestral, with the predicted variance; `ddim` (eta 0) and `dpm-solver++` add no
     noise. Flow: `euler`, `heun` (two calls of the model per step) or `dpm-solver++`."""
     steps: Annotated[PositiveInt, Field(le=1000)] = 250
     """Steps per image; those of predicted noise are spread evenly over the 1,000 of training (at most 999 for
     `dpm-solver++`)."""
     cfg_scale: FiniteFloat = 1.5
     """Guidance scale, of null + cfg_scale * (conditional - null). 1 = off: the null half is not computed."""
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance is on between these shares of the way from clean (0) to pure noise (1)."""
+    cfg_interval: Annotated[tuple[float, float], Field(examples=[(0.0, 0.7)])] = (0.0, 1.0)
+    """Interval in which guidance is on: two shares of the way from clean (0) to pure noise (1)."""
     guided_channels: PositiveInt | None = None
-    """Guide the first channels only (3 in DiT's published protocol, of 4); all of them when None."""
+    """Number of leading channels to guide (3 of 4 in DiT's published protocol); all if omitted."""
     cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Literal["norm"] = 0.0
-    """Share in which a guided prediction is given back the spread of the conditional one (arXiv:2305.08891); `norm` gives it
-    back its length at every place."""
+    """Rescaling of a guided prediction to the spread of the conditional one (arXiv:2305.08891), from 0 (off) to 1; `norm`
+    rescales it to the conditional one's length at every place."""
     negative: NonNegativeInt | None = None
-    """Number of the condition that guidance leads away from; the null one when None."""
-    shape: tuple[PositiveInt, ...] | None = None
-    """Of one sample as the model makes it: channels, then frames of a video, then height and width. When None, that of the
-    training data in a recipe, else the model's native one."""
+    """Number of the condition to guide away from; the null one if omitted."""
+    shape: Annotated[tuple[PositiveInt, ...] | None, Field(examples=[(4, 32, 32)])] = None
+    """Shape of one sample as the model makes it: channels, frames of a video, height, width. If omitted, that of the recipe's
+    data, else the model's native one."""
     clip: bool = False
     """Clip the predicted clean image to [-1, 1] at each step: for models of pixels, not of latents."""
     num_images: PositiveInt = 64
-    """Images to draw: numbers 0 to num_images - 1."""
+    """Number of images to draw; they are numbered from 0."""
     batch_size: PositiveInt = 64
-    """Images at a time; changes speed and memory, not the images (up to float rounding)."""
+    """Images per batch; changes speed and memory, not the images (up to float rounding)."""
     seed: NonNegativeInt = 0
-    """Image i depends on (seed, i) and its label alone."""
-    labels: Literal["balanced", "random"] | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (
-        "balanced"
-    )
-    """Condition of image i, by number (a class, or a row of the prompts): `balanced` i mod their count, `random` from
-    (seed, i), or the i-th of a list, repeated."""
+    """Random seed; image i depends on (seed, i) and its label alone."""
+    labels: Annotated[
+        Literal["balanced", "random"] | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)],
+        Field(examples=[(3, 5)]),
+    ] = "balanced"
+    """Condition of image i, by number (a class, or a row of the prompts): `balanced` is i mod their count, `random` is drawn
+    from (seed, i), a list such as 3,5 is repeated."""
     precision: Precision = "auto"
-    """Of the model's forward pass (bf16 by autocast; `auto`: where it is faster); the samplers' arithmetic is always fp32."""
+    """Precision of the model's forward pass: fp32, bf16 (by autocast) or auto (bf16 where it is faster). The samplers'
+    arithmetic is always fp32."""
     compile: bool = False
     """Run the model through torch.compile; changes speed, not the images (up to float rounding)."""
 

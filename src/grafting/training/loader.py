@@ -30,7 +30,7 @@ class Loader:
         seed: of the order of the items.
         items: the items of `data` to train on; all when left out.
         steps: number of steps in all; without end when left out.
-        share: the part of each batch that is this process's, such as `parallel.share()`.
+        share: the part of each batch that is this process's, such as `processes.share()`.
         prefetch: batches read ahead; 0 reads each when it is asked for.
         workers: threads that read, each a batch at a time; several, since a network's disk is slow to answer, not to read.
         pin: give tensors in pinned memory, from which copies to an accelerator overlap with computation.

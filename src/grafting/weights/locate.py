@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..data.bundled import testbed_model_folder
+from ..data.bundled import bundled_model_folder
 from ..errors import CheckpointError
 from ..machine.huberrors import HUB_ERRORS
 
@@ -28,8 +28,8 @@ def find_model(
     Args:
         patterns: the files that are downloaded.
     """
-    if source == "testbed":
-        return testbed_model_folder()
+    if bundled := bundled_model_folder(str(source)):
+        return bundled
     folder = Path(source)
     if folder.exists() or not HUB_NAME.fullmatch(str(source)):
         return folder / "model" if (folder / "manifest.json").is_file() else folder

@@ -1,0 +1,159 @@
+"""Rows of runs compared image by image: every row of a run with its pretrained one, and any two rows of any two runs."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, GraftingError, RunError
+from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances
+from ..evaluation.influences import load_influences
+from ..metrics.paired import Estimate
+from ..sampling.files import open_samples
+from ..words import PRETRAINED, swept, swept_pairs
+from .folder import stale_stages
+
+_BATCH = 500
+
+
+class RunRow(NamedTuple):
+    """A measured row of a run's folder."""
+
+    folder: Path
+    row: str
+    measured: MeasuredRow
+
+
+def influences_path(folder: Path, row: str) -> Path:
+    """Where a run keeps what each image adds to a row's figures."""
+    return folder / "influences" / f"{row}.npz"
+
+
+def read_row(folder: Path, row: str | None = None) -> RunRow:
+    """A measured row of a run's folder; the last one if none is named.
+
+    Raises:
+        RunError: the folder has no figures, or none of this row. DataError: a file is damaged.
+    """
+    rows = _read_figures(folder)
+    names = [str(found["name"]) for found in rows]
+    if row is None:
+        row = names[-1]
+    if row not in names:
+        raise RunError(f"{folder} has no row {row!r}; it has {', '.join(names)}")
+    return _run_row(folder, rows[names.index(row)], name=f"{folder}:{row}")
+
+
+def seen_in_images(a: RunRow, b: RunRow) -> dict[str, Any]:
+    """How far images of a lie from those of b of the same seeds, as JSON; empty where they are not of the same seeds.
+
+    Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`.
+    """
+    return {key: found._asdict() for key, found in _likeness(a, b).items()}
+
+
+def with_pretrained(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a run, each with its comparison to the pretrained one as `paired`, and its images' distance to that one's.
+
+    Where they cannot be paired, `paired` says why in `reason`.
+    """
+    base = next((row for row in rows if row["name"] == PRETRAINED), None)
+    if base is None:
+        return [dict(row) for row in rows]
+    against = _run_row(folder, base, name=PRETRAINED)
+    return [dict(row) if row is base else _with_base(folder, row, against) for row in rows]
+
+
+def _with_base(folder: Path, row: Mapping[str, Any], base: RunRow) -> dict[str, Any]:
+    mine = _run_row(folder, row, name=str(row["name"]))
+    figures = _as_figures(_likeness(mine, base))
+    return {**row, **figures, **({"paired": paired(mine, base)} if "protocol" in row else {})}
+
+
+def paired(row: RunRow, base: RunRow) -> dict[str, Any]:
+    """What is kept of a row's comparison with another: it, or the `reason` why there is none."""
+    try:
+        return {"to": base.row, **comparison(row.measured, base.measured)}
+    except GraftingError as error:
+        return {"to": base.row, "reason": str(error)}
+
+
+def pretrained_rows(folders: Iterable[Path]) -> Iterator[RunRow]:
+    """The pretrained rows of those runs that have measured theirs."""
+    for folder in folders:
+        if influences_path(folder, PRETRAINED).is_file():
+            with suppress(GraftingError):
+                yield read_row(folder, PRETRAINED)
+
+
+def columns_against(bases: Sequence[RunRow], folder: Path | None, row: str) -> dict[str, float]:
+    """A sweep's columns of a row's comparison with the first of `bases` that it can be paired with; empty if there is none."""
+    if folder is None or not bases or not influences_path(folder, row).is_file():
+        return {}
+    mine = read_row(folder, row)
+    for base in bases:
+        found = paired(mine, base)
+        if "reason" not in found:
+            return _distance_columns(mine, base) | swept_pairs(found)
+    return {}
+
+
+def _distance_columns(row: RunRow, base: RunRow) -> dict[str, float]:
+    columns = _as_figures(_likeness(row, base))
+    return {key: columns[key] for key in swept(columns)}
+
+
+def _as_figures(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    """Estimates as figures of a row with their intervals."""
+    figures: dict[str, float] = {}
+    for key, found in estimates.items():
+        figures |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+    return figures
+
+
+def _likeness(a: RunRow, b: RunRow) -> dict[str, Estimate]:
+    """Mean distances between images of the same number: in pixels, as a share of their range, and in features."""
+    paths = [row.folder / "samples" / f"{row.row}.safetensors" for row in (a, b)]
+    if not all(path.is_file() for path in paths):
+        return {}
+    files = [open_samples(path) for path in paths]
+    (one, other), labels = files, files[0].labels
+    if labels is None or other.labels is None or not torch.equal(labels, other.labels):
+        return {}
+    if one.shape != other.shape or one.origin["sampling"].get("seed") != other.origin["sampling"].get("seed"):
+        return {}
+    pairs = zip(one.images(_BATCH), other.images(_BATCH), strict=True)
+    in_pixels = torch.cat([distances(x, y) / 255 for x, y in pairs])
+    found = {"image_distance": distance_estimate(in_pixels, a.measured, one.origin["sampling"], labels)}
+    mine, its = (row.measured.per_image and row.measured.per_image.features for row in (a, b))
+    if isinstance(mine, Tensor) and isinstance(its, Tensor) and mine.shape == its.shape:
+        found["feature_distance"] = distance_estimate(
+            distances(mine, its), a.measured, one.origin["sampling"], labels
+        )
+    return found
+
+
+def _run_row(folder: Path, figures: Mapping[str, Any], *, name: str) -> RunRow:
+    row = str(figures["name"])
+    path = influences_path(folder, row)
+    per_image = load_influences(path, figures=figures) if path.is_file() else None
+    return RunRow(folder, row, MeasuredRow(name, figures, per_image))
+
+
+def _read_figures(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise RunError(f"{folder} has no metrics.json: a run is compared once its images are measured")
+    if "evaluate" in stale_stages(folder):
+        raise RunError(f"{path} is of an earlier recipe: run the recipe again")
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not (isinstance(rows, list) and rows and all(isinstance(r, dict) and "name" in r for r in rows)):
+        raise DataError(f"{path} is no list of rows, each with a name")
+    return rows

@@ -1,0 +1,46 @@
+"""How models are asked and noised, by what is recorded of them: of a bundled model here, of a run's model in its recipe.
+
+A model folder holds weights and settings of its class, which say neither.
+"""
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..data import CaptionsConfig, ConditionsConfig
+from ..diffusion import FlowConfig, ProcessConfig
+from ..errors import CheckpointError
+
+
+class Recorded(BaseModel):
+    """Conditions and process of a model; None stands for those of its family."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    conditions: ConditionsConfig | None = None
+    process: ProcessConfig | None = None
+
+
+_BUNDLED = {"scenes": Recorded(conditions=CaptionsConfig(), process=FlowConfig(shift=1.5))}
+
+
+def recorded(source: str | Path) -> Recorded:
+    """What is recorded of the model that a name stands for: a bundled one, a run's folder, or the model in it.
+
+    Raises:
+        CheckpointError: a run's recipe is damaged.
+    """
+    if str(source) in _BUNDLED:
+        return _BUNDLED[str(source)]
+    for folder in (Path(source), Path(source).parent):
+        if (folder / "manifest.json").is_file() and (folder / "recipe.yaml").is_file():
+            return _of_run(folder / "recipe.yaml")
+    return Recorded()
+
+
+def _of_run(path: Path) -> Recorded:
+    try:
+        return Recorded.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
+        raise CheckpointError(f"{path} does not say how its model is asked and noised: {error}") from error
