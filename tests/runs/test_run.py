@@ -44,6 +44,13 @@ def finished(tmp_path_factory):
     return folder, seen
 
 
+def test_the_models_card_holds_the_recipe_and_no_figures_yet(finished):
+    card = (finished[0] / "model" / "README.md").read_text()
+    assert "# tiny\n" in card
+    assert f"```yaml\n{(finished[0] / 'recipe.yaml').read_text().strip()}\n```" in card
+    assert "## Figures" not in card
+
+
 def test_run_leaves_what_the_design_says(finished):
     folder, seen = finished
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}

@@ -7,25 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grafting.contract import OperatorConfig
-from grafting.editing.plan import Drop, Merge, Plan, Replace
+from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import build_operators, graft
 from grafting.errors import CheckpointError, HostError, RunError
 from grafting.hosts import hosts
-from grafting.machine.files import hash_json, sha256_of
 from grafting.operators import operator_configs
-from grafting.weights.folder import load, load_model, merge_delta, save_delta, save_model
-from grafting.weights.locate import CONFIG_NAME, DELTA_NAME, INDEX_NAME, WEIGHTS_NAME
+from grafting.weights.folder import load, load_model, save_model
+from grafting.weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from grafting.weights.portable import Base, plan_of
 from grafting.weights.tensors import load_operators, save_operators
-
-HOST = hosts()["dit"]
-PLAN = Plan(
-    edits=(
-        Replace(role="attention", blocks="odd", operator={"name": "hyena-x", "kernel_size": 3}),
-        Replace(role="attention", blocks=[0], operator={"name": "window-1d", "window": 2}),
-        Replace(role="mlp", blocks=[2], operator={"name": "mlp", "ratio": 2.0}),
-    )
-)
+from tinygraft import HOST, PLAN, edit_weights, example, write_config
 
 
 @pytest.fixture
@@ -36,12 +27,6 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def _example():
-    torch.manual_seed(5)
-    model = HOST.tiny()
-    return HOST.example(model, rows=8, cols=8, batch_size=2)
-
-
 @pytest.mark.parametrize("plan", [Plan(), PLAN])
 def test_round_trip_is_exact(tmp_path, plan):
     model = HOST.tiny().eval()
@@ -49,7 +34,7 @@ def test_round_trip_is_exact(tmp_path, plan):
     save_model(tmp_path, model, plan)
     loaded, loaded_plan = load_model(tmp_path)
     assert loaded_plan == plan
-    assert torch.equal(loaded(**_example()), model(**_example()))
+    assert torch.equal(loaded(**example()), model(**example()))
     assert list(loaded.state_dict()) == list(model.state_dict())
 
 
@@ -61,8 +46,8 @@ def test_every_host_round_trips(tmp_path, name):
     graft(model, plan.randomised())
     save_model(tmp_path, model, plan.randomised())
     loaded, loaded_plan = load_model(tmp_path)
-    example = host.example(model, rows=4, cols=6, batch_size=2)
-    outputs = [m(**example)[0] for m in (model, loaded)]
+    inputs = host.example(model, rows=4, cols=6, batch_size=2)
+    outputs = [m(**inputs)[0] for m in (model, loaded)]
     assert loaded_plan == plan.randomised()
     assert torch.equal(*outputs)
 
@@ -71,9 +56,9 @@ def test_a_folder_without_plan_is_a_diffusers_folder(tmp_path):
     model = HOST.tiny().eval()
     save_model(tmp_path, model, Plan())
     loaded = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(**_example()), model(**_example()))
+    assert torch.equal(loaded(**example()), model(**example()))
     model.save_pretrained(tmp_path / "theirs")
-    assert torch.equal(load_model(tmp_path / "theirs")[0](**_example()), model(**_example()))
+    assert torch.equal(load_model(tmp_path / "theirs")[0](**example()), model(**example()))
 
 
 def test_operators_round_trip(tmp_path):
@@ -91,23 +76,7 @@ def test_operators_round_trip(tmp_path):
 
 def _edit_config(folder, **changes):
     config = json.loads((folder / CONFIG_NAME).read_text())
-    _write_config(folder, config | changes)
-
-
-def _write_config(folder, config):
-    """Write a config as someone would who makes its own hash right."""
-    config["grafting"].pop("config_sha256")
-    config["grafting"]["config_sha256"] = hash_json(config)
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
-
-
-def _edit_weights(folder, edit, *, name=WEIGHTS_NAME):
-    tensors = load_file(folder / name)
-    edit(tensors)
-    save_file(tensors, folder / name)
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    config["grafting"]["weights_sha256"] = sha256_of(folder / name)
-    _write_config(folder, config)
+    write_config(folder, config | changes)
 
 
 def test_missing_folder(tmp_path):
@@ -150,7 +119,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(folder):
         tensors["extra"] = tensors.pop("blocks.1.attn.mixer.in_proj.weight")
         tensors["pos_embed"] = torch.zeros(1, 2, 3)
 
-    _edit_weights(folder, edit)
+    edit_weights(folder, edit)
     with pytest.raises(CheckpointError, match="3 faults") as error:
         load_model(folder)
     message = str(error.value)
@@ -214,16 +183,6 @@ def test_another_version_of_a_part_is_refused(tmp_path, monkeypatch, operator):
         load(tmp_path)
 
 
-def test_a_delta_does_not_overwrite_its_base(tmp_path):
-    save_model(tmp_path, HOST.tiny(), Plan())
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model = load(tmp_path)
-    graft(model, PLAN)
-    with pytest.raises(CheckpointError, match="the base is in .*: name another folder"):
-        save_delta(tmp_path, model, PLAN, Base(id=str(tmp_path)))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 def test_what_could_not_be_loaded_is_not_saved(folder):
     before = sorted(folder.iterdir())
     model = load(folder)
@@ -265,7 +224,7 @@ def test_the_base_stays_on_record(folder, tmp_path):
 def test_an_unknown_operator_is_refused(folder):
     config = json.loads((folder / CONFIG_NAME).read_text())
     config["grafting"]["plan"]["edits"][0]["operator"] = {"name": "lost"}
-    _write_config(folder, config)
+    write_config(folder, config)
     with pytest.raises(CheckpointError, match="does not describe a graft:\n.*no operator 'lost'; there are"):
         load_model(folder)
 
@@ -291,146 +250,7 @@ def test_shards_are_read(folder):
     for recorded in ("weights_sha256", "config_sha256"):
         del config["grafting"][recorded]
     (folder / CONFIG_NAME).write_text(json.dumps(config))
-    assert torch.equal(load_model(folder)[0](**_example()), whole(**_example()))
+    assert torch.equal(load_model(folder)[0](**example()), whole(**example()))
     (folder / "part-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no file .*part-1.safetensors"):
         load_model(folder)
-
-
-@pytest.fixture
-def base(tmp_path):
-    save_model(tmp_path / "base", HOST.tiny(), Plan())
-    return Base(id=str(tmp_path / "base"), licence="CC0-1.0")
-
-
-@pytest.fixture
-def delta(tmp_path, base):
-    """A grafted model, one of whose kept tensors was also trained, as a delta of its base."""
-    model, _ = load_model(tmp_path / "base")
-    graft(model, PLAN)
-    with torch.no_grad():
-        model.final_layer.linear.weight.add_(0.1)
-    save_delta(tmp_path / "delta", model, PLAN, base)
-    return tmp_path / "delta", model.eval()
-
-
-def test_a_delta_holds_what_its_base_has_not_got(delta):
-    folder, model = delta
-    stored = set(load_file(folder / DELTA_NAME))
-    operators = {
-        f"blocks.1.attn.mixer.{n}" for n in ("in_proj.weight", "in_proj.bias", "short_filter.weight")
-    }
-    operators |= {f"blocks.2.mlp.mixer.{n}" for n in ("fc1.weight", "fc1.bias", "fc2.weight")}
-    # out_proj and fc2.bias are the host's own
-    assert stored == {*operators, "blocks.1.attn.mixer.short_filter.bias", "final_layer.linear.weight"}
-    assert "blocks.0.attn.attention.qkv.weight" not in stored
-    loaded, plan = load_model(folder)
-    assert plan == PLAN
-    assert torch.equal(loaded(**_example()), model(**_example()))
-
-
-@pytest.mark.parametrize(
-    ("name", "edit"),
-    [
-        ("dit", Merge(blocks=[0, 1])),
-        ("dit", Drop(blocks=[1])),
-        ("pixart", Merge(blocks=[0, 1])),
-        ("flux", Drop(blocks=[1])),
-    ],
-    ids=str,
-)
-def test_restructured_models_come_back_whole_and_as_deltas(tmp_path, name, edit):
-    host = hosts()[name]
-    plan = Plan(edits=(edit,))
-    save_model(tmp_path / "base", host.tiny(), Plan())
-    model, _ = load_model(tmp_path / "base")
-    graft(model, plan)
-    save_model(tmp_path / "full", model, plan)
-    save_delta(tmp_path / "delta", model, plan, Base(id=str(tmp_path / "base")))
-    example = host.example(model, rows=4, cols=6, batch_size=2)
-    want = model.eval()(**example)[0]
-    for folder in ("full", "delta"):
-        assert torch.equal(load_model(tmp_path / folder)[0](**example)[0], want)
-    # blocks that moved are borrowed: only what is new is stored
-    assert all(".merge." in name for name in load_file(tmp_path / "delta" / DELTA_NAME))
-
-
-def test_a_delta_of_the_testbed_is_small(tmp_path):
-    model = load("testbed")
-    plan = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-y"),))
-    graft(model, plan)
-    save_delta(tmp_path / "delta", model, plan, Base(id="testbed"))
-    save_model(tmp_path / "full", model, plan)
-    sizes = [(tmp_path / a / b).stat().st_size for a, b in (("delta", DELTA_NAME), ("full", WEIGHTS_NAME))]
-    assert sizes[0] < 0.1 * sizes[1]
-    assert torch.equal(load(tmp_path / "delta").x_embedder.proj.weight, model.x_embedder.proj.weight)
-
-
-def test_a_delta_in_bfloat16_comes_back_exactly(tmp_path, base):
-    model, _ = load_model(tmp_path / "base", dtype=torch.bfloat16)
-    graft(model, PLAN)
-    save_delta(tmp_path / "delta", model, PLAN, base)
-    loaded, _ = load_model(tmp_path / "delta", dtype=torch.bfloat16)
-    assert len(load_file(tmp_path / "delta" / DELTA_NAME)) < len(model.state_dict()) / 2
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-
-
-def test_a_merged_delta_needs_no_base(delta, tmp_path):
-    folder, model = delta
-    merge_delta(folder, tmp_path / "whole")
-    (tmp_path / "base" / WEIGHTS_NAME).unlink()
-    loaded, plan = load_model(tmp_path / "whole")
-    assert plan == PLAN
-    assert torch.equal(loaded(**_example()), model(**_example()))
-    assert loaded.config.grafting["base"]["licence"] == "CC0-1.0"
-    with pytest.raises(CheckpointError, match="is not a delta: it is already a standalone model"):
-        merge_delta(tmp_path / "whole", tmp_path / "again")
-
-
-def test_a_delta_finds_a_base_that_moved(delta, tmp_path):
-    folder, model = delta
-    (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="no model in .*base: it does not exist"):
-        load_model(folder)
-    assert torch.equal(load_model(folder, base=tmp_path / "moved")[0](**_example()), model(**_example()))
-
-
-def test_a_foreign_base_is_refused(delta, tmp_path):
-    folder, _ = delta
-    save_model(tmp_path / "other", HOST.tiny(), Plan())
-    with pytest.raises(CheckpointError, match="is a delta of .*base, and .*other is another model") as error:
-        load_model(folder, base=tmp_path / "other")
-    assert "tensors differ\n" in str(error.value)
-    assert "has other values" in str(error.value)
-
-
-def test_a_delta_with_a_renamed_tensor_is_refused(delta):
-    folder, _ = delta
-
-    def edit(tensors):
-        tensors["extra"] = tensors.pop("final_layer.linear.weight")
-
-    _edit_weights(folder, edit, name=DELTA_NAME)
-    with pytest.raises(
-        CheckpointError, match="2 faults\n  missing tensor final_layer.linear.weight\n  unexpected"
-    ):
-        load_model(folder)
-
-
-def test_a_truncated_or_missing_delta_is_refused(delta):
-    weights = delta[0] / DELTA_NAME
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-10])
-    with pytest.raises(CheckpointError, match="is not the file that config.json describes"):
-        load_model(delta[0])
-    weights.unlink()
-    with pytest.raises(CheckpointError, match="no delta.safetensors: it is half-written"):
-        load_model(delta[0])
-
-
-def test_saving_a_full_model_over_a_delta_leaves_no_delta(delta):
-    folder, model = delta
-    save_model(folder, model, PLAN)
-    assert not (folder / DELTA_NAME).exists()
-    assert torch.equal(load_model(folder)[0](**_example()), model(**_example()))

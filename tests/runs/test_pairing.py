@@ -14,9 +14,9 @@ from grafting.evaluation import PerImage
 from grafting.evaluation.comparison import MeasuredRow, comparison
 from grafting.evaluation.influences import load_influences, save_influences
 from grafting.metrics.frechet import FrechetInfluences, Gaussian
-from grafting.report import write_report
 from grafting.runs.pairing import influences_path, read_row
 from grafting.runs.recipe import Recipe
+from grafting.runs.record import write_report
 from grafting.runs.run import run
 from report.synthetic_run import protocol
 from tinyrecipe import TINY
