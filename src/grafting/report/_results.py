@@ -28,10 +28,8 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     figure, base = headline(rows), baseline(rows)
     values = [row[figure.key] for row in rows if is_number(row.get(figure.key))]
-    columns = [column for column in shown_in("main") if column is not figure]
-    if not values:
-        # no suite measures these images: what is left is costs
-        columns = [column for column in columns if any(column.key in row for row in rows)]
+    # each suite has figures of its own; where none measures these images, what is left is costs
+    columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
     limits = [limit for row in rows for limit in figure.limits(row) or ()]
     scale = Scale.around(
         [*values, *limits],
