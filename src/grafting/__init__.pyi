@@ -65,6 +65,7 @@ from .evaluation import AdmSuite as AdmSuite
 from .evaluation import Evaluation as Evaluation
 from .evaluation import Evaluator as Evaluator
 from .evaluation import MetricsConfig as MetricsConfig
+from .evaluation import PerImage as PerImage
 from .evaluation import Protocol as Protocol
 from .evaluation import Reference as Reference
 from .evaluation import Suite as Suite
@@ -81,6 +82,9 @@ from .latents.decoding import VaeConfig as VaeConfig
 from .metrics.features import FeatureNetwork as FeatureNetwork
 from .metrics.features import Features as Features
 from .metrics.features import ModuleNetwork as ModuleNetwork
+from .metrics.paired import Estimate as Estimate
+from .metrics.paired import mean_estimate as mean_estimate
+from .metrics.paired import paired_difference as paired_difference
 from .models import DIT_PRESETS as DIT_PRESETS
 from .models import DiT as DiT
 from .operators import operator_configs as operator_configs

@@ -2,7 +2,7 @@ import pytest
 import torch
 from prdc import compute_prdc
 
-from grafting.metrics.manifold import density_coverage, neighbour_radii, precision_recall
+from grafting.metrics.manifold import density_coverage, neighbour_radii, neighbourhoods, precision_recall
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -66,3 +66,11 @@ def test_refuses_too_few_rows():
         precision_recall(torch.randn(9, 2), torch.randn(3, 2))
     with pytest.raises(ValueError, match="k = 5 needs more than 5 feature rows; there are 5"):
         density_coverage(torch.randn(5, 2), torch.randn(9, 2))
+
+
+def test_neighbours_are_in_one_group():
+    far_apart = torch.arange(4.0).repeat_interleave(50)[:, None] * 1000 + torch.rand(200, 1)
+    groups = neighbourhoods(far_apart, count=20)
+    assert len(groups.unique()) == 20
+    for number in groups.unique():
+        assert len((far_apart[groups == number] // 1000).unique()) == 1

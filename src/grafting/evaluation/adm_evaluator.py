@@ -10,6 +10,7 @@ from ..machine.devices import default_device
 from ..metrics.adm import adm_inception_score, adm_precision_recall
 from ..metrics.features import FeatureNetwork
 from ..metrics.frechet import FeatureStatistics, FrechetInfluences, frechet_distance
+from ..metrics.manifold import neighbourhoods
 from ..words import INCEPTION_NAME
 from ._gathered import Gathered, check_width, spatial_features
 from .adm_reference import AdmReference
@@ -176,6 +177,7 @@ def _measure(
         scores={} if fidelity is None else {"precision": fidelity.precise.double()},
         frechet=frechet,
         points={} if fidelity is None else {"recall": fidelity.recalled.double()},
+        point_groups=None if reference.features is None else neighbourhoods(reference.features),
         features=features,
     )
     return evaluation, per_image

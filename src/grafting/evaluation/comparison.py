@@ -21,7 +21,7 @@ KERNEL_NOTE = (
     "the kernel distance is degenerate where images are like the reference or like each other: "
     "its interval is rough there"
 )
-POINTS_NOTE = "recall and coverage are means over the reference's rows, and so are their intervals"
+POINTS_NOTE = "recall and coverage are means over the reference, by groups of neighbours: their intervals are about right"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _differences(a: MeasuredRow, b: MeasuredRow, how: Mapping[str, Any]) -> Iter
         values = a.figures[key], b.figures[key]
         yield key, paired_change(*values, mine.influences[key], its.influences[key], **how)
     for key in [key for key in mine.points if key in its.points]:
-        yield key, paired_difference(mine.points[key], its.points[key])
+        yield key, paired_difference(mine.points[key], its.points[key], clusters=mine.point_groups)
 
 
 def _check_paired(a: MeasuredRow, b: MeasuredRow) -> tuple[PerImage, PerImage]:

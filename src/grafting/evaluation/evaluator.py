@@ -12,7 +12,7 @@ from ..metrics.features import FeatureNetwork, extract
 from ..metrics.frechet import FrechetInfluences
 from ..metrics.inception_score import inception_score
 from ..metrics.kid import kernel_distance
-from ..metrics.manifold import density_coverage, precision_recall
+from ..metrics.manifold import density_coverage, neighbourhoods, precision_recall
 from ..metrics.paired import even_strata
 from .figures import Evaluation
 from .per_image import PerImage, dealt_in_turn, spread_out
@@ -162,6 +162,7 @@ def _measure(
         influences={"kid": spread_out(kid.influence, drawn, len(features))},
         frechet=frechet,
         points={"recall": fidelity.recalled.double(), "coverage": spread.covered.double()},
+        point_groups=neighbourhoods(real),
         features=features,
     )
     return evaluation, per_image

@@ -19,7 +19,7 @@ _FORMAT = "grafting-influences-1"
 _MOST_FEATURES = 4 * 2**20
 """Features are kept up to this many numbers, 16 MiB."""
 
-_OWN = ("labels", "strata", "clusters", "features")
+_OWN = ("labels", "strata", "clusters", "features", "point_groups")
 _KINDS = ("scores", "influences", "points")
 _FRECHET = ("influence", "corrected_influence", "curvature", "strata")
 
@@ -33,7 +33,8 @@ def save_influences(path: Path, per_image: PerImage, *, figures: Mapping[str, An
     arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in _tensors(per_image)}
     words = {
         "format": _FORMAT,
-        "of": hash_json(_bound(figures)),
+        "of": hash_json(dict(figures)),
+        "keys": list(figures),
         "frechet": _frechet_facts(per_image.frechet),
     }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -52,7 +53,7 @@ def load_influences(path: Path, *, figures: Mapping[str, Any]) -> PerImage:
         tensors = {name: torch.from_numpy(file[name]) for name in names - {"words"}}
     if words.get("format") != _FORMAT:
         raise DataError(f"{path} is not a file of influences of this library")
-    if words["of"] != hash_json(_bound(figures)):
+    if words["of"] != hash_json({key: figures.get(key) for key in words["keys"]}):
         raise DataError(f"{path} is of other figures than those beside it: measure the images again")
     kinds: dict[str, Any] = {kind: _under(tensors, kind) for kind in _KINDS}
     own: dict[str, Any] = {name: tensors.get(name) for name in _OWN}
@@ -82,8 +83,3 @@ def _frechet_facts(frechet: FrechetInfluences | None) -> dict[str, Any] | None:
 
 def _under(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{kind}."): t for name, t in tensors.items() if name.startswith(f"{kind}.")}
-
-
-def _bound(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures that images determine, and their protocol."""
-    return {key: figures.get(key) for key in ("protocol", "frechet", "num_images")}

@@ -24,6 +24,7 @@ class PerImage:
         influences: of figures that are no means: their first-order change with the weight of an image.
         frechet: of the Frechet distance.
         points: of figures that are means over the reference's rows, such as recall: what each of these adds.
+        point_groups: of each of the reference's rows, the group of neighbours that it is in.
         features: rows by which images of two models are compared.
     """
 
@@ -34,6 +35,7 @@ class PerImage:
     influences: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
     frechet: FrechetInfluences | None = None
     points: Mapping[str, Float[Tensor, " m"]] = field(default_factory=dict)
+    point_groups: Int[Tensor, " m"] | None = None
     features: Float[Tensor, "n f"] | None = None
 
     def strata_in(self, sampling: Mapping[str, object]) -> Tensor | None:

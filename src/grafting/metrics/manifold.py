@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+
+from ..machine.randomness import generator
 
 
 class PrecisionRecall(NamedTuple):
@@ -89,6 +91,15 @@ def neighbour_radii(x: Float[Tensor, "n f"], k: int, *, chunk_size: int = 1024) 
     # one more, for a row is its own nearest
     chunks = (distances for _, distances in _distances(x.double(), x.double(), chunk_size))
     return torch.cat([distances.topk(k + 1, largest=False).values[:, -1] for distances in chunks])
+
+
+def neighbourhoods(rows: Float[Tensor, "m f"], *, count: int = 20, seed: int = 0) -> Int[Tensor, " m"]:
+    """The number of each row's group: the nearest of `count` rows drawn at random.
+
+    Neighbours lie in the same balls, so an interval of recall or coverage takes a group, not a row, as independent.
+    """
+    order = torch.randperm(len(rows), generator=generator(seed))[:count].to(rows.device)
+    return torch.cdist(rows.double(), rows[order].double()).argmin(1)
 
 
 def _distances(

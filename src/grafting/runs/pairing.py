@@ -122,7 +122,7 @@ def _likeness(a: RunRow, b: RunRow) -> dict[str, Estimate]:
         return {}
     files = [open_samples(path) for path in paths]
     (one, other), labels = files, files[0].labels
-    if labels is None or other.labels is None or not torch.equal(labels, other.labels):
+    if labels is None or other.labels is None or not torch.equal(labels, other.labels) or len(labels) < 2:
         return {}
     if one.shape != other.shape or one.origin["sampling"].get("seed") != other.origin["sampling"].get("seed"):
         return {}
