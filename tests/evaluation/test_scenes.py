@@ -230,3 +230,24 @@ def test_what_cannot_be_judged_is_refused():
     evaluator.update(images, torch.arange(2))
     with pytest.raises(ProtocolError, match="says 12 images; got only 2"):
         evaluator.result()
+
+
+def test_remarks_say_what_was_read_and_mark_what_is_wrong():
+    scene = scene_of("colour")
+    caption = caption_of(scene.caption)
+    (said,), (twin, other) = places(scene.cells, scene.caption)
+    wrong = scene.cells.copy()
+    wrong[said][1] = (wrong[said][1] + 1) % 6
+    wrong[twin] = NOTHING
+    images = [scene.image, paint(wrong, np.random.default_rng(0)), np.zeros((32, 32, 3), np.uint8)]
+    drawn, damaged, blank = ScenesSuite().remarks(
+        torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images]),
+        torch.full((3,), scene.caption),
+    )
+    assert drawn.text.startswith("exact: ")
+    assert f"{caption.slots[1]} {caption.slots[2]}" in drawn.text
+    assert drawn.marks == ()
+    assert damaged.text.startswith("not true: ")
+    frames = {(round(x * 4), round(y * 4), w, h) for x, y, w, h in damaged.marks}
+    assert frames == {(col, row, 0.25, 0.25) for row, col in (said, other)}
+    assert blank == ("not true: nothing", ())
