@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from grafting import report
+from grafting.data.scenes import draw_scene
 from grafting.errors import FaultWarning, RunError
 from grafting.runs.record import write_report
 from report.synthetic_run import (
@@ -310,3 +311,27 @@ def test_it_needs_no_torch():
         modules = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         modules += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
         assert not any(module.split(".")[-1] == "torch" for module in modules), path
+
+
+def test_images_by_caption_show_their_words_and_what_the_judge_read(tmp_path: Path):
+    drawn = [draw_scene(number, caption=number).image for number in range(12)]
+    damaged = [np.zeros((32, 32, 3), np.uint8), *drawn[1:]]
+    for name, images in (("pretrained", drawn), ("finetuned", damaged)):
+        write_samples(tmp_path, name, np.stack(images).transpose(0, 3, 1, 2).copy())
+    (tmp_path / "recipe.yaml").write_text("name: scenes\nconditions: {name: scenes}\n")
+    page = Page(write_report(tmp_path).read_text())
+    assert "a disca disc and a squareone disca red disc" in page.text
+    assert "a disc\nexact: " in "".join(page.words)
+    assert "a disc\nnot true: nothing" in "".join(page.words)
+    assert "Point at an image" in page.text
+    # columns of eight, over all images of both models, short and long sheets
+    views = page.attributes("svg", "viewbox")
+    assert views.count(f"0 0 {8 * 33 - 1} {33 - 1}") == 2
+
+
+def test_images_whose_prompts_are_gone_are_shown_by_number(tmp_path: Path):
+    write_samples(tmp_path, "pretrained", garments(1.0))
+    (tmp_path / "recipe.yaml").write_text("name: x\nconditions: {name: prompts, folder: /nowhere}\n")
+    page = Page(write_report(tmp_path).read_text())
+    assert "0123456789" in page.text
+    assert "Point at an image" not in page.text
