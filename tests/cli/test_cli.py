@@ -324,7 +324,7 @@ def test_samples_are_written_and_measured(tmp_path: Path, ran: tuple[Path, Resul
     assert figures["protocol"]["sampling"]["steps"] == 2
     assert figures["protocol"]["labels"] == "given, in turn: 3, 5"
     assert figures["frechet_low"] < figures["frechet"] < figures["frechet_high"]
-    assert "Note: 12 images are fewer than" in call("evaluate", path).output
+    assert "Note: too few images: 12 for 64 features" in call("evaluate", path).output
 
 
 def test_samples_of_a_run_are_measured_as_the_run_measured_them(ran: tuple[Path, Result]):
