@@ -1,6 +1,6 @@
 """What an operator's start is worth: error before stage 1 and after a little of it, by operator and initialisation.
 
-    python benchmarks/initialisation.py [docs/initialisation.json] [--markdown] [--steps 100] [--batch-size 16]
+    python benchmarks/initialisation.py [build/initialisation.json] [--markdown] [--steps 100] [--batch-size 16]
 
 The bundled testbed, every site of a role replaced. `random` takes nothing from the host, `inherit` is what a plan builds by
 default, `calibrate` refits that in closed form on 256 noised images. Loss (L1 for attention, L2 for MLPs) and R^2 are means
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    path = Path("docs/initialisation.json")
+    path = Path("build/initialisation.json")
     parser.add_argument("path", nargs="?", type=Path, default=path, help=f"the JSON file of the rows ({path})")
     parser.add_argument(
         "--markdown", action="store_true", help="print these settings' rows as a table, run nothing"
