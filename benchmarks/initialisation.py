@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
+    args.path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.path.read_text()) if args.path.exists() else []
     if args.markdown:
         print(table(rows))
