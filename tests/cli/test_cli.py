@@ -371,7 +371,7 @@ def test_missing_and_truncated_samples(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num", "0"], "num_images: Input should be greater than 0, found 0"),
+        (["--num", "0"], "--num: Input should be greater than 0, found 0"),
         (["--steps", "-1"], "steps: "),
         (["--labels", "3,coat"], "--labels is balanced, random or numbers such as 3,5; found '3,coat'"),
         (["--labels", "3,10"], "labels [10] are out of range: conditions are 0..9"),

@@ -166,7 +166,7 @@ def test_statistics_in_the_file_are_used(network, npz):
         ),
         rel=1e-4,
     )
-    assert any("own 30 images lie" in note for note in a.notes)
+    assert any("to its own 30 images" in note for note in a.notes)
 
 
 def test_a_wrong_order_of_spatial_features_shows_in_the_spread(network, npz):

@@ -162,7 +162,7 @@ def test_without_a_known_device_there_is_no_time(monkeypatch):
 
 
 def test_an_unknown_device_is_named_with_those_that_are_known():
-    with pytest.raises(RecipeError, match="no device 'h300' is known; there are a100, h100"):
+    with pytest.raises(RecipeError, match="no device 'h300'; there are a100, h100"):
         forecast(tiny(), device="h300")
 
 

@@ -193,8 +193,8 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     """The model that a recipe starts from, and a hash of what it is."""
     if isinstance(source, FreshModel) and source.weights is None:
         torch.manual_seed(source.seed)
-        model = hosts()[source.host].initialised(_construct(source))
-        return model, hash_json(source.model_dump(mode="json", exclude_none=True))
+        model = _construct(source)
+        return hosts()[source.host].initialised(model), hash_json(source.model_dump(mode="json", exclude_none=True))
     name = source.weights if isinstance(source, FreshModel) else source
     assert name is not None
     if bundled_model_folder(name) is None and not Path(name).exists():
