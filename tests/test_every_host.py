@@ -176,4 +176,4 @@ def test_latents_of_other_prompts_are_refused(ran, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     result = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 1
-    assert "give the folder of prompts that the latents were written for" in result.stderr
+    assert "name those that the data were made for" in result.stderr

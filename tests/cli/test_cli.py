@@ -380,6 +380,8 @@ def test_missing_and_truncated_samples(tmp_path: Path):
             "sampler euler does not run predicted noise, which takes ddpm, ddim, dpm-solver++",
         ),
         (["--out", "x.jpg"], "--out names an .npz file"),
+        (["--shift", "3"], "--shift is a setting of flow, and dit predicts noise"),
+        (["--prompts", "scenes"], "host 'dit' is asked for classes, which the model defines itself"),
     ],
 )
 def test_bad_sampling(
@@ -446,6 +448,10 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
         ("distill.steps=[", "--set distill.steps: its value is not YAML: '['"),
         ("distill.steps=many", "distill.steps: Input should be a valid integer"),
         ("distil.steps=3", "distil.steps: there is no such setting"),
+        (
+            "vae.source=x",
+            "vae.source: this recipe has no `vae`; set it as a whole, --set 'vae={source: ...}'",
+        ),
         ("plan.7.blocks=[0]", "plan.7.blocks: there is no such setting"),
         ("colour=red", "colour: unknown key"),
     ],

@@ -12,6 +12,8 @@ from grafting.errors import DataError
 from grafting.machine.randomness import batch_indices
 from grafting.training.loader import Loader
 
+LEFT: frozenset[threading.Thread] = frozenset()
+
 
 class Numbers:
     """Item i is an image full of i, of class i % 3; what was read is on record, and `before` is called each time."""
@@ -30,8 +32,14 @@ class Numbers:
         return indices.float()[:, None, None, None].expand(-1, 1, 2, 2), indices % 3
 
 
+@pytest.fixture(autouse=True)
+def others(monkeypatch) -> None:
+    """Threads of loaders that tests before have left, such as those of a stage that was never taken to its end."""
+    monkeypatch.setitem(globals(), "LEFT", frozenset(threading.enumerate()))
+
+
 def threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("grafting-loader")]
+    return [t for t in threading.enumerate() if t.name.startswith("grafting-loader") and t not in LEFT]
 
 
 def items(batch: tuple[torch.Tensor, torch.Tensor]) -> list[int]:

@@ -4,12 +4,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from ..errors import DataError
+from ..errors import DataError, HostError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="[cyan]testbed[/], [cyan]scenes[/], a model or run folder, or owner/name on the Hub.",
+        help="[cyan]testbed[/], a model or run folder, or owner/name on the Hub.",
     ),
 ]
 PromptsFolder = Annotated[
@@ -39,6 +39,11 @@ PromptsFolder = Annotated[
         help="Folder of encoded prompts, or [cyan]scenes[/], for text-conditioned models. "
         "[dim]Default: those of the run, if a run made the model.[/]",
     ),
+]
+ProcessName = Literal["diffusion", "flow"]
+Process = Annotated[
+    ProcessName | None,
+    typer.Option(help="Noise process: predicted noise, or flow. [dim]Default: the model's.[/]"),
 ]
 Shift = Annotated[
     float | None, typer.Option(help="Shift of flow steps towards noise. [dim]Default: the model's.[/]")
@@ -67,23 +72,38 @@ def open_model(name: str) -> "tuple[nn.Module, Plan]":
     return load_model(find_model(name))
 
 
-def open_denoiser(name: str, model: "nn.Module", *, prompts: str | None, shift: float | None) -> "Denoiser":
+def open_denoiser(
+    name: str,
+    model: "nn.Module",
+    *,
+    prompts: str | None,
+    process: "ProcessName | None" = None,
+    shift: float | None = None,
+) -> "Denoiser":
     """The denoiser of the model named on the command line: as its options say, else as is recorded of it.
 
     Raises:
-        HostError, DataError: it is asked by prompts, and none are given, or they are missing or damaged.
+        HostError, DataError: it is asked by prompts, and none are given, or they are missing or damaged; or it is asked by
+            class, and prompts are given; or a shift is given for a process without one.
     """
     from ..data import Captions, Prompts
-    from ..diffusion import FlowConfig
+    from ..diffusion import DiffusionConfig, FlowConfig, FlowMatching
     from ..hosts import host_of
     from ..runs.recorded import recorded
 
     host, known = host_of(model), recorded(name)
-    process = known.process if shift is None else FlowConfig(shift=shift)
+    config = {"flow": FlowConfig(), "diffusion": DiffusionConfig(), None: known.process}[process]
+    is_flow = isinstance(host.process(model), FlowMatching) if config is None else config.name == "flow"
+    if shift is not None and not is_flow:
+        raise HostError(
+            f"--shift is a setting of flow, and {host.name} predicts noise; if this model was trained as flow, add --process flow"
+        )
+    if shift is not None:
+        config = FlowConfig(shift=shift)
     conditions = known.conditions.load() if known.conditions else None
     if prompts is not None:
         conditions = Captions() if prompts == "scenes" else Prompts(prompts)
-    return host.denoiser(model, conditions, process.build(scale=host.time_scale) if process else None)
+    return host.denoiser(model, conditions, config.build(scale=host.time_scale) if config else None)
 
 
 def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":

@@ -9,6 +9,7 @@ from ..words import FIGURES
 from ._shared import (
     Json,
     Model,
+    Process,
     PromptsFolder,
     RecipeFile,
     Settings,
@@ -148,6 +149,8 @@ def cost(
     tokens = _parse_grid(grid) if grid else None
     if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:
         tokens = host_of(bare).grid_of(bare, loaded.sample.shape)
+    if tokens is not None and tokens.frames > 1 and len(host_of(bare).shape(bare)) == 3:
+        raise DataError(f"--grid {grid} has {tokens.frames} frames, and the model makes images")
     counted = plan_cost(bare, loaded.edits, grid=tokens)
     facts = {"recipe": loaded.name, **counted.to_json(), "measured": None}
     if measure:
@@ -251,6 +254,7 @@ def locality(
         ),
     ] = None,
     prompts: PromptsFolder = None,
+    process: Process = None,
     noised: Annotated[
         bool,
         typer.Option(
@@ -278,7 +282,7 @@ def locality(
         found = _locality_of_noised(loaded, images=sampling.num_images, seed=sampling.seed)
         protocol = f"{sampling.num_images} noised images, steps evenly spread"
     else:
-        denoiser = open_denoiser(model, loaded, prompts=prompts, shift=None)
+        denoiser = open_denoiser(model, loaded, prompts=prompts, process=process)
         found, drawn = _locality_of_samples(loaded, denoiser, sampling)
         protocol = (
             f"{drawn.num_images} images drawn by {drawn.sampler} with {drawn.steps} steps, "

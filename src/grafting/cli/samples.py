@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import DataError
-from ._shared import Model, PromptsFolder, Shift, open_denoiser, open_model, out
+from ._shared import Model, Process, PromptsFolder, Shift, open_denoiser, open_model, out
 from .display import follow, say
 from .options import Options, command
 
@@ -75,6 +75,7 @@ def sample(
         typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file to this folder."),
     ] = None,
     prompts: PromptsFolder = None,
+    process: Process = None,
     shift: Shift = None,
 ) -> None:
     """Sample images from a model into one .npz file: arr_0 [N, H, W, C] (uint8) and labels.
@@ -102,7 +103,7 @@ def sample(
         raise DataError(f"--out names an .npz file, found {out_file}")
     loaded, plan = open_model(model)
     host = host_of(loaded)
-    denoiser = open_denoiser(model, loaded, prompts=prompts, shift=shift)
+    denoiser = open_denoiser(model, loaded, prompts=prompts, process=process, shift=shift)
     sampled = config.shape or host.shape(loaded)
     if faults := host.shape_faults(loaded, sampled):
         raise DataError(f"--shape: {faults[0]}")

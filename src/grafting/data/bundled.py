@@ -96,8 +96,13 @@ def scenes_pipeline_folder() -> Path:
     """The folder of the pretrained text-to-image model of scenes: a `PixArtSigmaPipeline` without text encoder and VAE.
 
     Raises:
-        DataError: a file is missing or damaged.
+        DataError: the model is not bundled yet, or a file is missing or damaged.
     """
+    if not _home("scenes").is_dir():
+        raise DataError(
+            "the model `scenes` does not come with this version yet: `grafting run recipes/scenes/pretrain.yaml` trains it, "
+            "in about ten hours of one core, and its run folder can be the source (docs/scenes.md)"
+        )
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         _asset(name, "scenes")
     return _model_folder("scenes", "transformer").parent
@@ -114,6 +119,10 @@ def bundled_model_folder(name: str) -> Path | None:
     return scenes_pipeline_folder() / "transformer" if name == "scenes" else None
 
 
+def _home(bundle: str) -> Path:
+    return Path(str(resources.files("grafting").joinpath("assets", bundle)))
+
+
 def _model_folder(bundle: str, folder: str) -> Path:
     config, _ = (
         _asset(f"{folder}/{name}", bundle) for name in ("config.json", "diffusion_pytorch_model.safetensors")
@@ -123,7 +132,7 @@ def _model_folder(bundle: str, folder: str) -> Path:
 
 def _asset(name: str, bundle: str = "testbed") -> Path:
     """A bundled file, after its hash was compared."""
-    home = Path(str(resources.files("grafting").joinpath("assets", bundle)))
+    home = _home(bundle)
     path, expected = home / name, _checksums(home / "checksums.json").get(name)
     if not path.is_file():
         raise DataError(f"the bundled file {path} is missing: reinstall grafting")

@@ -52,7 +52,7 @@ def write_prompts(
             `{"encoder_hidden_states": "encoder_attention_mask"}`. A prompt without that mask is given one of ones.
         mask_dtype: of the masks that are made.
         common: tensors that are the same for all prompts, expanded along a batch axis that is put before theirs.
-        constants: tensors and JSON values that are passed as they are, `{"guidance": 3.5}`.
+        constants: tensors and JSON values that are passed as they are, `{"guidance": torch.tensor([3.5])}`.
         dropout: share of prompts that training replaces by their null.
         shard_bytes: a shard ends with the prompt that makes it this large.
 

@@ -204,13 +204,20 @@ class Host(ABC, Generic[Model]):
             process: how its inputs are noised; by default as its family's are.
 
         Raises:
-            HostError: conditions are left out, and the model knows none by itself.
+            HostError: conditions are left out, and the model knows none by itself; or they are of another kind than its own.
         """
-        found = self.conditions(model) if conditions is None else conditions
+        own = self.conditions(model)
+        if own is not None and conditions is not None and own.identity["name"] != conditions.identity["name"]:
+            raise HostError(
+                f"host {self.name!r} is asked for {own.identity['name']}, which the model defines itself; "
+                f"found conditions by {conditions.identity['name']}: leave them out"
+            )
+        found = own if conditions is None else conditions
         if found is None:
             raise HostError(
                 f"host {self.name!r} is asked for what prompts say, and none are given: name them in the recipe, "
-                "`conditions: {name: prompts, folder: ./prompts}` (or `{name: scenes}`), or give `conditions=Prompts(folder)`"
+                "`conditions: {name: prompts, folder: ./prompts}` (or `{name: scenes}`), with --prompts on the "
+                "command line, or as `conditions=Prompts(folder)` to `host.denoiser`"
             )
         return Denoiser(self.predict, process or self.process(model), found, distilled=self.distilled)
 

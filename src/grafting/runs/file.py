@@ -127,7 +127,7 @@ def changed(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
                 place = place[_key(place, key)]
             place[_key(place, last)] = changes[path]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise RecipeError(f"{path}: there is no such setting") from None
+            raise RecipeError(_no_such_setting(path, result)) from None
     return result
 
 
@@ -153,3 +153,11 @@ def _what(error: Any) -> str:
     found = error["input"]
     told = f"{found.written}, which is {found}" if isinstance(found, WrittenPath) else repr(found)
     return f"{error['msg'].removeprefix('Value error, ')}, found {told}"
+
+
+def _no_such_setting(path: str, settings: Mapping[str, Any]) -> str:
+    """Why a change leads nowhere: what the recipe leaves out is to be set as a whole."""
+    first, _, rest = path.partition(".")
+    if first in Recipe.model_fields and settings.get(first) is None and "." not in rest:
+        return f"{path}: this recipe has no `{first}`; set it as a whole, --set '{first}={{{rest}: ...}}'"
+    return f"{path}: there is no such setting"

@@ -194,12 +194,14 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     if isinstance(source, FreshModel) and source.weights is None:
         torch.manual_seed(source.seed)
         model = _construct(source)
-        return hosts()[source.host].initialised(model), hash_json(source.model_dump(mode="json", exclude_none=True))
+        return hosts()[source.host].initialised(model), hash_json(
+            source.model_dump(mode="json", exclude_none=True)
+        )
     name = source.weights if isinstance(source, FreshModel) else source
     assert name is not None
     if bundled_model_folder(name) is None and not Path(name).exists():
         raise RecipeError(
-            f"no model in {name}: it does not exist; a source is `testbed`, `scenes`, a model's folder, or a host and its config"
+            f"no model in {name}: it does not exist; a source is `testbed`, a model's folder, or a host and its config"
         )
     folder = find_model(name)
     model, plan = load_model(folder)

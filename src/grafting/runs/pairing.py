@@ -146,6 +146,8 @@ def _run_row(folder: Path, figures: Mapping[str, Any], *, name: str) -> RunRow:
 
 def _read_figures(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.json"
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}: a run, or RUN:ROW, is compared with another")
     if not path.is_file():
         raise RunError(f"{folder} has no metrics.json: a run is compared once its images are measured")
     if "evaluate" in stale_stages(folder):

@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     """Names the run's folder."""
     description: str = ""
     source: str | FreshModel = "testbed"
-    """The pretrained model: `testbed`, `scenes`, a model folder, or a fresh model of a host."""
+    """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
     plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
     data: DataConfig

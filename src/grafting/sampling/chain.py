@@ -187,6 +187,8 @@ def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int 
     """
     conditions = denoiser.conditions
     faults = denoiser.process.sampling_faults(config.sampler, steps=config.steps, clip=config.clip)
+    if config.sampler not in denoiser.process.samplers and "sampler" not in config.model_fields_set:
+        faults[0] += f"; {config.sampler} is the default: name one of these"
     if config.guidance is not None and config.negative is None and _has_no_null(conditions):
         faults.append(
             f"cfg_scale is {config.cfg_scale:g}, but the model has no null label or prompt to lead away from (it was trained "
