@@ -268,7 +268,7 @@ def read_item_names(folder: Path, index: LatentIndex) -> list[str]:
 
 
 def write_latents(
-    folder: Path,
+    folder: str | Path,
     batches: Iterable[tuple[Float[Tensor, "b c *fhw"], Int[Tensor, " b"]]],
     *,
     source: str,
@@ -293,6 +293,7 @@ def write_latents(
         DataError: no items, or a label that is no class.
         RunError: the folder cannot be written.
     """
+    folder = Path(folder)
     (folder / INDEX_NAME).unlink(missing_ok=True)
     shards, shape = [], None
     for number, (latents, labels) in enumerate(_regrouped(batches, shard_size)):
