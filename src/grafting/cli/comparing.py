@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..words import FIGURES, Figure, is_number
+from ..words import FIGURES, Figure, headline, is_number
 from ._shared import Json, out, print_json
 from .display import plain_table, say
 
@@ -55,6 +55,8 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
         for figure in figures
     ]
     out.print(plain_table(["figure", a.measured.name, b.measured.name, "first against second"], lines))
+    if said := _verdict(found, rows):
+        say(out, said)
     if difference := (found.get("frechet") or {}).get("difference"):
         value, low, high = (FIGURES["frechet"].write(difference[end]) for end in ("value", "low", "high"))
         say(
@@ -72,6 +74,20 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
         say(out, "The intervals above are of each row alone: where they overlap, the rows may still differ")
     for note in found.get("notes", []):
         say(out, f"Note: {note}")
+
+
+def _verdict(found: dict[str, Any], rows: list[Any]) -> str | None:
+    """Whether the two can be told apart by the figure that they are compared by first; None if it was not compared."""
+    figure = headline(rows)
+    part = found.get(figure.key)
+    if not part:
+        return None
+    none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
+    name = f"By {figure.name(rows)} of {rows[0]['num_images']} images"
+    if estimate["low"] <= none <= estimate["high"]:
+        return f"{name} the two cannot be told apart"
+    is_better = (estimate["value"] < none) == (figure.better == "low")
+    return f"{name} the first is {'better' if is_better else 'worse'}"
 
 
 def _is_of_both(figure: Figure, rows: list[Any]) -> bool:
