@@ -52,7 +52,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     path = Path("build/initialisation.json")
-    parser.add_argument("path", nargs="?", type=Path, default=path, help=f"the JSON file of the rows ({path})")
+    parser.add_argument(
+        "path", nargs="?", type=Path, default=path, help=f"the JSON file of the rows ({path})"
+    )
     parser.add_argument(
         "--markdown", action="store_true", help="print these settings' rows as a table, run nothing"
     )

@@ -194,7 +194,9 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     if isinstance(source, FreshModel) and source.weights is None:
         torch.manual_seed(source.seed)
         model = _construct(source)
-        return hosts()[source.host].initialised(model), hash_json(source.model_dump(mode="json", exclude_none=True))
+        return hosts()[source.host].initialised(model), hash_json(
+            source.model_dump(mode="json", exclude_none=True)
+        )
     name = source.weights if isinstance(source, FreshModel) else source
     assert name is not None
     if bundled_model_folder(name) is None and not Path(name).exists():
