@@ -22,10 +22,10 @@ FOLDER = {"name": "image-folder", "size": 32, "channels": 1}
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with `recipes/`, `bases/` and `work/`, the working directory."""
-    for name in ("recipes", "bases", "work", "home"):
+    """A folder with `recipes/`, `bases/` and `elsewhere/`, the working directory."""
+    for name in ("recipes", "bases", "elsewhere", "home"):
         (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path.resolve()
 
@@ -123,17 +123,17 @@ def test_paths_of_a_bundled_recipe_are_relative_to_the_working_directory(place, 
     monkeypatch.setattr(paths, "recipes_folder", lambda: place / "bases")
     (place / "bases" / "testbed").mkdir()
     _recipe(place / "bases" / "testbed" / "base.yaml", data=FOLDER | {"folder": "./data"})
-    assert load_recipe(place / "bases" / "testbed" / "base.yaml").data.folder == place / "work/data"
+    assert load_recipe(place / "bases" / "testbed" / "base.yaml").data.folder == place / "elsewhere/data"
     file = _write(place / "recipes" / "r.yaml", {"base": "../bases/testbed/base.yaml", "source": "./model"})
     recipe = load_recipe(file)
-    assert recipe.data.folder == place / "work/data"
+    assert recipe.data.folder == place / "elsewhere/data"
     assert recipe.source == str(place / "recipes/model")
 
 
 def test_changes_are_relative_to_the_working_directory(place):
     file = _recipe(place / "recipes" / "r.yaml", data=FOLDER | {"folder": "./data"})
     recipe = load_recipe(file, changes={"data.folder": "./x", "source": "~/model"})
-    assert recipe.data.folder == place / "work/x"
+    assert recipe.data.folder == place / "elsewhere/x"
     assert recipe.source == str(place / "home/model")
     assert load_recipe(file, changes={"data": {"subset": "../x.json"}}).data.subset == place / "x.json"
     assert load_recipe(file, changes={"source.config.sample": "./x"}).source.config["sample"] == "./x"
@@ -160,7 +160,7 @@ def test_errors_name_a_path_as_written_and_as_found(place):
     file = _recipe(place / "recipes" / "r.yaml", data=FOLDER | {"folder": "./data"})
     with pytest.raises(GraftingError, match=rf"{place}/recipes/data is written ./data in {file}"):
         prepare(load_recipe(file))
-    with pytest.raises(GraftingError, match=rf"{place}/work/x is written ./x$"):
+    with pytest.raises(GraftingError, match=rf"{place}/elsewhere/x is written ./x$"):
         run(load_recipe(file, changes={"data.folder": "./x"}), "out")
     with pytest.raises(
         GraftingError, match=rf"no model in {place}/nothing: .*\n  {place}/nothing is written ~/../nothing"
@@ -199,7 +199,7 @@ def test_a_recipe_that_is_written_down_is_the_same_from_any_folder(place, monkey
 
 def test_settings_keep_their_paths_when_pickled(place):
     settings = with_paths({"source": "./x"})
-    assert dict(written_in(pickle.loads(pickle.dumps(settings)))) == {str(place / "work/x"): "./x"}
+    assert dict(written_in(pickle.loads(pickle.dumps(settings)))) == {str(place / "elsewhere/x"): "./x"}
 
 
 def test_a_value_that_holds_itself(place):

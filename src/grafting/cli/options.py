@@ -142,7 +142,7 @@ class Option:
 
     @property
     def words(self) -> str:
-        """Values of a list in words."""
+        """Allowed values of a list, as text."""
         examples = [_text(example) for example in self.field.examples or ()]
         numbers = "numbers" + "".join(f" such as {example}" for example in examples[:1])
         return " or ".join([*filter(None, [", ".join(self.choices)]), numbers])

@@ -59,7 +59,7 @@ class _Records:
         return self._folder / RECORDS_NAME / f"{number:05}.json"
 
     def read(self, number: int) -> Record | None:
-        """None if there is none, or one that is damaged: the shard is then done again."""
+        """Record of a shard; None if it is missing or damaged, and the shard has to be encoded again."""
         try:
             return Record.model_validate_json(self.path(number).read_text())
         except (FileNotFoundError, ValidationError, ValueError):

@@ -55,3 +55,9 @@ SuiteConfig = Annotated[
 SUITES: dict[str, type[Suite]] = {
     suite.model_fields["name"].default: suite for suite in get_args(get_args(SuiteConfig)[0])
 }
+
+
+def suite_of(conditions: str) -> Suite:
+    """The bundled suite that judges images by conditions of this name; the testbed's if none does."""
+    testbeds: tuple[Suite, ...] = (TestbedSuite(), ScenesSuite())
+    return next((suite for suite in testbeds if suite.asked_by == conditions), testbeds[0])

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, listed
 from ..machine.devices import default_device
 from ..metrics.adm import adm_inception_score, adm_precision_recall
 from ..metrics.features import FeatureNetwork
@@ -17,7 +17,7 @@ from .adm_reference import AdmReference
 from .per_image import PerImage, dealt_in_turn
 from .protocol import Data, Metrics, Protocol
 from .reference import check_made_by
-from .suite import SuiteEvaluator
+from .suite import PairedEvaluator
 
 _PUBLISHED_IMAGES = 50_000
 
@@ -65,7 +65,7 @@ class AdmEvaluation(Data):
     protocol: Protocol
 
 
-class AdmEvaluator(SuiteEvaluator):
+class AdmEvaluator(PairedEvaluator[AdmEvaluation]):
     """Gathers the features of images as they come, and turns them into an `AdmEvaluation`.
 
     Keeps one float32 row of pooled features and logits an image, on the CPU; of spatial features, their statistics.
@@ -88,15 +88,11 @@ class AdmEvaluator(SuiteEvaluator):
         *,
         state: dict[str, Tensor] | None = None,
     ):
+        super().__init__(protocol)
         check_made_by(reference.name, reference.network, network)
         self._config = _check_protocol(network, reference, protocol)
-        self._network, self._reference, self._protocol = network, reference, protocol
+        self._network, self._reference = network, reference
         self._gathered = Gathered() if state is None else Gathered.of_state(state)
-        self._measured: tuple[AdmEvaluation, PerImage] | None = None
-
-    @property
-    def protocol(self) -> Protocol:
-        return self._protocol
 
     @property
     def num_images(self) -> int:
@@ -119,7 +115,6 @@ class AdmEvaluator(SuiteEvaluator):
                 self._reference.name, self._network, features.spatial, self._reference.spatial, "mu_s"
             )
         self._gathered.add(features, labels)
-        self._measured = None
 
     def state(self) -> dict[str, Tensor]:
         """State needed to resume from here, as tensors."""
@@ -127,22 +122,8 @@ class AdmEvaluator(SuiteEvaluator):
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         return self._gathered.state()
 
-    def result(self) -> AdmEvaluation:
-        """The figures of all images given.
-
-        Raises:
-            ProtocolError: no image came, or fewer than the protocol says.
-        """
-        return self._measure()[0]
-
-    def per_image(self) -> PerImage:
-        return self._measure()[1]
-
-    def _measure(self) -> tuple[AdmEvaluation, PerImage]:
-        self._protocol.check_whole(self.num_images)
-        if self._measured is None:
-            self._measured = _measure(self.state(), self._reference, self._protocol, self._config)
-        return self._measured
+    def measure(self) -> tuple[AdmEvaluation, PerImage]:
+        return _measure(self.state(), self._reference, self._protocol, self._config)
 
 
 def _measure(
@@ -192,9 +173,7 @@ def _check_protocol(network: FeatureNetwork, reference: AdmReference, protocol: 
             f"its metrics look at {config.neighbours} neighbours; the reference has {len(reference.features)} images"
         )
     if faults:
-        raise ProtocolError(
-            "this protocol cannot be carried out:" + "".join(f"\n  {fault}" for fault in faults)
-        )
+        raise ProtocolError(listed("this protocol cannot be carried out:", faults))
     return config
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Step
-from ..errors import DataError, ProtocolError
+from ..errors import DataError, ProtocolError, listed
 from ..machine.randomness import generator
 from ..metrics.features import FeatureNetwork, extract
 from ..metrics.frechet import FrechetInfluences
@@ -18,10 +18,10 @@ from .figures import Evaluation
 from .per_image import PerImage, dealt_in_turn, spread_out
 from .protocol import MetricsConfig, Protocol
 from .reference import Reference
-from .suite import SuiteEvaluator
+from .suite import PairedEvaluator, SuiteEvaluator
 
 
-class Evaluator(SuiteEvaluator):
+class Evaluator(PairedEvaluator[Evaluation]):
     """Gathers the features of images as they come, and turns them into an `Evaluation`.
 
     Keeps one float32 row of features (and logits) an image, on the CPU.
@@ -44,15 +44,11 @@ class Evaluator(SuiteEvaluator):
         *,
         state: dict[str, Tensor] | None = None,
     ):
+        super().__init__(protocol)
         reference.check_network(network)
         self._config = _check_protocol(network, reference, protocol)
-        self._network, self._reference, self._protocol = network, reference, protocol
+        self._network, self._reference = network, reference
         self._batches: list[dict[str, Tensor]] = [] if state is None else [state]
-        self._measured: tuple[Evaluation, PerImage] | None = None
-
-    @property
-    def protocol(self) -> Protocol:
-        return self._protocol
 
     @property
     def num_images(self) -> int:
@@ -82,7 +78,6 @@ class Evaluator(SuiteEvaluator):
             _check_labels(batch["labels"], logits.shape[1])
             batch["logits"] = logits
         self._batches.append(batch)
-        self._measured = None
 
     def state(self) -> dict[str, Tensor]:
         """State needed to resume from here, as tensors."""
@@ -90,22 +85,8 @@ class Evaluator(SuiteEvaluator):
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
-    def result(self) -> Evaluation:
-        """The figures of all images given.
-
-        Raises:
-            ProtocolError: no image came, or fewer than the protocol says.
-        """
-        return self._measure()[0]
-
-    def per_image(self) -> PerImage:
-        return self._measure()[1]
-
-    def _measure(self) -> tuple[Evaluation, PerImage]:
-        self._protocol.check_whole(self.num_images)
-        if self._measured is None:
-            self._measured = _measure(self.state(), self._reference, self._protocol, self._config)
-        return self._measured
+    def measure(self) -> tuple[Evaluation, PerImage]:
+        return _measure(self.state(), self._reference, self._protocol, self._config)
 
 
 def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEvaluator) -> Iterator[Step]:
@@ -196,9 +177,7 @@ def _check_protocol(network: FeatureNetwork, reference: Reference, protocol: Pro
             f"its metrics look at {num_neighbours} neighbours; the reference keeps {len(reference.features)} rows"
         )
     if faults:
-        raise ProtocolError(
-            "this protocol cannot be carried out:" + "".join(f"\n  {fault}" for fault in faults)
-        )
+        raise ProtocolError(listed("this protocol cannot be carried out:", faults))
     return config
 
 

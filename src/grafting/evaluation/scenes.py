@@ -22,7 +22,7 @@ from ..machine.files import hash_json
 from ..metrics.paired import mean_estimate
 from .per_image import PerImage
 from .protocol import Data, Identity, Metrics, Protocol
-from .suite import OnStep, Remark, Suite, SuiteEvaluator
+from .suite import OnStep, PairedEvaluator, Remark, Suite, SuiteEvaluator
 
 NOTHING, NO_OBJECT = -1, -2
 _SHAPE = (3, SIDE, SIDE)
@@ -189,7 +189,7 @@ class ScenesEvaluation(Data):
     true_position: float
     true_binding: float
     twins: float
-    """Share of an image's unsaid objects whose twin is there; 0 where there is none."""
+    """Share of unsaid objects whose twin is there, per image; 0 for an image without unsaid objects."""
     twins_low: float
     twins_high: float
     twins_near: float | None
@@ -215,16 +215,12 @@ _DISTANCES: dict[str, frozenset[tuple[int, int]]] = {
 }
 
 
-class ScenesEvaluator(SuiteEvaluator):
+class ScenesEvaluator(PairedEvaluator[ScenesEvaluation]):
     """Judges images as they come; keeps what it read in each."""
 
     def __init__(self, protocol: Protocol):
-        self._protocol = protocol
+        super().__init__(protocol)
         self._batches: list[dict[str, Tensor]] = []
-
-    @property
-    def protocol(self) -> Protocol:
-        return self._protocol
 
     @property
     def num_images(self) -> int:
@@ -253,21 +249,7 @@ class ScenesEvaluator(SuiteEvaluator):
             raise ProtocolError("no image has been judged: sample at least one batch first")
         return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
-    def per_image(self) -> PerImage:
-        rows = self.state()
-        found = _scores(rows)
-        of_all = {name: scores for name, scores in found.items() if not scores.isnan().any()}
-        of_some = {
-            name: _influences(scores)
-            for name, scores in found.items()
-            if name not in of_all and not scores.isnan().all()
-        }
-        return PerImage(
-            labels=rows["labels"], scores=of_all, influences=of_some, strata=rows["labels"] % len(TASKS)
-        )
-
-    def result(self) -> ScenesEvaluation:
-        self._protocol.check_whole(self.num_images)
+    def measure(self) -> tuple[ScenesEvaluation, PerImage]:
         rows = self.state()
         found, tasks = _scores(rows), rows["labels"] % len(TASKS)
         figures: dict[str, float | None] = {}
@@ -277,9 +259,16 @@ class ScenesEvaluator(SuiteEvaluator):
             estimate = mean_estimate(found[name], strata=tasks)
             figures |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         figures["true"] = float(np.mean([figures[f"true_{task}"] for task in TASKS]))
-        return ScenesEvaluation.model_validate(
+        evaluation = ScenesEvaluation.model_validate(
             figures | {"num_images": self.num_images, "protocol": self._protocol}
         )
+        of_all = {name: scores for name, scores in found.items() if not scores.isnan().any()}
+        of_some = {
+            name: _influences(scores)
+            for name, scores in found.items()
+            if name not in of_all and not scores.isnan().all()
+        }
+        return evaluation, PerImage(labels=rows["labels"], scores=of_all, influences=of_some, strata=tasks)
 
 
 def _scores(rows: dict[str, Tensor]) -> dict[str, Float[Tensor, " n"]]:
@@ -312,7 +301,7 @@ def _influences(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def _share_of_twins(
     verdicts: Sequence[Verdict], distances: frozenset[tuple[int, int]]
 ) -> Float[Tensor, " n"]:
-    """The share of each image's unsaid objects at these distances whose twin is there; NaN where there is none."""
+    """Share of unsaid objects at these distances whose twin is there, per image; NaN for an image without such objects."""
     found = [[stands for distance, stands in verdict.twins if distance in distances] for verdict in verdicts]
     return torch.tensor([np.mean(s) if s else math.nan for s in found], dtype=torch.float64)
 

@@ -6,7 +6,7 @@ A suite is one file of this folder and one line of the union in `__init__.py`; i
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, runtime_checkable
 from typing import Protocol as Interface
 
 from pydantic import JsonValue, PositiveInt
@@ -34,6 +34,9 @@ class Result(Interface):
     def protocol(self) -> Protocol: ...
 
     def model_dump(self, *, mode: str = "python") -> dict[str, Any]: ...
+
+
+R = TypeVar("R", bound=Result)
 
 
 class Remark(NamedTuple):
@@ -78,6 +81,39 @@ class SuiteEvaluator(ABC):
     def per_image(self) -> PerImage | None:
         """What each image adds to these figures, for comparisons image by image; None where a suite does not keep it."""
         return None
+
+
+class PairedEvaluator(SuiteEvaluator, Generic[R]):
+    """An evaluator of a protocol that makes figures and what each image adds to them in one go, and once."""
+
+    def __init__(self, protocol: Protocol):
+        self._protocol = protocol
+        self._measured: tuple[R, PerImage] | None = None
+
+    @property
+    def protocol(self) -> Protocol:
+        return self._protocol
+
+    @abstractmethod
+    def measure(self) -> tuple[R, PerImage]:
+        """Figures of all images given, and what each image adds to them."""
+
+    def result(self) -> R:
+        """The figures of all images given.
+
+        Raises:
+            ProtocolError: no image came, or fewer than the protocol says.
+        """
+        return self._once()[0]
+
+    def per_image(self) -> PerImage:
+        return self._once()[1]
+
+    def _once(self) -> tuple[R, PerImage]:
+        self._protocol.check_whole(self.num_images)
+        if self._measured is None:
+            self._measured = self.measure()
+        return self._measured
 
 
 class KeptReference(NamedTuple):

@@ -130,7 +130,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _pairing_notes(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
-    """What to know of a row's comparison with the pretrained one, or why there is none."""
+    """Notes on a row's comparison with the pretrained one, or the reason that it was not compared."""
     if base is None or row is base or "protocol" not in row:
         return []
     paired = row.get("paired")

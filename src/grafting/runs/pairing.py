@@ -75,7 +75,7 @@ def _with_base(folder: Path, row: Mapping[str, Any], base: RunRow) -> dict[str, 
 
 
 def paired(row: RunRow, base: RunRow) -> dict[str, Any]:
-    """What is kept of a row's comparison with another: it, or the `reason` why there is none."""
+    """A row's comparison with another as JSON, or the `reason` that they cannot be compared."""
     try:
         return {"to": base.row, **comparison(row.measured, base.measured)}
     except GraftingError as error:
@@ -91,7 +91,7 @@ def pretrained_rows(folders: Iterable[Path]) -> Iterator[RunRow]:
 
 
 def columns_against(bases: Sequence[RunRow], folder: Path | None, row: str) -> dict[str, float]:
-    """A sweep's columns of a row's comparison with the first of `bases` that it can be paired with; empty if there is none."""
+    """A sweep's columns of a row's comparison with the first of `bases` that it can be paired with; empty if it can be paired with none."""
     if folder is None or not bases or not influences_path(folder, row).is_file():
         return {}
     mine = read_row(folder, row)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, Priva
 from ..data import ConditionsConfig, DataConfig
 from ..diffusion import ProcessConfig
 from ..editing.plan import Edit, Plan
-from ..evaluation import ScenesSuite, Suite, SuiteConfig, TestbedSuite
+from ..evaluation import Suite, SuiteConfig, suite_of
 from ..latents.decoding import VaeConfig
 from ..sampling.chain import SamplingConfig
 from ..training.calibration import CalibrateConfig
@@ -85,8 +85,7 @@ class Recipe(BaseModel):
     @property
     def suite(self) -> Suite:
         """The suite that is named, else that of the testbed whose conditions these are."""
-        by_default = {"scenes": ScenesSuite}.get(self.asked, TestbedSuite)
-        return self.evaluate or by_default()
+        return self.evaluate or suite_of(self.asked)
 
     @property
     def asked(self) -> str:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from ..contract import Conditions
 from ..data import ConditionsConfig
 from ..errors import DataError, RunError
-from ..evaluation import ScenesSuite, Suite, SuiteConfig
+from ..evaluation import Suite, SuiteConfig, suite_of
 from ..machine.files import write_bytes
 from ..report import MAX_IMAGES, RunRecord, Samples, report_page
 from ..words import ROW_TITLES
@@ -122,8 +122,8 @@ def _tellers(recipe: dict[str, Any] | None) -> tuple[Conditions | None, Suite | 
         conditions = known.conditions.load() if known.conditions else None
     except (DataError, ValidationError):
         return None, None
-    is_of_scenes = known.conditions is not None and known.conditions.name == "scenes"
-    return conditions, known.evaluate or (ScenesSuite() if is_of_scenes else None)
+    name = known.conditions.name if known.conditions else "classes"
+    return conditions, known.evaluate or suite_of(name)
 
 
 class _Asked(BaseModel):
