@@ -165,7 +165,7 @@ class Loud:
         ({"labels": np.zeros(3, int)}, "arr_0 is not a file in the archive"),
         ({"arr_0": np.zeros((3, 4, 4, 1), np.float32)}, r"found float32 \[3, 4, 4, 1\] and no labels"),
         ({"arr_0": np.zeros((3, 4, 4), np.uint8)}, r"found uint8 \[3, 4, 4\]"),
-        ({"arr_0": np.array([Loud()] * 3)}, "it holds objects"),
+        ({"arr_0": np.array([Loud()] * 3)}, "holds objects"),
         ({"arr_0": np.zeros((3, 4, 4, 2), np.uint8, order="F")}, "Fortran order"),
         ({"arr_0": np.zeros((3, 4, 4, 1), np.uint8), "labels": np.zeros(3)}, r"float64 \[3\]"),
     ],

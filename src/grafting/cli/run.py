@@ -1,6 +1,5 @@
 """Commands that run recipes: one run, a part of it, or a sweep of many."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,6 +178,7 @@ def _carry_out(
     from ..machine.devices import default_device
     from ..machine.precision import settled_run
     from ..runs.run import run as run_recipe
+    from ..weights.card import rows_of
 
     folder = folder or Path("runs") / recipe.name
     say(out, f"Recipe {recipe.name}, in {folder}")
@@ -191,7 +191,7 @@ def _carry_out(
     ):
         run_recipe(recipe, folder, until=until, on_step=in_turn(show, note), peak_tflops=peak_tflops)
     if until in ("evaluate", "report") and (folder / "metrics.json").is_file():
-        out.print(metrics_table(json.loads((folder / "metrics.json").read_text())))
+        out.print(metrics_table(list(rows_of(folder))))
     results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
     result = folder / results.get(until, "report.html")
     say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")

@@ -6,7 +6,6 @@ rest. The index is written last, by whoever finds every record: a folder with an
 """
 
 import fcntl
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, RunError, listed
 from ..machine.files import atomic_path, flatten, is_empty, sha256_of, write_bytes, write_json
-from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
+from ..machine.reading import JsonObject, read_json, shown
+from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype
 from .shards import facts_of
 
 FORMAT = 1
@@ -61,8 +61,8 @@ class _Records:
     def read(self, number: int) -> Record | None:
         """Record of a shard; None if it is missing or damaged, and the shard has to be encoded again."""
         try:
-            return Record.model_validate_json(self.path(number).read_text())
-        except (FileNotFoundError, ValidationError, ValueError):
+            return read_json(self.path(number), Record, error=DataError)
+        except DataError:
             return None
 
     def write(self, number: int, record: Record) -> None:
@@ -217,7 +217,7 @@ class LatentFolder:
         names = self.folder / NAMES_NAME
         write_bytes(names, "".join(f"{_line(name)}\n" for r in records for name in r.names).encode())
         index = LatentIndex(
-            dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
+            dtype=cast(StoredDtype, str(DTYPES[self.dtype]).removeprefix("torch.")),
             shape=self.shape,
             num_classes=self.num_classes,
             shards=shards,
@@ -257,14 +257,13 @@ def _check_work(folder: Path, facts: Mapping[str, Any]) -> None:
         )
     if not path.is_file():
         return
-    try:
-        found = flatten(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged: {error}. Name another folder, or empty this one") from error
+    found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
     asked = flatten(facts)
     differing = [key for key in asked | found if asked.get(key) != found.get(key)]
     if differing:
-        lines = [f"{key}: asked {asked.get(key)!r}, found {found.get(key)!r}" for key in sorted(differing)]
+        lines = [
+            f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in sorted(differing)
+        ]
         head = f"{folder} holds latents of another work; name another folder, or empty it:"
         raise RunError(listed(head, lines))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..contract import BlockCall, Kernel, Mixer, Site
+from ..contract import BlockCall, Kernel, Kwargs, Mixer, Site
 from ..errors import HostError
 from ..hosts import Call, LayoutTracker
 from .plan import Choice, Merge
@@ -37,7 +37,7 @@ class Placed(nn.Module):
         """Paths of the modules in whose place it stands, in the order in which they run."""
         return (self.site.path,)
 
-    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: Kwargs) -> Any:
         """Output of the replaced modules for the arguments of a call."""
         (module,) = old
         return module(*args, **kwargs)
@@ -115,7 +115,7 @@ class MergedBlocks(Placed):
     def replaces(self) -> tuple[str, ...]:
         return tuple(site.path for site in self.sites)
 
-    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: Kwargs) -> Tensor:
         return sequence(old, self.call, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -148,7 +148,7 @@ class Passage(Placed):
         return tokens if len(tokens) > 1 else tokens[0]
 
 
-def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: Kwargs) -> Tensor:
     """Run blocks in sequence, each with these arguments except for the tokens."""
     (name,) = call.returns
     place = call.arguments.index(name)

@@ -17,6 +17,7 @@ from ..contract import (
     Conditions,
     Denoiser,
     Grid,
+    Kwargs,
     MlpWeights,
     NoiseProcess,
     Role,
@@ -87,7 +88,7 @@ class LayoutTracker:
             raise HostError("no forward pass of its model has set the token layout that an operator reads")
         return self._layout
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: Kwargs) -> None:
         self._layout = self.host.layout(model, *args, **kwargs)
 
 
@@ -146,7 +147,7 @@ class Host(ABC, Generic[Model]):
     @abstractmethod
     def example(
         self, model: Model, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         """Random keyword arguments of a forward pass whose image tokens form this grid.
 
         Args:

@@ -13,23 +13,20 @@ from operator import attrgetter
 from typing import Any, Literal, NoReturn
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, Site, TokenLayout
 from ..diffusion import FlowMatching
 from ..errors import HostError
+from ..machine.settings import Settings
 from ._host import Host
 
 Fact = str | int | tuple[int, ...]
 """A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`."""
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class BlockList(_Spec):
+class BlockList(Settings):
     """Some of the model's blocks, in the order in which they run."""
 
     path: str
@@ -42,7 +39,7 @@ class BlockList(_Spec):
     """Names of the updated inputs it returns, in order; if omitted, these blocks cannot be merged or dropped."""
 
 
-class LatentTokens(_Spec):
+class LatentTokens(Settings):
     """Image tokens cut by the model itself from an image [B, C, H, W] or video [B, C, F, H, W]."""
 
     kind: Literal["latent"] = "latent"
@@ -51,7 +48,7 @@ class LatentTokens(_Spec):
     """Side of a patch, or its size along each axis."""
 
 
-class PackedTokens(_Spec):
+class PackedTokens(Settings):
     """Image tokens that reach the model as a sequence [B, L, C], with their places beside them."""
 
     kind: Literal["packed"] = "packed"
@@ -60,7 +57,7 @@ class PackedTokens(_Spec):
     """Argument [L, n] or [B, L, n] that holds each token's place; row and column are its last two entries."""
 
 
-class SdpaSpec(_Spec):
+class SdpaSpec(Settings):
     """A model class as data."""
 
     name: str
@@ -206,7 +203,7 @@ class SdpaHost(Host[nn.Module]):
 
     def example(
         self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         self._refuse("example inputs")
 
     def _refuse(self, what: str) -> NoReturn:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditions import ClassLabels
-from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, Site, TokenLayout
 from ..models.dit import Attention, DiT, Mlp, ParallelBlocks
 from ._host import Call, Host, linear_weights, randomise
 
@@ -89,7 +89,7 @@ class DiTHost(Host[DiT]):
 
     def example(
         self, model: DiT, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         patch = model.config.patch_size
         return {
             "x": torch.randn(batch_size, model.config.in_channels, rows * patch, cols * patch),

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..contract import Grid
+from ..contract import Grid, Kwargs
 from ._host import randomise
 from ._sdpa import BlockList, PackedTokens, SdpaHost, SdpaSpec
 
@@ -76,7 +76,7 @@ class FluxHost(SdpaHost):
 
     def example(
         self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         config: Any = model.config
         guidance = {"guidance": torch.ones(batch_size)} if config.guidance_embeds else {}
         return {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..contract import Grid, Site
+from ..contract import Grid, Kwargs, Site
 from ._host import randomise
 from ._sdpa import BlockList, LatentTokens, SdpaHost, SdpaSpec
 
@@ -62,7 +62,7 @@ class Sd3Host(SdpaHost):
 
     def example(
         self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         config: Any = model.config
         side = config.patch_size
         return {

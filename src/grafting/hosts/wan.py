@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..contract import Grid
+from ..contract import Grid, Kwargs
 from ._host import randomise
 from ._sdpa import BlockList, LatentTokens, SdpaHost, SdpaSpec
 
@@ -50,7 +50,7 @@ class WanHost(SdpaHost):
 
     def example(
         self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         config: Any = model.config
         _, height, width = config.patch_size
         return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import OperatorConfig
+from ..machine.reading import shown
 from ._presets import PRESETS
 
 
@@ -38,14 +39,14 @@ def parse_operator(value: Any) -> OperatorConfig:
     if isinstance(value, OperatorConfig):
         return value
     settings = PRESETS.get(value, {"name": value}) if isinstance(value, str) else value
-    if not isinstance(settings, dict) or "name" not in settings:
-        raise ValueError(f"an operator is a name, or a mapping with a name; found {value!r}")
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"an operator is a name, or a mapping with a name; found {shown(value)}")
     configs, name = operator_configs(), settings["name"]
     if name in PRESETS:
         raise ValueError(f"{name!r} is a preset, which takes no settings: it stands for {PRESETS[name]}")
     if name not in configs:
         raise ValueError(
-            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
+            f"no operator {shown(name)}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
         )
     return configs[name].model_validate(settings)
 

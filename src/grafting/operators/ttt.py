@@ -23,7 +23,7 @@ class TTTConfig(KernelConfig):
     """Two-layer fast weights, one gradient step from their start, over all tokens, both ways, text included; O(L)."""
 
     name: Literal["ttt"] = "ttt"
-    window: int | None = Field(default=None, gt=0)
+    window: int | None = Field(default=None, gt=0, le=65536)
     """Radius of a `window-2d` that is added to it with learned weights, as in `hybrid`; none by default."""
 
     def parts(self) -> tuple[OperatorConfig, ...]:

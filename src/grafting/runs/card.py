@@ -1,10 +1,9 @@
 """The card of a run's model, with the figures and the recipe of the run."""
 
-import json
 from pathlib import Path
 
-from ..weights.card import write_card
-from ..weights.locate import CONFIG_NAME
+from ..weights.card import recipe_of, rows_of, write_card
+from ..weights.folder import read_config
 from .folder import stale_stages
 
 
@@ -13,15 +12,11 @@ def write_model_card(model: Path) -> None:
 
     Figures and recipe of another model are left out.
     """
-    config, run = json.loads((model / CONFIG_NAME).read_text()), model.parent
+    config, run = read_config(model), model.parent
     if not (run / "manifest.json").is_file():
         write_card(model, config)
         return
     stale = stale_stages(run)
-    rows = "" if "evaluate" in stale else _text(run / "metrics.json")
-    recipe = "" if "finetune" in stale else _text(run / "recipe.yaml")
-    write_card(model, config, metrics=json.loads(rows) if rows else [], recipe=recipe)
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    rows = [] if "evaluate" in stale else rows_of(run)
+    recipe = "" if "finetune" in stale else recipe_of(run)
+    write_card(model, config, metrics=rows, recipe=recipe)

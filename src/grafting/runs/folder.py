@@ -17,19 +17,66 @@ import signal
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..contract import FolderState, Step
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
+
+from ..contract import FolderState, State, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
 from ..machine.files import disk_errors, hash_json, is_empty, sha256_of, write_bytes, write_json
+from ..machine.reading import Inside, JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .states import newest_state, write_state
 
 FORMAT = 1
+_LONGEST_LOG = 1 << 30
+
+Line: TypeAlias = JsonObject
+"""A line of a stage's log: `step`, `seconds` and the step's figures."""
+
+
+class Entry(BaseModel):
+    """Record of a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    inputs: str  # hash of all that its outputs depend on
+    done: bool = False
+    seconds: NonNegativeFloat = 0.0
+    outputs: dict[Inside, str] | None = None  # hash of each file, once it is done
+    stale: bool = False  # made by an earlier recipe than the one that lies there, as far as is known
+
+    @model_validator(mode="after")
+    def _has_outputs(self) -> "Entry":
+        if self.done and self.outputs is None:
+            raise ValueError("it is done, and has no outputs")
+        return self
+
+    def on_record(self) -> JsonObject:
+        """As the manifest has it."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Manifest(BaseModel):
+    """What a run's folder says of itself; fields that this version does not know are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: int = FORMAT
+    recipe: str
+    stages: dict[str, Entry] = {}
+    machine: JsonObject = {}
+    machines: list[JsonObject] = []
+    sha256: str | None = Field(default=None, exclude=True)
+
+    def on_record(self) -> JsonObject:
+        """As it is written, without its checksum."""
+        stages = {name: entry.on_record() for name, entry in self.stages.items()}
+        return self.model_dump(mode="json", exclude_unset=True) | {"stages": stages}
 
 
 class RunFolder:
@@ -60,7 +107,7 @@ class RunFolder:
         self.anyone = anyone
         self._recipe_name = recipe_name
         self._manifest_path = path / "manifest.json"
-        self._manifest: dict[str, Any] = {}
+        self._manifest = _new_manifest(recipe_name)
         self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
@@ -99,24 +146,24 @@ class RunFolder:
         for path in [*self.path.rglob(".*.partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Manifest:
         if not self._is_run:
-            return {"format": FORMAT, "recipe": self._recipe_name, "stages": {}}
+            return _new_manifest(self._recipe_name)
         manifest = self._newest_manifest()
-        if manifest.get("recipe") != self._recipe_name:
+        if manifest.recipe != self._recipe_name:
             raise RunError(
-                f"{self.path} belongs to recipe {manifest.get('recipe')!r}, not {self._recipe_name!r}: "
+                f"{self.path} belongs to recipe {shown(manifest.recipe)}, not {self._recipe_name!r}: "
                 "name another folder with --out"
             )
-        if manifest.get("format") != FORMAT:
-            raise RunError(f"{self.path} is a run of format {manifest.get('format')}, this is {FORMAT}")
+        if manifest.format != FORMAT:
+            raise RunError(f"{self.path} is a run of format {manifest.format}, this is {FORMAT}")
         return manifest
 
-    def _newest_manifest(self) -> dict[str, Any]:
+    def _newest_manifest(self) -> Manifest:
         faults = []
         for path in (self._manifest_path, self._previous_path):
             try:
-                manifest = _read_manifest(path)
+                manifest = read_manifest(path)
             except RunError as error:
                 faults.append(str(error))
                 continue
@@ -150,22 +197,22 @@ class RunFolder:
         if self.anyone(caught_signal() is not None):
             raise Interrupted(caught_signal() or signal.SIGTERM)
 
-    def entry(self, name: str) -> dict[str, Any]:
-        """Record of a stage; empty if there is none."""
+    def entry(self, name: str) -> Entry | None:
+        """Record of a stage, if there is one."""
         if not self.writes:
             self._manifest = self._read()
-        return self._manifest["stages"].get(name, {})
+        return self._manifest.stages.get(name)
 
     def stage_outputs(self, name: str) -> dict[str, str]:
         """The hashes of a finished stage's outputs: what later stages depend on."""
         entry = self.entry(name)
-        if not entry.get("done"):
+        if entry is None or not entry.done or entry.outputs is None:
             raise RunError(f"stage {name} of {self.path} has not finished: run it first")
-        return entry["outputs"]
+        return entry.outputs
 
-    def describe_machine(self, facts: dict[str, Any]) -> None:
+    def describe_machine(self, facts: JsonObject) -> None:
         """Keep facts of the machine beside the stages' times, and those of earlier machines; nothing depends on them."""
-        before = self._manifest.get("machine", {}).get("threads")
+        before = self._manifest.machine.get("threads")
         now = facts.get("threads")
         if facts.get("device") == "cpu" and before not in (None, now):
             self.tell(
@@ -173,8 +220,8 @@ class RunFolder:
                 f"from those of a run that had {before} throughout"
             )
         facts = {"host": platform.node(), **facts}
-        machines = [m for m in self._manifest.get("machines", []) if m != facts]
-        self._manifest |= {"machine": facts, "machines": [*machines, facts]}
+        machines = [m for m in self._manifest.machines if m != facts]
+        self._manifest = self._manifest.model_copy(update={"machine": facts, "machines": [*machines, facts]})
         self._write()
 
     def tell(self, what: str) -> None:
@@ -188,20 +235,24 @@ class RunFolder:
 
     def mark_stale(self, *, after: str | None = None) -> None:
         """Note that what stages made may be of an earlier recipe, until they are opened again; `after` one, or all."""
-        names = list(self._manifest["stages"])
+        stages = self._manifest.stages
+        names = list(stages)
         for name in names if after is None else names[names.index(after) + 1 :]:
-            self.write_entry(name, self._manifest["stages"][name] | {"stale": True})
+            self.write_entry(name, stages[name].model_copy(update={"stale": True}))
 
-    def write_entry(self, name: str, entry: dict[str, Any]) -> None:
-        self._manifest["stages"][name] = entry
+    def write_entry(self, name: str, entry: Entry) -> None:
+        self._manifest.stages[name] = entry
         self._write()
 
     def _write(self) -> None:
         if not self.writes:
             return
-        if self._manifest_path.is_file() and not _damage_of(self._manifest_path):
-            write_bytes(self._previous_path, self._manifest_path.read_bytes())
-        write_json(self._manifest_path, self._manifest | {"sha256": hash_json(self._manifest)})
+        with suppress(RunError):
+            content = read_bytes(self._manifest_path, error=RunError)
+            _parsed(content, self._manifest_path)
+            write_bytes(self._previous_path, content)
+        record = self._manifest.on_record()
+        write_json(self._manifest_path, record | {"sha256": hash_json(record)})
 
 
 def stale_stages(folder: Path) -> frozenset[str]:
@@ -211,8 +262,8 @@ def stale_stages(folder: Path) -> frozenset[str]:
         RunError: the manifest is damaged.
     """
     path = folder / "manifest.json"
-    stages = _read_manifest(path).get("stages", {}) if path.is_file() else {}
-    return frozenset(name for name, entry in stages.items() if entry.get("stale"))
+    stages = read_manifest(path).stages if path.is_file() else {}
+    return frozenset(name for name, entry in stages.items() if entry.stale)
 
 
 class Stage:
@@ -230,21 +281,23 @@ class Stage:
         self.patience = ExitStack()
         """Once steps have been followed signals wait in here: no work after the last saved state is lost to them."""
         entry = run.entry(name)
-        if entry.get("inputs") != inputs:
+        self.done = False
+        if entry is None or entry.inputs != inputs:
             self._start_anew()
-        elif "stale" in entry:
-            entry = {key: value for key, value in entry.items() if key != "stale"}
+            return
+        if entry.stale:
+            entry = Entry(**entry.model_dump(exclude_unset=True, exclude={"stale"}))
             run.write_entry(name, entry)
-        self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
+        self.done = entry.done and self._intact(entry.outputs or {})
 
     def _start_anew(self) -> None:
         if self._run.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._run.write_entry(self.name, {"inputs": self.inputs, "done": False})
+            self._run.write_entry(self.name, Entry(inputs=self.inputs, done=False))
             self._run.mark_stale(after=self.name)
 
-    def _intact(self, entry: dict[str, Any]) -> bool:
-        files = {self._run.path / name: digest for name, digest in entry["outputs"].items()}
+    def _intact(self, outputs: Mapping[str, str]) -> bool:
+        files = {self._run.path / name: digest for name, digest in outputs.items()}
         damaged = [
             path for path, digest in files.items() if not (path.is_file() and sha256_of(path) == digest)
         ]
@@ -255,14 +308,10 @@ class Stage:
 
     def record(self, *, seconds: float) -> None:
         """Note in the manifest that the stage is done; its states are no longer needed."""
-        previous = self._run.entry(self.name).get("seconds", 0.0)
+        before = self._run.entry(self.name)
+        total = seconds + (before.seconds if before else 0.0)
         outputs = {str(path.relative_to(self._run.path)): sha256_of(path) for path in self.outputs}
-        entry = {
-            "inputs": self.inputs,
-            "done": True,
-            "seconds": round(previous + seconds, 1),
-            "outputs": outputs,
-        }
+        entry = Entry(inputs=self.inputs, done=True, seconds=round(total, 1), outputs=outputs)
         self._run.write_entry(self.name, entry)
         shutil.rmtree(self._states, ignore_errors=True)
 
@@ -275,7 +324,7 @@ class Stage:
         self._begin(None if state is None else state.step)
         return None if state is None else state.content
 
-    def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
+    def save_state(self, state: State | FolderState, step: int) -> None:
         """Keep the state after a step; see `write_state`."""
         write_state(self._states, state, step, is_writer=self._run.writes)
 
@@ -304,7 +353,7 @@ class Stage:
                 raise Interrupted(signum or signal.SIGTERM)
             yield step
 
-    def _log(self, line: dict[str, Any]) -> None:
+    def _log(self, line: Mapping[str, object]) -> None:
         if self._run.writes:
             with disk_errors(self._log_path), self._log_path.open("a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -319,24 +368,31 @@ class Stage:
             if step is None:
                 self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
-            kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
+            kept = [line for line in read_log(self._log_path) if step_of(line) <= self._first_step]
             write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Line]:
     """The steps of a log; lines that are damaged are left out with a warning, and one cut off at the end without."""
-    *whole, _ = path.read_text(errors="replace").split("\n")
+    *whole, _ = read_bytes(path, error=RunError, most=_LONGEST_LOG).split(b"\n")
     steps = []
-    for number, line in enumerate(whole, start=1):
+    for number, content in enumerate(whole, start=1):
         try:
-            step = json.loads(line)
-        except ValueError:
-            step = None
-        if isinstance(step, dict) and isinstance(step.get("step"), int):
-            steps.append(step)
-        else:
+            line = parse_json(content, JsonObject, name=path, error=RunError)
+            step_of(line)
+        except RunError:
             _warn(f"{path}, line {number} is damaged and skipped")
+        else:
+            steps.append(line)
     return steps
+
+
+def step_of(line: Line) -> int:
+    """The step of a line of a log. Raises a RunError if it has none."""
+    step = line.get("step")
+    if not isinstance(step, int):
+        raise RunError(f"a line of a log has no step: {shown(line)}")
+    return step
 
 
 class _Lock:
@@ -366,24 +422,19 @@ def _warn(message: str) -> None:
     warnings.warn(message, FaultWarning, stacklevel=3)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    fault = _damage_of(path)
-    if fault:
-        raise RunError(fault)
-    manifest = json.loads(path.read_text())
-    return {key: value for key, value in manifest.items() if key != "sha256"}
+def _new_manifest(recipe: str) -> Manifest:
+    return Manifest(format=FORMAT, recipe=recipe, stages={})
 
 
-def _damage_of(path: Path) -> str:
-    """Faults of a manifest file; empty if it is intact."""
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except ValueError as error:
-        return f"{path} is not JSON: {error}"
-    if not isinstance(manifest, dict):
-        return f"{path} is not a manifest"
-    digest = manifest.pop("sha256", None)
+def read_manifest(path: Path) -> Manifest:
+    """A run's manifest. Raises a RunError if it is missing or damaged."""
+    return _parsed(read_bytes(path, kind="a manifest", error=RunError), path)
+
+
+def _parsed(content: bytes, path: Path) -> Manifest:
+    raw = parse_json(content, JsonObject, name=path, error=RunError)
+    digest = raw.pop("sha256", None)
     # a manifest of before there were checksums has none
-    return "" if digest in (None, hash_json(manifest)) else f"{path} does not agree with its checksum"
+    if digest not in (None, hash_json(raw)):
+        raise RunError(f"{path} does not agree with its checksum")
+    return parse_json(content, Manifest, name=path, kind="a manifest", error=RunError)

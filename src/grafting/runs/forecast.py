@@ -7,7 +7,6 @@ decoding latents, evaluation, workspaces of kernels and memory that the allocato
 """
 
 import fnmatch
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from ..machine.devices import default_device, mixed_precision
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
+from .folder import read_log
 from .job import skeleton
 from .paths import naming_paths
 from .recipe import Recipe
@@ -82,7 +82,7 @@ class Forecast:
         str, int
     ]  # bytes of activations that stage 1 would keep by the published way, and that it keeps here
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         stages = [
             asdict(stage) | {"memory_bytes": stage.memory_bytes, "disk_bytes": stage.disk_bytes}
             for stage in self.stages
@@ -247,8 +247,8 @@ def _logged_rate(log: Path) -> float | None:
     """Median images per second that a stage has logged."""
     if not log.is_file():
         return None
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    said = [line.get("images_per_s") for line in read_log(log)]
+    rates = [rate for rate in said if isinstance(rate, int | float)]
     return median(rates) if rates else None
 
 

@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FaultWarning
 from ..machine.files import hash_json
-from ..weights.tensors import load_strictly, load_tensors, save_tensors, tensor_hash
+from ..machine.reading import read_safetensors
+from ..weights.tensors import load_strictly, save_tensors, tensor_hash
 
 
 class OperatorStore:
@@ -53,12 +53,8 @@ class OperatorStore:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    tensors = load_tensors(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("sha256")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    tensors, words = read_safetensors(path)
+    recorded = words.get("sha256")
     # an operator of before there were checksums has none
     if recorded not in (None, _digest(tensors)):
         raise CheckpointError(f"{path} is damaged: it does not agree with its checksum")

@@ -4,12 +4,14 @@ A stage is skipped where nothing that it depends on has changed, resumes where i
 """
 
 import copy
-import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, NonNegativeInt
 
 from ..contract import Site, Step
 from ..cost.count import count_parameters
@@ -18,11 +20,13 @@ from ..cost.speed import Work, device_at, measured
 from ..editing.placed import Operators
 from ..editing.plan import Choice, Merge
 from ..editing.surgery import build_operators, place
+from ..errors import RunError
 from ..evaluation import evaluate
 from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
 from ..machine.files import write_json
 from ..machine.processes import barrier, broadcast, is_main, rank, world_size
+from ..machine.reading import read_json
 from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
@@ -258,16 +262,25 @@ def _origin(job: Job) -> dict[str, Any]:
     return origin | {"num_images": job.recipe.sample.num_images}
 
 
+class _Facts(BaseModel):
+    """What is kept of the model that drew a row's images."""
+
+    params: NonNegativeInt
+
+
 def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, Any]:
     """Cost of a row's model: parameters, attention FLOPs per image and forward pass, measured sampling time."""
     folder = run.path / "samples" / row
-    times = sorted(line["ms_per_image"] for line in read_log(folder / "log.jsonl"))
+    log = folder / "log.jsonl"
+    said = [line.get("ms_per_image") for line in (read_log(log) if log.is_file() else ())]
+    times = sorted(value for value in said if isinstance(value, float) and math.isfinite(value))
     flops = job.attention_flops(is_edited=ROWS[row].is_edited)
     return {
-        "params": json.loads((folder / "model.json").read_text())["params"],
+        "params": read_json(folder / "model.json", _Facts, error=RunError).params,
         "attention_flops": flops.total,
         "attention_mixing_flops": flops.mixing,
-        "ms_per_image": round(times[len(times) // 2], 3),
+        # a log may be lost: the images are not drawn again for it
+        "ms_per_image": round(times[len(times) // 2], 3) if times else None,
     }
 
 

@@ -4,7 +4,6 @@ When the newer is damaged the older takes its place, with a warning.
 """
 
 import io
-import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -12,22 +11,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..contract import FolderState
+from ..contract import FolderState, State
 from ..errors import CheckpointError, FaultWarning
 from ..machine.files import atomic_folder, folder_faults, partial_folder
+from ..machine.reading import read_torch
 
 STATE_NAME = "state.pt"
 NUM_STATES = 2
 
 
-class State(NamedTuple):
+class SavedState(NamedTuple):
     """What was saved after a step: a dict, or the folder of a state that wrote itself."""
 
     step: int
-    content: dict[str, Any] | Path
+    content: State | Path
 
 
-def newest_state(states: Path) -> State | None:
+def newest_state(states: Path) -> SavedState | None:
     """The newest whole state of a stage's folder of states; None if there is none to resume from.
 
     Raises:
@@ -37,7 +37,7 @@ def newest_state(states: Path) -> State | None:
     for folder in reversed(_folders(states)):
         step = int(folder.name)
         try:
-            state = State(step, read_state(folder))
+            state = SavedState(step, read_state(folder))
         except CheckpointError as error:
             faults.append(str(error))
             continue
@@ -49,7 +49,7 @@ def newest_state(states: Path) -> State | None:
     return None
 
 
-def write_state(states: Path, state: dict[str, Any] | FolderState, step: int, *, is_writer: bool) -> None:
+def write_state(states: Path, state: State | FolderState, step: int, *, is_writer: bool) -> None:
     """Keep the state after a step, and of older ones the last.
 
     A state that writes itself is asked to on every process, into the same folder; one process is the writer of the rest.
@@ -71,7 +71,7 @@ def write_state(states: Path, state: dict[str, Any] | FolderState, step: int, *,
             shutil.rmtree(folder)
 
 
-def read_state(folder: Path) -> dict[str, Any] | Path:
+def read_state(folder: Path) -> State | Path:
     """A state as it was saved, or its folder.
 
     Raises:
@@ -83,10 +83,10 @@ def read_state(folder: Path) -> dict[str, Any] | Path:
     path = folder / STATE_NAME
     if not path.is_file():
         return folder
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    content = read_torch(path, kind="a whole state")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def _folders(states: Path) -> list[Path]:
@@ -108,7 +108,7 @@ class _Watched(io.BufferedWriter):
             raise
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
+def _save(state: State, path: Path) -> None:
     file = _Watched(path)
     try:
         torch.save(state, file)

@@ -7,15 +7,16 @@ killed sweep resumes where it stopped, and lines measured on another machine nee
 
 import csv
 import io
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from ..editing.plan import fault_list
 from ..errors import GraftingError, MissingBackend, RecipeError, RunError
@@ -23,26 +24,30 @@ from ..machine import processes
 from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import Precision, settled_run, settled_sections
+from ..machine.reading import JsonObject, parse_json, read_bytes, read_json
+from ..machine.settings import Settings
 from ..report import write_sweep_picture
-from ..words import FINETUNED, PRETRAINED, ROW_TITLES, swept, swept_pairs
+from ..words import FINETUNED, PRETRAINED, ROW_TITLES, Row, RowName, swept, swept_pairs
 from .file import Changes, changed, faults_of, parse_recipe, read_settings
 from .identity import row_fingerprint
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .pairing import columns_against, pretrained_rows
-from .recipe import Recipe
+from .recipe import Name, Recipe
 from .rows import ROWS, rows_of
 from .run import run
 from .seeds import SEED, over_seeds, with_seeds_moved
 from .stages import OnStep, training_flops
 
 Label = str | int | float
+TableLine: TypeAlias = JsonObject
+"""A line of a sweep's table: labels, the stage, figures, costs and a fingerprint, by column."""
+
+_MOST_POINTS = 10_000
 
 
-class SweepGrid(BaseModel):
+class SweepGrid(Settings):
     """All combinations of some axes; each value of an axis is a label of the table and changes to the settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     labels: dict[str, Label] = {}
     """Columns of the table that are the same for the whole grid."""
@@ -52,12 +57,10 @@ class SweepGrid(BaseModel):
     """Column -> label -> changes; the first axis varies slowest, and its changes are made first."""
 
 
-class Sweep(BaseModel):
+class Sweep(Settings):
     """Many recipes as data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    name: Name
     description: str = ""
     settings: dict[str, Any]
     """Settings shared by all recipes, as in a recipe file; `base:` is already merged in."""
@@ -103,6 +106,9 @@ def points(sweep: Sweep) -> list[Point]:
     Raises:
         RecipeError: lists the faults of all recipes, or labels that name two of them.
     """
+    number = sweep.seeds * sum(math.prod(map(len, grid.axes.values())) for grid in sweep.grids)
+    if number > _MOST_POINTS:
+        raise RecipeError(f"sweep {sweep.name} has {number} recipes; at most {_MOST_POINTS} are carried out")
     found, faults = [], []
     for grid in sweep.grids:
         for labels, changes in _combinations(grid):
@@ -111,6 +117,8 @@ def points(sweep: Sweep) -> list[Point]:
                 for change in changes:
                     settings = changed(settings, change)
                 name = "-".join(map(str, labels.values()))
+                if name and not set(name) - {"."}:
+                    raise RecipeError(f"{name}: no name of a folder")
                 recipe = parse_recipe(settings | {"name": f"{sweep.name}-{name}"}, source=name)
             except RecipeError as error:
                 faults.append(str(error))
@@ -198,7 +206,7 @@ def run_sweep_on_ray(
     _check(chosen)
     known = _known(table)
 
-    def task(point: Point) -> list[dict[str, Any]]:
+    def task(point: Point) -> list[TableLine]:
         return measure(sweep, point, folder.absolute(), known=known, rows=rows)
 
     ray.init(ignore_reinit_error=True)
@@ -218,7 +226,7 @@ def measure(
     known: frozenset[str] = frozenset(),
     rows: Sequence[str] | None = None,
     on_step: OnStep | None = None,
-) -> list[dict[str, Any]]:
+) -> list[TableLine]:
     """Carry out one recipe of a sweep, unless the fingerprints of its lines are all `known`; returns its lines.
 
     Where the recipe leaves the precision to the device, lines of either precision are those that it asks for.
@@ -232,7 +240,7 @@ def measure(
     run(asked, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
     if recipe.sample is None:
         return []
-    measured = json.loads((folder / point.name / "metrics.json").read_text())
+    measured = read_json(folder / point.name / "metrics.json", list[Row], error=RunError)
     return [_line(sweep, point, job, row) for row in measured]
 
 
@@ -258,7 +266,15 @@ def _with_rows(recipe: Recipe, rows: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"rows": kept} | dict.fromkeys(dropped))
 
 
-def read_table(table: Path) -> list[dict[str, Any]]:
+@with_config(ConfigDict(extra="allow"))
+class _Line(TypedDict):
+    """What every line of a table has, beside its labels and figures."""
+
+    fingerprint: str
+    stage: RowName
+
+
+def read_table(table: Path) -> list[TableLine]:
     """The lines measured so far.
 
     Raises:
@@ -268,12 +284,11 @@ def read_table(table: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        lines = json.loads(path.read_text())
-    except ValueError:
-        lines = None
-    if not (isinstance(lines, list) and all("fingerprint" in line for line in lines)):
-        raise RunError(f"{path} is not the table of a sweep: name another with --table")
-    return lines
+        content = read_bytes(path, error=RunError)
+        parse_json(content, list[_Line], name=path, kind="the table of a sweep", error=RunError)
+        return parse_json(content, list[TableLine], name=path, error=RunError)
+    except RunError as error:
+        raise RunError(f"{error}; name another with --table") from error
 
 
 def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -329,10 +344,10 @@ def _check(chosen: Sequence[Point]) -> None:
 
 
 def _known(table: Path) -> frozenset[str]:
-    return frozenset(line["fingerprint"] for line in read_table(table))
+    return frozenset(str(line["fingerprint"]) for line in read_table(table))
 
 
-def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]], folder: Path) -> None:
+def _add(sweep: Sweep, table: Path, lines: Sequence[TableLine], folder: Path) -> None:
     # read again: another process may have added lines of another part of the sweep
     lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
     write_table(table, lines)
@@ -340,14 +355,14 @@ def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]], folder: Pat
         write_table(table.with_name(f"{table.name}-over-seeds"), means)
 
 
-def _compared(sweep: Sweep, lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def _compared(sweep: Sweep, lines: Sequence[TableLine], folder: Path) -> list[TableLine]:
     """Lines with their comparison to the pretrained row that another run of the sweep has measured, where theirs has none."""
     runs = {frozenset(map(str, point.labels.items())): folder / point.name for point in points(sweep)}
     bases = list(pretrained_rows(runs.values()))
     return [
         line
         if line["stage"] == PRETRAINED or any(key.endswith(("_ratio", "_difference")) for key in line)
-        else _with_columns(line, columns_against(bases, runs.get(_labels(line)), line["stage"]))
+        else _with_columns(line, columns_against(bases, runs.get(_labels(line)), str(line["stage"])))
         for line in lines
     ]
 
@@ -358,13 +373,13 @@ def _labels(line: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(map(str, [(key, line[key]) for key in keys[: keys.index("stage")]]))
 
 
-def _with_columns(line: dict[str, Any], columns: Mapping[str, float]) -> dict[str, Any]:
+def _with_columns(line: TableLine, columns: Mapping[str, float]) -> TableLine:
     """A line with more figures, before its costs."""
     first = {key: line[key] for key in list(line)[: list(line).index("params")]}
     return {**first, **columns, **{key: value for key, value in line.items() if key not in first}}
 
 
-def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> TableLine:
     """A line of the table: labels, row, figures, costs, and the protocol."""
     row = measured["name"]
     flops = training_flops(job, row)
@@ -383,7 +398,7 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
     }
 
 
-def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_order(sweep: Sweep, lines: Sequence[TableLine]) -> list[TableLine]:
     """Lines in the sweep's order, the later of two with the same labels and stage; strangers come last."""
     columns = {column for point in points(sweep) for column in point.labels}
 

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, cast
 
 import torch
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -27,28 +26,38 @@ from pydantic import (
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import TypedDict
 
-from ..contract import Denoiser, Step, TrainingData
+from ..contract import Denoiser, State, Step, TrainingData
 from ..errors import CheckpointError, TrainingError
 from ..hosts import host_of
 from ..machine import processes
 from ..machine.devices import default_device, half_types, mixed_precision
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import seeded
+from ..machine.settings import Settings
 from ..machine.sharding import ShardedState, copy_whole, read_facts, read_tensors, shard
 from .average import Average
 from .batches import Batches, NoisedBatch, check_batch_size
-from .guard import GuardConfig
+from .guard import GuardConfig, GuardState
 from .trainee import Trainee
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
 
 
-class FinetuneConfig(BaseModel):
+def _check_pattern(pattern: str) -> str:
+    if "\\[" in fnmatch.translate(pattern):
+        raise ValueError("a bracket is not closed: * and ? stand for any characters, [ab] for one of them")
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_check_pattern)]
+
+
+class FinetuneConfig(Settings):
     """Settings of stage 2. The defaults are the paper's (arXiv:2506.05340, section 5)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
     how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "ema_device"})
     """Fields that change no result beyond rounding: a run may be resumed with others."""
@@ -75,7 +84,7 @@ class FinetuneConfig(BaseModel):
     """Weight of the host's diffusion loss."""
     output_weight: NonNegativeFloat = 0.0
     """Weight of the squared distance to the teacher's prediction (noise and variance)."""
-    trainable: Literal["all", "new"] | tuple[str, ...] = "all"
+    trainable: Literal["all", "new"] | tuple[Pattern, ...] = "all"
     """All parameters, only those of new operators, or those whose names match one of these patterns."""
     precision: Precision = "auto"
     """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
@@ -107,7 +116,7 @@ def finetune(
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
     new_parameters: frozenset[str] = frozenset(),
-    state: dict[str, Any] | Path | None = None,
+    state: State | Path | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place; when the iterator ends the model holds the averaged (EMA) weights.
 
@@ -263,7 +272,7 @@ class _Training:
         weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
         return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
 
-    def snapshot(self, step: int) -> dict[str, Any] | ShardedState:
+    def snapshot(self, step: int) -> State | ShardedState:
         """State needed to resume after `step` steps."""
         guard = self.trainee.guard
         state = {"step": step, **self.trainee.state(step), "guard": guard.state()}
@@ -288,9 +297,9 @@ class _Training:
             self.trainee.guard.load(state["guard"])
         return state["step"]
 
-    def _read(self, folder: Path) -> dict[str, Any]:
+    def _read(self, folder: Path) -> State:
         """A sharded state, in tensors that are spread as this run's are."""
-        facts = read_facts(folder)
+        facts = read_facts(folder, _Facts)
         state = self.trainee.weights()
         if "kept" in facts:
             state["kept"] = copy.deepcopy(state)
@@ -306,6 +315,20 @@ class _Training:
         self.student.finish()
 
 
+class _Numbers(TypedDict):
+    """Parts of a state that are no tensors."""
+
+    step: int
+    ema_steps: int
+
+
+class _Facts(_Numbers):
+    """What a sharded state keeps beside its tensors."""
+
+    guard: GuardState
+    kept: NotRequired[_Numbers]
+
+
 def _fill(optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer its tensors, which it makes at its first step, so that a state can be read into them."""
     for group in optimizer.param_groups:
@@ -318,12 +341,11 @@ def _fill(optimizer: torch.optim.Optimizer) -> None:
         moments["step"].zero_()
 
 
-def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
-    """Parts of a state that are not tensors."""
+def _numbers(state: Mapping[str, Any]) -> _Numbers:
     return {"step": state["step"], "ema_steps": state["ema"]["optimization_step"]}
 
 
-def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
+def _set_numbers(state: State, numbers: _Numbers) -> None:
     state["step"], state["ema"]["optimization_step"] = numbers["step"], numbers["ema_steps"]
 
 

@@ -6,21 +6,22 @@ diffusers folder. What is missing, unexpected, misshapen, truncated, edited, mad
 of an operator is an error that names it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
-from ..hosts import host_of, hosts
+from ..hosts import constructed, host_of, hosts
 from ..machine.files import hash_json, sha256_of, write_json
+from ..machine.reading import Json, JsonObject, cut, damage, read_json
 from .card import write_card
-from .delta import borrow, less_base
+from .delta import Delta, borrow, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import load_strictly, load_tensors, read_weights, save_tensors
@@ -106,11 +107,10 @@ def save_delta(
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record = _record(model, plan, base)
-    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype))
+    own, delta = less_base(model.state_dict(), _base_tensors(found, dtype=dtype), dtype=dtype)
     weights = folder / DELTA_NAME
     _clear(folder)
     save_tensors(weights, own, metadata={"format": "pt"})
-    delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
     return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
 
 
@@ -120,11 +120,11 @@ def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | Non
     Raises as `load_model`.
     """
     delta, folder = Path(delta), Path(folder)
-    config = _read_config(delta)
-    if "delta" not in config.get("grafting", {}):
+    grafting = read_config(delta).get("grafting")
+    if not isinstance(grafting, dict) or "delta" not in grafting:
         raise CheckpointError(f"{delta} is not a delta: it is already a standalone model")
     model, plan = load_model(delta, base=base)
-    return save_model(folder, model, plan, base=Record.read(config["grafting"], source=str(delta)).base)
+    return save_model(folder, model, plan, base=Record.read(grafting, source=str(delta)).base)
 
 
 def load_model(
@@ -140,26 +140,55 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
+    return _load(Path(folder), dtype=dtype, base=base, above=())
+
+
+def _load(
+    folder: Path, *, dtype: torch.dtype, base: str | Path | None, above: tuple[Path, ...]
+) -> tuple[nn.Module, Plan]:
+    """As `load_model`; `above` are the deltas whose base, or base's base, the folder is."""
+    if folder.resolve() in above:
+        raise CheckpointError(f"the delta in {folder} is its own base: name the right one")
+    config = read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
         model = _build(folder, _model_class(folder, config), config)
         load_strictly(model, read_weights(folder), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     model_class = grafted_class(_model_class(folder, config))
+    if not isinstance(grafting, dict):
+        raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a graft: `grafting` is no mapping")
+    signed = _signed(folder, grafting)
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
-    weights = folder / (DELTA_NAME if "delta" in grafting else WEIGHTS_NAME)
+    weights = folder / (WEIGHTS_NAME if signed.delta is None else DELTA_NAME)
     _check_hashes(folder, config, grafting, weights=weights)
-    tensors = load_tensors(weights) if "delta" in grafting else read_weights(folder)
-    if "delta" in grafting:
-        tensors |= _borrowed(folder, record, grafting["delta"], base=base)
+    tensors = read_weights(folder) if signed.delta is None else load_tensors(weights)
+    if signed.delta is not None:
+        tensors |= _borrowed(folder, record, signed.delta, base=base, above=above)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
     load_strictly(model, tensors, source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+class _Signed(BaseModel):
+    """What a graft's config says beside its `Record`: hashes, which diffusers does not write, and of a delta what it borrows."""
+
+    delta: Delta | None = None
+    weights_sha256: str | None = None
+    config_sha256: str | None = None
+
+
+def _signed(folder: Path, grafting: Json) -> _Signed:
+    with damage(folder / CONFIG_NAME, "the config of a graft"):
+        return _Signed.model_validate(grafting, strict=True)
+
+
+def read_config(folder: Path) -> JsonObject:
+    """The config of a model's folder.
+
+    Raises:
+        CheckpointError: there is none, or it does not say the model's class.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         if folder.is_file():
@@ -174,35 +203,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
         else:
             found = "it does not exist; a model is `testbed`, a folder of a model or of a run, or owner/name on the Hub"
         raise CheckpointError(f"no model in {folder}: {found}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
+    config = read_json(path, JsonObject)
+    if not isinstance(config.get("_class_name"), str):
         raise CheckpointError(f"{path} does not say the model's class (_class_name)")
     return config
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+def _model_class(folder: Path, config: JsonObject) -> Any:
     """The class of a folder's model before any graft."""
-    name = config["_class_name"].removeprefix(PREFIX)
+    name = str(config["_class_name"]).removeprefix(PREFIX)
     # stops at the first match: naming a class of diffusers imports it, which takes seconds
     model_class = next((h.model_class for h in hosts().values() if h.model_class.__name__ == name), None)
     if model_class is None:
         known = ", ".join(h.model_class.__name__ for h in hosts().values())
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
-        raise HostError(f"{folder} holds a {name}; known are {known}{hint}")
+        raise HostError(f"{folder} holds a {cut(name)}; known are {known}{hint}")
     return model_class
 
 
-def _build(folder: Path, model_class: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+def _build(folder: Path, model_class: type[nn.Module], config: JsonObject) -> nn.Module:
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    try:
-        return model_class(**settings)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} does not describe a {model_class.__name__}: {error}"
-        ) from error
+    with damage(folder / CONFIG_NAME, f"the config of a {model_class.__name__}"):
+        return constructed(model_class, settings)
 
 
 def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
@@ -225,40 +247,41 @@ def _write_config(
     record: Record,
     *,
     weights: Path,
-    delta: Mapping[str, Any] | None = None,
+    delta: Delta | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the card, and last the config, whose hashes cover the weights and the config itself."""
     name, settings = host_of(model).model_class.__name__, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
-    described: dict[str, Any] = {"_class_name": name, **noted, **settings}
+    described: JsonObject = {"_class_name": name, **noted, **settings}
     if record.plan.edits:
-        described = {
-            "_class_name": PREFIX + name,
-            **noted,
-            **settings,
-            "grafting": {
-                **record.model_dump(mode="json"),
-                **({} if delta is None else {"delta": delta}),
-                "weights_sha256": sha256_of(weights),
-            },
+        grafting: JsonObject = {
+            **record.model_dump(mode="json"),
+            **({} if delta is None else {"delta": delta.model_dump(mode="json")}),
+            "weights_sha256": sha256_of(weights),
         }
-        described["grafting"]["config_sha256"] = hash_json(described)
+        described = {"_class_name": PREFIX + name, **noted, **settings, "grafting": grafting}
+        grafting["config_sha256"] = hash_json(described)
         write_card(folder, described)
     write_json(folder / CONFIG_NAME, described)
     return folder / CONFIG_NAME
 
 
-def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
-    """Compare with the hashes that `save_model` and `save_delta` write; diffusers writes none."""
-    recorded = grafting.get("config_sha256")
+def _check_hashes(folder: Path, config: JsonObject, grafting: JsonObject, *, weights: Path) -> None:
+    """Compare with the hashes that `save_model` and `save_delta` write; diffusers and early versions wrote none of a whole model."""
+    signed = _signed(folder, grafting)
+    if signed.delta is not None and None in (signed.config_sha256, signed.weights_sha256):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} was edited after it was saved: it has no SHA-256 of itself and the weights"
+        )
+    recorded = signed.config_sha256
     unsigned = {k: v for k, v in grafting.items() if k != "config_sha256"}
     if recorded and hash_json({**config, "grafting": unsigned}) != recorded:
         raise CheckpointError(
             f"{folder / CONFIG_NAME} was edited after it was saved: it does not agree with its own SHA-256"
         )
-    recorded = grafting.get("weights_sha256")
+    recorded = signed.weights_sha256
     if recorded and not weights.is_file():
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {weights.name}: it is half-written")
     if recorded and sha256_of(weights) != recorded:
@@ -269,7 +292,7 @@ def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any]
 
 
 def _borrowed(
-    folder: Path, record: Record, delta: dict[str, Any], *, base: str | Path | None
+    folder: Path, record: Record, delta: Delta, *, base: str | Path | None, above: tuple[Path, ...]
 ) -> dict[str, Tensor]:
     """The tensors of a delta that are its base's."""
     if record.base is None:
@@ -278,10 +301,11 @@ def _borrowed(
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
     return borrow(
         delta,
-        _base_tensors(where, dtype=getattr(torch, delta["dtype"])),
+        _base_tensors(where, dtype=getattr(torch, delta.dtype), above=(*above, folder.resolve())),
         otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
     )
 
 
-def _base_tensors(base: Base, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    return load(base.id, revision=base.revision, dtype=dtype).state_dict()
+def _base_tensors(base: Base, *, dtype: torch.dtype, above: tuple[Path, ...] = ()) -> dict[str, Tensor]:
+    found = find_model(base.id, revision=base.revision)
+    return _load(found, dtype=dtype, base=None, above=above)[0].state_dict()

@@ -21,6 +21,8 @@ from ..editing.plan import Plan, Replace
 from ..editing.surgery import build_operators, edits_of, place
 from ..errors import CheckpointError
 from ..hosts import config_of, host_of, hosts
+from ..machine.reading import faults_of
+from ..machine.settings import Settings
 from ..operators import operator_configs
 
 PREFIX = "Grafted"
@@ -29,10 +31,8 @@ PREFIX = "Grafted"
 _HOME = "grafting.portable"
 
 
-class Base(BaseModel):
+class Base(Settings):
     """The pretrained model that a grafted one was made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     id: str
     """`testbed`, a model folder, or `owner/name` on the Hub."""
@@ -81,7 +81,7 @@ class Record(BaseModel):
         try:
             record = cls.model_validate(dict(settings))
         except ValidationError as error:
-            faults = "\n  ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            faults = "\n  ".join(faults_of(error))
             raise CheckpointError(f"{source} does not describe a graft:\n  {faults}") from error
         if record.host not in hosts():
             raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import build_operators, place
 from ..errors import CheckpointError, PlanError, listed
 from ..machine.files import sha256_of
+from ..machine.reading import JsonObject, cut, read_json
+from ..machine.settings import Settings
 from ..models.dit import DIT_PRESETS, DiT
 from .diffusers import diffusers_folder, read_diffusers
 from .folder import save_model
@@ -39,13 +41,11 @@ PUBLISHED_FILES = ("*.pt", "config.json", "diffusion_pytorch_model*", "transform
 
 _PUBLISHED_HEADS = {preset["hidden_size"]: preset["num_heads"] for preset in DIT_PRESETS.values()}
 _MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": "mlp"}
-_PLACE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(.+)")
+_PLACE = re.compile(r"blocks\.([0-9]{1,12})\.(attn|mlp)\.(.+)")
 
 
-class PublishedFacts(BaseModel):
+class PublishedFacts(Settings):
     """Facts that tensors do not reveal. Those left out are known for published widths, and required for others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_heads: int | None = Field(default=None, ge=1)
     """Attention heads; known for the widths of DiT-S, -B, -L and -XL."""
@@ -135,12 +135,20 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     Raises:
         CheckpointError: there is no such file, it holds other objects than tensors, or no state dict.
     """
-    content = load_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    content: dict[Any, Any] = load_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     key = next((key for key in ("ema", "model") if isinstance(content.get(key), dict)), None)
     tensors = content if key is None else content[key]
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not tensors or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()):
         raise CheckpointError(f"{path} holds no state dict, at the top level or under `ema` or `model`")
+    if odd := [name for name, tensor in tensors.items() if not _is_weight(tensor)]:
+        raise CheckpointError(
+            f"{path}: {len(odd)} tensors are no weights (finite numbers of floating point), such as {cut(odd[0])}"
+        )
     return dict(tensors), key
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(tensor.isfinite().all())
 
 
 def recognise(
@@ -209,6 +217,10 @@ def _sizes(
     }
     shapes = {name: tuple(tensors[name].shape) for name in ranks if name in tensors}
     blocks = {int(match[1]) for match in map(_PLACE.fullmatch, tensors) if match}
+    if blocks and max(blocks) >= len(blocks):
+        raise CheckpointError(
+            f"{source} is not a DiT: it has block {max(blocks)}, and tensors of {len(blocks)} blocks alone"
+        )
     if {name: len(shape) for name, shape in shapes.items()} != ranks or not blocks:
         raise CheckpointError(
             f"{source} is not a DiT: expected {', '.join(ranks)} and blocks.0.attn..., "
@@ -363,7 +375,7 @@ def _weights_file(source: Path) -> Path:
             f"{source} should hold one weights file (.pt, .pth, .safetensors); found {listed}"
         )
     config = source / CONFIG_NAME
-    if config.is_file() and "_class_name" in config.read_text():
+    if config.is_file() and "_class_name" in read_json(config, JsonObject):
         raise CheckpointError(
             f"{source} is a model folder already, not published weights; `--to diffusers` writes it in diffusers' form"
         )

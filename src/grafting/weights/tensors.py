@@ -2,20 +2,25 @@
 
 import argparse
 import hashlib
-import json
-import pickle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
-from ..machine.files import atomic_path, pickle_fault
+from ..machine.files import atomic_path
+from ..machine.reading import Inside, read_json, read_safetensors, read_torch
 from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+
+
+class _WeightIndex(BaseModel):
+    """Index of weights in several files, as diffusers writes it."""
+
+    weight_map: Annotated[dict[str, Inside], Field(min_length=1)]  # of each tensor its file
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -28,7 +33,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return load_tensors(folder / WEIGHTS_NAME)
     if not (folder / INDEX_NAME).is_file():
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
-    shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+    index = read_json(folder / INDEX_NAME, _WeightIndex, kind="an index of weights")
+    shards = set(index.weight_map.values())
     return {name: t for shard in sorted(shards) for name, t in load_tensors(folder / shard).items()}
 
 
@@ -47,10 +53,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    return read_safetensors(path)[0]
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -59,17 +62,10 @@ def read_pickle(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, it is truncated, or it holds other objects.
     """
-    try:
-        # DiT's training script keeps its arguments beside the weights, as a plain bag of settings
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no file {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = pickle_fault(error)
-        raise CheckpointError(
-            f"{path} is truncated, or not a torch file of plain tensors: {reason}"
-        ) from error
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    # DiT's training script keeps its arguments beside the weights, as a plain bag of settings
+    content = read_torch(path, allowed=[argparse.Namespace])
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return content
