@@ -5,9 +5,7 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
-import fcntl
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, RunError, listed
-from ..machine.files import atomic_path, flatten, is_empty, sha256_of, write_bytes, write_json
+from ..machine.files import (
+    atomic_path,
+    disk_errors,
+    flatten,
+    is_empty,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
+from ..machine.locks import Lock, Taken
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
 from .shards import facts_of
 
@@ -132,7 +139,7 @@ class LatentFolder:
     def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
         """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
 
-        A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
+        A shard whose file is not the one of its record is done again.
 
         Raises:
             RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
@@ -141,25 +148,19 @@ class LatentFolder:
         write_json(self.folder / WORK_NAME, dict(self.facts))
         own = range(rank, self.num_shards, world_size)
         with self._locked(f".lock-{rank}-of-{world_size}"):
-            for path in self.folder.rglob(".*.partial"):
-                found = re.match(r"\.(?:latents-)?(\d+)\.", path.name)
-                if found and int(found[1]) in own:
-                    path.unlink(missing_ok=True)
             yield [number for number in own if not self._records.is_done(number)]
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """An flock, which the operating system takes back when the process ends."""
-        with open(self.folder / name, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process is working on the same shards of {self.folder}: wait for it to "
-                    "finish, or start several processes with torchrun to share the work"
-                ) from None
-            except OSError:
-                pass  # a file system without locks; two at the same shards write the same bytes
+        try:
+            with disk_errors(self.folder):
+                lock = Lock(self.folder / name)
+        except Taken:
+            raise RunError(
+                f"another process is working on the same shards of {self.folder}: wait for it to "
+                "finish, or start several processes with torchrun to share the work"
+            ) from None
+        with lock:  # where there are no locks, two at the same shards write the same bytes
             yield
 
     def write(

@@ -8,15 +8,12 @@ are two, so that the older serves when the newer is damaged. One process at a ti
 that ends with the process, however it ends. Nothing depends on the clock or on the machine.
 """
 
-import fcntl
 import json
-import os
 import platform
 import shutil
 import signal
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +22,16 @@ from typing import Any
 
 from ..contract import FolderState, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
-from ..machine.files import disk_errors, hash_json, is_empty, sha256_of, write_bytes, write_json
+from ..machine.files import (
+    clear_abandoned,
+    disk_errors,
+    hash_json,
+    is_empty,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
+from ..machine.locks import Lock, Taken
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .states import newest_state, write_state
 
@@ -64,9 +70,9 @@ class RunFolder:
         self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
-            self._lock = _Lock(path)
+            self._lock = _locked(path)
             self._manifest = self._read()
-            self._clear_partial()
+            clear_abandoned(path)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -93,11 +99,6 @@ class RunFolder:
         path = self.path
         if not self._is_run and path.exists() and not is_empty(path):
             raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
-
-    def _clear_partial(self) -> None:
-        """Removes what a killed run was writing."""
-        for path in [*self.path.rglob(".*.partial")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         if not self._is_run:
@@ -339,27 +340,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-class _Lock:
-    """The right to work in a folder: an flock, which the operating system takes back when the process ends."""
-
-    def __init__(self, folder: Path):
+def _locked(folder: Path) -> Lock:
+    """The right to work in a folder."""
+    try:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self.release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            self.release()
-            raise RunError(
-                f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
-            ) from None
-        except OSError as error:
-            _warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run uses it")
-        with disk_errors(folder):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+            lock = Lock(folder / ".lock")
+    except Taken as holder:
+        raise RunError(
+            f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
+        ) from None
+    if not lock.works:
+        _warn(f"{folder} cannot be locked: make sure that no other run uses it")
+    return lock
 
 
 def _warn(message: str) -> None:

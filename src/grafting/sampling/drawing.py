@@ -188,8 +188,6 @@ class Drawing:
             record={"drawing": self.description, "vae": self._decoder.describe()},
         )
         self.discard()
-        if self.pictures is not None:
-            self.pictures.clear_partial()
 
     def discard(self) -> None:
         """Remove the shards, all at once."""

@@ -11,25 +11,22 @@ from typing import Any
 
 import yaml
 
-from ..machine.files import write_bytes
 from ..words import FIGURES
 
 CARD_NAME = "README.md"
 
 
-def write_card(
+def card_of(
     folder: Path, config: Mapping[str, Any], *, metrics: Sequence[Mapping[str, Any]] = (), recipe: str = ""
-) -> Path:
-    """Write the card of a folder whose config this is; returns it. `metrics` and `recipe` are for a folder without its own."""
+) -> str:
+    """The card of a folder whose config this is, as Markdown. `metrics` and `recipe` are for a folder without its own."""
     own_metrics, own_recipe = _text(folder / "metrics.json"), _text(folder / "recipe.yaml")
-    card = model_card(
+    return model_card(
         config,
         name=folder.parent.name if folder.name == "model" else folder.name,
         metrics=json.loads(own_metrics) if own_metrics else metrics,
         recipe=own_recipe or recipe,
     )
-    write_bytes(folder / CARD_NAME, card.encode())
-    return folder / CARD_NAME
 
 
 def model_card(
