@@ -1,6 +1,8 @@
 """The commands that `everywrite.py` stops: everything that writes, on models that take a moment."""
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 from everywrite import Job, is_temporary
 from torch import nn
 
+import grafting
 from grafting.cli import app
 from grafting.contract import Step
 from grafting.editing.plan import Plan, Replace
@@ -60,6 +63,9 @@ _TIMELESS = ("step", "loss", "r2", "name", "frechet", "kid", "params")
 def get_ready() -> None:
     """What the children are to find in the process that they are forked from."""
     torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(grafting.__path__, "grafting."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     model()
 
 

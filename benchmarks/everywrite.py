@@ -231,7 +231,7 @@ def _live(work: Callable[[], None], said: int, begin: Callable[[], None]) -> Non
     status = 0
     os.dup2(said, 1)
     os.dup2(said, 2)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     try:
         begin()
         work()
