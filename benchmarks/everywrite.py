@@ -108,8 +108,13 @@ class Tally:
     operations: dict[str, int] = field(default_factory=dict)
     trials: int = 0
     states: int = 0
-    lost: list[str] = field(default_factory=list)
-    leftovers: list[str] = field(default_factory=list)
+    lost: int = 0
+    leftovers: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def lose(self, what: str) -> None:
+        self.lost += 1
+        self.faults.append(what)
 
 
 def every_write(job: Job, folder: Path, tally: Tally) -> None:
@@ -134,7 +139,7 @@ def every_write(job: Job, folder: Path, tally: Tally) -> None:
         ended = watched(lambda: job.work(root), root, _failing(number, where))
         what = f"{job.name}, failed at {_told(where, number, root)}"
         if ended.status not in (0, 1) or "Traceback" in ended.said:
-            tally.lost.append(f"{what}, ended with {ended.status}: {ended.said[-600:]}")
+            tally.lose(f"{what}, ended with {ended.status}: {ended.said[-600:]}")
         moments.keep(Call(number, "failed", what))
     tally.states += len(moments.kept)
     for path, what in moments.kept.items():
@@ -142,12 +147,13 @@ def every_write(job: Job, folder: Path, tally: Tally) -> None:
         ended = alone(lambda: job.work(root))
         got = job.results(root) if ended.status == 0 else {}
         if ended.status != 0:
-            tally.lost.append(f"{job.name}, after {what}, ended with {ended.status}: {ended.said[-600:]}")
+            tally.lose(f"{job.name}, after {what}, ended with {ended.status}: {ended.said[-600:]}")
         elif got != want:
             differing = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
-            tally.lost.append(f"{job.name}, after {what}: {', '.join(differing)} differ")
+            tally.lose(f"{job.name}, after {what}: {', '.join(differing)} differ")
         left = [str(path.relative_to(root)) for path in root.rglob("*") if is_temporary(path)]
-        tally.leftovers += [f"{job.name}, after {what}: {name}" for name in left]
+        tally.leftovers += len(left)
+        tally.faults += [f"{job.name}, after {what}: {name} is left" for name in left]
     shutil.rmtree(base)
     shutil.rmtree(moments.folder, ignore_errors=True)
 
@@ -377,10 +383,14 @@ def main(arguments: list[str] | None = None) -> int:
     get_ready()
     tally, started = Tally(), time.monotonic()
     for name in args.only or JOBS:
-        before = len(tally.lost) + len(tally.leftovers)
+        begun, before = time.monotonic(), len(tally.faults)
         every_write(JOBS[name], folder.resolve(), tally)
-        found = len(tally.lost) + len(tally.leftovers) - before
-        print(f"{name}: {tally.operations[name]} operations, {found} faults", flush=True)
+        found, seconds = tally.faults[before:], time.monotonic() - begun
+        print(
+            f"{name}: {tally.operations[name]} operations, {len(found)} faults, {seconds:.0f} s", flush=True
+        )
+        for fault in found:
+            print(f"    {fault}", flush=True)
     if args.keep is None:
         shutil.rmtree(folder)
     minutes = round((time.monotonic() - started) / 60, 1)
@@ -388,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         "operations": sum(tally.operations.values()), "jobs": tally.operations, "trials": tally.trials,
         "states": tally.states, "lost": tally.lost, "leftovers": tally.leftovers, "minutes": minutes,
     }))  # fmt: skip
-    return int(bool(tally.lost or tally.leftovers))
+    return int(bool(tally.faults))
 
 
 if __name__ == "__main__":

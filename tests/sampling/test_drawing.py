@@ -326,6 +326,17 @@ def test_killed_while_shards_are_removed(tmp_path, model, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
+def test_a_second_command_ends_when_the_first_has_drawn_all(tmp_path, model):
+    mine, other = new(tmp_path, model), new(tmp_path, model)
+    steps = mine.draw(model)
+    next(steps)
+    draw(other, model)
+    other.write(tmp_path / "s.npz")
+    assert list(steps) == list(mine.wait()) == []
+    assert mine.matches(tmp_path / "s.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
 def test_a_process_that_has_ended_is_not_waited_for_for_ever(tmp_path, model, monkeypatch):
     monkeypatch.setattr(drawing_module, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(drawing_module, "_PATIENCE_SHARDS", 0)

@@ -238,6 +238,10 @@ class Stage:
             run.write_entry(name, entry)
         self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
 
+    @property
+    def _owner(self) -> str:
+        return hash_json([self.name, self.inputs])
+
     def _start_anew(self) -> None:
         if self._run.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -272,13 +276,13 @@ class Stage:
 
         A dict as it was saved, or the folder of a state that wrote itself. Raises as `newest_state`.
         """
-        state = newest_state(self._states)
+        state = newest_state(self._states, owner=self._owner)
         self._begin(None if state is None else state.step)
         return None if state is None else state.content
 
     def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
         """Keep the state after a step; see `write_state`."""
-        write_state(self._states, state, step, is_writer=self._run.writes)
+        write_state(self._states, state, step, owner=self._owner, is_writer=self._run.writes)
 
     def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
         """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
