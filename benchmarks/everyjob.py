@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
     "calibrate": {"samples": 8, "batch_size": 8},
     "distill": {"steps": 3, "batch_size": 4, "holdout": 8},
     "finetune": {"steps": 3, "batch_size": 4, "warmup_steps": 0, "ema_decay": 0.9},
-    "sample": {"sampler": "ddim", "steps": 1, "num_images": 4, "batch_size": 2, "cfg_scale": 1.0},
+    "sample": {"sampler": "ddim", "steps": 1, "num_images": 10, "batch_size": 5, "cfg_scale": 1.0},
     "rows": ["finetuned"],
     "save_every": 2,
 }  # fmt: skip
@@ -51,7 +51,7 @@ SWEEP = {
     **{key: RECIPE[key] for key in ("source", "data")},
     "name": "every",
     "plan": RECIPE["plan"],
-    "sample": {**RECIPE["sample"], "num_images": 2},
+    "sample": RECIPE["sample"],
     "rows": ["inherited"],
     "grids": [{"axes": {"taps": {3: {}, 5: {"plan.0.operator.kernel_size": 5}}}}],
 }

@@ -1,6 +1,6 @@
 """Stop commands at every single change that they make to the disk, and see that the same command then ends as if undisturbed.
 
-    python benchmarks/everywrite.py [--only JOB] [--keep FOLDER]      (the same: python benchmarks/soak.py --every-write)
+    python benchmarks/everywrite.py [--only JOB] [--stride N] [--keep FOLDER]      (the same: python benchmarks/soak.py --every-write)
 
 A command runs in a child process whose changing system calls (open to write, write, fsync, rename, mkdir, unlink, ...) the
 kernel hands to this process first (Linux, seccomp), whoever makes them: Python, torch, or a library in Rust.
@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -117,23 +118,25 @@ class Tally:
         self.faults.append(what)
 
 
-def every_write(job: Job, folder: Path, tally: Tally) -> None:
-    """Stops a job at each of its calls, in both ways, in `folder`, and runs it again from every state that this leaves."""
+def every_write(job: Job, folder: Path, tally: Tally, *, stride: int = 1) -> None:
+    """Stops a job at each of its calls, or at every `stride`-th, in both ways, in `folder`, and runs it again from every state
+    that this leaves."""
     base, root = folder / f"{job.name}-base", folder / "work"
     _fresh(root)
     ended = alone(lambda: job.prepare(root))
     if ended.status != 0:
         raise SystemExit(f"{job.name} cannot be prepared: {ended.said}")
     shutil.copytree(root, base, symlinks=True)
-    moments = _Moments(folder / f"{job.name}-moments", root)
+    moments = _Moments(folder / f"{job.name}-moments", root, stride)
     ended = watched(lambda: job.work(root), root, moments.keep)
     if ended.status != 0:
         raise SystemExit(f"{job.name}, undisturbed, ended with {ended.status}: {ended.said}")
     want, count = job.results(root), moments.calls
-    moments.keep(Call(count + 1, "end", str(root)))
+    moments.keep(Call(1 + stride * count, "end", str(root)))
     tally.operations[job.name] = count
-    tally.trials += 2 * count
-    for number in range(1, count + 1):
+    numbers = range(1, count + 1, stride)
+    tally.trials += 2 * len(numbers)
+    for number in numbers:
         _fresh(root, base)
         where: list[Call] = []
         ended = watched(lambda: job.work(root), root, _failing(number, where))
@@ -161,8 +164,8 @@ def every_write(job: Job, folder: Path, tally: Tally) -> None:
 class _Moments:
     """Copies of a folder at all moments at which it differs."""
 
-    def __init__(self, folder: Path, root: Path):
-        self.folder, self._root = folder, root
+    def __init__(self, folder: Path, root: Path, stride: int):
+        self.folder, self._root, self._stride = folder, root, stride
         self.calls = 0
         self.kept: dict[Path, str] = {}
         self._seen: set[str] = set()
@@ -170,6 +173,8 @@ class _Moments:
     def keep(self, call: Call) -> None:
         """Copy the folder as it is before a call, unless such a copy is there."""
         self.calls = max(self.calls, call.number)
+        if (call.number - 1) % self._stride:
+            return
         digest = _digest(self._root)
         if digest not in self._seen:
             self._seen.add(digest)
@@ -235,6 +240,7 @@ def _waited(pid: int, said: Any) -> Ended:
 def _live(work: Callable[[], None], said: int, begin: Callable[[], None]) -> None:
     """A child's life."""
     status = 0
+    gc.disable()  # it would touch, and so copy, all that the parent has imported
     os.dup2(said, 1)
     os.dup2(said, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
@@ -377,6 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", choices=list(JOBS), help="this job alone; repeatable")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="stop at every so many calls (default: at each)"
+    )
     parser.add_argument("--keep", type=Path, help="work here, and leave the folder")
     args = parser.parse_args(arguments)
     folder = args.keep or Path(tempfile.mkdtemp(prefix="every-write-"))
@@ -384,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     tally, started = Tally(), time.monotonic()
     for name in args.only or JOBS:
         begun, before = time.monotonic(), len(tally.faults)
-        every_write(JOBS[name], folder.resolve(), tally)
+        every_write(JOBS[name], folder.resolve(), tally, stride=args.stride)
         found, seconds = tally.faults[before:], time.monotonic() - begun
         print(
             f"{name}: {tally.operations[name]} operations, {len(found)} faults, {seconds:.0f} s", flush=True

@@ -162,7 +162,10 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
 
 
 def _say_drawn_before(drawing: "Drawing", out_file: Path) -> None:
-    """Make what a command that was killed has left to do."""
+    """Do what a command that was killed has left to do."""
+    from ..machine.files import clear_partial
+
+    clear_partial(out_file)
     drawing.write_pictures_of(out_file)
     drawing.discard()
     _grid(out_file)

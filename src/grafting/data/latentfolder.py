@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import DataError, FaultWarning, ResumeWarning, RunError, listed
 from ..machine.files import (
     atomic_path,
+    clear_abandoned,
     disk_errors,
     flatten,
     hash_json,
@@ -155,7 +156,7 @@ class LatentFolder:
     def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
         """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
 
-        A shard whose file is not the one of its record is done again.
+        A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
 
         Raises:
             RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
@@ -164,6 +165,7 @@ class LatentFolder:
         write_json(self.folder / WORK_NAME, dict(self.facts))
         own = range(rank, self.num_shards, world_size)
         with self._locked(f".lock-{rank}-of-{world_size}"):
+            clear_abandoned(self.folder)
             yield [number for number in own if not self._records.is_done(number)]
 
     @contextmanager

@@ -127,13 +127,22 @@ def partial_folder(path: Path) -> Path:
 def clear_abandoned(folder: Path) -> None:
     """Remove what killed processes were writing in a folder and those below it. What is being written is locked, and stays."""
     for path in [*folder.rglob(f".*{_PARTIAL}")]:
-        if not path.is_dir() or path.is_symlink():
-            path.unlink(missing_ok=True)  # from before temporary files had a folder
-            continue
+        _clear(path)
+
+
+def clear_partial(path: Path) -> None:
+    """The same of one path, for where it is not to be written again."""
+    _clear(partial_folder(path))
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
         with suppress(RunError, FileNotFoundError):
             descriptor, _ = _take(path, wait=False)
             shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
+    else:
+        path.unlink(missing_ok=True)  # from before temporary files had a folder
 
 
 @contextmanager
@@ -207,7 +216,7 @@ def check_is_new(folder: Path) -> None:
 def folder_faults(path: Path) -> list[str]:
     """Faults of a folder that `atomic_folder` made: files that changed since; empty if there are none."""
     try:
-        lines = (path / SUMS_NAME).read_text().splitlines()
+        lines = (path / SUMS_NAME).read_bytes().decode().removesuffix("\n").split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return [f"{SUMS_NAME} is missing or damaged"]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FaultWarning, ResumeWarning
-from ..machine.files import hash_json
+from ..machine.files import clear_partial, hash_json
 from ..weights.tensors import load_strictly, load_tensors, save_tensors, tensor_hash
 
 
@@ -26,6 +26,7 @@ class OperatorStore:
     def holds(self, key: Any) -> bool:
         """True if an operator was saved under this key (JSON). A damaged one is named in a warning and does not count."""
         path = self._path(key)
+        clear_partial(path)
         if not path.is_file():
             return False
         try:
