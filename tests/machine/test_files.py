@@ -37,7 +37,7 @@ def names(folder: Path) -> list[str]:
 
 def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path):
     assert in_child(lambda: killed_while_writing(tmp_path / "a")) == -signal.SIGKILL
-    assert names(tmp_path) == [".a.partial", ".a.partial/.tmpOfALibrary", ".a.partial/a"]
+    assert names(tmp_path) == [".a.partial", *(f".a.partial/{n}" for n in (".lock", ".tmpOfALibrary", "a"))]
     write_bytes(tmp_path / "a", b"whole")
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"whole"
@@ -90,7 +90,17 @@ def test_what_is_being_written_is_not_taken_for_abandoned(tmp_path):
     with atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("whole")
         clear_abandoned(tmp_path)
-        assert names(tmp_path) == [".a.partial", ".a.partial/a"]
+        assert names(tmp_path) == [".a.partial", ".a.partial/.lock", ".a.partial/a"]
+    assert names(tmp_path) == ["a"]
+
+
+def test_where_there_are_no_locks_two_writers_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("grafting.machine.files.hold", lambda descriptor, **settings: False)
+    with atomic_path(tmp_path / "a") as temporary:
+        assert temporary.parent.name == f".a.{os.getpid()}.partial"
+        assert in_child(lambda: write_bytes(tmp_path / "a", b"other")) == 0
+        temporary.write_text("mine")
+    assert (tmp_path / "a").read_text() == "mine"
     assert names(tmp_path) == ["a"]
 
 

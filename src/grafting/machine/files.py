@@ -18,7 +18,7 @@ from .locks import hold
 
 SUMS_NAME = "SHA256SUMS"
 
-_PARTIAL = ".partial"
+_PARTIAL, _LOCK = ".partial", ".lock"
 
 
 @contextmanager
@@ -33,10 +33,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a folder; name a file")
-    with disk_errors(path), _workplace(path, wait=True) as folder:
-        yield folder / path.name
-        _settle(folder / path.name)
-        os.replace(folder / path.name, path)
+    with disk_errors(path), _workplace(path, wait=True) as temporary:
+        yield temporary
+        _settle(temporary)
+        os.replace(temporary, path)
         _sync(path.parent)
 
 
@@ -50,6 +50,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         RunError: the disk is full or the folder cannot be written to; nothing is left of it.
     """
     with disk_errors(path), _workplace(path) as temporary:
+        temporary.mkdir()
         yield temporary
         names = _files_in(temporary)
         sums = "".join(f"{sha256_of(temporary / name)}  {name}\n" for name in names)
@@ -74,6 +75,7 @@ def atomic_files(path: Path, *, last: str, stale: Iterable[str] = ()) -> Iterato
         RunError: the disk is full, the folder cannot be written to, or another process is writing it.
     """
     with disk_errors(path), _workplace(path) as temporary:
+        temporary.mkdir()
         yield temporary
         _settle(temporary)
         for name in (last, *stale):
@@ -92,8 +94,7 @@ def new_folder(path: Path, *, last: str) -> Iterator[Path]:
     """
     if not (path / last).is_file():
         check_is_new(path)
-    with disk_errors(path), _workplace(path) as workplace:
-        made = workplace / path.name
+    with disk_errors(path), _workplace(path) as made:
         yield made
         if not _is_same(made, path):
             check_is_new(path)
@@ -119,75 +120,99 @@ def _is_same(folder: Path, other: Path) -> bool:
     )
 
 
-def partial_folder(path: Path) -> Path:
-    """Temporary path where `atomic_folder` fills a folder."""
-    return path.with_name(f".{path.name}{_PARTIAL}")
-
-
 def clear_abandoned(folder: Path) -> None:
     """Remove what killed processes were writing in a folder and those below it. What is being written is locked, and stays."""
-    for path in [*folder.rglob(f".*{_PARTIAL}")]:
-        _clear(path)
+    # not rglob, which fails where a folder goes while it looks
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if name.startswith(".") and name.endswith(_PARTIAL):
+                _clear(Path(parent, name))
 
 
 def clear_partial(path: Path) -> None:
     """The same of one path, for where it is not to be written again."""
-    _clear(partial_folder(path))
+    if partial_path(path).parent.is_dir():
+        _clear(partial_path(path).parent)
 
 
 def _clear(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        with suppress(RunError, FileNotFoundError):
-            descriptor, _ = _take(path, wait=False)
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(descriptor)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)  # from before temporary files had a folder
+        return
+    with suppress(RunError, FileNotFoundError):
+        descriptor = _take(path, wait=False)
+        if descriptor is not None:
+            _remove(path)
+            os.close(descriptor)
+
+
+def partial_path(path: Path) -> Path:
+    """Temporary path of what becomes `path`: in a folder beside it, with a lock."""
+    return path.with_name(f".{path.name}{_PARTIAL}") / path.name
 
 
 @contextmanager
 def _workplace(path: Path, *, wait: bool = False) -> Iterator[Path]:
-    """The temporary folder of what is written to `path`: empty, locked, and gone after the block unless it was moved."""
-    folder = partial_folder(path)
-    descriptor, is_locked = _take(folder, wait=wait)
-    # where there are no locks nobody waits: processes that write the same path then have a folder each
-    own = folder if is_locked or not wait else folder / str(os.getpid())
+    """The temporary path of what becomes `path`, where nothing is; what it leaves there is removed after the block."""
+    place = partial_path(path).parent
+    descriptor = _take(place, wait=wait)
+    if descriptor is None and wait:
+        # where there are no locks nobody waits: processes that write the same path then have a folder each
+        _remove(place)
+        place = place.with_name(f"{place.name.removesuffix(_PARTIAL)}.{os.getpid()}{_PARTIAL}")
+        place.mkdir(exist_ok=True)
     try:
-        own.mkdir(exist_ok=True)
-        _empty(own)
-        yield own
+        _empty(place)
+        yield place / path.name
     finally:
-        shutil.rmtree(own, ignore_errors=True)
-        with suppress(OSError):
-            folder.rmdir()  # gone, unless it is of several
-        os.close(descriptor)
+        _remove(place)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _take(folder: Path, *, wait: bool) -> tuple[int, bool]:
-    """Make a temporary folder, or take that of a killed process; returns what locks it until it is closed, and whether it does.
+def _take(folder: Path, *, wait: bool) -> int | None:
+    """Make a temporary folder, or take that of a killed process; returns what locks it until it is closed, if there are locks.
 
     Raises:
         RunError: another process is at work in it, and is not waited for.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with suppress(FileExistsError):
+            folder.mkdir()
+        try:
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            continue  # removed as an abandoned one, before it could be locked
         try:
             is_locked = hold(descriptor, wait=wait)
-            if _is_open(folder, descriptor):
-                return descriptor, is_locked
+            if is_locked and _is_open(folder / _LOCK, descriptor):
+                return descriptor
         except BlockingIOError:
             os.close(descriptor)
             raise RunError(f"another process is writing {folder}: wait for it to finish") from None
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # whoever held it has moved or removed it
+        os.close(descriptor)
+        if not is_locked:
+            return None
+        # else whoever held it has removed it
 
 
 def _empty(folder: Path) -> None:
+    """Remove all from a temporary folder but its lock."""
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder as far as that can be done; its lock last, since who finds none begins anew."""
+    with suppress(OSError):
+        _empty(folder)
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _is_open(path: Path, descriptor: int) -> bool:

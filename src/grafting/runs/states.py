@@ -15,7 +15,7 @@ import torch
 
 from ..contract import FolderState
 from ..errors import CheckpointError, FaultWarning, ResumeWarning
-from ..machine.files import atomic_folder, folder_faults, partial_folder
+from ..machine.files import atomic_folder, folder_faults, partial_path
 
 STATE_NAME = "state.pt"
 OWNER_NAME = "owner.txt"
@@ -62,7 +62,7 @@ def write_state(
     path = states / f"{step:010d}"
     if not is_writer:
         if isinstance(state, FolderState):
-            state.save(partial_folder(path))
+            state.save(partial_path(path))
         return
     with atomic_folder(path) as folder:
         (folder / OWNER_NAME).write_text(f"{owner}\n")
