@@ -310,6 +310,19 @@ def test_damaged_line_of_a_log_is_named_and_left_out(tmp_path):
         assert [line["step"] for line in read_log(path)] == [1, 4, 5, 6, 7, 8, 9, 10]
 
 
+def test_a_log_that_is_a_link_is_not_written_through(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("all that there is")
+    with RunFolder(tmp_path / "run", recipe_name="r") as run, run.stage("s", 1) as stage:
+        steps = stage.follow(_steps(0, 2), save_every=None)
+        next(steps)
+        (stage.folder / "log.jsonl").unlink()
+        (stage.folder / "log.jsonl").symlink_to(precious)
+        with pytest.raises(RunError, match="cannot write .*log.jsonl: Too many levels of symbolic links"):
+            next(steps)
+    assert precious.read_text() == "all that there is"
+
+
 def test_log_of_a_stage_without_states_starts_anew(tmp_path):
     for _ in range(2):
         with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:

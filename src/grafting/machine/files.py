@@ -277,6 +277,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def without_links(path: str, flags: int) -> int:
+    """An opener of files that are written to where they lie, and not where a link leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_path(path) as temporary:
@@ -326,6 +331,7 @@ def _files_in(folder: Path) -> list[str]:
 
 def _settle(path: Path) -> None:
     """Bring a file, or a folder with all its files, to the disk, readable as new files are."""
+    clear_abandoned(path)
     files = [path / name for name in _files_in(path)] if path.is_dir() else [path]
     for file in files:
         file.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read

@@ -28,6 +28,7 @@ from ..machine.files import (
     hash_json,
     is_empty,
     sha256_of,
+    without_links,
     write_bytes,
     write_json,
 )
@@ -311,7 +312,7 @@ class Stage:
 
     def _log(self, line: dict[str, Any]) -> None:
         if self._run.writes:
-            with disk_errors(self._log_path), self._log_path.open("a") as log:
+            with disk_errors(self._log_path), open(self._log_path, "a", opener=without_links) as log:
                 log.write(json.dumps(line) + "\n")
 
     def _begin(self, step: int | None) -> None:
