@@ -54,12 +54,17 @@ def operators(
         print_json(schema)
         return
     say(out, f"{name}: {schema['description']}\nReplaces: {', '.join(sorted(configs[name].roles))}\n")
-    settings = {key: value for key, value in schema["properties"].items() if key != "name"}
-    rows = [
-        [key, _type_of(s), s.get("default", "required"), s.get("description", "")]
+    out.print(plain_table(["setting", "type", "default", "what it is"], setting_rows(configs[name])))
+
+
+def setting_rows(config: "type[OperatorConfig]") -> list[list[str]]:
+    """Settings of an operator, each with its type, default and meaning."""
+    settings = config.model_json_schema()["properties"]
+    return [
+        [key, _type_of(s), str(s.get("default", "required")), s.get("description", "")]
         for key, s in settings.items()
+        if key != "name"
     ]
-    out.print(plain_table(["setting", "type", "default", "what it is"], rows))
 
 
 def _settings_in_words(operator: dict[str, Any]) -> str:
