@@ -24,7 +24,7 @@ def operators(
 
     [dim]$ grafting operators hyena-x[/]
     """
-    from ..operators import PRESETS, operator_configs
+    from ..operators import PRESETS, operator_configs, unknown_operator
 
     configs = operator_configs()
     if name is None:
@@ -46,9 +46,7 @@ def operators(
             say(out, f"{name}: {_settings_in_words(PRESETS[name])}")
         return
     if name not in configs:
-        raise PlanError(
-            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
-        )
+        raise PlanError(unknown_operator(name))
     schema = configs[name].model_json_schema()
     if as_json:
         print_json(schema)
