@@ -90,7 +90,7 @@ def schema(
         Path | None, typer.Option("--out", help="Output file. [dim]Default: print to stdout.[/]")
     ] = None,
 ) -> None:
-    """Write the JSON Schema of recipes, for completion and checks in editors.
+    """Write the JSON Schema of recipes, for editors.
 
     [dim]$ grafting schema --out recipe.schema.json[/]
 
@@ -126,7 +126,7 @@ def doctor(
     full: Annotated[bool, typer.Option("--full", help="Also try torch.compile (can take a minute).")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: what it can do, what is missing, and how to install it.
+    """Check this machine: what it can do, and what is missing.
 
     [dim]$ grafting doctor[/]
     """

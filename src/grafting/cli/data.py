@@ -86,7 +86,8 @@ def latents(
 
     [dim]$ grafting data latents latents/train --images imagenet/train --dry-run[/]
 
-    [dim]$ torchrun --nproc-per-node 8 -m grafting data latents latents/train --images imagenet/train[/]
+    [dim]$ torchrun --nproc-per-node 8 -m grafting data latents latents/train \\
+      --images imagenet/train[/]
     """
     given = {"--images": images, "--tars": tars, "--dataset": dataset, "--published": published}
     asked = [option for option, value in given.items() if value is not None]

@@ -49,10 +49,11 @@ def evaluate(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate samples with a suite: the bundled testbed's, or ADM's (FID etc.).
+    """Evaluate samples with a suite: the testbed's, or ADM's (FID).
 
     [dim]$ grafting evaluate samples.npz[/]
-    [dim]$ grafting evaluate samples.npz --suite adm --reference VIRTUAL_imagenet256_labeled.npz \\
+    [dim]$ grafting evaluate samples.npz --suite adm \\
+      --reference VIRTUAL_imagenet256_labeled.npz \\
       --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     from ..evaluation import evaluate as measure
@@ -99,7 +100,8 @@ def reference(
     If the file has statistics as well as images, print the distance between the two: with the right network, it is
     about that of equally many real images.
 
-    [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth[/]
+    [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz \\
+      --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     started = time.monotonic()
     target = out_file or Path(f"{source.stem}.safetensors")
