@@ -258,6 +258,25 @@ _ROWS = (
         shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
     ),
     Figure(
+        key="geneval", title="GenEval (transformers' Mask2Former)", brief="GenEval", of="images", better="high",
+        write=percent, shown=("main", "sweep"),
+        help="the share of images that show what their prompts ask for, mean over the six tasks",
+    ),
+    *(
+        Figure(
+            key=f"geneval_{tag}", title=f"GenEval: {task}", of="images", better="high", write=percent,
+            help=f"the share of images of {task} that show what their prompts ask for",
+        )
+        for tag, task in (
+            ("single_object", "one object"),
+            ("two_object", "two objects"),
+            ("counting", "counting"),
+            ("colors", "colours"),
+            ("position", "position"),
+            ("color_attr", "colours of two objects"),
+        )
+    ),
+    Figure(
         key="image_distance", title="Distance to the pretrained image", brief="distance to the pretrained image",
         of="images", write=percent, shown=("sweep",),
         help="the root mean square difference of pixels from the pretrained model's image of the same seed, over their range",

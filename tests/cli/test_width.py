@@ -1,6 +1,7 @@
 """Nothing that is read first is wrapped at 80 columns: the list of commands, and their examples."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def test_help_fits_80_columns(path: tuple[str, ...]):
     runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     lines = [line.rstrip() for line in runner.invoke(app, [*path, "--help"]).output.splitlines()]
     assert all(len(line) <= 80 for line in lines)
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         if line.startswith((" $ ", "   --")):
             is_whole = not following or following.startswith((" $ ", "╭")) or line.endswith("\\")
             assert is_whole, f"this example is wrapped: {line} / {following}"
