@@ -40,6 +40,8 @@ class _Commands(TyperGroup):
             raise typer.Exit(128 + signum) from None
         except GraftingError as error:
             _fail(str(error), debug=ctx.params["debug"])
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough
         except OSError as error:
             named = "" if error.filename is None else f"{str(error.filename)[:200]}: "
             _fail(f"{named}{error.strerror or error}", debug=ctx.params["debug"])

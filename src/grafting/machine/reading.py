@@ -53,7 +53,7 @@ else:
 JsonObject: TypeAlias = dict[str, Json]
 
 # bytes that are read of a file of words, of one that is compressed once it is not, and of an array that is read whole
-_TEXT, _EXPANDED, _ARRAY = 1 << 26, 1 << 28, 1 << 30
+_TEXT, _EXPANDED, _ARRAY = 1 << 28, 1 << 28, 1 << 30
 _RECIPE = 1 << 18  # bytes: YAML is read by slow code
 _PIXELS = 1 << 26
 _HEADER = 100_000_000  # bytes: safetensors' own limit
@@ -80,7 +80,7 @@ Inside = Annotated[str, AfterValidator(_inside)]
 """Name of a file in the folder of what names it."""
 
 
-def opened(path: Path) -> io.BufferedIOBase:
+def opened(path: Path) -> io.BufferedReader:
     """A plain file, open for reading. Raises an OSError for anything else, and waits for nobody to write to a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -327,11 +327,11 @@ def read_torch(
         return content
 
 
-def _stream(source: Path | bytes) -> io.BufferedIOBase:
+def _stream(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
     return opened(source) if isinstance(source, Path) else io.BytesIO(source)
 
 
-def _refuse_expanding(file: io.BufferedIOBase) -> None:
+def _refuse_expanding(file: io.BufferedReader | io.BytesIO) -> None:
     """torch stores what it writes as it is; a compressed archive may be of any size."""
     if is_zipfile(file):
         with ZipFile(file) as archive:
@@ -395,6 +395,20 @@ def read_picture(source: Path | bytes, *, mode: str = "RGB", name: object = None
 
     Source: facebookresearch/DiT `train.py`, which reads with torchvision's `ImageFolder`; it converts in this way.
     """
+    with _picture(source, name) as picture:
+        if picture.mode.startswith("I"):
+            return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(mode)
+        return picture.convert(mode)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture, whose pixels are not read. Raises as `read_picture`."""
+    with _picture(path, None) as picture:
+        return picture.size
+
+
+@contextmanager
+def _picture(source: Path | bytes, name: object) -> Iterator[Image.Image]:
     with (
         damage(source if name is None else name, "a picture that can be read", error=DataError),
         _stream(source) as file,
@@ -402,6 +416,4 @@ def read_picture(source: Path | bytes, *, mode: str = "RGB", name: object = None
     ):
         if picture.width * picture.height > _PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels; at most {_PIXELS} are read")
-        if picture.mode.startswith("I"):
-            return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(mode)
-        return picture.convert(mode)
+        yield picture

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 _LARGEST = 2.0**63
 _LONGEST_NAME = 255  # bytes, as file systems have it
-_TEXTS = {"description", "notes"}
+_TEXTS = {"description", "notes", "licence"}
 
 
 class Settings(BaseModel):
@@ -38,8 +38,10 @@ class Settings(BaseModel):
         for part in _parts(value):
             if isinstance(part, int | float) and abs(part) >= _LARGEST:
                 raise ValueError("a number is too large: they are below 2^63")
-            if isinstance(part, str | Path) and info.field_name not in _TEXTS and _is_no_name(str(part)):
-                raise ValueError("a name is too long, or has a zero byte in it")
+        # mappings hold what others say: of a model's class, of how images were sampled
+        names = [] if isinstance(value, dict) or info.field_name in _TEXTS else _parts(value)
+        if any(isinstance(name, str | Path) and _is_no_name(str(name)) for name in names):
+            raise ValueError("a name is too long, or has a zero byte in it")
         return value
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ..weights.card import recipe_of, rows_of, write_card
+from ..machine.files import write_bytes
+from ..weights.card import CARD_NAME, card_of, recipe_of, rows_of
 from ..weights.folder import read_config
 from .folder import stale_stages
 
@@ -13,10 +14,10 @@ def write_model_card(model: Path) -> None:
     Figures and recipe of another model are left out.
     """
     config, run = read_config(model), model.parent
-    if not (run / "manifest.json").is_file():
-        write_card(model, config)
-        return
-    stale = stale_stages(run)
-    rows = [] if "evaluate" in stale else rows_of(run)
-    recipe = "" if "finetune" in stale else recipe_of(run)
-    write_card(model, config, metrics=rows, recipe=recipe)
+    rows, recipe = [], ""
+    if (run / "manifest.json").is_file():
+        stale = stale_stages(run)
+        rows = [] if "evaluate" in stale else rows_of(run)
+        recipe = "" if "finetune" in stale else recipe_of(run)
+    card = card_of(model, config, metrics=rows, recipe=recipe)
+    write_bytes(model / CARD_NAME, card.encode())

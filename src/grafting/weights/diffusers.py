@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed
-from ..machine.files import write_json
+from ..machine.files import atomic_files, write_json
 from ..machine.reading import JsonObject, read_json, shown
 from ..models.dit import DiT, sincos_2d
 from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
@@ -66,8 +66,6 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     exported = to_diffusers(model)
-    exported.save_pretrained(folder)
-    path = folder / CONFIG_NAME
     note = {
         "converted_from": "the native DiT of grafting, whose outputs are those of facebookresearch/DiT",
         "norm_eps": "1e-6, as in the original; this config sets it",
@@ -77,7 +75,10 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
             "every block (grafting.original_embeddings)"
         ),
     }
-    write_json(path, read_json(path, JsonObject) | {"_grafting": note})
+    with atomic_files(folder, last=CONFIG_NAME) as made:
+        exported.save_pretrained(made)
+        path = made / CONFIG_NAME
+        write_json(path, read_json(path, JsonObject) | {"_grafting": note})
     return folder
 
 
