@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
-from ..editing.surgery import build_operators, place
+from ..editing.surgery import graft
 from ..errors import CheckpointError, PlanError, listed
 from ..machine.files import sha256_of
 from ..models.dit import DIT_PRESETS, DiT
@@ -122,7 +122,7 @@ def read_published(source: Path, facts: PublishedFacts) -> Published:
         origin = {"format": "facebookresearch/DiT", "file": path.name, "key": key, "sha256": sha256_of(path)}
     try:
         model = DiT(**config)
-        place(model, build_operators(model, plan))
+        graft(model, plan, inherit=False)
     except (PlanError, ValueError) as error:
         raise CheckpointError(f"{source} was recognised as DiT {config}, which cannot be: {error}") from error
     load_strictly(model, renamed, source=str(source))
