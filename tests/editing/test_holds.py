@@ -207,3 +207,101 @@ def test_a_graft_comes_before_casting():
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     with pytest.raises(PlanError, match=r"offloaded or cast by hooks \(layerwise_casting\).*graft first"):
         graft(model, PLANS["hyena-x-attention"])
+
+
+def test_grafted_sites_keep_the_native_backend_when_all_others_change():
+    """Flux has one block of either kind left ungrafted; the counting backend stands for any that torch does not answer."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    model, inputs = grafted(
+        "flux", Plan(edits=(Replace(role="attention", blocks=[0], operator="window-2d"),))
+    )
+    native, calls, want = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE], [], None
+    with torch.no_grad():
+        want = run(model, inputs)
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        with torch._C.DisableTorchFunction():
+            return native(*args, **kwargs)
+
+    other = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    active = _AttentionBackendRegistry._active_backend
+    _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH] = counting
+    try:
+        model.set_attention_backend("_native_math")
+        with torch.no_grad():
+            assert torch.equal(run(model, inputs), want)
+        assert len(calls) == 2
+    finally:
+        _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH] = other
+        _AttentionBackendRegistry.set_active_backend(active)
+
+
+class Int8(torch.Tensor):
+    """A quantised weight, as torchao's: a subclass that linears take and that is plain numbers nowhere else."""
+
+    __module__ = "torchao.standin"
+
+    @staticmethod
+    def __new__(cls, weight):
+        made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        made.scale = weight.abs().amax(1, keepdim=True) / 127
+        made.values = (weight / made.scale).round().to(torch.int8)
+        return made
+
+    def plain(self):
+        return self.values * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            x, weight, *bias = args
+            return func(x, weight.plain(), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+
+def quantise(model):
+    for part in model.modules():
+        if type(part) is nn.Linear:
+            part.weight = nn.Parameter(Int8(part.weight.detach()), requires_grad=False)
+
+
+@torch.no_grad()
+def test_quantised_after_a_graft_it_computes_with_the_rounded_weights():
+    for name in ("mamba2-attention", "window-2d-attention", "mlp-mlp"):
+        model, inputs = grafted("dit", PLANS[name])
+        want = copy.deepcopy(model)
+        quantise(model)
+        for path, part in model.named_modules():
+            if isinstance(part, nn.Linear) and isinstance(part.weight.data, Int8):
+                want.get_submodule(path).weight.copy_(part.weight.data.plain())
+        assert_close(name, run(model, inputs), run(want, inputs), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("operator", "role", "words"),
+    [
+        ("hyena-x", "attention", "which hyena-x cannot inherit: graft first"),
+        ({"name": "mlp", "ratio": 2}, "mlp", "which mlp cannot inherit: graft first"),
+        (
+            {"name": "linear", "projections": "random"},
+            "attention",
+            "which linear cannot draw anew: graft first",
+        ),
+    ],
+)
+def test_a_quantised_model_has_nothing_to_inherit(operator, role, words):
+    model = HOSTS["dit"].tiny()
+    quantise(model)
+    plan = Plan(edits=(Replace(role=role, blocks=[1], operator=operator),))
+    with pytest.raises(
+        PlanError, match=rf"of block 1 holds quantised weights \(\w+.weight is a Int8 of float32\), {words}"
+    ):
+        graft(model, plan)

@@ -5,7 +5,7 @@ and built before anything is edited, so a failed graft leaves the model as it wa
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +112,8 @@ class Graft:
     replaced: dict[str, nn.Module]
     kind: tuple[torch.device, torch.dtype]
     """Of the model, when it was grafted."""
+    then: Callable[[nn.Module], None] | None = None
+    """Called with the model after an undo."""
 
     @property
     def new_parameters(self) -> frozenset[str]:
@@ -148,6 +150,8 @@ class Graft:
         tracker = LayoutTracker.of(self.model)
         if tracker and not tracker.stays and not holds_operators(self.model):
             tracker.host.untrack_layout(self.model)
+        if self.then is not None:
+            self.then(self.model)
 
 
 def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
@@ -281,7 +285,7 @@ def _check_copyable(model: nn.Module, chosen: Mapping[Site, Choice], *, inherit:
         redraws = isinstance(choice, KernelConfig) and choice.projections == "random"
         if (reads or redraws) and (found := _not_plain(module)):
             faults.append(
-                f"{words_of(site)} holds {found}, which {choice} cannot {'inherit' if reads else 'draw anew'}: graft first"
+                f"{words_of(site)} holds {found}, which {choice.name} cannot {'inherit' if reads else 'draw anew'}: graft first"
             )
     if faults:
         raise PlanError(fault_list(faults, "plan for this model"))

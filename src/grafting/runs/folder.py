@@ -25,7 +25,7 @@ from typing import Any
 
 from ..contract import FolderState, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
-from ..machine.files import disk_errors, hash_json, is_empty, sha256_of, write_bytes, write_json
+from ..machine.files import disk_errors, finite_json, hash_json, is_empty, sha256_of, write_bytes, write_json
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .states import newest_state, write_state
 
@@ -307,7 +307,7 @@ class Stage:
     def _log(self, line: dict[str, Any]) -> None:
         if self._run.writes:
             with disk_errors(self._log_path), self._log_path.open("a") as log:
-                log.write(json.dumps(line) + "\n")
+                log.write(_line_of(line))
 
     def _begin(self, step: int | None) -> None:
         """Truncate the log to the step from which the stage resumes, or to its start."""
@@ -320,7 +320,14 @@ class Stage:
                 self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
-            write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
+
+
+def _line_of(step: dict[str, Any]) -> str:
+    """A step as a line of JSON: values that are not finite are null, and named as that."""
+    finite = finite_json(step)
+    lost = [name for name, value in finite.items() if value is None and step[name] is not None]
+    return json.dumps(finite | ({"not_finite": lost} if lost else {}), allow_nan=False) + "\n"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -137,6 +137,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         "__module__": _HOME,
         "__doc__": f"`{base.__name__}` with operators of a plan in place.",
         "from_pretrained": classmethod(from_pretrained),
+        "ungrafted": base,
     }
     return type(f"{PREFIX}{base.__name__}", (base,), members)
 
