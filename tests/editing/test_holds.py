@@ -293,7 +293,7 @@ def test_quantised_after_a_graft_it_computes_with_the_rounded_weights():
         (
             {"name": "linear", "projections": "random"},
             "attention",
-            "which linear cannot draw anew: graft first",
+            "which linear cannot draw again: graft first",
         ),
     ],
 )
@@ -305,3 +305,16 @@ def test_a_quantised_model_has_nothing_to_inherit(operator, role, words):
         PlanError, match=rf"of block 1 holds quantised weights \(\w+.weight is a Int8 of float32\), {words}"
     ):
         graft(model, plan)
+
+
+@pytest.mark.parametrize("name", ["mamba2-attention", "window-2d-attention"])
+def test_adapters_on_a_grafted_model_add_what_they_should(name):
+    peft = pytest.importorskip("peft")
+    model, inputs = grafted("dit", PLANS[name])
+    want = copy.deepcopy(model)
+    linears = [path for path, part in model.named_modules() if type(part) is nn.Linear and ".attn" in path]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=linears, init_lora_weights=False), model)
+    with torch.no_grad():
+        for path in linears:
+            want.get_submodule(path).weight.add_(model.get_submodule(path).get_delta_weight("default"))
+        assert_close(name, run(model, inputs), run(want, inputs), 1e-5)

@@ -281,12 +281,13 @@ def _check_copyable(model: nn.Module, chosen: Mapping[Site, Choice], *, inherit:
                 f"{words_of(site)} is offloaded or cast by hooks ({', '.join(sorted(hooks))}), which a graft cannot copy: "
                 "graft first, then offload or cast"
             )
-        reads = isinstance(choice, MixerConfig) and choice.init == "inherit" and inherit
-        redraws = isinstance(choice, KernelConfig) and choice.projections == "random"
-        if (reads or redraws) and (found := _not_plain(module)):
-            faults.append(
-                f"{words_of(site)} holds {found}, which {choice.name} cannot {'inherit' if reads else 'draw anew'}: graft first"
-            )
+        verb = ""
+        if isinstance(choice, MixerConfig) and choice.init == "inherit" and inherit:
+            verb = f"{choice.name} cannot inherit"
+        elif isinstance(choice, KernelConfig) and choice.projections == "random":
+            verb = f"{choice.name} cannot draw again"
+        if verb and (found := _not_plain(module)):
+            faults.append(f"{words_of(site)} holds {found}, which {verb}: graft first")
     if faults:
         raise PlanError(fault_list(faults, "plan for this model"))
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..machine.sharding import whole
@@ -119,7 +119,10 @@ class Guard:
 def check_weights(model: nn.Module, stage: str) -> None:
     """Raise a TrainingError if a model's weights are not finite, which no learning rate would mend; names the first."""
     for name, tensor in model.state_dict().items():
-        finite = whole(tensor.detach()).isfinite()
+        values = whole(tensor.detach())
+        if type(values) is not Tensor or values.is_meta or not values.is_floating_point():
+            continue  # quantised or offloaded
+        finite = (values.float() if values.itemsize == 1 else values).isfinite()
         if not finite.all():
             row = int((~finite).nonzero()[0, 0]) if finite.ndim else 0
             raise TrainingError(

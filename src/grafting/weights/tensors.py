@@ -91,7 +91,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[Any, Any]:
     """Load a torch file of tensors and plain values; no code in it is run.
 
     Raises:
