@@ -8,15 +8,12 @@ are two, so that the older serves when the newer is damaged. One process at a ti
 that ends with the process, however it ends. Nothing depends on the clock or on the machine.
 """
 
-import fcntl
 import json
-import os
 import platform
 import shutil
 import signal
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +22,18 @@ from typing import Any
 
 from ..contract import FolderState, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
-from ..machine.files import disk_errors, finite_json, hash_json, is_empty, sha256_of, write_bytes, write_json
+from ..machine.files import (
+    clear_abandoned,
+    disk_errors,
+    finite_json,
+    hash_json,
+    is_empty,
+    sha256_of,
+    without_links,
+    write_bytes,
+    write_json,
+)
+from ..machine.locks import Lock, Taken
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .states import newest_state, write_state
 
@@ -64,9 +72,9 @@ class RunFolder:
         self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
-            self._lock = _Lock(path)
+            self._lock = _locked(path)
             self._manifest = self._read()
-            self._clear_partial()
+            clear_abandoned(path)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -93,11 +101,6 @@ class RunFolder:
         path = self.path
         if not self._is_run and path.exists() and not is_empty(path):
             raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
-
-    def _clear_partial(self) -> None:
-        """Removes what a killed run was writing."""
-        for path in [*self.path.rglob(".*.partial")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         if not self._is_run:
@@ -237,6 +240,10 @@ class Stage:
             run.write_entry(name, entry)
         self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
 
+    @property
+    def _owner(self) -> str:
+        return hash_json([self.name, self.inputs])
+
     def _start_anew(self) -> None:
         if self._run.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -271,13 +278,13 @@ class Stage:
 
         A dict as it was saved, or the folder of a state that wrote itself. Raises as `newest_state`.
         """
-        state = newest_state(self._states)
+        state = newest_state(self._states, owner=self._owner)
         self._begin(None if state is None else state.step)
         return None if state is None else state.content
 
     def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
         """Keep the state after a step; see `write_state`."""
-        write_state(self._states, state, step, is_writer=self._run.writes)
+        write_state(self._states, state, step, owner=self._owner, is_writer=self._run.writes)
 
     def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
         """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
@@ -306,7 +313,7 @@ class Stage:
 
     def _log(self, line: dict[str, Any]) -> None:
         if self._run.writes:
-            with disk_errors(self._log_path), self._log_path.open("a") as log:
+            with disk_errors(self._log_path), open(self._log_path, "a", opener=without_links) as log:
                 log.write(_line_of(line))
 
     def _begin(self, step: int | None) -> None:
@@ -346,27 +353,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-class _Lock:
-    """The right to work in a folder: an flock, which the operating system takes back when the process ends."""
-
-    def __init__(self, folder: Path):
+def _locked(folder: Path) -> Lock:
+    """The right to work in a folder."""
+    try:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self.release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            self.release()
-            raise RunError(
-                f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
-            ) from None
-        except OSError as error:
-            _warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run uses it")
-        with disk_errors(folder):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+            lock = Lock(folder / ".lock")
+    except Taken as holder:
+        raise RunError(
+            f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
+        ) from None
+    if not lock.works:
+        _warn(f"{folder} cannot be locked: make sure that no other run uses it")
+    return lock
 
 
 def _warn(message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from ..contract import Denoiser, Grid, Site, TrainingData
+from ..contract import Conditions, Denoiser, Grid, Site, TrainingData
 from ..cost.count import Flops, role_flops
 from ..data import check_bound
 from ..data.bundled import bundled_model_folder
@@ -92,7 +92,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     if recipe.sample is not None and decoder is not None:
         config = _with_shape(recipe.sample, shape, host, model)
         recipe = recipe.model_copy(update={"sample": config})
-        is_measured = _is_measured(recipe, decoder.image_shape(config.shape or shape))
+        is_measured = _is_measured(recipe, denoiser.conditions, decoder.image_shape(config.shape or shape))
         suite = recipe.suite.identity() if is_measured else None
     elif recipe.evaluate is not None:
         raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
@@ -127,7 +127,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     )
 
 
-def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
+def _is_measured(recipe: Recipe, conditions: Conditions, image_shape: tuple[int, ...]) -> bool:
     """True if images of this shape can be measured: by the recipe's suite, else by a testbed's if it supports them.
 
     Raises:
@@ -143,6 +143,8 @@ def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
         faults.append(
             f"suite {suite.name} judges images by conditions {suite.asked_by}; the recipe's are {recipe.asked}"
         )
+    else:
+        faults += suite.misfits(conditions)
     if faults:
         raise RecipeError(fault_list([f"evaluate: {fault}" for fault in faults], "what the recipe samples"))
     return True

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed
-from ..machine.files import write_json
+from ..machine.files import atomic_files, write_json
 from ..models.dit import DiT, sincos_2d
 from .locate import CONFIG_NAME
 from .portable import settings_of
@@ -65,8 +65,6 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     exported = to_diffusers(model)
-    exported.save_pretrained(folder)
-    path = folder / CONFIG_NAME
     note = {
         "converted_from": "the native DiT of grafting, whose outputs are those of facebookresearch/DiT",
         "norm_eps": "1e-6, as in the original; this config sets it",
@@ -76,7 +74,10 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
             "every block (grafting.original_embeddings)"
         ),
     }
-    write_json(path, json.loads(path.read_text()) | {"_grafting": note})
+    with atomic_files(folder, last=CONFIG_NAME) as made:
+        exported.save_pretrained(made)
+        path = made / CONFIG_NAME
+        write_json(path, json.loads(path.read_text()) | {"_grafting": note})
     return folder
 
 
