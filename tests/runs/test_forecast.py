@@ -123,11 +123,16 @@ def test_counted_activations_are_those_of_a_real_pass():
 
 def test_a_rate_that_the_run_has_logged_goes_before_a_computed_one(tmp_path):
     run(tiny(), tmp_path / "run", until="finetune")
-    measured = stage(forecast(tiny(), device="h100", folder=tmp_path / "run"), "finetune")
+    measured = stage(forecast(tiny(), folder=tmp_path / "run"), "finetune")
     log = [json.loads(line) for line in (tmp_path / "run/finetune/log.jsonl").read_text().splitlines()]
     rate = sum(line["images_per_s"] for line in log) / 2
     assert measured.hours == pytest.approx(8 / rate / 3600)
     assert measured.basis.startswith("measured, ")
+    for elsewhere in ({"device": "h100"}, {"device": "h100", "processes": 8}, {"peak_tflops": 1.0}):
+        computed = stage(forecast(tiny(), folder=tmp_path / "run", **elsewhere), "finetune")
+        assert computed == stage(forecast(tiny(), **elsewhere), "finetune")
+        assert computed.basis.startswith("computed, ")
+    assert stage(forecast(tiny(), processes=2, folder=tmp_path / "run"), "finetune").hours is None
 
 
 def test_disk_of_a_state_is_what_a_run_writes(tmp_path):

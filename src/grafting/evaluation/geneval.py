@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..contract import Conditions
 from ..errors import DataError, ProtocolError
-from ..metrics.paired import mean_estimate
+from ..metrics._interval import spread
 from .geneval_rules import Detection, Prompt, PromptFile, Tag, Verdict, judge
 from .geneval_vision import ColourReader, Detector
 from .per_image import PerImage
@@ -129,12 +129,8 @@ class GenevalEvaluator(PairedEvaluator[GenevalEvaluation]):
         if len(asked) == len(TAGS):
             score = sum(shares.values()) / len(TAGS)
             influences["geneval"] = _influences(scores, tags, torch.ones_like(tags, dtype=torch.bool))
-            spread = mean_estimate(influences["geneval"], strata=tags, clusters=labels)
-            figures |= {
-                "geneval": score,
-                "geneval_low": score + spread.low,
-                "geneval_high": score + spread.high,
-            }
+            found = spread(influences["geneval"], strata=tags, clusters=labels).of_share(score, 0.95)
+            figures |= {"geneval": score, "geneval_low": found.low, "geneval_high": found.high}
         evaluation = GenevalEvaluation.model_validate(
             figures
             | {"num_images": self.num_images, "protocol": self._protocol, "notes": tuple(self._notes(labels))}

@@ -18,12 +18,12 @@ from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import host_of, hosts
-from ..machine.files import hash_json, sha256_of, write_json
-from .card import write_card
+from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
+from .card import CARD_NAME, card_of
 from .delta import borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
+from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-from .tensors import load_strictly, load_tensors, read_weights, save_tensors
+from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
 
 
 def load(
@@ -69,7 +69,8 @@ def save_model(
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    The config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
+    A new folder is whole or absent; in one that is there the config is written last: a folder with a config is complete. A
+    grafted model gets a card, `README.md`.
 
     Args:
         base: the pretrained model that it was made from, for the record.
@@ -78,14 +79,15 @@ def save_model(
 
     Raises:
         CheckpointError: the model could not be loaded again: its host is not known, or its graft is not in the plan.
-        RunError: the folder cannot be written; a half-written folder has no config.
+        RunError: the folder cannot be written; what was there is unchanged.
     """
     folder = Path(folder)
-    weights = folder / WEIGHTS_NAME
     record = _record(model, plan, base)
-    _clear(folder)
-    save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
-    return [_write_config(folder, model, record, weights=weights, origin=origin), weights]
+    with atomic_files(folder, last=CONFIG_NAME, stale=(WEIGHTS_NAME, DELTA_NAME)) as made:
+        weights = made / WEIGHTS_NAME
+        save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
+        _write_config(made, folder, model, record, weights=weights, origin=origin)
+    return [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
 
 
 def save_delta(
@@ -98,7 +100,7 @@ def save_delta(
 
     Raises:
         CheckpointError: the base cannot be loaded, or is in this folder; or as `save_model`.
-        RunError: the folder cannot be written; a half-written folder has no config.
+        RunError: the folder cannot be written; what was there is unchanged.
     """
     folder = Path(folder)
     dtype = next(model.parameters()).dtype
@@ -107,11 +109,12 @@ def save_delta(
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record = _record(model, plan, base)
     own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype))
-    weights = folder / DELTA_NAME
-    _clear(folder)
-    save_tensors(weights, own, metadata={"format": "pt"})
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
-    return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
+    with atomic_files(folder, last=CONFIG_NAME, stale=(WEIGHTS_NAME, DELTA_NAME)) as made:
+        weights = made / DELTA_NAME
+        save_tensors(weights, own, metadata={"format": "pt"})
+        _write_config(made, folder, model, record, weights=weights, delta=delta)
+    return [folder / CONFIG_NAME, folder / DELTA_NAME]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -140,7 +143,7 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    folder = Path(folder)
+    folder = model_in(Path(folder))
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
@@ -210,16 +213,12 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
         raise CheckpointError(
             "the model is grafted, and the plan to save with it is empty: it could not be loaded"
         )
+    check_can_be_saved(model)
     return Record.of(model, plan, base=base)
 
 
-def _clear(folder: Path) -> None:
-    """Make a folder half-written, whatever it held: no config, and neither kind of weights."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME, DELTA_NAME):
-        (folder / name).unlink(missing_ok=True)
-
-
 def _write_config(
+    made: Path,
     folder: Path,
     model: nn.Module,
     record: Record,
@@ -227,8 +226,8 @@ def _write_config(
     weights: Path,
     delta: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the card, and last the config, whose hashes cover the weights and the config itself."""
+) -> None:
+    """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
     name, settings = host_of(model).model_class.__name__, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
@@ -245,9 +244,8 @@ def _write_config(
             },
         }
         described["grafting"]["config_sha256"] = hash_json(described)
-        write_card(folder, described)
-    write_json(folder / CONFIG_NAME, described)
-    return folder / CONFIG_NAME
+        write_bytes(made / CARD_NAME, card_of(folder, described).encode())
+    write_json(made / CONFIG_NAME, described)
 
 
 def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
