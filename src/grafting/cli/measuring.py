@@ -58,11 +58,13 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate samples with a suite: the bundled testbed's, or ADM's (FID etc.).
+    """Evaluate samples with a suite: the testbed's, or ADM's (FID).
 
     [dim]$ grafting evaluate samples.npz[/]
-    [dim]$ grafting evaluate samples.npz --suite geneval --set prompts=evaluation_metadata.jsonl[/]
-    [dim]$ grafting evaluate samples.npz --suite adm --reference VIRTUAL_imagenet256_labeled.npz \\
+    [dim]$ grafting evaluate samples.npz --suite geneval \\
+      --set prompts=evaluation_metadata.jsonl[/]
+    [dim]$ grafting evaluate samples.npz --suite adm \\
+      --reference VIRTUAL_imagenet256_labeled.npz \\
       --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     from ..evaluation import evaluate as measure
@@ -102,7 +104,9 @@ def geneval(
     folder: Annotated[Path, typer.Argument(help="Output folder; new.")],
     prompts: Annotated[Path, typer.Option(help="GenEval's evaluation_metadata.jsonl.")],
 ) -> None:
-    """Write samples as GenEval's own scorer reads them: 00000/metadata.jsonl, 00000/samples/0000.png.
+    """Write samples as GenEval's own scorer reads them.
+
+    The folder holds 00000/metadata.jsonl, 00000/samples/0000.png, ...
 
     [dim]$ grafting geneval samples.npz images --prompts evaluation_metadata.jsonl[/]
     """
@@ -135,7 +139,8 @@ def reference(
     If the file has statistics as well as images, print the distance between the two: with the right network, it is
     about that of equally many real images.
 
-    [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth[/]
+    [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz \\
+      --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     started = time.monotonic()
     target = out_file or Path(f"{source.stem}.safetensors")

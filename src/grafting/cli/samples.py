@@ -78,15 +78,16 @@ def sample(
     process: Process = None,
     shift: Shift = None,
 ) -> None:
-    """Sample images from a model into one .npz file: arr_0 [N, H, W, C] (uint8) and labels.
+    """Sample images from a model into one .npz file.
 
-    Several processes share the work; the images do not depend on their number. An interrupted command can be run again
+    The file holds arr_0 [N, H, W, C] (uint8) and labels. Several processes share the work; the images do not depend on their number. An interrupted command can be run again
     to resume: finished batches stay in a folder beside the file until it is complete.
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 
-    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num-images 50000
-      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125[/]
+    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 \\
+      --vae stabilityai/sd-vae-ft-ema --num-images 50000 --batch-size 125 \\
+      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3[/]
     """
     from ..diffusion import Diffusion
     from ..hosts import host_of

@@ -42,7 +42,7 @@ def convert(
     ] = None,
     to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="Output format.")] = "grafting",
 ) -> None:
-    """Convert published DiT weights (grafted or not) to a model folder.
+    """Convert published DiT weights, or grafts, to a model folder.
 
     [dim]$ grafting convert model.pt dit-hyena-x[/]
     """
@@ -103,7 +103,7 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a newly created repository public.")] = False,
 ) -> None:
-    """Upload a grafted model, with a model card, to the Hugging Face Hub.
+    """Upload a grafted model, with a card, to the Hub.
 
     [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
     """

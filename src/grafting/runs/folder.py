@@ -25,6 +25,7 @@ from ..errors import FaultWarning, ResumeWarning, RunError
 from ..machine.files import (
     clear_abandoned,
     disk_errors,
+    finite_json,
     hash_json,
     is_empty,
     sha256_of,
@@ -319,7 +320,7 @@ class Stage:
     def _log(self, line: dict[str, Any]) -> None:
         if self._run.writes:
             with disk_errors(self._log_path), open(self._log_path, "a", opener=without_links) as log:
-                log.write(json.dumps(line) + "\n")
+                log.write(_line_of(line))
 
     def _begin(self, step: int | None) -> None:
         """Truncate the log to the step from which the stage resumes, or to its start."""
@@ -332,7 +333,14 @@ class Stage:
                 self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
-            write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
+
+
+def _line_of(step: dict[str, Any]) -> str:
+    """A step as a line of JSON: values that are not finite are null, and named as that."""
+    finite = finite_json(step)
+    lost = [name for name, value in finite.items() if value is None and step[name] is not None]
+    return json.dumps(finite | ({"not_finite": lost} if lost else {}), allow_nan=False) + "\n"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

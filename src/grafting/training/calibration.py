@@ -28,6 +28,7 @@ from ..functional.ridge import (
 from ..hosts import host_of
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from .activations import Repeatable, Visited, shuffled
+from .guard import check_weights
 
 
 class CalibrateConfig(BaseModel):
@@ -66,6 +67,7 @@ def calibrate(
     """
     config = settled(config, next(teacher.parameters()).device)
     visited = Visited(teacher, operators, denoiser or host_of(teacher).denoiser(teacher), config.precision)
+    check_weights(teacher, "calibration")
     visited.prepare("calibration")
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]

@@ -21,9 +21,9 @@ from ..hosts import host_of, hosts
 from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
 from .card import CARD_NAME, card_of
 from .delta import borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
+from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-from .tensors import load_strictly, load_tensors, read_weights, save_tensors
+from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
 
 
 def load(
@@ -143,7 +143,7 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    folder = Path(folder)
+    folder = model_in(Path(folder))
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
@@ -213,6 +213,7 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
         raise CheckpointError(
             "the model is grafted, and the plan to save with it is empty: it could not be loaded"
         )
+    check_can_be_saved(model)
     return Record.of(model, plan, base=base)
 
 
