@@ -239,6 +239,8 @@ class Stage:
             entry = {key: value for key, value in entry.items() if key != "stale"}
             run.write_entry(name, entry)
         self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
+        if self.done and run.writes:
+            self._remove_states()
 
     @property
     def _owner(self) -> str:
@@ -271,6 +273,10 @@ class Stage:
             "outputs": outputs,
         }
         self._run.write_entry(self.name, entry)
+        self._remove_states()
+
+    def _remove_states(self) -> None:
+        """What is done needs none; a run that was killed when it was may have left some."""
         shutil.rmtree(self._states, ignore_errors=True)
 
     def load_state(self) -> Any:
