@@ -37,8 +37,9 @@ from grafting.machine.reading import read_picture
 from grafting.models.dit import DiT
 from grafting.report import report_page
 from grafting.runs.file import load_recipe
-from grafting.runs.folder import Entry, RunFolder
+from grafting.runs.folder import RunFolder
 from grafting.runs.job import skeleton
+from grafting.runs.manifest import Entry
 from grafting.runs.record import read_run
 from grafting.runs.sweep import load_sweep
 from grafting.sampling.files import open_samples, write_samples

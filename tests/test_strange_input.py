@@ -273,7 +273,7 @@ def test_labels_of_latents_are_classes(latents, label):
         (lambda t: t.update({7: torch.ones(3)}), "no state dict"),
         (lambda t: t.update({"x_embedder.proj.weight": torch.ones(3).to_sparse()}), "sparse"),
         (lambda t: t.update({"x_embedder.proj.weight": torch.empty(3, device="meta")}), "without values"),
-        (lambda t: t.update({"x_embedder.proj.bias": torch.empty(0)}), "no weights"),
+        (lambda t: t.update({"x_embedder.proj.bias": torch.empty(0)}), "has shape"),
         (lambda t: t.update({"x_embedder.proj.bias": torch.full((32,), float("nan"))}), "no weights"),
         (lambda t: t.update({"x_embedder.proj.bias": torch.ones(32, dtype=torch.int8)}), "no weights"),
         (lambda t: t.update({"x_embedder.proj.bias": torch.ones(32, dtype=torch.complex64)}), "no weights"),

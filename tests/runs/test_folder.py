@@ -361,6 +361,13 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     assert not [*tmp_path.rglob("*.partial")]
 
 
+def test_states_that_a_finished_stage_was_killed_with_are_removed(tmp_path):
+    _carry_out(tmp_path, 1)
+    (tmp_path / "s" / "states" / "0000000002").mkdir(parents=True)
+    assert not _carry_out(tmp_path, 1)
+    assert not (tmp_path / "s" / "states").exists()
+
+
 def test_machines_are_on_record_and_change_nothing(tmp_path, monkeypatch):
     for host, threads in (("a", 1), ("b", 8), ("b", 8)):
         monkeypatch.setattr("platform.node", lambda host=host: host)

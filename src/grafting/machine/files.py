@@ -5,6 +5,7 @@ sentence.
 import filecmp
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -289,8 +290,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in their order."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write a JSON file atomically, indented, keys in their order; numbers that are not finite become null."""
+    write_bytes(path, (json.dumps(finite_json(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite_json(value: Any) -> Any:
+    """The value as JSON has words for it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256_of(path: Path) -> str:

@@ -306,18 +306,20 @@ def read_torch(
     name: object = None,
     kind: str = "a torch file of plain tensors",
     error: Kind = CheckpointError,
-    allowed: Sequence[type] = (),
+    allowed: Sequence[Any] = (),
+    advice: str = "",
 ) -> object:
     """What `torch.save` wrote: tensors on the CPU and plain values; no code in it is run.
 
     Args:
-        allowed: other classes that may be in it.
+        allowed: other classes and functions that may be in it, as `torch.serialization.safe_globals` takes them.
+        advice: what to do, for the error.
 
     Raises:
         error: it is missing, cut short, holds other objects or a tensor that is larger than its values, sparse, quantised or empty
             of values (meta).
     """
-    with damage(source if name is None else name, kind, error=error), _stream(source) as file:
+    with damage(source if name is None else name, kind, error=error, advice=advice), _stream(source) as file:
         _refuse_expanding(file)
         with torch.serialization.safe_globals(list(allowed)):
             content: object = torch.load(file, map_location="cpu", weights_only=True)

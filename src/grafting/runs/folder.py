@@ -20,13 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
-
 from ..contract import FolderState, State, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
 from ..machine.files import (
     clear_abandoned,
     disk_errors,
+    finite_json,
     hash_json,
     is_empty,
     sha256_of,
@@ -35,55 +34,15 @@ from ..machine.files import (
     write_json,
 )
 from ..machine.locks import Lock, Taken
-from ..machine.reading import Inside, JsonObject, parse_json, read_bytes, shown
+from ..machine.reading import JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
+from .manifest import FORMAT, Entry, Manifest, new_manifest, parse_manifest, read_manifest
 from .states import newest_state, write_state
 
-FORMAT = 1
 _LONGEST_LOG = 1 << 30
 
 Line: TypeAlias = JsonObject
 """A line of a stage's log: `step`, `seconds` and the step's figures."""
-
-
-class Entry(BaseModel):
-    """Record of a stage."""
-
-    model_config = ConfigDict(frozen=True)
-
-    inputs: str  # hash of all that its outputs depend on
-    done: bool = False
-    seconds: NonNegativeFloat = 0.0
-    outputs: dict[Inside, str] | None = None  # hash of each file, once it is done
-    stale: bool = False  # made by an earlier recipe than the one that lies there, as far as is known
-
-    @model_validator(mode="after")
-    def _has_outputs(self) -> "Entry":
-        if self.done and self.outputs is None:
-            raise ValueError("it is done, and has no outputs")
-        return self
-
-    def on_record(self) -> JsonObject:
-        """As the manifest has it."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
-
-class Manifest(BaseModel):
-    """What a run's folder says of itself; fields that this version does not know are kept."""
-
-    model_config = ConfigDict(extra="allow")
-
-    format: int = FORMAT
-    recipe: str
-    stages: dict[str, Entry] = {}
-    machine: JsonObject = {}
-    machines: list[JsonObject] = []
-    sha256: str | None = Field(default=None, exclude=True)
-
-    def on_record(self) -> JsonObject:
-        """As it is written, without its checksum."""
-        stages = {name: entry.on_record() for name, entry in self.stages.items()}
-        return self.model_dump(mode="json", exclude_unset=True) | {"stages": stages}
 
 
 class RunFolder:
@@ -114,7 +73,7 @@ class RunFolder:
         self.anyone = anyone
         self._recipe_name = recipe_name
         self._manifest_path = path / "manifest.json"
-        self._manifest = _new_manifest(recipe_name)
+        self._manifest = new_manifest(recipe_name)
         self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
@@ -150,7 +109,7 @@ class RunFolder:
 
     def _read(self) -> Manifest:
         if not self._is_run:
-            return _new_manifest(self._recipe_name)
+            return new_manifest(self._recipe_name)
         manifest = self._newest_manifest()
         if manifest.recipe != self._recipe_name:
             raise RunError(
@@ -251,7 +210,7 @@ class RunFolder:
             return
         try:
             content = read_bytes(self._manifest_path, error=RunError)
-            _parsed(content, self._manifest_path)
+            parse_manifest(content, self._manifest_path)
         except RunError:
             pass  # there is none, or it is damaged and the one before it stays
         else:
@@ -294,6 +253,8 @@ class Stage:
             entry = Entry(**entry.model_dump(exclude_unset=True, exclude={"stale"}))
             run.write_entry(name, entry)
         self.done = entry.done and self._intact(entry.outputs or {})
+        if self.done and run.writes:
+            self._remove_states()
 
     @property
     def _owner(self) -> str:
@@ -322,6 +283,10 @@ class Stage:
         outputs = {str(path.relative_to(self._run.path)): sha256_of(path) for path in self.outputs}
         entry = Entry(inputs=self.inputs, done=True, seconds=round(total, 1), outputs=outputs)
         self._run.write_entry(self.name, entry)
+        self._remove_states()
+
+    def _remove_states(self) -> None:
+        """What is done needs none; a run that was killed when it was may have left some."""
         shutil.rmtree(self._states, ignore_errors=True)
 
     def load_state(self) -> Any:
@@ -365,7 +330,7 @@ class Stage:
     def _log(self, line: Mapping[str, object]) -> None:
         if self._run.writes:
             with disk_errors(self._log_path), open(self._log_path, "a", opener=without_links) as log:
-                log.write(json.dumps(line) + "\n")
+                log.write(_line_of(line))
 
     def _begin(self, step: int | None) -> None:
         """Truncate the log to the step from which the stage resumes, or to its start."""
@@ -378,7 +343,14 @@ class Stage:
                 self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if step_of(line) <= self._first_step]
-            write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
+
+
+def _line_of(step: Mapping[str, Any]) -> str:
+    """A step as a line of JSON: values that are not finite are null, and named as that."""
+    finite = finite_json(step)
+    lost = [name for name, value in finite.items() if value is None and step[name] is not None]
+    return json.dumps(finite | ({"not_finite": lost} if lost else {}), allow_nan=False) + "\n"
 
 
 def read_log(path: Path) -> list[Line]:
@@ -421,21 +393,3 @@ def _locked(folder: Path) -> Lock:
 
 def _warn(message: str) -> None:
     warnings.warn(message, FaultWarning, stacklevel=3)
-
-
-def _new_manifest(recipe: str) -> Manifest:
-    return Manifest(format=FORMAT, recipe=recipe, stages={})
-
-
-def read_manifest(path: Path) -> Manifest:
-    """A run's manifest. Raises a RunError if it is missing or damaged."""
-    return _parsed(read_bytes(path, kind="a manifest", error=RunError), path)
-
-
-def _parsed(content: bytes, path: Path) -> Manifest:
-    raw = parse_json(content, JsonObject, name=path, error=RunError)
-    digest = raw.pop("sha256", None)
-    # a manifest of before there were checksums has none
-    if digest not in (None, hash_json(raw)):
-        raise RunError(f"{path} does not agree with its checksum")
-    return parse_json(content, Manifest, name=path, kind="a manifest", error=RunError)

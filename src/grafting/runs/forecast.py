@@ -32,8 +32,9 @@ from ..machine.devices import default_device, mixed_precision
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
-from .folder import read_log, read_manifest
+from .folder import read_log
 from .job import skeleton
+from .manifest import read_manifest
 from .paths import naming_paths
 from .recipe import Recipe
 from .rows import ROWS, rows_in

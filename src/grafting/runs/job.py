@@ -18,13 +18,14 @@ from ..errors import DataError, HostError, RecipeError
 from ..hosts import Host, config_of, constructed, host_of, hosts
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
-from ..machine.files import hash_json, sha256_of
+from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..machine.reading import reason_of
 from ..sampling.chain import SamplingConfig, check_sampling
 from ..training import distillation, finetuning
 from ..weights.folder import load_model
-from ..weights.locate import WEIGHTS_NAME, find_model
+from ..weights.locate import find_model
+from ..weights.tensors import weights_sha256
 from .operator_cache import OperatorStore
 from .paths import naming_paths
 from .recipe import FreshModel, Recipe
@@ -212,7 +213,7 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
         raise RecipeError(f"source {name} is already grafted: a recipe starts from a model without a plan")
     if isinstance(source, FreshModel):
         _check_config(model, source)
-    return model, sha256_of(folder / WEIGHTS_NAME)
+    return model, weights_sha256(folder)
 
 
 def skeleton(source: str | FreshModel) -> nn.Module:

@@ -19,7 +19,8 @@ from ..machine.files import write_bytes
 from ..machine.reading import JsonObject, open_safetensors, read_json, read_text, read_yaml
 from ..report import MAX_IMAGES, RunRecord, Samples, WrittenPlan, report_page
 from ..words import ROW_TITLES, Row
-from .folder import read_log, read_manifest, stale_stages
+from .folder import read_log, stale_stages
+from .manifest import read_manifest
 
 
 def write_report(folder: str | Path) -> Path:

@@ -39,7 +39,7 @@ from ..machine.settings import Settings
 from ..machine.sharding import ShardedState, copy_whole, read_facts, read_tensors, shard
 from .average import Average
 from .batches import Batches, NoisedBatch, check_batch_size
-from .guard import GuardConfig, GuardState
+from .guard import GuardConfig, GuardState, check_weights
 from .trainee import Trainee
 
 if TYPE_CHECKING:
@@ -136,9 +136,12 @@ def finetune(
     Raises:
         CheckpointError: the state is of another model, or of another way to train.
         TrainingError: nothing to train, no objective, a teacher is missing, a batch does not divide among processes, or
-            the loss is not finite.
+            weights or the loss are not finite.
+        DataError: an image is not finite.
     """
     _check(config, teacher, blocks)
+    for weights in (model, *([] if teacher is None else [teacher])):
+        check_weights(weights, "stage 2")
     config = settled(config, default_device(), together=True)
     denoiser, device = denoiser or host_of(model).denoiser(model), default_device()
     _select_parameters(model, config.trainable, new_parameters)

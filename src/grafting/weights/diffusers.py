@@ -22,9 +22,9 @@ from ..errors import CheckpointError, listed
 from ..machine.files import atomic_files, write_json
 from ..machine.reading import JsonObject, read_json, shown
 from ..models.dit import DiT, sincos_2d
-from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from .locate import CONFIG_NAME
 from .portable import settings_of
-from .tensors import load_strictly, read_pickle, read_weights
+from .tensors import load_strictly, read_weights
 
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
 
@@ -162,9 +162,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dic
     ]
     if faults:
         raise CheckpointError(listed(f"{folder} is not the DiT that was published:", faults))
-    pickled = folder / "diffusion_pytorch_model.bin"
-    whole = any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
-    tensors = read_pickle(pickled) if pickled.is_file() and not whole else read_weights(folder)
+    tensors = read_weights(folder)
     hidden_size = described.num_attention_heads * described.attention_head_dim
     config = {
         "input_size": described.sample_size,

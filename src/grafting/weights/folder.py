@@ -22,9 +22,9 @@ from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, wri
 from ..machine.reading import Json, JsonObject, cut, damage, read_json
 from .card import CARD_NAME, card_of
 from .delta import Delta, borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
+from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-from .tensors import load_strictly, load_tensors, read_weights, save_tensors
+from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
 
 
 def load(
@@ -150,6 +150,7 @@ def _load(
     folder: Path, *, dtype: torch.dtype, base: str | Path | None, above: tuple[Path, ...]
 ) -> tuple[nn.Module, Plan]:
     """As `load_model`; `above` are the deltas whose base, or base's base, the folder is."""
+    folder = model_in(folder)
     if folder.resolve() in above:
         raise CheckpointError(f"the delta in {folder} is its own base: name the right one")
     config = read_config(folder)
@@ -235,6 +236,7 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
         raise CheckpointError(
             "the model is grafted, and the plan to save with it is empty: it could not be loaded"
         )
+    check_can_be_saved(model)
     return Record.of(model, plan, base=base)
 
 
