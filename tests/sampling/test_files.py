@@ -200,7 +200,7 @@ def test_samples_of_older_runs_have_the_origin_of_the_runs_recipe(tmp_path: Path
     with pytest.raises(ProtocolError, match=r"holds 3 images, .*recipe.yaml says 4"):
         open_samples(path)
     recipe.write_text(yaml.safe_dump({"sample": {"num_pictures": 4}}))
-    with pytest.raises(DataError, match="its `sample` cannot be read"):
+    with pytest.raises(DataError, match="is not a recipe whose `sample` can be read: num_pictures"):
         open_samples(path)
 
 

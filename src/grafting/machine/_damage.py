@@ -17,7 +17,7 @@ Kind: TypeAlias = type[GraftingError]
 PICTURES = ("PNG", "JPEG", "WEBP")
 """Formats of pictures that are read."""
 
-_FAULTS, _QUOTED = 6, 200
+_FAULTS, _QUOTED, _LONGEST_MESSAGE = 6, 200, 800
 
 _shortened = reprlib.Repr()
 _shortened.maxlevel, _shortened.maxstring, _shortened.maxother, _shortened.maxlong = 3, 160, 160, 60
@@ -50,6 +50,8 @@ def fault_of(error: Any) -> str:
     if error["type"] in told:
         return told[error["type"]]
     message = error["msg"].removeprefix("Value error, ")
+    # some quote their input; others list all that is allowed
+    message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
     # of a mapping or a whole file the message names what is wrong in it
     whole = isinstance(error["input"], dict) or error["type"] == "json_invalid"
     return message if whole else f"{message}, found {shown(error['input'])}"

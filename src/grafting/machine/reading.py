@@ -307,12 +307,14 @@ def read_torch(
     kind: str = "a torch file of plain tensors",
     error: Kind = CheckpointError,
     allowed: Sequence[Any] = (),
+    any_kind: bool = False,
     advice: str = "",
 ) -> object:
     """What `torch.save` wrote: tensors on the CPU and plain values; no code in it is run.
 
     Args:
         allowed: other classes and functions that may be in it, as `torch.serialization.safe_globals` takes them.
+        any_kind: leave it to the caller to refuse sparse, quantised and meta tensors, whose names it knows.
         advice: what to do, for the error.
 
     Raises:
@@ -324,7 +326,7 @@ def read_torch(
         with torch.serialization.safe_globals(list(allowed)):
             content: object = torch.load(file, map_location="cpu", weights_only=True)
         for tensor in _pytree.tree_leaves(content):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not (any_kind and _is_odd(tensor)):
                 _check_plain(tensor)
         return content
 
@@ -342,9 +344,13 @@ def _refuse_expanding(file: io.BufferedReader | io.BytesIO) -> None:
     file.seek(0)
 
 
+def _is_odd(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta
+
+
 def _check_plain(tensor: Tensor) -> None:
     said = f"a tensor {tensor.dtype} {shown(tuple(tensor.shape))}"
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    if _is_odd(tensor):
         raise ValueError(f"{said} is sparse, quantised or without values")
     if (size := tensor.numel() * tensor.element_size()) > max(tensor.untyped_storage().nbytes(), _ARRAY):
         raise ValueError(f"{said} stands for {size} bytes that the file has not got")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from pydantic import Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
 
 from ..contract import Role
@@ -21,13 +21,20 @@ Line: TypeAlias = dict[str, JsonValue]
 """A line of a stage's log, by the names of its figures."""
 
 
+@with_config(ConfigDict(extra="allow"))
+class PlannedOperator(TypedDict):
+    """An operator with its settings, or what becomes of a block."""
+
+    name: str
+
+
 class PlannedSite(TypedDict):
     """A site of the model, and what the plan puts there."""
 
     block: Annotated[int, Field(ge=0, lt=10_000)]
     role: Role
     path: str
-    operator: dict[str, JsonValue] | None
+    operator: PlannedOperator | None
 
 
 class WrittenPlan(TypedDict):

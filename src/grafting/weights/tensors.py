@@ -104,7 +104,7 @@ def read_pickle(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"no file {path}")
     check_is_weights(path)
     advice = "; of a pickled model save the state dict alone"
-    content = read_torch(path, allowed=harmless_globals(), advice=advice)
+    content = read_torch(path, allowed=harmless_globals(), any_kind=True, advice=advice)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return content
