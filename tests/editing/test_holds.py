@@ -181,6 +181,7 @@ def _to(inputs, dtype):
 
 
 @pytest.mark.parametrize("host", HOSTS)
+@torch.no_grad()
 def test_forward_called_past_the_model_says_so(host):
     """It would not set the token layout: the last one may have been another."""
     plan = PLANS["window-2d-attention"]

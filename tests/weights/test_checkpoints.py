@@ -115,7 +115,7 @@ ODD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("odd", ODD)
 def test_tensors_that_are_no_weights_are_refused_with_their_name(tmp_path, weights, odd):
     change, words = ODD[odd]

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,13 @@ from diffusers import PixArtSigmaPipeline
 from typer.testing import CliRunner
 
 import tinypipeline
-from grafting import HostError, Plan, Replace, graft, load, plan_of
+from grafting import CheckpointError, HostError, Plan, Replace, graft, load, plan_of
 from grafting.cli import app
 from grafting.hosts import hosts
+from grafting.machine.files import sha256_of
+from grafting.runs.job import load_source
 from grafting.weights.folder import save
+from grafting.weights.locate import WEIGHTS_NAME
 
 PIXART = hosts()["pixart"]
 PLAN = Plan(edits=(Replace(role="attention", blocks=[1], operator="hyena-x"),))
@@ -102,6 +106,23 @@ def test_pipeline_folders_are_read(pipeline, tmp_path, options):
     assert done.exit_code == 0, done.output
     converted = load(tmp_path / "converted").state_dict()
     assert all(torch.equal(tensor, want[name]) for name, tensor in converted.items())
+
+
+def test_a_recipe_starts_from_a_pipeline_folder(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    found, from_transformer = (load_source(str(folder)) for folder in (tmp_path, tmp_path / "transformer"))
+    assert found[1] == from_transformer[1] == sha256_of(tmp_path / "transformer" / WEIGHTS_NAME)
+    want = pipeline.transformer.state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in found[0].state_dict().items())
+
+
+def test_a_pipeline_without_a_transformer_says_what_it_has(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "transformer")
+    with pytest.raises(
+        CheckpointError, match="is a pipeline without `transformer/config.json`; its models are vae"
+    ):
+        load(tmp_path)
 
 
 def test_variants_in_shards_are_read(tmp_path):

@@ -90,7 +90,7 @@ class LayoutTracker:
 
     def check(self) -> None:
         """Raise a HostError where `forward` was called and the model was not: its layout may be another than the last one."""
-        if self._layout is not None and not (self._in_pass or self.stays or _is_recomputing()):
+        if self._layout is not None and not (self._in_pass or self.stays):
             raise HostError(
                 "an operator runs outside of a forward pass of its model, which sets its token layout: call model(...), "
                 "not model.forward(...)"
@@ -101,7 +101,8 @@ class LayoutTracker:
         self._in_pass = True
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._in_pass = False
+        """End the pass, unless its backward pass is to come, which may run parts of it again."""
+        self._in_pass = torch.is_grad_enabled()
 
 
 class Host(ABC, Generic[Model]):
@@ -266,11 +267,6 @@ class Host(ABC, Generic[Model]):
         for key, end in list(model._forward_hooks.items()):
             if isinstance(getattr(end, "__self__", None), LayoutTracker):
                 del model._forward_hooks[key]
-
-
-def _is_recomputing() -> bool:
-    """True in a backward pass, where gradient checkpointing runs parts of a forward pass again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def config_of(model: nn.Module) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ what the replaced module gave. Before that, an MLP narrower than the host's take
 One or two passes of the teacher over noised images, no gradient, nothing on disk: each site keeps sums, not activations.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..contract import Denoiser, MlpWeights, Step, TrainingData
 from ..editing.placed import KernelAttention, MixerAdapter, Placed
+from ..errors import TrainingError
 from ..functional.ridge import (
     error_removed,
     error_without,
@@ -132,6 +134,11 @@ class _OutputFit:
         self.target_square += output.double().square().sum().item()
 
     def finish(self, config: CalibrateConfig) -> dict[str, float]:
+        if not math.isfinite(self.error):
+            raise TrainingError(
+                f"calibration, {self.path}: the teacher's activations, or the operator's output, are not finite: use precision: "
+                "fp32"
+            )
         variance = self.target_square - (self.target_sum.square().sum() / self.gram[-1, -1]).item()
         if self.layer.bias is None:
             # features that seem to have no mean leave nothing to a bias
