@@ -95,7 +95,7 @@ def test_counted_activations_are_those_of_a_real_pass():
     """What torch keeps for the backward pass of the grafted model, with real tensors, for one image more."""
     from grafting.editing.surgery import build_operators, grafted
     from grafting.hosts import host_of
-    from grafting.runs.forecast import _saved_an_image
+    from grafting.runs.shapes import saved_an_image
     from grafting.runs.job import skeleton
 
     recipe = tiny()
@@ -116,7 +116,7 @@ def test_counted_activations_are_those_of_a_real_pass():
         return sum(storage.nbytes() for storage in found.values())
 
     with grafted(model, operators):
-        assert _saved_an_image(model, "fp32", host.sites(model)[0].grid) == pytest.approx(
+        assert saved_an_image(model, "fp32", host.sites(model)[0].grid) == pytest.approx(
             kept(2) - kept(1), rel=0.02
         )
 

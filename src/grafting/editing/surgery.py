@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -274,8 +275,10 @@ def adapt(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float) ->
     from peft import LoraConfig, inject_adapter_in_model
 
     trained = {id(p): p.requires_grad for p in model.parameters()}
+    # peft's annotation says int, its arithmetic is of floats
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
     exactly = "|".join(map(re.escape, names))
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly), model)
+    inject_adapter_in_model(LoraConfig(**settings, target_modules=exactly), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.get(id(parameter), True))
         if is_of_adapter(name):

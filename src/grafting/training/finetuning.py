@@ -28,8 +28,8 @@ from ..machine.sharding import ShardedState, read_facts, read_tensors
 from .average import Average
 from .batches import Batches, NoisedBatch
 from .phases import FinetuneConfig as FinetuneConfig
-from .phases import Trainable, check_phases, phases_of
-from .student import Student, frozen_linears, held_in_bf16
+from .phases import check_phases, phases_of
+from .student import Student, block_linears, held_in_bf16
 from .trained import Trained, mark, names_of, operator_parameters, selection
 from .trainee import Trainee
 
@@ -42,7 +42,7 @@ def finetune(
     data: TrainingData,
     config: FinetuneConfig | Sequence[FinetuneConfig],
     *,
-    trainable: Trainable | None = None,
+    trainable: Any = None,
     denoiser: Denoiser | None = None,
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
@@ -58,7 +58,7 @@ def finetune(
         model: the grafted model.
         data: images or latents with the numbers of their conditions.
         config: of the one phase, or of each phase in turn.
-        trainable: what is trained, in the place of what a config of one phase says.
+        trainable: what is trained, in the place of what a config of one phase says, such as `{"lora": {"rank": 16}}`.
         denoiser: how a model is called, its process and loss, and its conditions, which are dropped in their share;
             by default the host's.
         blocks: paths of the model's blocks, which `compile`, `shard` and `frozen: bf16` treat one by one.
@@ -100,9 +100,7 @@ def finetune(
         parameter.requires_grad_()
 
 
-def _with_trainable(
-    config: FinetuneConfig | Sequence[FinetuneConfig], trainable: Trainable
-) -> FinetuneConfig:
+def _with_trainable(config: FinetuneConfig | Sequence[FinetuneConfig], trainable: Any) -> FinetuneConfig:
     if not isinstance(config, FinetuneConfig):
         raise TrainingError("trainable goes with one config; of several phases each says its own")
     return FinetuneConfig.model_validate(config.model_dump() | {"trainable": trainable})
@@ -159,9 +157,14 @@ class _Run:
             keep_apart(kept, self.teacher)
         with held_in_bf16(self._held(kept) if config.frozen == "bf16" else []):
             student = Student(model, self.blocks, config, self.denoiser)
-            span = {"end": first + config.steps, "total": self.total}
             batches = Batches(
-                self.data, config, denoiser=self.denoiser, device=device, share=processes.share(), **span
+                self.data,
+                config,
+                denoiser=self.denoiser,
+                device=device,
+                share=processes.share(),
+                end=first + config.steps,
+                total=self.total,
             )
             names = names_of(kept, model)
             training = _Training(student, batches, config, self.teacher, names, first=first, number=number)
@@ -172,11 +175,10 @@ class _Run:
             merge_adapters(model)
 
     def _held(self, kept: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """What no phase has trained so far: a state does not hold it."""
+        """Linear layers that no phase has trained so far, and so no state holds; and all of the teacher's."""
         own = {id(parameter) for parameter in kept}
-        models = [self.model] if self.teacher is None else [self.model, self.teacher]
-        for_all = [p for model in models for p in frozen_linears(model, self.blocks)]
-        return [parameter for parameter in for_all if id(parameter) not in own]
+        held = [p for p in block_linears(self.model, self.blocks) if id(p) not in own]
+        return held + (block_linears(self.teacher, self.blocks) if self.teacher is not None else [])
 
 
 class _Training:

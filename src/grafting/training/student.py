@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..contract import Denoiser
+from ..editing.adapters import adapters_of
 from ..editing.placed import Placed
 from ..machine import processes
 from ..machine.devices import default_device
@@ -100,11 +101,10 @@ def held_in_bf16(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.data = back[place]
 
 
-def frozen_linears(model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
-    """Weights and biases of the linear layers in these blocks that are not trained.
+def block_linears(model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
+    """Weights and biases of the linear layers in these blocks: autocast computes with them in bf16 whatever they are held in.
 
-    Autocast computes with them in bf16 whatever they are held in. Those of operators, which may compute in another way,
-    are left out.
+    Those of operators, which may compute in another way, are left out.
     """
     operators = {
         part for module in model.modules() if isinstance(module, Placed) for part in module.modules()
@@ -115,4 +115,6 @@ def frozen_linears(model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter
         for module in model.get_submodule(path).modules()
         if isinstance(module, nn.Linear) and module not in operators
     }
-    return [p for module in linears for p in module.parameters(recurse=False) if not p.requires_grad]
+    adapters = {id(p) for adapter in adapters_of(model).values() for p in (adapter.a, adapter.b)}
+    found = [parameter for module in linears for parameter in module.parameters(recurse=False)]
+    return [parameter for parameter in found if id(parameter) not in adapters]

@@ -87,7 +87,8 @@ class Selection:
     @property
     def changed(self) -> list[nn.Parameter]:
         """What the phase leaves changed, once its adapters are merged."""
-        return [*self.parameters.values(), *(linear.weight for linear in self.adapted.values())]
+        weights: list[nn.Parameter] = [linear.weight for linear in self.adapted.values()]
+        return [*self.parameters.values(), *weights]
 
 
 def selection(

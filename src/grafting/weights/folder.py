@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..editing.adapters import without_adapters
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import host_of, hosts
 from ..machine.files import hash_json, sha256_of, write_json
+from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, save_adapter, with_adapter
 from .card import write_card
 from .delta import borrow, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
@@ -69,7 +71,8 @@ def save_model(
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    The config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
+    Adapters that stand in it are written beside it, for `load` to add. The config is written last: a folder with a config is
+    complete. A grafted model gets a card, `README.md`.
 
     Args:
         base: the pretrained model that it was made from, for the record.
@@ -84,8 +87,9 @@ def save_model(
     weights = folder / WEIGHTS_NAME
     record = _record(model, plan, base)
     _clear(folder)
-    save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
-    return [_write_config(folder, model, record, weights=weights, origin=origin), weights]
+    save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
+    adapter = save_adapter(folder, model, base=record.base.id if record.base else None)
+    return [_write_config(folder, model, record, weights=weights, origin=origin), weights, *adapter]
 
 
 def save_delta(
@@ -106,12 +110,13 @@ def save_delta(
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record = _record(model, plan, base)
-    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype))
+    own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype))
     weights = folder / DELTA_NAME
     _clear(folder)
     save_tensors(weights, own, metadata={"format": "pt"})
+    adapter = save_adapter(folder, model, base=base.id)
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
-    return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
+    return [_write_config(folder, model, record, weights=weights, delta=delta), weights, *adapter]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -145,7 +150,7 @@ def load_model(
     grafting = config.pop("grafting", None)
     if grafting is None:
         model = _build(folder, _model_class(folder, config), config)
-        load_strictly(model, read_weights(folder), source=str(folder))
+        load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     model_class = grafted_class(_model_class(folder, config))
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
@@ -155,7 +160,7 @@ def load_model(
     if "delta" in grafting:
         tensors |= _borrowed(folder, record, grafting["delta"], base=base)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
-    load_strictly(model, tensors, source=str(weights))
+    load_strictly(model, with_adapter(folder, tensors), source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
@@ -213,9 +218,14 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
     return Record.of(model, plan, base=base)
 
 
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors, without its adapters."""
+    return without_adapters(model.state_dict())
+
+
 def _clear(folder: Path) -> None:
-    """Make a folder half-written, whatever it held: no config, and neither kind of weights."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME, DELTA_NAME):
+    """Make a folder half-written, whatever it held: no config, neither kind of weights, no adapter."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -242,12 +252,18 @@ def _write_config(
                 **record.model_dump(mode="json"),
                 **({} if delta is None else {"delta": delta}),
                 "weights_sha256": sha256_of(weights),
+                **_adapter_hash(folder),
             },
         }
         described["grafting"]["config_sha256"] = hash_json(described)
         write_card(folder, described)
     write_json(folder / CONFIG_NAME, described)
     return folder / CONFIG_NAME
+
+
+def _adapter_hash(folder: Path) -> dict[str, str]:
+    path = folder / ADAPTER_NAME
+    return {"adapter_sha256": sha256_of(path)} if path.is_file() else {}
 
 
 def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
@@ -265,6 +281,11 @@ def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any]
         raise CheckpointError(
             f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
             f"recorded is {recorded}"
+        )
+    recorded = grafting.get("adapter_sha256")
+    if recorded != _adapter_hash(folder).get("adapter_sha256"):
+        raise CheckpointError(
+            f"{folder / ADAPTER_NAME} is missing, or not the adapter that {CONFIG_NAME} describes"
         )
 
 
