@@ -212,6 +212,8 @@ def test_adapters_stay_where_they_are_to_be_saved(teacher):
     list(steps)
     paths = {f"blocks.{i}.{m}" for i in range(3) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert adapters_of(kept).keys() == paths - {"blocks.1.attn.qkv", "blocks.1.attn.proj"}
+    with pytest.raises(TrainingError, match=r"the model holds adapters .* merge_adapters\(model\) first"):
+        next(run(teacher, [{}], student=kept)[1])
     for path, adapter in adapters_of(kept).items():
         assert torch.equal(adapter.merged(), merged.get_parameter(f"{path}.weight"))
 

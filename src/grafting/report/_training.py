@@ -89,7 +89,7 @@ def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> dict[str,
             log=logarithmic,
             values=in_view,
             size=_LARGE,
-            ends=[phase["last"] for phase in phases[:-1]],
+            ends=[float(phase["last"]) for phase in phases[:-1]],
         )
         charts.append(
             {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Denoiser, Step, TrainingData
+from ..editing.adapters import adapters_of
 from ..editing.surgery import keep_apart, merge_adapters
 from ..errors import CheckpointError, TrainingError
 from ..hosts import host_of
@@ -77,6 +78,10 @@ def finetune(
     phases = phases_of(config if trainable is None else _with_trainable(config, trainable))
     check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks))
     device = default_device()
+    if adapters_of(model):
+        raise TrainingError(
+            "the model holds adapters that no weights have taken up: merge_adapters(model) first"
+        )
     phases = tuple(settled(phase, device, together=True) for phase in phases)
     if any(phase.frozen == "bf16" and phase.precision == "fp32" for phase in phases):
         raise TrainingError("stage 2: frozen: bf16 requires precision: bf16, and auto is fp32 on this device")

@@ -20,7 +20,7 @@ from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import host_of, hosts
 from ..machine.files import hash_json, sha256_of, write_json
-from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, save_adapter, with_adapter
+from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
 from .card import write_card
 from .delta import borrow, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
@@ -86,10 +86,11 @@ def save_model(
     folder = Path(folder)
     weights = folder / WEIGHTS_NAME
     record = _record(model, plan, base)
+    adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
     _clear(folder)
     save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
-    adapter = save_adapter(folder, model, base=record.base.id if record.base else None)
-    return [_write_config(folder, model, record, weights=weights, origin=origin), weights, *adapter]
+    files = [weights, *adapter.write(folder)]
+    return [_write_config(folder, model, record, weights=weights, origin=origin), *files]
 
 
 def save_delta(
@@ -109,14 +110,14 @@ def save_delta(
     found = base if source is None else Base(id=str(source))
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
-    record = _record(model, plan, base)
+    record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
     own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype))
     weights = folder / DELTA_NAME
     _clear(folder)
     save_tensors(weights, own, metadata={"format": "pt"})
-    adapter = save_adapter(folder, model, base=base.id)
+    files = [weights, *adapter.write(folder)]
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
-    return [_write_config(folder, model, record, weights=weights, delta=delta), weights, *adapter]
+    return [_write_config(folder, model, record, weights=weights, delta=delta), *files]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
