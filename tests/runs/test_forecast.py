@@ -1,6 +1,7 @@
 """What a recipe will take: counted figures are those of the published geometry, and of a real run."""
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,16 @@ def test_counted_activations_are_those_of_a_real_pass():
 
 def test_a_rate_that_the_run_has_logged_goes_before_a_computed_one(tmp_path):
     run(tiny(), tmp_path / "run", until="finetune")
-    measured = stage(forecast(tiny(), device="h100", folder=tmp_path / "run"), "finetune")
+    measured = stage(forecast(tiny(), folder=tmp_path / "run"), "finetune")
     log = [json.loads(line) for line in (tmp_path / "run/finetune/log.jsonl").read_text().splitlines()]
     rate = sum(line["images_per_s"] for line in log) / 2
     assert measured.hours == pytest.approx(8 / rate / 3600)
     assert measured.basis.startswith("measured, ")
+    for elsewhere in ({"device": "h100"}, {"device": "h100", "processes": 8}, {"peak_tflops": 1.0}):
+        computed = stage(forecast(tiny(), folder=tmp_path / "run", **elsewhere), "finetune")
+        assert computed == stage(forecast(tiny(), **elsewhere), "finetune")
+        assert computed.basis.startswith("computed, ")
+    assert stage(forecast(tiny(), processes=2, folder=tmp_path / "run"), "finetune").hours is None
 
 
 def test_disk_of_a_state_is_what_a_run_writes(tmp_path):
@@ -218,13 +224,12 @@ def test_each_phase_has_its_cost():
 def test_phases_are_timed_by_their_own_lines(tmp_path):
     log = tmp_path / "finetune" / "log.jsonl"
     log.parent.mkdir()
-    rates = [(1, 50.0), (1, 50.0), (2, 10.0)]
-    log.write_text(
-        "".join(
-            json.dumps({"step": i, "phase": p, "images_per_s": r}) + "\n" for i, (p, r) in enumerate(rates)
-        )
-    )
+    rates = enumerate([(1, 50.0), (1, 50.0), (2, 10.0)])
+    lines = [{"step": step, "phase": phase, "images_per_s": rate} for step, (phase, rate) in rates]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    machine = {"host": platform.node(), "device": "cpu", "processes": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"machine": machine}))
     phases = [{"steps": 3, "batch_size": 100, "trainable": "new"}, {"steps": 1, "batch_size": 100}]
-    found = forecast(tiny(finetune=phases), device="h100", folder=tmp_path)
+    found = forecast(tiny(finetune=phases), folder=tmp_path)
     assert stage(found, "finetune, phase 1").hours == pytest.approx(300 / 50 / 3600)
     assert stage(found, "finetune, phase 2").hours == pytest.approx(100 / 10 / 3600)

@@ -140,7 +140,9 @@ def test_nan_stops_before_the_weights_are_touched():
     model = HOST.tiny()
     model.blocks[1].mlp.fc1.bias.data[0] = float("nan")
     before = _weights(model)
-    with pytest.raises(TrainingError, match="stage 2, step 0: loss nan"):
+    with pytest.raises(
+        TrainingError, match="stage 2: the model's own weights are not finite: blocks.1.mlp.fc1.bias, row 0"
+    ):
         list(_run(model))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())

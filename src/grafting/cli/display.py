@@ -272,12 +272,12 @@ def show_diagnosis(console: Console, found: "Diagnosis") -> None:
         [
             package.name,
             package.version or "no",
-            package.purpose if package.used else f"{package.purpose} (not yet used)",
+            package.purpose,
             "" if package.version else package.install,
         ]
         for package in found.packages
     ]
-    say(console, "\nOptional packages (every operator has a plain PyTorch path and needs none of them):")
+    say(console, "\nOptional packages; no operator needs one:")
     console.print(plain_table(["package", "installed", "for", "install with"], rows))
 
 

@@ -37,7 +37,7 @@ app = typer.Typer()
 
 @app.command()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) -> None:
-    """Check a recipe against its model and data, and show what it would do.
+    """Check a recipe, and show what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
@@ -179,7 +179,7 @@ def _parse_grid(text: str) -> "Grid":
 
 @app.command()
 def sites(model: Model, as_json: Json = False) -> None:
-    """List a model's sites: the places where an operator can be replaced.
+    """List a model's sites: where operators can be replaced.
 
     [dim]$ grafting sites testbed[/]
     """
@@ -263,9 +263,9 @@ def locality(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the locality of each attention: its share within bands of the raster order and within a 3 x 3 square.
+    """Measure how local each attention is.
 
-    Follows the paper's protocol: measures while sampling with DDIM (Euler for flow models) and guidance. The blocks with
+    Shown are its shares within bands of the raster order and within a 3 x 3 square. Follows the paper's protocol: measures while sampling with DDIM (Euler for flow models) and guidance. The blocks with
     the largest and smallest share in the widest band form the halves `top-local` and `low-local`.
 
     [dim]$ grafting locality testbed --bands 2,4,8[/]

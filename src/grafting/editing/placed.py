@@ -52,15 +52,28 @@ class KernelAttention(Placed):
         self.kernel = kernel
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.tracker.check()
+        _pin_to_native(self.attention)
         calls: list[tuple[int, ...]] = []
         with _Interception(self.kernel, self.tracker, calls):
             output = self.attention(*args, **kwargs)
         if len(calls) != 1:
             raise HostError(
                 f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} "
-                "times; a kernel needs exactly one call (choose the native attention backend)"
+                "times; a kernel needs exactly one call"
             )
         return output
+
+
+def _pin_to_native(attention: nn.Module) -> None:
+    """Let diffusers' attention call torch's, which can be answered, whatever backend the model's other layers run on.
+
+    `model.set_attention_backend` reaches into grafted sites too, so this is seen to at every call.
+    """
+    for module in attention.modules():
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "_attention_backend", "native") != "native":
+            processor._attention_backend = "native"  # type: ignore[union-attr]  # of None it is "native" already
 
 
 class MixerAdapter(Placed):
@@ -72,6 +85,7 @@ class MixerAdapter(Placed):
         self.call = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.tracker.check()
         x = args[0] if args else kwargs[self.call.tokens]
         for name in self.call.must_be_none:
             if kwargs.get(name) is not None:

@@ -7,7 +7,7 @@ and built before anything is edited, so a failed graft leaves the model as it wa
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,19 +25,22 @@ from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Pass
 from .plan import Choice, Drop, Edit, Merge, Plan, Replace, fault_list, merged_pairs, words_of
 
 
-def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> "Graft":
+def graft(
+    model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0, inherit: bool = True
+) -> "Graft":
     """Apply a plan to a model, in place, and return the record that can undo it.
 
     An operator's random weights depend on `seed` and its site alone, not on the rest of the plan.
 
     Args:
         host: how to read the model, where it is of no known class or its host has settings.
+        inherit: without it, mixers stay as they are drawn: for those whose weights are loaded next.
 
     Raises:
         PlanError: the plan does not fit; lists every fault, and the model is unchanged.
         HostError: the model belongs to no known host.
     """
-    return place(model, _built(model, plan, host or host_of(model), seed))
+    return place(model, _built(model, plan, host or host_of(model), seed, inherit=inherit))
 
 
 def build_operators(
@@ -46,10 +49,7 @@ def build_operators(
     """The operators of a plan, built for a model that stays as it is, but for a hook that tells them its layout.
 
     They keep no reference to the model's parameters: what they inherit is copied, and can be trained where the model is
-    frozen. Raises as `graft`.
-
-    Args:
-        inherit: without it, mixers stay as they are drawn: for those whose weights are loaded next.
+    frozen. Args and raises as `graft`.
     """
     host = host or host_of(model)
     operators = _built(model, plan, host, seed, inherit=inherit)
@@ -61,6 +61,7 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
     _check_whole(model)
     chosen = resolve(model, plan, host=host)
     _check_original(model, chosen)
+    _check_copyable(model, chosen, inherit=inherit)
     operators: Operators = {}
     for site, config in chosen.items():
         if isinstance(config, OperatorConfig):
@@ -115,6 +116,8 @@ class Graft:
     replaced: dict[str, nn.Module]
     kind: tuple[torch.device, torch.dtype]
     """Of the model, when it was grafted."""
+    then: Callable[[nn.Module], None] | None = None
+    """Called with the model after an undo."""
 
     @property
     def new_parameters(self) -> frozenset[str]:
@@ -151,6 +154,8 @@ class Graft:
         tracker = LayoutTracker.of(self.model)
         if tracker and not tracker.stays and not holds_operators(self.model):
             tracker.host.untrack_layout(self.model)
+        if self.then is not None:
+            self.then(self.model)
 
 
 def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
@@ -317,6 +322,45 @@ def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
     ]
     if faults:
         raise PlanError(fault_list(faults, "plan for a grafted model"))
+
+
+def _check_copyable(model: nn.Module, chosen: Mapping[Site, Choice], *, inherit: bool) -> None:
+    """An operator is made of what it replaces, so that has to be there, as plain numbers."""
+    faults = []
+    for site, choice in chosen.items():
+        module = model.get_submodule(site.path)
+        hooks = {type(part._hf_hook).__name__ for part in module.modules() if hasattr(part, "_hf_hook")}
+        hooks |= {name for part in module.modules() for name in _hooks_of_diffusers(part)}
+        if hooks:
+            faults.append(
+                f"{words_of(site)} is offloaded or cast by hooks ({', '.join(sorted(hooks))}), which a graft cannot copy: "
+                "graft first, then offload or cast"
+            )
+        verb = ""
+        if isinstance(choice, MixerConfig) and choice.init == "inherit" and inherit:
+            verb = f"{choice.name} cannot inherit"
+        elif isinstance(choice, KernelConfig) and choice.projections == "random":
+            verb = f"{choice.name} cannot draw again"
+        if verb and (found := _not_plain(module)):
+            faults.append(f"{words_of(site)} holds {found}, which {verb}: graft first")
+    if faults:
+        raise PlanError(fault_list(faults, "plan for this model"))
+
+
+def _hooks_of_diffusers(module: nn.Module) -> list[str]:
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks)
+
+
+def _not_plain(module: nn.Module) -> str:
+    """What other than plain weights is in a module; empty if nothing is."""
+    if any(hasattr(part, "base_layer") for part in module.modules()):
+        return "linears with adapters"
+    for name, parameter in module.named_parameters():
+        kind = type(parameter.data)
+        if kind.__module__.partition(".")[0] != "torch" or not parameter.is_floating_point():
+            return f"quantised weights ({name} is a {kind.__name__} of {str(parameter.dtype).removeprefix('torch.')})"
+    return ""
 
 
 def _build(

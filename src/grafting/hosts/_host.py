@@ -61,15 +61,16 @@ class Branches(nn.ModuleList):
 class LayoutTracker:
     """Knows the token layout of a model's current forward pass; its operators read it.
 
-    It is the model's forward pre-hook, one per model, and is copied with it. A backward pass that recomputes blocks
-    (gradient checkpointing) must run before the next forward pass on another grid.
+    It is the model's forward pre-hook, one per model, and is copied with it; a forward hook, `end`, ends the pass. A backward
+    pass that recomputes blocks (gradient checkpointing) must run before the next forward pass on another grid.
     """
 
     def __init__(self, host: "Host[Any]"):
         self.host = host
         self.stays = False
-        """True if operators outside the model read it, so that it stays when the model holds none."""
+        """True if operators outside the model read it, after its pass too, so that it stays when the model holds none."""
         self._layout: TokenLayout | None = None
+        self._in_pass = False
 
     @staticmethod
     def of(model: nn.Module) -> "LayoutTracker | None":
@@ -78,7 +79,7 @@ class LayoutTracker:
 
     @property
     def layout(self) -> TokenLayout:
-        """The layout of the model's forward pass.
+        """The layout of the model's last forward pass.
 
         Raises:
             HostError: there was none yet.
@@ -87,8 +88,21 @@ class LayoutTracker:
             raise HostError("no forward pass of its model has set the token layout that an operator reads")
         return self._layout
 
+    def check(self) -> None:
+        """Raise a HostError where `forward` was called and the model was not: its layout may be another than the last one."""
+        if self._layout is not None and not (self._in_pass or self.stays):
+            raise HostError(
+                "an operator runs outside of a forward pass of its model, which sets its token layout: call model(...), "
+                "not model.forward(...)"
+            )
+
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._layout = self.host.layout(model, *args, **kwargs)
+        self._in_pass = True
+
+    def end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """End the pass, unless its backward pass is to come, which may run parts of it again."""
+        self._in_pass = torch.is_grad_enabled()
 
 
 class Host(ABC, Generic[Model]):
@@ -239,6 +253,7 @@ class Host(ABC, Generic[Model]):
         if tracker is None:
             tracker = LayoutTracker(self)
             model.register_forward_pre_hook(tracker, with_kwargs=True)
+            model.register_forward_hook(tracker.end)
         tracker.host = self
         return tracker
 
@@ -249,6 +264,9 @@ class Host(ABC, Generic[Model]):
                 hook._layout = None
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, end in list(model._forward_hooks.items()):
+            if isinstance(getattr(end, "__self__", None), LayoutTracker):
+                del model._forward_hooks[key]
 
 
 def config_of(model: nn.Module) -> Mapping[str, Any]:

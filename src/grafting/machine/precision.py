@@ -74,7 +74,7 @@ def why(device: torch.device) -> str:
     """Reason for the choice of `auto` on a device."""
     if os.environ.get(VARIABLE):
         return f"{VARIABLE} says so"
-    return f"bf16 is {bf16_speedup(device):.2g} times as fast as fp32 in a linear layer, there and back"
+    return f"bf16 is {bf16_speedup(device):.2g} times as fast as fp32 in a linear layer"
 
 
 @functools.cache

@@ -8,6 +8,7 @@ decoding latents, evaluation, workspaces of kernels and memory that the allocato
 
 import json
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,7 +107,8 @@ def forecast(
         peak_tflops: the peak of one device, in place of the known one.
         processes: one per device.
         mfu: the share of the peak that is reached.
-        folder: the run's; where a stage has logged its rate there, its time is computed from that.
+        folder: the run's; where a stage has logged its rate there, on this device and with as many processes, its time is
+            computed from that.
 
     Raises:
         GraftingError: the recipe does not fit its model, or the device is not known.
@@ -121,7 +123,9 @@ def forecast(
         recipe = settled_sections(recipe, lambda _: "bf16" if faster else "fp32")
     else:
         recipe, _ = settled_run(recipe, default_device(), folder=folder)
-    clock = _Clock(known, peak_tflops, processes, mfu, folder)
+    is_here = peak_tflops is None and known == device_at(default_device())
+    logs = folder if is_here and folder and _is_run_here(folder, processes) else None
+    clock = _Clock(known, peak_tflops, processes, mfu, logs)
     shapes = Shapes.of(recipe)
     stages = [*_training(recipe, shapes, clock), *_sampling(recipe, shapes, clock)]
     return Forecast(
@@ -143,20 +147,30 @@ class _Clock:
     peak_tflops: float | None
     processes: int
     mfu: float
-    folder: Path | None
+    logs: Path | None  # folder of a run whose logs say how fast these devices are
 
     def hours(
         self, stage: str, *, flops: int, images: int, precision: Precision, phase: int | None = None
     ) -> tuple[float | None, str]:
         """Hours, and what they come from."""
-        rate = _logged_rate(self.folder / stage / "log.jsonl", phase) if self.folder else None
+        rate = _logged_rate(self.logs / stage / "log.jsonl", phase) if self.logs else None
         if rate is not None:
-            return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.folder}"
+            return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.logs}"
         peak = self.peak_tflops or (self.device.tflops(precision) if self.device else None)
         if peak is None:
             return None, "unknown for this device: set --device or --peak-tflops"
         seconds = flops / (peak * 1e12 * self.mfu * self.processes)
         return seconds / 3600, f"computed, FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
+
+
+def _is_run_here(folder: Path, processes: int) -> bool:
+    """True if a run was last carried out on this machine's device by as many processes."""
+    try:
+        machine = json.loads((folder / "manifest.json").read_text())["machine"]
+        found = machine["host"], machine["device"], machine["processes"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return found == (platform.node(), str(default_device()), processes)
 
 
 def _logged_rate(log: Path, phase: int | None) -> float | None:

@@ -28,6 +28,7 @@ from ..machine.randomness import seeded
 from ..machine.sharding import ShardedState, read_facts, read_tensors
 from .average import Average
 from .batches import Batches, NoisedBatch
+from .guard import check_weights
 from .phases import FinetuneConfig as FinetuneConfig
 from .phases import check_phases, phases_of
 from .student import Student, block_linears, held_in_bf16
@@ -72,11 +73,14 @@ def finetune(
     Raises:
         CheckpointError: the state is of another model, or of another way to train.
         TrainingError: nothing to train, no objective, a teacher is missing, a batch does not divide among processes, or
-            the loss is not finite.
+            weights or the loss are not finite.
+        DataError: an image is not finite.
         MissingBackend: adapters are to be trained, and peft is not installed.
     """
     phases = phases_of(config if trainable is None else _with_trainable(config, trainable))
     check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks))
+    for weights in (model, *([] if teacher is None else [teacher])):
+        check_weights(weights, "stage 2")
     device = default_device()
     if adapters_of(model):
         raise TrainingError(

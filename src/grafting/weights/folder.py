@@ -19,13 +19,16 @@ from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import host_of, hosts
-from ..machine.files import hash_json, sha256_of, write_json
+from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
 from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
-from .card import write_card
+from .card import CARD_NAME, card_of
 from .delta import borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
+from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-from .tensors import load_strictly, load_tensors, read_weights, save_tensors
+from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
+
+# what a folder may hold of one model and not of the next
+_WEIGHTS = (WEIGHTS_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
 
 
 def load(
@@ -71,8 +74,8 @@ def save_model(
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    Adapters that stand in it are written beside it, for `load` to add. The config is written last: a folder with a config is
-    complete. A grafted model gets a card, `README.md`.
+    Adapters that stand in it are written beside it, for `load` to add. A new folder is whole or absent; in one that is there
+    the config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
 
     Args:
         base: the pretrained model that it was made from, for the record.
@@ -81,16 +84,17 @@ def save_model(
 
     Raises:
         CheckpointError: the model could not be loaded again: its host is not known, or its graft is not in the plan.
-        RunError: the folder cannot be written; a half-written folder has no config.
+        RunError: the folder cannot be written; what was there is unchanged.
     """
     folder = Path(folder)
-    weights = folder / WEIGHTS_NAME
     record = _record(model, plan, base)
     adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
-    _clear(folder)
-    save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
-    files = [weights, *adapter.write(folder)]
-    return [_write_config(folder, model, record, weights=weights, origin=origin), *files]
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
+        weights = made / WEIGHTS_NAME
+        save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
+        files = [weights, *adapter.write(made)]
+        _write_config(made, folder, model, record, weights=weights, origin=origin)
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def save_delta(
@@ -103,7 +107,7 @@ def save_delta(
 
     Raises:
         CheckpointError: the base cannot be loaded, or is in this folder; or as `save_model`.
-        RunError: the folder cannot be written; a half-written folder has no config.
+        RunError: the folder cannot be written; what was there is unchanged.
     """
     folder = Path(folder)
     dtype = next(model.parameters()).dtype
@@ -112,12 +116,13 @@ def save_delta(
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
     own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype))
-    weights = folder / DELTA_NAME
-    _clear(folder)
-    save_tensors(weights, own, metadata={"format": "pt"})
-    files = [weights, *adapter.write(folder)]
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
-    return [_write_config(folder, model, record, weights=weights, delta=delta), *files]
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
+        weights = made / DELTA_NAME
+        save_tensors(weights, own, metadata={"format": "pt"})
+        files = [weights, *adapter.write(made)]
+        _write_config(made, folder, model, record, weights=weights, delta=delta)
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -146,7 +151,7 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    folder = Path(folder)
+    folder = model_in(Path(folder))
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
@@ -216,6 +221,7 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
         raise CheckpointError(
             "the model is grafted, and the plan to save with it is empty: it could not be loaded"
         )
+    check_can_be_saved(model)
     return Record.of(model, plan, base=base)
 
 
@@ -224,13 +230,8 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return without_adapters(model.state_dict())
 
 
-def _clear(folder: Path) -> None:
-    """Make a folder half-written, whatever it held: no config, neither kind of weights, no adapter."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME):
-        (folder / name).unlink(missing_ok=True)
-
-
 def _write_config(
+    made: Path,
     folder: Path,
     model: nn.Module,
     record: Record,
@@ -238,8 +239,8 @@ def _write_config(
     weights: Path,
     delta: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the card, and last the config, whose hashes cover the weights and the config itself."""
+) -> None:
+    """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
     name, settings = host_of(model).model_class.__name__, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
@@ -253,13 +254,12 @@ def _write_config(
                 **record.model_dump(mode="json"),
                 **({} if delta is None else {"delta": delta}),
                 "weights_sha256": sha256_of(weights),
-                **_adapter_hash(folder),
+                **_adapter_hash(made),
             },
         }
         described["grafting"]["config_sha256"] = hash_json(described)
-        write_card(folder, described)
-    write_json(folder / CONFIG_NAME, described)
-    return folder / CONFIG_NAME
+        write_bytes(made / CARD_NAME, card_of(folder, described).encode())
+    write_json(made / CONFIG_NAME, described)
 
 
 def _adapter_hash(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..contract import OperatorConfig
 from ..editing.plan import Plan, Replace
-from ..editing.surgery import build_operators, edits_of, place
+from ..editing.surgery import edits_of, graft
 from ..errors import CheckpointError
 from ..hosts import config_of, host_of, hosts
 from ..operators import operator_configs
@@ -119,8 +119,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         base.__init__(self, *args, **settings)
         record = Record.read(grafting, source=f"the config of this {type(self).__name__}")
         self.register_to_config(grafting=record.model_dump(mode="json"))
-        host = hosts()[record.host]
-        place(self, build_operators(self, record.plan, host=host, inherit=False))
+        graft(self, record.plan, host=hosts()[record.host], inherit=False)
 
     # diffusers reads the settings' names from here
     signature = inspect.signature(base.__init__)
@@ -143,6 +142,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         "__module__": _HOME,
         "__doc__": f"`{base.__name__}` with operators of a plan in place.",
         "from_pretrained": classmethod(from_pretrained),
+        "ungrafted": base,
     }
     return type(f"{PREFIX}{base.__name__}", (base,), members)
 
