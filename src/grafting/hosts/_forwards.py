@@ -229,7 +229,7 @@ def perturbed(
     inputs: Inputs, name: str, *, axis: int | None = None, chosen: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Copies of inputs, of which one argument has changed: whole, or at the `chosen` places along an axis of its tensors."""
-    new = {key: _copied(value) for key, value in inputs.items()}
+    new = {key: copied(value) for key, value in inputs.items()}
     new[name] = _mapped(new[name], lambda tensor: _moved(tensor, axis, chosen))
     return new
 
@@ -243,7 +243,7 @@ def cut_short(inputs: Inputs) -> dict[str, Any]:
         tensor[0, ..., -1] = 0
         return tensor
 
-    return {name: _mapped(_copied(value), cut) for name, value in inputs.items()}
+    return {name: _mapped(copied(value), cut) for name, value in inputs.items()}
 
 
 def _moved(tensor: Tensor, axis: int | None, chosen: Sequence[int]) -> Tensor:
@@ -267,7 +267,8 @@ def _moved(tensor: Tensor, axis: int | None, chosen: Sequence[int]) -> Tensor:
     return torch.where(is_chosen.view(shape), moved, tensor)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """Copies of the tensors in a structure of lists, tuples and mappings."""
     return _mapped(value, Tensor.clone)
 
 
@@ -339,7 +340,7 @@ def _recording(modules: Mapping[str, nn.Module], found: dict[str, list[Execution
 
 def _adding(found: list[Execution]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        found.append(Execution(_copied(args), _copied(kwargs), _copied(output)))
+        found.append(Execution(copied(args), copied(kwargs), copied(output)))
 
     return hook
 
@@ -358,7 +359,7 @@ def again(
     unmixed = _Unmixed(lambda: ("", 0))
     try:
         with _recording(linears, found), unmixed, torch.no_grad():
-            output = module(*_copied(execution.args), **_copied(execution.kwargs))
+            output = module(*copied(execution.args), **copied(execution.kwargs))
     finally:
         if handle is not None:
             handle.remove()
