@@ -14,3 +14,5 @@ from ._spec import Input as Input
 from ._spec import LatentTokens as LatentTokens
 from ._spec import PackedTokens as PackedTokens
 from ._spec import SdpaSpec as SdpaSpec
+from .tracing import Trace as Trace
+from .tracing import trace as trace

@@ -181,7 +181,7 @@ class SdpaHost(Host[nn.Module]):
         if layers is None:
             self._refuse("the layers of its MLPs (`mlp`): use init: random")
         up, down = (_linear(mlp.get_submodule(path)) for path in (layers.up, layers.down))
-        if up.out_features != down.in_features:
+        if layers.gated or up.out_features != down.in_features:
             raise HostError(
                 f"an MLP from {up.out_features} to {down.in_features} channels is gated and has no plain two-layer form to "
                 "inherit from: use init: random"
