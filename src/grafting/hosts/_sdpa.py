@@ -93,7 +93,7 @@ class SdpaHost(Host[nn.Module]):
                 for number, (path, blocks) in enumerate(self._block_paths(model))
                 for site in self._sites_of(model, number, path, blocks)
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise HostError(
                 f"spec {self.name!r} does not fit {type(model).__name__}: {error}; it is for a class as another version of its "
                 "package has it"
@@ -251,6 +251,11 @@ class SdpaHost(Host[nn.Module]):
         }
 
     def process(self, model: nn.Module) -> NoiseProcess:
+        if self.spec.process is None:
+            raise HostError(
+                f"host {self.name!r} is trained with a noise process that grafting has not: name one under `process:`, or with "
+                "--process"
+            )
         return self.spec.process.build(scale=self.spec.time.scale)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
