@@ -825,7 +825,6 @@ _VIDEOS = (
         {
             **_HEADS,
             "num_layers": 2,
-            "cross_attention_dim": 32,
             "caption_channels": 24,
             "sample_height": 8,
             "sample_width": 12,

@@ -32,7 +32,7 @@ class BlockConvention:
     returns: tuple[str, ...] = ()
     fixed: dict[int, str] = field(default_factory=dict)
     mlp: str | None = None
-    mlp_call: ModuleCall = ModuleCall()
+    mlp_call: ModuleCall = field(default_factory=ModuleCall)
     mlp_layers: MlpLayers | None = None
 
 
