@@ -115,7 +115,8 @@ class KernelAttention(Placed):
         known = self.tracker.masks.get(id(mask))
         if known is None or known[0] is not mask:
             known = self.tracker.masks[id(mask)] = mask, key_mask_of(mask, layout)
-        if known[1] is not None and isinstance(self.choice, OperatorConfig):
+        is_checked = self.site.attention.masked  # with the plan
+        if known[1] is not None and not is_checked and isinstance(self.choice, OperatorConfig):
             faults = self.choice.call_faults(replace(self.site.attention, masked=True))
             if faults:
                 raise HostError(
