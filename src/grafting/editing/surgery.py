@@ -88,7 +88,6 @@ def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[S
         host.sites(model),
         blocks=host.blocks(model),
         host=f"host {host.name!r}",
-        mixer_roles=frozenset(host.calls),
     )
 
 
@@ -382,7 +381,7 @@ def _build(
     if inherit and config.init == "inherit":
         weights = host.attention_weights if site.role == "attention" else host.mlp_weights
         operator.inherit(weights(module))
-    return MixerAdapter(operator, host.calls[site.role], site=site, tracker=tracker)
+    return MixerAdapter(operator, site=site, tracker=tracker)
 
 
 def _merged(

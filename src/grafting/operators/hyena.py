@@ -221,7 +221,7 @@ class TokenFilter(nn.Module):
         grid, image = layout.grid, layout.image_slice
         frames = x[:, image].reshape(-1, grid.rows, grid.cols, x.shape[-1])
         filtered = depthwise_2d(frames, self.weight, self.bias).reshape(x.shape[0], -1, x.shape[-1])
-        if layout.num_text == 0:
+        if layout.num_others == 0:
             return filtered
         text = x * self._own_tap.to(x.dtype) + self.bias.to(x.dtype)
         return torch.cat([text[:, : image.start], filtered, text[:, image.stop :]], dim=1)

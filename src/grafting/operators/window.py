@@ -1,6 +1,6 @@
 """Window attention as kernels: `window-1d` along the raster order, `window-2d` in a square of rows and columns.
 
-Text tokens stay global. The arithmetic is in `functional/window.py`.
+Tokens beside the image stay global. The arithmetic is in `functional/window.py`.
 """
 
 from typing import Literal
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
+from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
 from ..functional.window import Border, window_1d, window_2d
 
 
@@ -19,6 +19,7 @@ class Window1dConfig(KernelConfig):
     With `window: 4` and `projections: random` this is the SWA of arXiv:2506.05340.
     """
 
+    honours = ANY_CALL
     name: Literal["window-1d"] = "window-1d"
     window: int = Field(default=4, gt=0)
     """Image tokens seen on each side, so 2 * window + 1 in all."""
@@ -52,13 +53,13 @@ class Window1d(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
+    ) -> Float[Tensor, "b heads m v"]:
         return window_1d(q, k, v, layout, window=self.window, scale=scale)
 
     def extra_repr(self) -> str:
@@ -68,6 +69,7 @@ class Window1d(Kernel):
 class Window2dConfig(KernelConfig):
     """Softmax attention to the image tokens in a square around each, within its frame; not causal."""
 
+    honours = ANY_CALL
     name: Literal["window-2d"] = "window-2d"
     radius: int = Field(default=1, gt=0)
     """Rows and columns seen on each side, so a square of side 2 * radius + 1."""
@@ -107,13 +109,13 @@ class Window2d(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
+    ) -> Float[Tensor, "b heads m v"]:
         return window_2d(q, k, v, layout, radius=self.radius, border=self.border, scale=scale)
 
     def extra_repr(self) -> str:

@@ -15,14 +15,15 @@ from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import check_can_adapt, paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
-from ..hosts import Host, config_of, host_of, hosts
+from ..hosts import Host, SdpaHost, config_of, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..sampling.chain import SamplingConfig, check_sampling
 from ..training import distillation
-from ..training.phases import check_division
+from ..training.phases import FinetuneConfig, check_division
+from ..training.phases import with_objective as with_objective_of
 from ..weights.folder import load_model
 from ..weights.locate import find_model
 from ..weights.tensors import weights_sha256
@@ -77,11 +78,13 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     recipe, _ = settled_run(recipe, default_device())
+    know_host(recipe)
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
     chosen = resolve(model, recipe.edits)
     recipe = _as_recorded(recipe)
     denoiser = denoiser_of(recipe, model)
+    recipe = with_objective(recipe, host)
     decoder = None
     if recipe.sample is not None:
         native = recipe.sample.shape or host.shape(model)
@@ -111,6 +114,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         "seed": recipe.seed,
         "data": recipe.data.describe(),
         **denoiser.identity,
+        **({"spec": host.spec.model_dump(mode="json")} if recipe.spec and isinstance(host, SdpaHost) else {}),
     }
     model = model.to(default_device())
     return Job(
@@ -192,6 +196,21 @@ def _with_shape(
     if config.shape is not None and (faults := host.shape_faults(model, config.shape)):
         raise RecipeError(f"sample.shape: {faults[0]}")
     return config
+
+
+def know_host(recipe: Recipe) -> None:
+    """Make the host of a recipe's spec known."""
+    if recipe.spec is not None:
+        use_spec(recipe.spec)
+
+
+def with_objective(recipe: Recipe, host: Host) -> Recipe:
+    """The same, with the objective of stage 2 that is the host's where the recipe names none."""
+    if recipe.finetune is None:
+        return recipe
+    phases = tuple(with_objective_of(phase, distilled=host.distilled) for phase in recipe.phases)
+    is_one = isinstance(recipe.finetune, FinetuneConfig)
+    return recipe.model_copy(update={"finetune": phases[0] if is_one else phases})
 
 
 def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:

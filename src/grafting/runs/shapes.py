@@ -20,7 +20,7 @@ from ..machine.devices import mixed_precision
 from ..machine.precision import Precision
 from ..training.student import block_linears
 from ..training.trained import mark, operator_parameters, selection
-from .job import skeleton
+from .job import know_host, skeleton
 from .paths import naming_paths
 from .recipe import Recipe
 
@@ -61,6 +61,7 @@ class Shapes:
     @classmethod
     def of(cls, recipe: Recipe) -> "Shapes":
         with naming_paths(recipe.written):
+            know_host(recipe)
             model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
         conditions, blocks = host.conditions(model), [site.path for site in host.blocks(model)]

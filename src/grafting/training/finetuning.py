@@ -30,7 +30,7 @@ from .average import Average
 from .batches import Batches, NoisedBatch
 from .guard import check_weights
 from .phases import FinetuneConfig as FinetuneConfig
-from .phases import check_phases, phases_of
+from .phases import check_phases, phases_of, with_objective
 from .student import Student, block_linears, held_in_bf16
 from .trained import Trained, mark, names_of, operator_parameters, selection
 from .trainee import Trainee
@@ -77,7 +77,9 @@ def finetune(
         DataError: an image is not finite.
         MissingBackend: adapters are to be trained, and peft is not installed.
     """
-    phases = phases_of(config if trainable is None else _with_trainable(config, trainable))
+    denoiser = denoiser or host_of(model).denoiser(model)
+    asked = phases_of(config if trainable is None else _with_trainable(config, trainable))
+    phases = tuple(with_objective(phase, distilled=denoiser.distilled) for phase in asked)
     check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks))
     for weights in (model, *([] if teacher is None else [teacher])):
         check_weights(weights, "stage 2")
@@ -89,7 +91,6 @@ def finetune(
     phases = tuple(settled(phase, device, together=True) for phase in phases)
     if any(phase.frozen == "bf16" and phase.precision == "fp32" for phase in phases):
         raise TrainingError("stage 2: frozen: bf16 requires precision: bf16, and auto is fp32 on this device")
-    denoiser = denoiser or host_of(model).denoiser(model)
     teacher = teacher.to(device).eval() if teacher is not None else None
     new = operator_parameters(model) if new_parameters is None else new_parameters
     candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -116,9 +116,10 @@ class FinetuneConfig(BaseModel):
     """process: the loss of the noise process. output: the squared distance to the teacher's prediction. Or weights of
     both, `{process: 1, output: 0.5}`. A shorter way to write the two weights that follow, and kept as these."""
     diffusion_weight: NonNegativeFloat = 1.0
-    """Weight of the host's diffusion loss."""
+    """Weight of the host's diffusion loss; if omitted for a distilled model, 0."""
     output_weight: NonNegativeFloat = 0.0
-    """Weight of the squared distance to the teacher's prediction (noise and variance)."""
+    """Weight of the squared distance to the teacher's prediction (noise and variance); 1 if both are omitted for a distilled
+    model."""
     trainable: Trainable = "all"
     """`all` parameters; those of `new` operators; low-rank adapters, `{lora: {rank: 16}}`; or a list of name patterns,
     which may hold `new` and `lora` too: `[new, {lora: {rank: 16}}]`."""
@@ -192,6 +193,13 @@ def phases_of(config: FinetuneConfig | Sequence[FinetuneConfig] | None) -> Phase
     if config is None:
         return ()
     return (config,) if isinstance(config, FinetuneConfig) else tuple(config)
+
+
+def with_objective(config: FinetuneConfig, *, distilled: bool) -> FinetuneConfig:
+    """The same, with a distilled model's objective where it does not name the process's loss: the teacher's output alone."""
+    if not distilled or "diffusion_weight" in config.model_fields_set:
+        return config
+    return config.model_copy(update={"diffusion_weight": 0.0, "output_weight": config.output_weight or 1.0})
 
 
 def phase_faults(phases: Phases) -> list[str]:

@@ -18,17 +18,17 @@ from ..editing.adapters import without_adapters
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
-from ..hosts import host_of, hosts
+from ..hosts import Host, host_of, hosts, unknown_class
 from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
 from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
 from .card import CARD_NAME, card_of
 from .delta import borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
+from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
 
 # what a folder may hold of one model and not of the next
-_WEIGHTS = (WEIGHTS_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
+_WEIGHTS = (WEIGHTS_NAME, GRAFTED_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
 
 
 def load(
@@ -90,7 +90,7 @@ def save_model(
     record = _record(model, plan, base)
     adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
     with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
-        weights = made / WEIGHTS_NAME
+        weights = made / (GRAFTED_NAME if plan.edits else WEIGHTS_NAME)
         save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
         files = [weights, *adapter.write(made)]
         _write_config(made, folder, model, record, weights=weights, origin=origin)
@@ -115,7 +115,7 @@ def save_delta(
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
-    own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype))
+    own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype, host=record.described))
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
     with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
         weights = made / DELTA_NAME
@@ -139,7 +139,11 @@ def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | Non
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+    host: Host | None = None,
 ) -> tuple[nn.Module, Plan]:
     """The model of a folder, in eval mode, and its plan (empty when it was not grafted).
 
@@ -147,6 +151,7 @@ def load_model(
 
     Args:
         base: where the base of a delta is, if not where the delta says.
+        host: of a model without operators, if not one that is known by its class.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
@@ -155,12 +160,14 @@ def load_model(
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
-        model = _build(folder, _model_class(folder, config), config)
+        model = _build(folder, _model_class(folder, config, host), config)
         load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
-    model_class = grafted_class(_model_class(folder, config))
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
-    weights = folder / (DELTA_NAME if "delta" in grafting else WEIGHTS_NAME)
+    model_class = grafted_class(_grafted_model_class(folder, config, record))
+    # before grafts had a name of their own for their weights, they had diffusers'
+    whole = GRAFTED_NAME if (folder / GRAFTED_NAME).is_file() else WEIGHTS_NAME
+    weights = folder / (DELTA_NAME if "delta" in grafting else whole)
     _check_hashes(folder, config, grafting, weights=weights)
     tensors = load_tensors(weights) if "delta" in grafting else read_weights(folder)
     if "delta" in grafting:
@@ -189,20 +196,35 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
+    if not isinstance(config, dict) or not {"_class_name", "auto_map"} & config.keys():
         raise CheckpointError(f"{path} does not say the model's class (_class_name)")
     return config
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> Any:
-    """The class of a folder's model before any graft."""
-    name = config["_class_name"].removeprefix(PREFIX)
-    # stops at the first match: naming a class of diffusers imports it, which takes seconds
-    model_class = next((h.model_class for h in hosts().values() if h.model_class.__name__ == name), None)
+def _grafted_model_class(folder: Path, config: dict[str, Any], record: Record) -> Any:
+    """The class of a folder's model before its graft, which has a spec of its own or a known host."""
+    name, host = config["_class_name"].removeprefix(PREFIX), record.described
+    if host.class_name != name:
+        raise CheckpointError(
+            f"{folder} holds a {name}, and its graft was made with a host of {host.class_name}"
+        )
+    return host.model_class
+
+
+def _model_class(folder: Path, config: dict[str, Any], host: Host | None) -> Any:
+    """The class of a folder's model, which holds no operators."""
+    name = config.get("_class_name")
+    if "auto_map" in config or not isinstance(name, str):
+        raise CheckpointError(
+            f"{folder} brings code of its own for its class (auto_map, `trust_remote_code`), and none is run: install that "
+            "code as a package, and name the class in a spec (--spec FILE)"
+        )
+    name = name.removeprefix(PREFIX)
+    among = [*([] if host is None else [host]), *hosts().values()]
+    model_class = next((host.model_class for host in among if host.class_name == name), None)
     if model_class is None:
-        known = ", ".join(h.model_class.__name__ for h in hosts().values())
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
-        raise HostError(f"{folder} holds a {name}; known are {known}{hint}")
+        raise HostError(f"{folder}: {unknown_class(name)}{hint}")
     return model_class
 
 
@@ -241,7 +263,7 @@ def _write_config(
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
-    name, settings = host_of(model).model_class.__name__, settings_of(model)
+    name, settings = host_of(model).class_name, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
     described: dict[str, Any] = {"_class_name": name, **noted, **settings}
@@ -300,10 +322,11 @@ def _borrowed(
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
     return borrow(
         delta,
-        _base_tensors(where, dtype=getattr(torch, delta["dtype"])),
+        _base_tensors(where, dtype=getattr(torch, delta["dtype"]), host=record.described),
         otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
     )
 
 
-def _base_tensors(base: Base, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    return load(base.id, revision=base.revision, dtype=dtype).state_dict()
+def _base_tensors(base: Base, *, dtype: torch.dtype, host: Host) -> dict[str, Tensor]:
+    folder = find_model(base.id, revision=base.revision)
+    return load_model(folder, dtype=dtype, host=host)[0].state_dict()

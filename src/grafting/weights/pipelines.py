@@ -17,7 +17,7 @@ from ..editing.placed import Placed
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, edits_of, holds_operators
 from ..errors import HostError
-from ..hosts import Host, config_of, host_of, hosts
+from ..hosts import Host, SdpaHost, config_of, host_of, hosts
 from .portable import Record, grafted_class
 
 
@@ -60,7 +60,8 @@ def carry_plan(model: nn.Module) -> None:
     if holds_operators(model):
         host = host_of(model)
         model_class: Any = host.model_class
-        if host.name not in hosts() or base is not model_class:
+        is_known = isinstance(host, SdpaHost) or host.name in hosts()
+        if not is_known or base is not model_class:
             return
         record = Record.of(model, Plan(edits=edits_of(model)))
         own.__class__ = grafted_class(model_class)

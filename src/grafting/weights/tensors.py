@@ -15,7 +15,7 @@ from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
 from ..machine.files import atomic_path, hash_json, pickle_fault, sha256_of
 from .checkpoints import check_is_weights, harmless_globals, weight_file
-from .locate import CONFIG_NAME, WEIGHTS_NAME
+from .locate import CONFIG_NAME, GRAFTED_INDEX_NAME, GRAFTED_NAME, WEIGHTS_NAME
 
 _QUANTISED = frozenset({torch.int8, torch.uint8})
 
@@ -37,7 +37,8 @@ def weights_sha256(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder's weights, of whatever variant. Raises as `read_weights`."""
-    found = weight_file(folder)
+    own = [folder / name for name in (GRAFTED_NAME, GRAFTED_INDEX_NAME) if (folder / name).is_file()]
+    found = own[0] if own else weight_file(folder)
     if found is None:
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
     if found.suffix != ".json":
