@@ -78,6 +78,8 @@ from .evaluation import ratio as ratio
 from .hosts import Call as Call
 from .hosts import Host as Host
 from .hosts import host_of as host_of
+from .hosts import Trace as Trace
+from .hosts import trace as trace
 from .latents.decoding import VaeConfig as VaeConfig
 from .metrics.features import FeatureNetwork as FeatureNetwork
 from .metrics.features import Features as Features

@@ -14,7 +14,7 @@ from ..contract import Grid, ModuleCall
 from ..diffusion import FlowConfig, ProcessConfig
 from ..errors import HostError
 from ._conventions import attention_convention, block_convention
-from ._forwards import Inputs, executions, tensors_of
+from ._forwards import Inputs, copied, executions, run, tensors_of
 from ._grids import patch_sizes
 from ._host import config_of
 from ._observing import AttentionCall, Axis, Observation, Run, is_raster
@@ -42,6 +42,8 @@ class Proposal:
 
     spec: SdpaSpec
     questions: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+    """Attentions among the spec's whose masks are not of keys alone."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,15 @@ def propose(
         projections=next((found for _, found, _ in conventions if found), None),
         mlp=next((found for _, _, found in conventions if found), None),
         time=known.time or _time(inputs, questions),
-        output=known.output or _output(model, inputs, questions),
+        output=known.output or _output(model, inputs, image, questions),
         process=known.process or _process(questions),
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(_other_inputs(model, inputs, seen, image, usual)),
     )
     questions += [f"{path}: its class is called attention, and it makes no call" for path in seen.silent]
-    return Proposal(_with_heads(model, spec, lists), questions)
+    partial = sorted({call.path for found in lists for call in found.image_calls if _is_partial(call)})
+    questions += [f"{path}: its mask is not of keys alone; leave it out of plans" for path in partial]
+    return Proposal(_with_heads(model, spec, lists), questions, partial)
 
 
 def _lists(model: nn.Module, seen: Observation) -> Iterator[_List]:
@@ -140,8 +144,6 @@ def _usable(lists: Iterator[_List], questions: list[str]) -> Iterator[_List]:
             )
         else:
             taken[found.path] = found
-            if odd := sorted({c.path for c in found.image_calls if "of pairs" in (c.mask, c.mask_padded) or c.causal}):
-                questions.append(f"{', '.join(odd)}: sees some keys from some queries alone; leave it out of plans")
             yield found
 
 
@@ -154,11 +156,18 @@ def _hindrance(found: _List) -> str:
         return "its image tokens do not stand side by side in raster order"
     if usual.kind == "mixed" and {run.kind for run in usual.queries} != {"image"}:
         return "its queries are neither all tokens nor those of the image"
-    if all("of pairs" in (call.mask, call.mask_padded) or call.causal for call in found.image_calls):
-        return "it sees some keys from some queries alone"
+    if usual.mask == "a bias":
+        return "its mask adds other numbers than 0 and minus infinity to the scores, and hides nothing"
+    if all(map(_is_partial, found.image_calls)):
+        return "it hides some keys from some queries alone"
     if usual.num_image < 2:
         return "it sees a single image token"
     return ""
+
+
+def _is_partial(call: AttentionCall) -> bool:
+    """Whether an attention has a mask that is not of keys alone."""
+    return call.causal or not {"of pairs", "a bias"}.isdisjoint((call.mask, call.mask_padded))
 
 
 def _seen_instead(seen: Observation) -> str:
@@ -378,11 +387,12 @@ def _time(inputs: Inputs, questions: list[str]) -> Time:
     return Time(argument=name, scale=scale, whole=is_whole)
 
 
-def _output(model: nn.Module, inputs: Inputs, questions: list[str]) -> Output:
-    config = config_of(model)
+def _output(model: nn.Module, inputs: Inputs, image: Image, questions: list[str]) -> Output:
+    """Whether the model returns twice as many channels as it takes; its sign is a question."""
     questions.append("output: the sign of what the model returns is not told by an example")
-    ins, outs = config.get("in_channels"), config.get("out_channels")
-    return Output(half=isinstance(ins, int) and outs == 2 * ins)
+    returned = tensors_of(run(model, copied(inputs)))
+    taken = tensors_of(inputs[image.argument])
+    return Output(half=bool(returned) and returned[0].numel() == 2 * taken[0].numel())
 
 
 def _process(questions: list[str]) -> ProcessConfig:

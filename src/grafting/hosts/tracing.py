@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ..contract import Grid
 from ..errors import HostError
 from ..machine.files import write_bytes
-from ._forwards import run
+from ._forwards import copied, run, tensors_of
 from ._observing import AttentionCall, Observation, observe
 from ._pipelines import Caught, catch
 from ._proposing import Knowledge, propose
+from ._registry import hosts
 from ._sdpa import SdpaHost
 from ._spec import SdpaSpec
 
@@ -42,6 +43,8 @@ class Trace:
     spec: SdpaSpec
     questions: tuple[str, ...]
     """What the trace could not tell, each with what was assumed."""
+    partial: tuple[str, ...]
+    """Attentions among the spec's whose masks are not of keys alone: kernels cannot answer them, so plans leave them out."""
     grid: Grid
     """Of the example's image tokens."""
     num_forwards: int
@@ -49,6 +52,16 @@ class Trace:
     model: nn.Module
     example: Mapping[str, Any]
     """The keyword arguments of the forward pass that was traced."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks whose attention a kernel can answer."""
+        sites = self.host.sites(self.model)
+        return tuple(site.block for site in sites if site.role == "attention" and site.path not in self.partial)
+
+    def outputs(self) -> list[Tensor]:
+        """What the model, as it is now, returns for the example."""
+        return tensors_of(run(self.model, copied(self.example)))
 
     @property
     def host(self) -> SdpaHost:
@@ -90,11 +103,14 @@ def trace(
     caught = _example(source, example, call)
     seen = observe(caught.model, caught.inputs, image=image)
     proposal = propose(caught.model, caught.inputs, seen, known=caught.known, native_grid=native_grid)
-    host = SdpaHost(proposal.spec)
+    name = proposal.spec.name
+    spec = proposal.spec.model_copy(update={"name": f"{name}-traced"}) if name in hosts() else proposal.spec
+    host = SdpaHost(spec)
     host.sites(caught.model)
     return Trace(
-        spec=proposal.spec,
+        spec=spec,
         questions=tuple(proposal.questions),
+        partial=tuple(proposal.partial),
         grid=host.image_grid(caught.model, caught.inputs),
         num_forwards=seen.num_forwards,
         seen=tuple(_rows(seen)),
