@@ -416,7 +416,9 @@ _IMAGES = (
             "input_ids": torch.randint(1, 30, (2, TEXT)),
             "input_img_latents": [],
             "input_image_sizes": {},
-            "attention_mask": torch.ones(2, 1, TEXT + 1 + ROWS * COLS, TEXT + 1 + ROWS * COLS, dtype=torch.bool),
+            "attention_mask": torch.ones(
+                2, 1, TEXT + 1 + ROWS * COLS, TEXT + 1 + ROWS * COLS, dtype=torch.bool
+            ),
             "position_ids": torch.arange(TEXT + 1 + ROWS * COLS).expand(2, -1),
         },
     ),

@@ -136,7 +136,9 @@ def _with_others(seen: Bool[Tensor, "n n"], layout: TokenLayout) -> Bool[Tensor,
     everything = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
     everything[layout.image_slice, layout.image_slice] = seen
     everything = everything[layout.image_slice] if layout.image_queries else everything
-    is_key = torch.ones(1, layout.num_tokens, dtype=torch.bool) if layout.key_mask is None else layout.key_mask
+    is_key = (
+        torch.ones(1, layout.num_tokens, dtype=torch.bool) if layout.key_mask is None else layout.key_mask
+    )
     return everything & is_key[:, None, None].cpu()
 
 

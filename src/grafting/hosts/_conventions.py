@@ -64,7 +64,9 @@ def block_convention(
     seen = executions(model, inputs, [f"{path}.{i}" for i in blocks])
     calls = [_block_call(block, seen[f"{path}.{i}"]) for i, block in blocks.items()]
     usual = next((call for call in calls if call is not None), None)
-    fixed = {i: "it takes or returns other tensors than the rest" for i, call in enumerate(calls) if call != usual}
+    fixed = {
+        i: "it takes or returns other tensors than the rest" for i, call in enumerate(calls) if call != usual
+    }
     fixed |= {i: reason for i in range(len(blocks)) if (reason := _used_outside(f"{path}.{i}", modules))}
     if usual is None or len(fixed) == len(blocks):
         usual, fixed = ((), ()), {}
@@ -146,9 +148,17 @@ def _module_call(module: nn.Module, seen: Execution, *, num_tokens: int, dim: in
         return None
     arguments = seen.arguments(module)
     names = list(arguments)
-    name = names[0] if seen.args else next((n for n in names if _is_tokens(seen.kwargs.get(n), num_tokens, dim)), "")
+    name = (
+        names[0]
+        if seen.args
+        else next((n for n in names if _is_tokens(seen.kwargs.get(n), num_tokens, dim)), "")
+    )
     tokens = arguments.get(name)
-    if not (_is_tokens(tokens, num_tokens, dim) and isinstance(outputs[0], Tensor) and outputs[0].shape == tokens.shape):
+    if not (
+        _is_tokens(tokens, num_tokens, dim)
+        and isinstance(outputs[0], Tensor)
+        and outputs[0].shape == tokens.shape
+    ):
         return None
     changing = [n for n, value in arguments.items() if value is None and ("mask" in n or "encoder" in n)]
     return ModuleCall(tokens=name, must_be_none=tuple(changing), returns=len(outputs))
@@ -170,7 +180,8 @@ def _projections(module: nn.Module, seen: Execution, dim: int) -> tuple[str, str
             continue
         (after,) = again(module, seen, moved=layer)[0]
         moved = tuple(
-            not torch.equal(getattr(calls[0], part), getattr(after, part)) for part in ("queries", "keys", "values")
+            not torch.equal(getattr(calls[0], part), getattr(after, part))
+            for part in ("queries", "keys", "values")
         )
         found.setdefault(moved, []).append(name)  # type: ignore[arg-type]  # three of them
     result = output if isinstance(output, Tensor) else output[0]

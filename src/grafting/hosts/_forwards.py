@@ -334,7 +334,8 @@ def executions(model: nn.Module, inputs: Inputs, paths: Iterable[str]) -> dict[s
 def _recording(modules: Mapping[str, nn.Module], found: dict[str, list[Execution]]) -> Iterator[None]:
     """Adds each call of these modules to the list of its name."""
     handles = [
-        module.register_forward_hook(_adding(found[name]), with_kwargs=True) for name, module in modules.items()
+        module.register_forward_hook(_adding(found[name]), with_kwargs=True)
+        for name, module in modules.items()
     ]
     try:
         yield
@@ -360,7 +361,9 @@ def again(
     """
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     found: dict[str, list[Execution]] = {name: [] for name in linears}
-    handle = moved.register_forward_hook(lambda *call: _moved(call[-1], None, ())) if moved is not None else None
+    handle = (
+        moved.register_forward_hook(lambda *call: _moved(call[-1], None, ())) if moved is not None else None
+    )
     unmixed = _Unmixed(lambda: ("", 0))
     try:
         with _recording(linears, found), unmixed, torch.no_grad():

@@ -5,7 +5,6 @@ What a rule reads it also makes: `packed`, `positions` and `sizes` are the argum
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,8 +18,22 @@ _AXES = {4: "b c h w", 5: "b c f h w"}
 
 
 def fact(model: nn.Module, value: Fact) -> Any:
-    """A number, or the one that the model keeps there."""
-    return attrgetter(value)(model) if isinstance(value, str) else value
+    """A number, or the one that the model keeps there, or the quotient of two.
+
+    Raises:
+        AttributeError, KeyError, IndexError: the model keeps nothing there.
+    """
+    if not isinstance(value, str):
+        return value
+    first, *others = (_kept(model, part.strip()) for part in value.split("/"))
+    return first // others[0] if others else first
+
+
+def _kept(model: nn.Module, place: str) -> Any:
+    found: Any = model
+    for name in place.split("."):
+        found = found[int(name)] if name.isdecimal() else getattr(found, name)
+    return found
 
 
 def patch_sizes(model: nn.Module, image: LatentTokens) -> tuple[int, int, int]:

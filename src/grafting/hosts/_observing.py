@@ -184,9 +184,7 @@ def observe(model: nn.Module, inputs: Inputs, *, image: str | None = None) -> Ob
     if not trials.first.calls:
         raise HostError(_no_attention(model))
     touched = {
-        name: found
-        for name in _perturbable(model, inputs)
-        if (found := trials.touched(name)) is not None
+        name: found for name in _perturbable(model, inputs) if (found := trials.touched(name)) is not None
     }
     name = image or _image_argument(touched)
     if name not in touched:
@@ -328,9 +326,7 @@ def _origins(image: Tensor, streams: Sequence[tuple[str, Tensor]]) -> list[tuple
 
 
 def _runs(origins: Sequence[tuple[Kind, str]]) -> tuple[Run, ...]:
-    return tuple(
-        Run(kind, len(list(tokens)), name) for (kind, name), tokens in itertools.groupby(origins)
-    )
+    return tuple(Run(kind, len(list(tokens)), name) for (kind, name), tokens in itertools.groupby(origins))
 
 
 def _axes(places: list[tuple[int, int, Tensor]]) -> tuple[tuple[Axis, ...], bool]:

@@ -41,7 +41,7 @@ class Caught:
     known: Knowledge
 
 
-class _Enough(Exception):  # noqa: N818  # no error: it ends a pipeline's call
+class _Enough(Exception):  # no error: it ends a pipeline's call
     """Two steps of a pipeline have been seen."""
 
 
@@ -124,7 +124,9 @@ def _arguments(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     """A pipeline's call, with the defaults that it takes and its caller leaves out."""
     takes = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in call if name not in takes]:
-        raise HostError(f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}")
+        raise HostError(
+            f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}"
+        )
     defaults = {name: value for name, value in _DEFAULTS.items() if name in takes}
     if any("embeds" in name for name in call):
         defaults.pop("prompt", None)
@@ -158,7 +160,9 @@ def _known(pipeline: Any, spy: _Spy) -> Knowledge:
         output=_output(spy),
         process=_process(type(pipeline.scheduler).__name__, config),
         latent_size=size if isinstance(size, int) else None,
-        latent_channels=next((vae[key] for key in ("latent_channels", "z_dim") if isinstance(vae.get(key), int)), None),
+        latent_channels=next(
+            (vae[key] for key in ("latent_channels", "z_dim") if isinstance(vae.get(key), int)), None
+        ),
     )
 
 
@@ -208,7 +212,11 @@ def _samples(output: Any) -> list[Tensor]:
 
 
 def _process(scheduler: str, config: Mapping[str, Any]) -> ProcessConfig | None:
-    is_flow = "Flow" in scheduler or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    is_flow = (
+        "Flow" in scheduler
+        or config.get("prediction_type") == "flow_prediction"
+        or config.get("use_flow_sigmas")
+    )
     if not is_flow:
         return DiffusionConfig() if config.get("prediction_type") == "epsilon" else None
     if config.get("use_dynamic_shifting"):

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +137,9 @@ def _usable(lists: Iterator[_List], questions: list[str]) -> Iterator[_List]:
                 f"{where} is left out: {found.path}.*.{taken[found.path].attention} is the attention of these blocks"
             )
         elif taken and usual.head_dim != (first := next(iter(taken.values())).usual).head_dim:
-            questions.append(f"{where} is left out: heads of {usual.head_dim} channels, others of {first.head_dim}")
+            questions.append(
+                f"{where} is left out: heads of {usual.head_dim} channels, others of {first.head_dim}"
+            )
         elif taken and usual.num_image != first.num_image:
             questions.append(
                 f"{where} is left out: {usual.num_image} image tokens in a call, others {first.num_image}"
@@ -265,7 +267,12 @@ def _positions(inputs: Inputs, name: str, usual: AttentionCall) -> tuple[PackedT
     place = next(i for i, run in enumerate(usual.keys) if run.kind == "image")
     before = usual.keys[:place]
     for positions, value in inputs.items():
-        if positions == name or not isinstance(value, Tensor) or value.ndim not in (2, 3) or not 2 <= value.shape[-1] <= 8:
+        if (
+            positions == name
+            or not isinstance(value, Tensor)
+            or value.ndim not in (2, 3)
+            or not 2 <= value.shape[-1] <= 8
+        ):
             continue
         rows = value[0] if value.ndim == 3 else value
         starts = {0: (), sum(run.length for run in before): tuple(run.argument for run in before)}
@@ -275,7 +282,9 @@ def _positions(inputs: Inputs, name: str, usual: AttentionCall) -> tuple[PackedT
             found = _columns(rows[start : start + usual.num_image], usual.num_image)
             if found:
                 columns, grid = found
-                rule = PackedTokens(argument=name, positions=positions, after=after, width=value.shape[-1], columns=columns)
+                rule = PackedTokens(
+                    argument=name, positions=positions, after=after, width=value.shape[-1], columns=columns
+                )
                 return rule, grid
     return None
 
@@ -284,7 +293,9 @@ def _columns(rows: Tensor, num_tokens: int) -> tuple[tuple[int, ...], Grid] | No
     """Which entries of places [L, n] count rows and columns (and frames before), and the grid; None if none do."""
     if len(rows) != num_tokens:
         return None
-    counted = {i: column.unique(return_inverse=True) for i, column in enumerate(rows.cpu().float().unbind(-1))}
+    counted = {
+        i: column.unique(return_inverse=True) for i, column in enumerate(rows.cpu().float().unbind(-1))
+    }
     varied = {i: (values, places) for i, (values, places) in counted.items() if len(values) > 1}
     steady = all(torch.equal(values, values[0] + torch.arange(len(values))) for values, _ in varied.values())
     if len(varied) not in (2, 3) or not steady:
@@ -298,7 +309,10 @@ def _columns(rows: Tensor, num_tokens: int) -> tuple[tuple[int, ...], Grid] | No
 def _sizes(inputs: Inputs, name: str, num_tokens: int) -> tuple[PackedTokens, Grid] | None:
     """The arguments that say frames, rows and columns as numbers."""
     words = ("frame", "height", "width")
-    named = [next((n for n, v in inputs.items() if word in n and type(v) is int and "audio" not in n), None) for word in words]
+    named = [
+        next((n for n, v in inputs.items() if word in n and type(v) is int and "audio" not in n), None)
+        for word in words
+    ]
     names = tuple(n for n in named if n is not None)
     if len(names) > 1 and math.prod(inputs[n] for n in names) == num_tokens:
         return PackedTokens(argument=name, sizes=names), _grid([inputs[n] for n in names])
@@ -326,7 +340,9 @@ def _packing(model: nn.Module, value: Tensor, known: Knowledge, questions: list[
     side = math.isqrt(value.shape[2] // own) if own and value.shape[2] % own == 0 else 0
     if side and side**2 * own == value.shape[2] and (known.latent_channels or side > 1):
         return side
-    questions.append("how many latents a packed token holds is not told by the example: `image.patch` is taken as 2")
+    questions.append(
+        "how many latents a packed token holds is not told by the example: `image.patch` is taken as 2"
+    )
     return 2
 
 
@@ -334,7 +350,9 @@ def _native_grid(model: nn.Module, image: Image, grid: Grid, known: Knowledge, q
     """The grid that the model was trained for, if it says so; else the example's."""
     size = known.latent_size or config_of(model).get("sample_size")
     if isinstance(size, int) and grid.frames == 1 and grid.rows > 1:
-        sides = patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        sides = (
+            patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        )
         return Grid(size // sides[1], size // sides[2])
     questions.append(
         f"native_grid is the example's, {grid}: set it to the one that the model was trained for, which costs are counted at"
@@ -361,7 +379,10 @@ def _import_path(model_class: type) -> str:
 def _fact(model: nn.Module, value: int, word: str, first: str) -> Fact:
     """Where the model's config keeps a number, under a name with this word; else the number."""
     config = config_of(model)
-    names = [first, *(name for name in config if word in name and "kv" not in name and "key_value" not in name)]
+    names = [
+        first,
+        *(name for name in config if word in name and "kv" not in name and "key_value" not in name),
+    ]
     return next((f"config.{name}" for name in names if config.get(name) == value), value)
 
 
@@ -396,12 +417,18 @@ def _output(model: nn.Module, inputs: Inputs, image: Image, questions: list[str]
 
 
 def _process(questions: list[str]) -> ProcessConfig:
-    questions.append("process: how inputs are noised is not told by an example; taken as flow matching without shift")
+    questions.append(
+        "process: how inputs are noised is not told by an example; taken as flow matching without shift"
+    )
     return FlowConfig()
 
 
 def _conventions(
-    model: nn.Module, inputs: Inputs, seen: Observation, lists: Sequence[_List], orders: Sequence[tuple[str, ...]]
+    model: nn.Module,
+    inputs: Inputs,
+    seen: Observation,
+    lists: Sequence[_List],
+    orders: Sequence[tuple[str, ...]],
 ) -> Iterator[tuple[BlockList, tuple[str, str, str, str] | None, MlpLayers | None]]:
     """Each list as the spec says it, with what is said once for all lists."""
     projections: tuple[str, str, str, str] | None = None
@@ -409,13 +436,18 @@ def _conventions(
     for found, order in zip(lists, orders, strict=True):
         usual = found.usual
         dim = usual.num_heads * usual.head_dim
-        block = block_convention(model, inputs, found.path, num_image=usual.num_image, dim=dim, modules=seen.modules)
+        block = block_convention(
+            model, inputs, found.path, num_image=usual.num_image, dim=dim, modules=seen.modules
+        )
         path = f"{found.path}.{found.blocks[0]}.{found.attention}"
         masked = any("of keys" in (call.mask, call.mask_padded) for call in found.image_calls)
         attention = None
         if usual.kind != "mixed" and not masked and _turn(found) == ("image",):
             attention = attention_convention(
-                model.get_submodule(path), executions(model, inputs, [path])[path], num_tokens=_num_keys(usual), dim=dim
+                model.get_submodule(path),
+                executions(model, inputs, [path])[path],
+                num_tokens=_num_keys(usual),
+                dim=dim,
             )
         if attention and attention.projections and projections in (None, attention.projections):
             projections = attention.projections
@@ -452,7 +484,9 @@ def _with_heads(model: nn.Module, spec: SdpaSpec, lists: Sequence[_List]) -> Sdp
     blocks = tuple(
         blocks
         if found.usual.num_heads == lists[0].usual.num_heads
-        else blocks.model_copy(update={"num_heads": _fact(model, found.usual.num_heads, "heads", "num_attention_heads")})
+        else blocks.model_copy(
+            update={"num_heads": _fact(model, found.usual.num_heads, "heads", "num_attention_heads")}
+        )
         for blocks, found in zip(spec.blocks, lists, strict=True)
     )
     return spec.model_copy(update={"blocks": blocks})
@@ -464,7 +498,10 @@ def _other_inputs(
     """The other arguments by their shapes; those that are no tensors, or depend on the grid, are left out."""
     own = {seen.image, "t"} | {name for name in inputs if name.startswith("time")}
     if isinstance(image, PackedTokens):
-        own |= {image.positions or "", *([image.sizes] if isinstance(image.sizes, str) else image.sizes or ())}
+        own |= {
+            image.positions or "",
+            *([image.sizes] if isinstance(image.sizes, str) else image.sizes or ()),
+        }
     first = tensors_of(inputs[seen.image])
     batch = len(first) if not isinstance(inputs[seen.image], Tensor) else first[0].shape[0]
     texts = {run.length for call in seen.calls for run in call.keys if run.kind == "text"}
@@ -472,7 +509,11 @@ def _other_inputs(
         if name in own or not isinstance(value, Tensor):
             continue
         shape = [
-            "batch" if size == batch and i == 0 else "text" if size in texts and i < 2 else _width(model, size)
+            "batch"
+            if size == batch and i == 0
+            else "text"
+            if size in texts and i < 2
+            else _width(model, size)
             for i, size in enumerate(value.shape)
         ]
         same = value.numel() > 0 and bool((value == value.flatten()[0]).all())
@@ -481,5 +522,9 @@ def _other_inputs(
 
 
 def _width(model: nn.Module, size: int) -> Fact:
-    names = [n for n, v in config_of(model).items() if v == size and type(v) is int and ("dim" in n or "channels" in n)]
+    names = [
+        n
+        for n, v in config_of(model).items()
+        if v == size and type(v) is int and ("dim" in n or "channels" in n)
+    ]
     return f"config.{names[0]}" if len(names) == 1 else size

@@ -72,7 +72,9 @@ class SdpaHost(Host[nn.Module]):
                 "it, or name another in the spec's model_class, as `package.module:Class`"
             ) from error
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise HostError(f"host {self.name!r}: {self.spec.model_class} is no class of models (torch.nn.Module)")
+            raise HostError(
+                f"host {self.name!r}: {self.spec.model_class} is no class of models (torch.nn.Module)"
+            )
         return found
 
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
@@ -82,14 +84,16 @@ class SdpaHost(Host[nn.Module]):
             HostError: the spec is of another class, or names a module or a fact that the model does not have.
         """
         if not isinstance(model, self.model_class):
-            raise HostError(f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}")
+            raise HostError(
+                f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}"
+            )
         try:
             return tuple(
                 site
                 for number, (path, blocks) in enumerate(self._block_paths(model))
                 for site in self._sites_of(model, number, path, blocks)
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise HostError(
                 f"spec {self.name!r} does not fit {type(model).__name__}: {error}; it is for a class as another version of its "
                 "package has it"
@@ -100,9 +104,7 @@ class SdpaHost(Host[nn.Module]):
         attention = f"{path}.{blocks.attention}"
         model.get_submodule(attention)
         num_heads = fact(model, blocks.num_heads or self.spec.num_heads)
-        yield Site(
-            role="attention", path=attention, num_heads=num_heads, module=blocks.mixers, **facts
-        )
+        yield Site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers, **facts)
         if blocks.mlp is not None:
             module = model.get_submodule(f"{path}.{blocks.mlp}")
             layers = self.spec.mlp
@@ -204,7 +206,9 @@ class SdpaHost(Host[nn.Module]):
     def _grid_of(self, model: nn.Module, x: Tensor) -> Grid:
         """The image tokens of images [B, C, H, W] or videos [B, C, F, H, W]."""
         image = self.spec.image
-        sides = patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        sides = (
+            patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        )
         *frames, rows, cols = x.shape[2:]
         return Grid(rows // sides[1], cols // sides[2], *(n // sides[0] for n in frames))
 
@@ -248,6 +252,11 @@ class SdpaHost(Host[nn.Module]):
         }
 
     def process(self, model: nn.Module) -> NoiseProcess:
+        if self.spec.process is None:
+            raise HostError(
+                f"host {self.name!r} is trained with a noise process that grafting has not: name one under `process:`, or with "
+                "--process"
+            )
         return self.spec.process.build(scale=self.spec.time.scale)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
@@ -289,7 +298,9 @@ class SdpaHost(Host[nn.Module]):
 
 def _linear(layer: nn.Module) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
-        raise HostError(f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random")
+        raise HostError(
+            f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
+        )
     return layer
 
 

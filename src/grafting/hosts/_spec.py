@@ -5,15 +5,26 @@ A spec is a YAML or JSON file: those of `specs/` come with the library, others a
 model keeps it, such as `config.num_attention_heads`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    PositiveFloat,
+    Tag,
+    field_serializer,
+    model_validator,
+)
 
 from ..contract import AttentionCall, Grid, ModuleCall
 from ..diffusion import FlowConfig, ProcessConfig
 
 Fact = str | int
-"""A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`."""
+"""A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`, an entry of a list such as
+`config.caption_channels.0`, or the quotient of two, `config.dim / config.n_heads`."""
 Activation = Literal["gelu", "gelu-tanh", "silu", "relu"]
 
 
@@ -76,7 +87,6 @@ class BlockList(_Spec):
 class LatentTokens(_Spec):
     """Image tokens cut by the model itself from an image or a video."""
 
-    kind: Literal["latent"] = "latent"
     argument: str = "hidden_states"
     axes: str | None = None
     """The argument's axes: `b` sample, `c` channels, `f` frames, `h` height, `w` width, such as `b f c h w`; without `b`, it is
@@ -88,7 +98,6 @@ class LatentTokens(_Spec):
 class PackedTokens(_Spec):
     """Image tokens that reach the model as a sequence [B, L, C]."""
 
-    kind: Literal["packed"] = "packed"
     argument: str = "hidden_states"
     positions: str | None = None
     """Argument [L, n] or [B, L, n] that holds each token's place."""
@@ -109,6 +118,20 @@ class PackedTokens(_Spec):
         if (self.positions is None) == (self.sizes is None):
             raise ValueError("the grid of packed tokens is read from `positions` or from `sizes`: name one")
         return self
+
+
+def _kind_of_image(value: Any) -> str:
+    is_packed = (
+        value.keys() & {"positions", "sizes"} if isinstance(value, dict) else isinstance(value, PackedTokens)
+    )
+    return "packed" if is_packed else "latent"
+
+
+Image = Annotated[
+    Annotated[LatentTokens, Tag("latent")] | Annotated[PackedTokens, Tag("packed")],
+    Discriminator(_kind_of_image),
+]
+"""Packed tokens have `positions` or `sizes`; all others are latents."""
 
 
 class Time(_Spec):
@@ -161,7 +184,7 @@ class SdpaSpec(_Spec):
     order: tuple[str, ...] = ("image",)
     """Runs of tokens among the keys, in their order: `image`, `rest` for all others (text, registers, history), and names of
     arguments, each as many tokens as it is long, where there are others on both sides."""
-    image: Annotated[LatentTokens | PackedTokens, Field(discriminator="kind")] = LatentTokens()
+    image: Image = LatentTokens()
     native_grid: Grid
     """The image tokens that the model was trained for; a forward pass may have another grid."""
     native_num_text: int = 0
@@ -174,14 +197,19 @@ class SdpaSpec(_Spec):
     """The layers inside an MLP, which mixers then start from."""
     time: Time = Time()
     output: Output = Output()
-    process: ProcessConfig = FlowConfig()
-    """How inputs are noised, where a recipe does not say."""
+    process: ProcessConfig | None = FlowConfig()
+    """How inputs are noised, where a recipe does not say; null where that is none of grafting's processes."""
     distilled: bool = False
     """Distilled for guidance or few steps, as published: stage 2 then trains on the teacher's output."""
     inputs: dict[str, Input | tuple[Fact, ...]] = {}
     """The other arguments by name: each an `Input`, or its shape alone."""
     tiny: dict[str, JsonValue] | None = None
     """Settings of a small instance, for tests and trials."""
+
+    @field_serializer("process")
+    def _with_name(self, process: ProcessConfig | None) -> dict[str, JsonValue] | None:
+        """Whole, also where defaults are left out: its name is one."""
+        return process and process.model_dump(mode="json")
 
     @model_validator(mode="after")
     def _orders(self) -> "SdpaSpec":

@@ -70,10 +70,14 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write the spec as YAML, headed by the questions: for `--spec FILE`, and to edit by hand."""
-        head = [f"# {self.spec.name}: traced from {type(self.model).__name__}, {self.num_forwards} forward passes"]
+        head = [
+            f"# {self.spec.name}: traced from {type(self.model).__name__}, {self.num_forwards} forward passes"
+        ]
         head += [f"# to check: {question}" for question in self.questions]
         facts = self.spec.model_dump(mode="json", exclude_defaults=True)
-        write_bytes(Path(path), ("\n".join(head) + "\n" + yaml.safe_dump(facts, sort_keys=False, width=120)).encode())
+        write_bytes(
+            Path(path), ("\n".join(head) + "\n" + yaml.safe_dump(facts, sort_keys=False, width=120)).encode()
+        )
 
 
 def trace(
@@ -125,14 +129,18 @@ def _example(source: Any, example: Mapping[str, Any] | None, call: Mapping[str, 
             raise HostError("example= is for a model; a pipeline makes its own, from what it is called with")
         return catch(source, call)
     if "UNet" in type(source).__name__:
-        raise HostError(f"a {type(source).__name__} is a UNet, whose blocks have several resolutions: grafting edits transformers")
+        raise HostError(
+            f"a {type(source).__name__} is a UNet, whose blocks have several resolutions: grafting edits transformers"
+        )
     if example is None:
         raise HostError(
             f"a {type(source).__name__} alone says nothing of its inputs: give example= the keyword arguments of a forward pass, or "
             "trace its pipeline"
         )
     if call:
-        raise HostError(f"{', '.join(call)}: only a pipeline is called with these; a model's arguments go into example=")
+        raise HostError(
+            f"{', '.join(call)}: only a pipeline is called with these; a model's arguments go into example="
+        )
     return Caught(source, dict(example), Knowledge())
 
 
@@ -144,7 +152,11 @@ def _rows(seen: Observation) -> list[SeenAttention]:
 def _row(call: AttentionCall) -> SeenAttention:
     path = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", call.path)
     words = [" + ".join(map(str, runs)) for runs in (call.queries, call.keys)]
-    mask = call.mask if call.mask_padded == call.mask else f"{call.mask}, {call.mask_padded} where prompts are padded"
+    mask = (
+        call.mask
+        if call.mask_padded == call.mask
+        else f"{call.mask}, {call.mask_padded} where prompts are padded"
+    )
     return SeenAttention(path, 1, call.kind, *words, "causal" if call.causal else mask)
 
 
