@@ -77,8 +77,8 @@ from .evaluation import open_adm_reference as open_adm_reference
 from .evaluation import ratio as ratio
 from .hosts import Call as Call
 from .hosts import Host as Host
-from .hosts import host_of as host_of
 from .hosts import Trace as Trace
+from .hosts import host_of as host_of
 from .hosts import trace as trace
 from .latents.decoding import VaeConfig as VaeConfig
 from .metrics.features import FeatureNetwork as FeatureNetwork

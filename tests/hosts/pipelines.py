@@ -6,7 +6,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from zoo import TEXT, Specimen, specimens
+
+from hosts.zoo import TEXT, Specimen, specimens
 
 Made = tuple[diffusers.DiffusionPipeline, dict[str, Any]]
 """A pipeline, and what it is called with."""
@@ -21,7 +22,9 @@ def specimen(name: str) -> Specimen:
 
 def image_vae() -> AutoencoderKL:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(**blocks, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=32)
+    return AutoencoderKL(
+        **blocks, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=32
+    )
 
 
 def embeds(*shape: int) -> torch.Tensor:
@@ -31,7 +34,7 @@ def embeds(*shape: int) -> torch.Tensor:
 def made(pipeline: str, transformer: str, call: dict[str, Any], **parts: Any) -> Made:
     """A pipeline of this class, with None for the parts that turn words into vectors."""
     cls = getattr(diffusers, pipeline)
-    needed = {name: None for name in cls._get_signature_keys(cls)[0]}
+    needed = dict.fromkeys(cls._get_signature_keys(cls)[0])
     given = {"vae": image_vae(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), **parts}
     pipe = cls(**{**needed, **given, "transformer": specimen(transformer).model()})
     pipe.set_progress_bar_config(disable=True)
@@ -69,7 +72,13 @@ def pixart() -> Made:
 
 def wan() -> Made:
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
     call = {
         "prompt_embeds": embeds(1, TEXT, 24),
@@ -78,15 +87,27 @@ def wan() -> Made:
         "height": 32,
         "width": 48,
     }
-    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     return made("WanPipeline", "WanTransformer3DModel", call, vae=vae, scheduler=scheduler)
 
 
 def qwen_image() -> Made:
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
-    call = {"prompt_embeds": embeds(1, TEXT, 24), "prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long), **SIZE}
+    call = {
+        "prompt_embeds": embeds(1, TEXT, 24),
+        "prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long),
+        **SIZE,
+    }
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
     return made("QwenImagePipeline", "QwenImageTransformer2DModel", call, vae=vae, scheduler=scheduler)
 

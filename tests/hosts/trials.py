@@ -1,10 +1,11 @@
 """What each transformer class of diffusers can do once it is traced: the checks behind docs/hosts.md.
 
-`python tests/hosts/trials.py` runs all of them on the tiny instances of `zoo.py`, and writes `results/hosts.json` and the table of
-`docs/hosts.md`. A class is true in a column if the check ran and passed; `reason` is what the first that did not said.
+`make hosts` (`PYTHONPATH=tests python -m hosts.trials`) runs all of them on the tiny instances of `zoo.py`, and writes `results/hosts.json` and the table of
+`docs/hosts.md`; with names of classes, it measures these anew. A class is true in a column if the check ran and passed; `reason` is what the first that did not said.
 """
 
 import copy
+import itertools
 import json
 import re
 import sys
@@ -19,11 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-import zoo
-from zoo import Specimen, transformer_classes
-
 from grafting.contract import Denoiser, Site
 from grafting.editing.plan import Drop, Edit, Merge, Plan, Replace
 from grafting.editing.surgery import build_operators, graft, place
@@ -32,12 +28,14 @@ from grafting.hosts import PackedTokens, SdpaHost, Trace, trace
 from grafting.training.distillation import DistillConfig, distill
 from grafting.training.finetuning import FinetuneConfig, finetune
 from grafting.weights.folder import load, save
+from hosts import zoo
+from hosts.zoo import Specimen, transformer_classes
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "results" / "hosts.json", ROOT / "docs" / "hosts.md"
 
 
-class Absent(Exception):  # noqa: N818  # it says why a check has nothing to run on
+class Absent(Exception):
     """The class has nothing that this check is about."""
 
 
@@ -77,7 +75,9 @@ class Noise:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(3)
-        return torch.randn(len(indices), *self.shape, generator=draw), torch.zeros(len(indices), dtype=torch.long)
+        return torch.randn(len(indices), *self.shape, generator=draw), torch.zeros(
+            len(indices), dtype=torch.long
+        )
 
 
 @dataclass
@@ -117,7 +117,9 @@ class Trial:
             before = self.run(model)
         record = graft(model, Plan(edits=edits), host=self.host)
         output = self.run(model)
-        assert any(not torch.equal(a, b) for a, b in zip(before, output, strict=True)), "the output is the same"
+        assert any(not torch.equal(a, b) for a, b in zip(before, output, strict=True)), (
+            "the output is the same"
+        )
         sum(t.square().mean() for t in output).backward()
         gradients = [p.grad for n, p in model.named_parameters() if p.grad is not None]
         assert gradients, "no gradient"
@@ -129,7 +131,11 @@ class Trial:
     def window(self, blocks: list[int] | None = None) -> Replace:
         """A window that hides something on this grid."""
         grid = self.traced.grid
-        operator = {"name": "window-2d", "radius": 1} if min(grid.rows, grid.cols) > 2 else {"name": "window-1d", "window": 2}
+        operator = (
+            {"name": "window-2d", "radius": 1}
+            if min(grid.rows, grid.cols) > 2
+            else {"name": "window-1d", "window": 2}
+        )
         return Replace(role="attention", blocks=blocks or self.blocks("attention"), operator=operator)
 
     def denoiser(self) -> Denoiser:
@@ -137,7 +143,10 @@ class Trial:
         image, time = self.host.spec.image, self.host.spec.time
         own = {image.argument, time.argument}
         if isinstance(image, PackedTokens):
-            own |= {image.positions, *([image.sizes] if isinstance(image.sizes, str) else image.sizes or ())}
+            own |= {
+                None if image.after else image.positions,
+                *([image.sizes] if isinstance(image.sizes, str) else image.sizes or ()),
+            }
         given = {name: value for name, value in self.specimen.example().items() if name not in own}
         return self.host.denoiser(self.original, Fixed(given))  # type: ignore[arg-type]  # nulls are None
 
@@ -186,7 +195,7 @@ def mlp(trial: Trial) -> None:
         raise Absent("no MLP that takes and returns the image's tokens alone")
     layers = trial.host.spec.mlp
     init = "inherit" if layers and not layers.gated else "random"
-    trial.both_ways(Replace(role="mlp", blocks=blocks, operator={"name": "mlp", "ratio": 1.0, "init": init}))
+    trial.both_ways(Replace(role="mlp", blocks=blocks, operator={"name": "mlp", "ratio": 0.5, "init": init}))
 
 
 def drop(trial: Trial) -> None:
@@ -206,9 +215,11 @@ def merge(trial: Trial) -> None:
 
 
 def mergeable(trial: Trial) -> Iterator[list[int]]:
-    sites = [s for s in trial.host.blocks(trial.original) if not s.fixed and s.call and len(s.call.returns) == 1]
+    sites = [
+        s for s in trial.host.blocks(trial.original) if not s.fixed and s.call and len(s.call.returns) == 1
+    ]
     lists = [site.path.rpartition(".")[0] for site in sites]
-    for i, (first, second) in enumerate(zip(sites, sites[1:], strict=False)):
+    for i, (first, second) in enumerate(itertools.pairwise(sites)):
         if second.block == first.block + 1 and lists[i] == lists[i + 1]:
             yield [first.block, second.block]
 
@@ -217,14 +228,17 @@ def stage1(trial: Trial) -> None:
     """Two steps that fit operators to what they replace."""
     edits = [trial.window()]
     if mixers := trial.blocks("attention", mixers=True):
-        edits = [Replace(role="attention", blocks=mixers[-1:], operator={"name": "hyena-x", "init": "random"})]
+        edits = [
+            Replace(role="attention", blocks=mixers[-1:], operator={"name": "hyena-x", "init": "random"})
+        ]
     data, batch_size = trial.data()
     model = trial.model()
     operators = build_operators(model, Plan(edits=edits), host=trial.host)
     config = DistillConfig(steps=2, batch_size=batch_size, holdout=batch_size, precision="fp32")
     steps = list(distill(model, operators, data, config, denoiser=trial.denoiser()))
     losses = [value for step in steps for name, value in step.values.items() if "loss/" in name]
-    assert losses and all(torch.tensor(losses).isfinite()), "a loss is not finite"
+    assert losses, "no loss"
+    assert all(torch.tensor(losses).isfinite()), "a loss is not finite"
     place(model, operators)
     with torch.no_grad():
         trial.run(model)
@@ -256,7 +270,7 @@ def saved(trial: Trial) -> None:
 
 def pipeline(trial: Trial) -> None:
     """Traced through its pipeline: the same sites, and the pipeline draws with windows in it."""
-    import pipelines
+    from hosts import pipelines
 
     made = pipelines.PIPELINES.get(trial.specimen.name)
     if made is None:
@@ -268,7 +282,11 @@ def pipeline(trial: Trial) -> None:
     assert traced.spec.image.argument == trial.traced.spec.image.argument, "another image"
     draw = {"num_inference_steps": 2, "output_type": "latent", **call}
     before = pipe(**draw, generator=torch.Generator().manual_seed(0))[0]
-    graft(traced.model, Plan(edits=(Replace(role="attention", blocks="all", operator="softmax"),)), host=traced.host)
+    graft(
+        traced.model,
+        Plan(edits=(Replace(role="attention", blocks="all", operator="softmax"),)),
+        host=traced.host,
+    )
     after = pipe(**draw, generator=torch.Generator().manual_seed(0))[0]
     assert torch.equal(before, after), "softmax kernels draw another image"
 
@@ -308,7 +326,11 @@ def row(specimen: Specimen) -> dict[str, Any]:
         found = (trial.traced.grid.frames, trial.traced.grid.rows, trial.traced.grid.cols)
         assert found == (frames, rows, cols), f"grid {found}, not {(frames, rows, cols)}"
     except (GraftingError, AssertionError) as error:
-        return {"class": specimen.name, **dict.fromkeys(COLUMNS, False), "reason": f"traced: {_short(str(error))}"}
+        return {
+            "class": specimen.name,
+            **dict.fromkeys(COLUMNS, False),
+            "reason": f"traced: {_short(str(error))}",
+        }
     reasons = {name: passed(check, trial) for name, check in CHECKS.items()}
     said = [f"{name}: {_short(reason)}" for name, reason in reasons.items() if reason and name != "pipeline"]
     return {
@@ -323,13 +345,20 @@ def _short(text: str) -> str:
     return re.sub(r"\s+", " ", text)[:200]
 
 
-def table() -> list[dict[str, Any]]:
-    """A row for every transformer class of diffusers; those without a specimen say so."""
-    rows = {specimen.name: row(specimen) for specimen in zoo.specimens()}
+def table(names: list[str]) -> list[dict[str, Any]]:
+    """A row for every transformer class of diffusers: of these names anew, of all others as they were measured."""
+    known = (
+        {row["class"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() and names else {}
+    )
+    tried = {specimen.name: specimen for specimen in zoo.specimens()}
     for name in transformer_classes():
-        reason = zoo.NOT_TRIED.get(name, "no tiny instance of it in the trials")
-        rows.setdefault(name, {"class": name, **dict.fromkeys(COLUMNS, False), "reason": f"not tried: {reason}"})
-    return [rows[name] for name in sorted(rows)]
+        if name not in tried:
+            reason = zoo.NOT_TRIED.get(name, "no tiny instance of it in the trials")
+            known[name] = {"class": name, **dict.fromkeys(COLUMNS, False), "reason": f"not tried: {reason}"}
+        elif not names or name in names:
+            known[name] = row(tried[name])
+            print(name, *(column for column in COLUMNS if known[name][column]), flush=True)
+    return [known[name] for name in sorted(known)]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -374,7 +403,7 @@ WORDS = {
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    rows = table()
+    rows = table(sys.argv[1:])
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(page(rows))
     print({column: sum(row[column] for row in rows) for column in COLUMNS})

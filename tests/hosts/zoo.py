@@ -823,9 +823,8 @@ _VIDEOS = (
     Specimen(
         "AllegroTransformer3DModel",
         {
-            **_HEADS,
+            "num_attention_heads": 2,
             "num_layers": 2,
-            "cross_attention_dim": 32,
             "caption_channels": 24,
             "sample_height": 8,
             "sample_width": 12,
@@ -1383,7 +1382,10 @@ def transformer_classes() -> list[str]:
     from diffusers.models import transformers
 
     found = set()
-    for module in (importlib.import_module(f"{transformers.__name__}.{m.name}") for m in pkgutil.iter_modules(transformers.__path__)):
+    for module in (
+        importlib.import_module(f"{transformers.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(transformers.__path__)
+    ):
         found |= {
             name
             for name, item in vars(module).items()

@@ -191,7 +191,9 @@ def sites(
             help="Propose the spec of a pipeline (or a model with --example) whose class grafting does not know.",
         ),
     ] = False,
-    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the traced spec here (YAML).")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the traced spec here (YAML).")
+    ] = None,
     call: Annotated[
         list[str] | None,
         typer.Option(

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from ..hosts import Trace
 
 
-def trace_sites(
-    name: str, *, to: Path | None, call: list[str], example: Path | None, as_json: bool
-) -> None:
+def trace_sites(name: str, *, to: Path | None, call: list[str], example: Path | None, as_json: bool) -> None:
     """Trace a pipeline or a model, show what was seen, and write the spec.
 
     Raises:
@@ -28,17 +26,25 @@ def trace_sites(
     if as_json:
         print_json(_facts(traced, exact))
         return
-    rows = [[s.path, s.count, s.kind, s.queries, "the same" if s.keys == s.queries else s.keys, s.mask] for s in traced.seen]
-    out.print(plain_table(["attention", "calls", "kind", "queries", "keys", "mask"], rows))
-    spec, grid = traced.spec, traced.grid
-    say(out, f"{type(traced.model).__name__}: {traced.num_forwards} forward passes of {grid.frames} x {grid.rows} x {grid.cols} image tokens")
-    for blocks in spec.blocks:
-        takes = [word for word, has in (("mixers", blocks.mixers), ("MLPs", blocks.mlp), ("merge and drop", blocks.returns)) if has]
-        say(out, f"{blocks.path}.*.{blocks.attention}: kernels{''.join(f', {word}' for word in takes)}")
-    say(out, f"Softmax kernels in all of them give {'the same output, bit for bit' if exact else 'ANOTHER output: do not use this spec'}.")
-    for question in traced.questions:
-        say(out, f"To check: {question}")
-    say(out, f"Spec: {to}; pass it with --spec {to}" if to else "Write it with --out FILE; other commands take it with --spec FILE.")
+    out.print(
+        plain_table(
+            ["attention", "calls", "kind", "tokens", "mask"],
+            [[row.path, row.count, row.kind, row.tokens, row.mask] for row in traced.seen],
+        )
+    )
+    for line in str(traced).splitlines():
+        if not line.startswith(" "):
+            say(out, line)
+    say(
+        out,
+        f"Softmax kernels in all of them give {'the same output, bit for bit' if exact else 'ANOTHER output: do not use this spec'}.",
+    )
+    say(
+        out,
+        f"Spec: {to}; pass it with --spec {to}"
+        if to
+        else "Write it with --out FILE; other commands take it with --spec FILE.",
+    )
 
 
 def _traced(name: str, call: list[str], example: Path | None) -> "Trace":

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig
 from ..errors import HostError
+from ._arguments import Knowledge
 from ._forwards import copied
-from ._proposing import Knowledge
 from ._spec import Output, Time
 
 _DEFAULTS: dict[str, Any] = {
@@ -191,7 +191,9 @@ def _output(spy: _Spy) -> Output | None:
     """The sign and the channels with which the scheduler was given the model's output; None if that does not resemble it."""
     if not spy.stepped:
         return None
-    returned = torch.stack([sample.flatten() for output in spy.outputs[: spy.calls_at_step] for sample in _samples(output)])
+    returned = torch.stack(
+        [sample.flatten() for output in spy.outputs[: spy.calls_at_step] for sample in _samples(output)]
+    )
     average, given = returned.float().mean(0), spy.stepped[0][0].float().flatten()
     half = len(average) == 2 * len(given)
     average = average[: len(given)] if half else average

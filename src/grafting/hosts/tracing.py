@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..contract import Grid
 from ..errors import HostError
 from ..machine.files import write_bytes
+from ._arguments import Knowledge
 from ._forwards import copied, run, tensors_of
 from ._observing import AttentionCall, Observation, observe
 from ._pipelines import Caught, catch
-from ._proposing import Knowledge, propose
+from ._proposing import propose
 from ._registry import hosts
 from ._sdpa import SdpaHost
-from ._spec import SdpaSpec
+from ._spec import BlockList, SdpaSpec
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class SeenAttention:
     queries: str
     keys: str
     mask: str
+
+    @property
+    def tokens(self) -> str:
+        """Its queries, and its keys where they are others."""
+        return self.queries if self.queries == self.keys else f"{self.queries} over {self.keys}"
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,24 @@ class Trace:
     def blocks(self) -> tuple[int, ...]:
         """Blocks whose attention a kernel can answer."""
         sites = self.host.sites(self.model)
-        return tuple(site.block for site in sites if site.role == "attention" and site.path not in self.partial)
+        return tuple(
+            site.block for site in sites if site.role == "attention" and site.path not in self.partial
+        )
 
     def outputs(self) -> list[Tensor]:
         """What the model, as it is now, returns for the example."""
         return tensors_of(run(self.model, copied(self.example)))
+
+    def __str__(self) -> str:
+        """What was seen, what the spec takes, and what is to be checked, a line each."""
+        grid, spec = self.grid, self.spec
+        lines = [
+            f"{type(self.model).__name__}: {grid.frames} x {grid.rows} x {grid.cols} image tokens, {self.num_forwards} forward passes",
+            *(f"  {row.count} x {row.path}: {row.kind}, {row.tokens}, mask: {row.mask}" for row in self.seen),
+            *(f"{b.path}.*.{b.attention} takes {', '.join(_takes(b))}" for b in spec.blocks),
+            *(f"To check: {question}" for question in self.questions),
+        ]
+        return "\n".join(lines)
 
     @property
     def host(self) -> SdpaHost:
@@ -142,6 +161,12 @@ def _example(source: Any, example: Mapping[str, Any] | None, call: Mapping[str, 
             f"{', '.join(call)}: only a pipeline is called with these; a model's arguments go into example="
         )
     return Caught(source, dict(example), Knowledge())
+
+
+def _takes(blocks: BlockList) -> list[str]:
+    """What may be edited in the blocks of a list."""
+    edits = {"kernels": True, "mixers": blocks.mixers, "MLPs": blocks.mlp, "merge and drop": blocks.returns}
+    return [word for word, can in edits.items() if can]
 
 
 def _rows(seen: Observation) -> list[SeenAttention]:

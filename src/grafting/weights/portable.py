@@ -10,7 +10,7 @@ Its weights lie under a name of their own (`locate.GRAFTED_NAME`): loaded as an 
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from os import PathLike
@@ -22,7 +22,7 @@ import torch
 
 # diffusers loads only from modules that show this name
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 from torch import nn
 
 from ..contract import OperatorConfig
@@ -75,7 +75,7 @@ class Record(BaseModel):
     base: Base | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """As records were before hosts were data, where one is not."""
         return {key: value for key, value in handler(self).items() if key != "spec" or value is not None}
 
@@ -266,7 +266,8 @@ def _class_in_folder(name: str) -> type[Any]:
     def from_pretrained(cls: Any, path: str | PathLike, **options: Any) -> Any:
         config = _folder_of(path, options) / CONFIG_NAME
         record = Record.read(json.loads(config.read_text()).get("grafting", {}), source=str(config))
-        return grafted_class(record.described.model_class).from_pretrained(path, **options)
+        model_class: Any = record.described.model_class
+        return grafted_class(model_class).from_pretrained(path, **options)
 
     members = {"__module__": _HOME, "from_pretrained": classmethod(from_pretrained)}
     return type(name, (ModelMixin,), members)
@@ -276,7 +277,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith(PREFIX):
         for host in hosts().values():
             if name == f"{PREFIX}{host.class_name}":
-                return grafted_class(host.model_class)
+                model_class: Any = host.model_class
+                return grafted_class(model_class)
         if name.isidentifier() and "UNet" not in name:
             return _class_in_folder(name)
     raise AttributeError(f"module {_HOME!r} has no attribute {name!r}")
