@@ -118,7 +118,6 @@ def test_a_spec_is_proposed_with_conventions():
         "output:",
         "process:",
     ]
-    assert "48 + image" not in str(traced)
     assert "2 x blocks.*.attn1: self, image 48, mask: none" in str(traced)
 
 
@@ -168,6 +167,15 @@ def test_what_cannot_be_traced_is_an_error():
     sana = specimen("Sana")
     with pytest.raises(HostError, match=r"no call was made by transformer_blocks.0.attn1"):
         trace(sana.model(), example=sana.example())
+
+
+def test_a_graft_is_not_traced():
+    subject = specimen("PixArt")
+    model = subject.model()
+    plan = Plan(edits=(Replace(role="attention", blocks=0, operator="softmax"),))
+    graft(model, plan)
+    with pytest.raises(HostError, match="PixArtTransformer2DModel is grafted already"):
+        trace(model, example=subject.example())
 
 
 def test_pipelines_without_a_transformer_are_an_error():

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import HostError
 from ..machine.files import write_bytes
 from ._arguments import Knowledge
 from ._forwards import copied, run, tensors_of
+from ._host import LayoutTracker
 from ._observing import AttentionCall, Observation, observe
 from ._pipelines import Caught, catch
 from ._proposing import propose
@@ -124,8 +126,13 @@ def trace(
         HostError: no transformer, no example, or no attention that kernels could take the place of.
     """
     caught = _example(source, example, call)
-    seen = observe(caught.model, caught.inputs, image=image)
-    proposal = propose(caught.model, caught.inputs, seen, known=caught.known, native_grid=native_grid)
+    if LayoutTracker.of(caught.model) is not None:
+        raise HostError(
+            f"the {type(caught.model).__name__} is grafted already: undo that, or trace the model that it was made from"
+        )
+    with _counting(caught.model) as forwards:
+        seen = observe(caught.model, caught.inputs, image=image)
+        proposal = propose(caught.model, caught.inputs, seen, known=caught.known, native_grid=native_grid)
     name = proposal.spec.name
     spec = proposal.spec.model_copy(update={"name": f"{name}-traced"}) if name in hosts() else proposal.spec
     host = SdpaHost(spec)
@@ -135,7 +142,7 @@ def trace(
         questions=tuple(proposal.questions),
         partial=tuple(proposal.partial),
         grid=host.image_grid(caught.model, caught.inputs),
-        num_forwards=seen.num_forwards,
+        num_forwards=len(forwards),
         seen=tuple(_rows(seen)),
         model=caught.model,
         example=caught.inputs,
@@ -161,6 +168,17 @@ def _example(source: Any, example: Mapping[str, Any] | None, call: Mapping[str, 
             f"{', '.join(call)}: only a pipeline is called with these; a model's arguments go into example="
         )
     return Caught(source, dict(example), Knowledge())
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[list[None]]:
+    """A list that grows with each forward pass of a model."""
+    forwards: list[None] = []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    try:
+        yield forwards
+    finally:
+        handle.remove()
 
 
 def _takes(blocks: BlockList) -> list[str]:
