@@ -13,6 +13,7 @@ from .contract import KernelConfig as KernelConfig
 from .contract import Mixer as Mixer
 from .contract import MixerConfig as MixerConfig
 from .contract import MlpWeights as MlpWeights
+from .contract import ModuleCall as ModuleCall
 from .contract import NoiseProcess as NoiseProcess
 from .contract import OperatorConfig as OperatorConfig
 from .contract import Site as Site
@@ -75,11 +76,17 @@ from .evaluation import evaluate as evaluate
 from .evaluation import inception_network as inception_network
 from .evaluation import open_adm_reference as open_adm_reference
 from .evaluation import ratio as ratio
-from .hosts import Call as Call
+from .hosts import BlockList as BlockList
 from .hosts import Host as Host
+from .hosts import LatentTokens as LatentTokens
+from .hosts import PackedTokens as PackedTokens
+from .hosts import SdpaHost as SdpaHost
+from .hosts import SdpaSpec as SdpaSpec
 from .hosts import Trace as Trace
 from .hosts import host_of as host_of
+from .hosts import load_spec as load_spec
 from .hosts import trace as trace
+from .hosts import use_spec as use_spec
 from .latents.decoding import VaeConfig as VaeConfig
 from .metrics.features import FeatureNetwork as FeatureNetwork
 from .metrics.features import Features as Features

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Generator, Tensor, nn
 
@@ -74,14 +74,14 @@ class TokenLayout:
         """The layout of the queries."""
         return TokenLayout(self.grid) if self.image_queries else self
 
-    def split(self, x: Float[Tensor, "b heads l k"]) -> tuple[Tensor, Tensor]:
+    def split(self, x: Shaped[Tensor, "b heads l k"]) -> tuple[Tensor, Tensor]:
         """The image tokens of x, and all others in their order. For queries, of `of_queries`."""
         before, image, after = x.split((self.before, self.grid.num_tokens, self.after), dim=2)
         if self.before and self.after:
             return image, torch.cat([before, after], dim=2)
         return image, before if self.before else after
 
-    def join(self, image: Float[Tensor, "b heads n k"], others: Float[Tensor, "b heads m k"]) -> Tensor:
+    def join(self, image: Shaped[Tensor, "b heads n k"], others: Shaped[Tensor, "b heads m k"]) -> Tensor:
         """Undo `split`."""
         if not self.num_others:
             return image
@@ -125,7 +125,8 @@ class AttentionCall:
     """The calls of `scaled_dot_product_attention` in an attention, as data: what stands in them."""
 
     order: tuple[str, ...] = ("image",)
-    """Runs of tokens among the keys: `image`, `rest` (as many as there are), arguments of the model by their length."""
+    """Runs of tokens among the keys: `image`, `rest` (as many as there are), arguments of the model by their length; `padding`
+    at the end, where it stands behind the image, whose place then differs from sample to sample."""
     image_queries: bool = False
     """True if the queries are those of the image alone."""
     turn: tuple[Literal["image", "other"], ...] = ("image",)
@@ -136,8 +137,12 @@ class AttentionCall:
 
     def layout(self, grid: Grid, num_keys: int, lengths: Mapping[str, int]) -> TokenLayout:
         """The layout of a call with this many keys; `lengths` are those of the arguments that `order` names."""
-        named = {"image": grid.num_tokens, **{name: lengths[name] for name in self.order if name in lengths}}
-        rest = num_keys - sum(named.values())
+        named = {
+            "image": grid.num_tokens,
+            "padding": 0,
+            **{name: lengths[name] for name in self.order if name in lengths},
+        }
+        rest = num_keys - sum(named.get(name, 0) for name in self.order)
         runs = [named.get(name, rest) for name in self.order]
         place = self.order.index("image")
         return TokenLayout(grid, sum(runs[:place]), sum(runs[place + 1 :]), image_queries=self.image_queries)
@@ -158,7 +163,9 @@ class Site:
     num_text: int = 0  # tokens beside the image's
     num_heads: int = 0  # attention only
     hidden_dim: int = 0  # MLP only
-    attention: AttentionCall = AttentionCall()  # what stands in the calls that a kernel answers
+    attention: AttentionCall = field(
+        default_factory=AttentionCall
+    )  # what stands in the calls that a kernel answers
     module: ModuleCall | None = (
         None  # attention and MLP: how a mixer is called in its place; None if it cannot be
     )

@@ -90,7 +90,7 @@ def test_text_tokens_are_left_out(text_first: bool):
     assert found.band(grid.num_tokens) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", hosts())
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_every_host_is_measured_and_left_as_it_was(name: str):
     host = hosts()[name]
     model = host.tiny().eval()

@@ -38,7 +38,7 @@ def test_round_trip_is_exact(tmp_path, plan):
     assert list(loaded.state_dict()) == list(model.state_dict())
 
 
-@pytest.mark.parametrize("name", hosts())
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_every_host_round_trips(tmp_path, name):
     host = hosts()[name]
     model = host.tiny().eval()

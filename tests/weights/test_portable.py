@@ -87,7 +87,7 @@ def test_a_pipeline_takes_a_loaded_model_for_its_own(model, tmp_path):
     assert plan_of(load(tmp_path / "again" / "transformer")) == PLAN
 
 
-@pytest.mark.parametrize("name", hosts())
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_every_host_round_trips_through_diffusers(tmp_path, name):
     host = hosts()[name]
     model = host.tiny().eval()

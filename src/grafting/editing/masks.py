@@ -1,6 +1,7 @@
 """Masks of `scaled_dot_product_attention`, read as key masks: which keys no query sees."""
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..contract import TokenLayout
@@ -41,14 +42,31 @@ def key_mask_of(mask: Tensor, layout: TokenLayout) -> Tensor | None:
     return None if key_mask.all() else key_mask
 
 
+def with_images_last(
+    layout: TokenLayout, key_mask: Bool[Tensor, "b l"]
+) -> tuple[Int[Tensor, "b 1 l 1"], TokenLayout]:
+    """Places that tokens are taken from so that all images stand at the end, and the layout that they then have.
+
+    In each sample the image stands before that sample's padding, which is at the end.
+    """
+    num_tokens, num_image = layout.num_tokens, layout.grid.num_tokens
+    place, num_others = torch.arange(num_tokens, device=key_mask.device), num_tokens - num_image
+    start = key_mask.sum(1, keepdim=True) - num_image  # [B, 1], of the image
+    others = torch.where(place < start, place, place + num_image)
+    places = torch.where(place < num_others, others, start + place - num_others)
+    mask = key_mask.gather(1, places)
+    return places[:, None, :, None], TokenLayout(layout.grid, before=num_others, key_mask=mask)
+
+
 def _seen_of_added(mask: Tensor) -> Tensor:
-    """Which scores a mask that is added to them leaves as they are."""
-    if not (torch.compiler.is_compiling() or ((mask == 0) | (mask <= _HIDDEN)).all()):
+    """Which scores a mask that is added to them leaves as they are, or moves all alike."""
+    is_hidden = mask <= _HIDDEN
+    if not (torch.compiler.is_compiling() or (is_hidden | (mask == mask.amax())).all()):
         raise _refused(
             mask,
             "adds other numbers than 0 and minus infinity to the scores: it is a bias, and hides nothing",
         )
-    return mask > _HIDDEN
+    return ~is_hidden
 
 
 def _refused(mask: Tensor, why: str) -> HostError:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..contract import BlockCall, Kernel, Mixer, OperatorConfig, Site, TokenLayout
 from ..errors import HostError
 from ..hosts import LayoutTracker
-from .masks import key_mask_of
+from .masks import key_mask_of, with_images_last
 from .plan import Choice, Merge, words_of
 
 
@@ -103,14 +103,20 @@ class KernelAttention(Placed):
         if enable_gqa:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return self.kernel(query, key, value, layout, scale=scale)
+        if layout.key_mask is None or "padding" not in self.site.attention.order:
+            return self.kernel(query, key, value, layout, scale=scale)
+        places, aligned = with_images_last(layout, layout.key_mask)
+        parts = (x.gather(2, places.expand_as(x)) for x in (query, key, value))
+        output = self.kernel(*parts, aligned, scale=scale)
+        return torch.empty_like(output).scatter(2, places.expand_as(output), output)
 
     def _key_mask(self, mask: Tensor, layout: TokenLayout) -> Tensor | None:
         """What a mask amounts to; models give one mask to all their blocks, which is read once a pass."""
         known = self.tracker.masks.get(id(mask))
         if known is None or known[0] is not mask:
             known = self.tracker.masks[id(mask)] = mask, key_mask_of(mask, layout)
-        if known[1] is not None and isinstance(self.choice, OperatorConfig):
+        is_checked = self.site.attention.masked  # with the plan
+        if known[1] is not None and not is_checked and isinstance(self.choice, OperatorConfig):
             faults = self.choice.call_faults(replace(self.site.attention, masked=True))
             if faults:
                 raise HostError(

@@ -24,9 +24,6 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-_PLAIN = ModuleCall()
-
-
 @dataclass(frozen=True)
 class BlockConvention:
     """Of the blocks of a list."""
@@ -35,7 +32,7 @@ class BlockConvention:
     returns: tuple[str, ...] = ()
     fixed: dict[int, str] = field(default_factory=dict)
     mlp: str | None = None
-    mlp_call: ModuleCall = _PLAIN
+    mlp_call: ModuleCall = field(default_factory=ModuleCall)
     mlp_layers: MlpLayers | None = None
 
 
@@ -222,7 +219,7 @@ def _mlp(
         layers = _mlp_layers(part, ran[0], call) if call else None
         if call and layers:
             found.append((name, call, layers))
-    return found[0] if len(found) == 1 else (None, _PLAIN, None)
+    return found[0] if len(found) == 1 else (None, ModuleCall(), None)
 
 
 def _image_call(module: nn.Module, seen: Execution, num_image: int, dim: int) -> ModuleCall | None:

@@ -108,7 +108,7 @@ class SdpaHost(Host[nn.Module]):
         if blocks.mlp is not None:
             module = model.get_submodule(f"{path}.{blocks.mlp}")
             layers = self.spec.mlp
-            width = module.get_submodule(layers.down).in_features if layers else 4 * facts["dim"]
+            width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
             yield Site(
                 role="mlp", path=f"{path}.{blocks.mlp}", hidden_dim=width, module=blocks.mlp_call, **facts
             )
@@ -162,7 +162,7 @@ class SdpaHost(Host[nn.Module]):
 
     def lengths(self, model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, int]:
         orders = {self.spec.order, *(blocks.order or () for blocks in self.spec.blocks)}
-        names = {name for order in orders for name in order} - {"image", "rest"}
+        names = {name for order in orders for name in order} - {"image", "rest", "padding"}
         return {name: arguments[name].shape[1] for name in names if arguments.get(name) is not None}
 
     def attention_weights(self, attention: nn.Module) -> AttentionWeights:
@@ -309,7 +309,7 @@ def _made(model: nn.Module, asked: Input, sizes: Mapping[str, int], *, like: Ten
     """An argument by its description, with random values where it has none of its own."""
     if not asked.shape and asked.value is not None:
         return asked.value
-    shape = [sizes[size] if size in sizes else fact(model, size) for size in asked.shape]
+    shape = [sizes[str(size)] if size in sizes else fact(model, size) for size in asked.shape]
     if asked.each:
         one = asked.model_copy(update={"each": False})
         return [_made(model, one, sizes, like=like) for _ in range(sizes["batch"])]

@@ -183,7 +183,8 @@ class SdpaSpec(_Spec):
     head_dim: Fact = "config.attention_head_dim"
     order: tuple[str, ...] = ("image",)
     """Runs of tokens among the keys, in their order: `image`, `rest` for all others (text, registers, history), and names of
-    arguments, each as many tokens as it is long, where there are others on both sides."""
+    arguments, each as many tokens as it is long, where there are others on both sides. It ends with `image` and `padding` where
+    texts are cut to their own lengths and what is padded stands behind the image."""
     image: Image = LatentTokens()
     native_grid: Grid
     """The image tokens that the model was trained for; a forward pass may have another grid."""
@@ -216,4 +217,6 @@ class SdpaSpec(_Spec):
         for order in (self.order, *(blocks.order or ("image",) for blocks in self.blocks)):
             if order.count("image") != 1 or order.count("rest") > 1:
                 raise ValueError(f"order {list(order)} needs `image` once, and `rest` at most once")
+            if "padding" in order and order[-2:] != ("image", "padding"):
+                raise ValueError(f"order {list(order)}: `padding` stands at the end, behind `image`")
         return self

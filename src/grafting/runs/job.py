@@ -81,6 +81,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     chosen = resolve(model, recipe.edits)
     recipe = _as_recorded(recipe)
     denoiser = denoiser_of(recipe, model)
+    recipe = with_objective(recipe, host)
     decoder = None
     if recipe.sample is not None:
         native = recipe.sample.shape or host.shape(model)
@@ -195,6 +196,14 @@ def know_host(recipe: Recipe) -> None:
     """Make the host of a recipe's spec known."""
     if recipe.spec is not None:
         use_spec(recipe.spec)
+
+
+def with_objective(recipe: Recipe, host: Host) -> Recipe:
+    """The same, with the objective of stage 2 that is the host's where the recipe names none."""
+    if recipe.finetune is None:
+        return recipe
+    config = finetuning.with_objective(recipe.finetune, distilled=host.distilled)
+    return recipe.model_copy(update={"finetune": config})
 
 
 def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:

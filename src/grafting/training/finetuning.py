@@ -72,9 +72,10 @@ class FinetuneConfig(BaseModel):
     ema_device: Literal["model", "cpu"] = "model"
     """Device of the averaged weights; on the CPU they cost a copy of the weights at every step."""
     diffusion_weight: NonNegativeFloat = 1.0
-    """Weight of the host's diffusion loss."""
+    """Weight of the host's diffusion loss; if omitted for a distilled model, 0."""
     output_weight: NonNegativeFloat = 0.0
-    """Weight of the squared distance to the teacher's prediction (noise and variance)."""
+    """Weight of the squared distance to the teacher's prediction (noise and variance); 1 if both are omitted for a distilled
+    model."""
     trainable: Literal["all", "new"] | tuple[str, ...] = "all"
     """All parameters, only those of new operators, or those whose names match one of these patterns."""
     precision: Precision = "auto"
@@ -129,9 +130,10 @@ def finetune(
         TrainingError: nothing to train, no objective, a teacher is missing, a batch does not divide among processes, or
             the loss is not finite.
     """
-    _check(config, teacher, blocks)
-    config = settled(config, default_device(), together=True)
     denoiser, device = denoiser or host_of(model).denoiser(model), default_device()
+    config = with_objective(config, distilled=denoiser.distilled)
+    _check(config, teacher, blocks)
+    config = settled(config, device, together=True)
     _select_parameters(model, config.trainable, new_parameters)
     student = _Student(model, blocks, config, denoiser)
     batches = Batches(data, config, denoiser=denoiser, device=device, share=processes.share())
@@ -325,6 +327,13 @@ def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
 
 def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
     state["step"], state["ema"]["optimization_step"] = numbers["step"], numbers["ema_steps"]
+
+
+def with_objective(config: FinetuneConfig, *, distilled: bool) -> FinetuneConfig:
+    """The same, with a distilled model's objective where it does not name the process's loss: the teacher's output alone."""
+    if not distilled or "diffusion_weight" in config.model_fields_set:
+        return config
+    return config.model_copy(update={"diffusion_weight": 0.0, "output_weight": config.output_weight or 1.0})
 
 
 def check_division(config: FinetuneConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
-from ..hosts import host_of, hosts, unknown_class
+from ..hosts import Host, host_of, hosts, unknown_class
 from ..machine.files import hash_json, sha256_of, write_json
 from .card import write_card
 from .delta import borrow, less_base
@@ -106,7 +106,7 @@ def save_delta(
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record = _record(model, plan, base)
-    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype))
+    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype, host=record.described))
     weights = folder / DELTA_NAME
     _clear(folder)
     save_tensors(weights, own, metadata={"format": "pt"})
@@ -128,7 +128,11 @@ def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | Non
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+    host: Host | None = None,
 ) -> tuple[nn.Module, Plan]:
     """The model of a folder, in eval mode, and its plan (empty when it was not grafted).
 
@@ -136,6 +140,7 @@ def load_model(
 
     Args:
         base: where the base of a delta is, if not where the delta says.
+        host: of a model without operators, if not one that is known by its class.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
@@ -144,7 +149,7 @@ def load_model(
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
-        model = _build(folder, _model_class(folder, config), config)
+        model = _build(folder, _model_class(folder, config, host), config)
         load_strictly(model, read_weights(folder), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
@@ -195,7 +200,7 @@ def _grafted_model_class(folder: Path, config: dict[str, Any], record: Record) -
     return host.model_class
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+def _model_class(folder: Path, config: dict[str, Any], host: Host | None) -> Any:
     """The class of a folder's model, which holds no operators."""
     name = config.get("_class_name")
     if "auto_map" in config or not isinstance(name, str):
@@ -204,7 +209,8 @@ def _model_class(folder: Path, config: dict[str, Any]) -> Any:
             "code as a package, and name the class in a spec (--spec FILE)"
         )
     name = name.removeprefix(PREFIX)
-    model_class = next((host.model_class for host in hosts().values() if host.class_name == name), None)
+    among = [*([] if host is None else [host]), *hosts().values()]
+    model_class = next((host.model_class for host in among if host.class_name == name), None)
     if model_class is None:
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
         raise HostError(f"{folder}: {unknown_class(name)}{hint}")
@@ -294,10 +300,11 @@ def _borrowed(
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
     return borrow(
         delta,
-        _base_tensors(where, dtype=getattr(torch, delta["dtype"])),
+        _base_tensors(where, dtype=getattr(torch, delta["dtype"]), host=record.described),
         otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
     )
 
 
-def _base_tensors(base: Base, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    return load(base.id, revision=base.revision, dtype=dtype).state_dict()
+def _base_tensors(base: Base, *, dtype: torch.dtype, host: Host) -> dict[str, Tensor]:
+    folder = find_model(base.id, revision=base.revision)
+    return load_model(folder, dtype=dtype, host=host)[0].state_dict()
