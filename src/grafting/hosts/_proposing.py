@@ -23,7 +23,7 @@ from ._arguments import (
     time_of,
 )
 from ._conventions import attention_convention, block_convention
-from ._forwards import Inputs, executions
+from ._forwards import Inputs
 from ._host import config_of
 from ._observing import AttentionCall, Observation, Run
 from ._spec import BlockList, Fact, MlpLayers, SdpaSpec
@@ -246,16 +246,11 @@ def _conventions(
         block = block_convention(
             model, inputs, found.path, num_image=usual.num_image, dim=dim, modules=seen.modules
         )
-        path = f"{found.path}.{found.blocks[0]}.{found.attention}"
+        paths = [f"{found.path}.{i}.{found.attention}" for i in found.blocks]
         masked = any("of keys" in (call.mask, call.mask_padded) for call in found.image_calls)
         attention = None
         if usual.kind != "mixed" and not masked and _turn(found) == ("image",):
-            attention = attention_convention(
-                model.get_submodule(path),
-                executions(model, inputs, [path])[path],
-                num_tokens=_num_keys(usual),
-                dim=dim,
-            )
+            attention = attention_convention(model, inputs, paths, num_tokens=_num_keys(usual), dim=dim)
         if attention and attention.projections and projections in (None, attention.projections):
             projections = attention.projections
         has_mlp = block.mlp is not None and layers in (None, block.mlp_layers)
