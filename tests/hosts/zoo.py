@@ -708,6 +708,7 @@ _PACKED = (
             "out_channels": 4,
             "num_layers": 2,
             "joint_attention_dim": 24,
+            "mlp_ratio": 8.0,
             "moe_enabled": False,
         },
         lambda: {
