@@ -53,7 +53,7 @@ def _traced(name: str, call: list[str], example: Path | None) -> "Trace":
     from ..weights.tensors import load_tensors
 
     given = dict(map(parse_setting, call))
-    tensors = load_tensors(example) if example else {}
+    tensors: dict[str, Any] = {**load_tensors(example)} if example else {}
     index = Path(name) / "model_index.json"
     if index.is_file() or not Path(name).exists():
         return trace(_load("DiffusionPipeline", name, **_left_out(index)), **tensors, **given)
@@ -88,7 +88,9 @@ def _is_exact(traced: "Trace") -> bool:
     from ..editing.surgery import graft
 
     before = traced.outputs()
-    plan = Plan(edits=(Replace(role="attention", blocks=traced.blocks, operator="softmax"),))
+    plan = Plan(
+        edits=(Replace.model_validate({"role": "attention", "blocks": traced.blocks, "operator": "softmax"}),)
+    )
     record = graft(traced.model, plan, host=traced.host)
     try:
         after = traced.outputs()

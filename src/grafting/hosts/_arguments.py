@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -261,7 +261,9 @@ def other_inputs(
             for i, size in enumerate(value.shape)
         ]
         same = value.numel() > 0 and bool((value == value.flatten()[0]).all())
-        kind = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "long"
+        kind: Literal["float", "long", "bool"] = (
+            "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "long"
+        )
         yield name, Input(shape=tuple(shape), value=value.flatten()[0].item() if same else None, dtype=kind)
 
 

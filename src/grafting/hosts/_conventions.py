@@ -142,15 +142,16 @@ def attention_convention(
         for path, runs in seen.items()
         for ran in runs
     ]
-    if not calls or calls[0] is None or any(call != calls[0] for call in calls):
+    call = calls[0] if calls else None
+    if call is None or any(other != call for other in calls):
         return None
     first = paths[0]
-    return AttentionConvention(calls[0], _projections(model.get_submodule(first), seen[first][0], dim))
+    return AttentionConvention(call, _projections(model.get_submodule(first), seen[first][0], dim))
 
 
 def _module_call(module: nn.Module, seen: Execution, *, num_tokens: int, dim: int) -> ModuleCall | None:
     outputs = [seen.output] if isinstance(seen.output, Tensor) else seen.output
-    if not isinstance(outputs, list | tuple) or any(output is not None for output in outputs[1:]):
+    if not isinstance(outputs, list | tuple) or not outputs or any(more is not None for more in outputs[1:]):
         return None
     arguments = seen.arguments(module)
     names = list(arguments)
@@ -160,11 +161,9 @@ def _module_call(module: nn.Module, seen: Execution, *, num_tokens: int, dim: in
         else next((n for n in names if _is_tokens(seen.kwargs.get(n), num_tokens, dim)), "")
     )
     tokens = arguments.get(name)
-    if not (
-        _is_tokens(tokens, num_tokens, dim)
-        and isinstance(outputs[0], Tensor)
-        and outputs[0].shape == tokens.shape
-    ):
+    if tokens is None or not _is_tokens(tokens, num_tokens, dim):
+        return None
+    if not isinstance(outputs[0], Tensor) or outputs[0].shape != tokens.shape:
         return None
     changing = [n for n, value in arguments.items() if value is None and ("mask" in n or "encoder" in n)]
     return ModuleCall(tokens=name, must_be_none=tuple(changing), returns=len(outputs))

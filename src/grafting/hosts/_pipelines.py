@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +106,9 @@ def transformer_of(pipeline: Any) -> nn.Module:
     """
     from diffusers import DiffusionPipeline
 
-    if not isinstance(pipeline, DiffusionPipeline):
+    if not isinstance(pipeline, cast(Any, DiffusionPipeline)):
         raise HostError(f"a diffusers pipeline or a model is traced; found a {type(pipeline).__name__}")
-    parts = pipeline.components
+    parts: dict[str, Any] = pipeline.components
     for name in ("transformer", "transformer_2", "prior"):
         if isinstance(parts.get(name), nn.Module):
             return parts[name]

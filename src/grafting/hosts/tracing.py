@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +188,21 @@ def _takes(blocks: BlockList) -> list[str]:
 
 
 def _rows(seen: Observation) -> list[SeenAttention]:
-    rows = [_row(call) for call in seen.calls]
-    return [SeenAttention(row.path, count, *_rest(row)) for row, count in Counter(rows).items()]
+    counts = Counter(map(_row, seen.calls))
+    return [replace(row, count=count) for row, count in counts.items()]
 
 
 def _row(call: AttentionCall) -> SeenAttention:
-    path = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", call.path)
-    words = [" + ".join(map(str, runs)) for runs in (call.queries, call.keys)]
     mask = (
         call.mask
         if call.mask_padded == call.mask
         else f"{call.mask}, {call.mask_padded} where prompts are padded"
     )
-    return SeenAttention(path, 1, call.kind, *words, "causal" if call.causal else mask)
-
-
-def _rest(row: SeenAttention) -> tuple[str, str, str, str]:
-    return row.kind, row.queries, row.keys, row.mask
+    return SeenAttention(
+        path=re.sub(r"(?<=\.)\d+(?=\.|$)", "*", call.path),
+        count=1,
+        kind=call.kind,
+        queries=" + ".join(map(str, call.queries)),
+        keys=" + ".join(map(str, call.keys)),
+        mask="causal" if call.causal else mask,
+    )
