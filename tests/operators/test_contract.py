@@ -4,6 +4,7 @@ Each operator is tried with its defaults, with every other value of its named ch
 """
 
 import json
+from dataclasses import replace
 from typing import Literal, get_args, get_origin
 
 import jaxtyping
@@ -33,9 +34,10 @@ DIM, NUM_HEADS = 16, 4
 LAYOUTS = [
     TokenLayout(Grid(1, 1)),
     TokenLayout(Grid(7, 9)),
-    TokenLayout(Grid(5, 20), num_text=5),
-    TokenLayout(Grid(20, 5), num_text=5, text_first=False),
+    TokenLayout(Grid(5, 20), before=5),
+    TokenLayout(Grid(20, 5), after=5),
     TokenLayout(Grid(5, 6, frames=2)),
+    TokenLayout(Grid(6, 5), before=2, after=3),
 ]
 
 
@@ -60,8 +62,8 @@ def variants():
 
 def describe(value):
     if isinstance(value, TokenLayout):
-        grid, side = value.grid, "before" if value.text_first else "after"
-        text = f"+{value.num_text}{side}" if value.num_text else ""
+        grid = value.grid
+        text = f"{value.before}+" * bool(value.before) + f"+{value.after}" * bool(value.after)
         return f"{grid.frames}x{grid.rows}x{grid.cols}{text}"
     settings = {k: v for k, v in value.model_dump(exclude_defaults=True).items() if k != "name"}
     return "-".join([value.name, *(f"{k}={v}" for k, v in settings.items())])
@@ -70,7 +72,9 @@ def describe(value):
 def site_for(config, layout=LAYOUTS[1]):
     facts = {"num_heads": NUM_HEADS} if "attention" in config.roles else {"hidden_dim": 4 * DIM}
     role = "attention" if "attention" in config.roles else "mlp"
-    return Site(role=role, block=0, path="part", dim=DIM, grid=layout.grid, num_text=layout.num_text, **facts)
+    return Site(
+        role=role, block=0, path="part", dim=DIM, grid=layout.grid, num_text=layout.num_others, **facts
+    )
 
 
 def inputs_for(config, layout, *, batch=2, dtype=torch.float32):
@@ -294,3 +298,48 @@ def test_text_tokens_are_counted_as_global():
     site = Site(role="attention", block=0, path="attn", dim=1, num_heads=1, grid=Grid(10, 10), num_text=7)
     flops = parse_operator({"name": "window-1d", "window": 4}).mixing_flops(site)
     assert flops == (4 + 2) * (100 * (9 + 7) + 7 * 107)
+
+
+KERNELS = [c for c in variants() if "key mask" in c.honours and not c.faults(site_for(c, LAYOUTS[-1]))]
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=describe)
+def test_hidden_keys_are_as_if_they_were_not_there(config):
+    """Two samples that hide different tokens beside the image give what each gives without them."""
+    layout = LAYOUTS[-1]
+    operator, (q, k, v) = built(config, layout), inputs_for(config, layout)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[0, [1, -1]] = mask[1, [-2, -1]] = False
+    together = operator(q, k, v, replace(layout, key_mask=mask))
+    for i, (before, after) in enumerate([(1, 2), (2, 1)]):
+        seen = [x[i : i + 1, :, mask[i]] for x in (q, k, v)]
+        alone = operator(*seen, TokenLayout(layout.grid, before, after))
+        assert_close(f"sample {i}", together[i : i + 1, :, mask[i]], alone, 1e-5)
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=describe)
+def test_hidden_image_tokens_are_not_seen(config):
+    layout = LAYOUTS[-1]
+    operator, (q, k, v) = built(config, layout), inputs_for(config, layout)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[1, layout.before + 7] = False
+    masked = replace(layout, key_mask=mask)
+    want = operator(q, k, v, masked)
+    k, v = (torch.where(mask[:, None, :, None], x, 3.0) for x in (k, v))
+    got = operator(q, k, v, masked)
+    seen = mask[:, None, :, None].expand_as(want)
+    assert_close("output", got[seen], want[seen], 1e-5)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=describe)
+def test_queries_of_the_image_alone_give_what_they_give_among_all(config):
+    layout = LAYOUTS[-1]
+    operator, (q, k, v) = built(config, layout), inputs_for(config, layout)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[1, -1] = False
+    image = layout.image_slice
+    for key_mask in (None, mask):
+        whole = operator(q, k, v, replace(layout, key_mask=key_mask))
+        alone = replace(layout, key_mask=key_mask, image_queries=True)
+        assert_close("output", operator(q[:, :, image], k, v, alone), whole[:, :, image], 1e-5)

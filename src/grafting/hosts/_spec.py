@@ -210,7 +210,7 @@ class SdpaSpec(_Spec):
     @field_serializer("process")
     def _with_name(self, process: ProcessConfig | None) -> dict[str, JsonValue] | None:
         """Whole, also where defaults are left out: its name is one."""
-        return process and process.model_dump(mode="json")
+        return None if process is None else process.model_dump(mode="json")
 
     @model_validator(mode="after")
     def _orders(self) -> "SdpaSpec":
