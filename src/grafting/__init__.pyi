@@ -110,8 +110,8 @@ from .training.calibration import CalibrateConfig as CalibrateConfig
 from .training.calibration import calibrate as calibrate
 from .training.distillation import DistillConfig as DistillConfig
 from .training.distillation import distill as distill
-from .training.finetuning import FinetuneConfig as FinetuneConfig
 from .training.finetuning import finetune as finetune
+from .training.phases import FinetuneConfig as FinetuneConfig
 from .weights.diffusers import export_diffusers as export_diffusers
 from .weights.diffusers import original_embeddings as original_embeddings
 from .weights.folder import load as load

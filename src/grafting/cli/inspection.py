@@ -94,10 +94,10 @@ def _stages_in_words(job: "Job") -> dict[str, str]:
             f"{recipe.distill.steps} steps of {recipe.distill.batch_size} images, "
             f"{len(job.data) - held_out} to train on and {held_out} held out"
         )
-    if recipe.finetune:
-        words["finetune"] = (
-            f"{recipe.finetune.steps} steps of {recipe.finetune.batch_size} of {len(job.data)} images"
-        )
+    for number, phase in enumerate(recipe.phases, start=1):
+        name = "finetune" if len(recipe.phases) == 1 else f"finetune, phase {number}"
+        trained = "" if phase.trainable == "all" else f", which train {phase.trained_in_words}"
+        words[name] = f"{phase.steps} steps of {phase.batch_size} of {len(job.data)} images{trained}"
     if recipe.sample:
         config = recipe.sample
         words["sample"] = (

@@ -13,7 +13,7 @@ from ..cost.count import Flops, role_flops
 from ..data import check_bound
 from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
-from ..editing.surgery import paths_after, resolve
+from ..editing.surgery import check_can_adapt, paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
 from ..hosts import Host, config_of, host_of, hosts
 from ..latents.decoding import Decoder, load_decoder
@@ -21,7 +21,8 @@ from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..sampling.chain import SamplingConfig, check_sampling
-from ..training import distillation, finetuning
+from ..training import distillation
+from ..training.phases import check_division
 from ..weights.folder import load_model
 from ..weights.locate import find_model
 from ..weights.tensors import weights_sha256
@@ -98,8 +99,9 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
     if recipe.distill is not None:
         distillation.check_division(recipe.distill)
-    if recipe.finetune is not None:
-        finetuning.check_division(recipe.finetune)
+    check_division(recipe.phases)
+    if any(phase.lora for phase in recipe.phases):
+        check_can_adapt()
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         distillation.split(len(data), recipe.distill)
     identity: dict[str, JsonValue] = {

@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..editing.adapters import without_adapters
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import host_of, hosts
 from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
+from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
 from .card import CARD_NAME, card_of
 from .delta import borrow, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
+
+# what a folder may hold of one model and not of the next
+_WEIGHTS = (WEIGHTS_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
 
 
 def load(
@@ -69,8 +74,8 @@ def save_model(
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    A new folder is whole or absent; in one that is there the config is written last: a folder with a config is complete. A
-    grafted model gets a card, `README.md`.
+    Adapters that stand in it are written beside it, for `load` to add. A new folder is whole or absent; in one that is there
+    the config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
 
     Args:
         base: the pretrained model that it was made from, for the record.
@@ -83,11 +88,13 @@ def save_model(
     """
     folder = Path(folder)
     record = _record(model, plan, base)
-    with atomic_files(folder, last=CONFIG_NAME, stale=(WEIGHTS_NAME, DELTA_NAME)) as made:
+    adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
         weights = made / WEIGHTS_NAME
-        save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
+        save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
+        files = [weights, *adapter.write(made)]
         _write_config(made, folder, model, record, weights=weights, origin=origin)
-    return [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def save_delta(
@@ -107,14 +114,15 @@ def save_delta(
     found = base if source is None else Base(id=str(source))
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
-    record = _record(model, plan, base)
-    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype))
+    record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
+    own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype))
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
-    with atomic_files(folder, last=CONFIG_NAME, stale=(WEIGHTS_NAME, DELTA_NAME)) as made:
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
         weights = made / DELTA_NAME
         save_tensors(weights, own, metadata={"format": "pt"})
+        files = [weights, *adapter.write(made)]
         _write_config(made, folder, model, record, weights=weights, delta=delta)
-    return [folder / CONFIG_NAME, folder / DELTA_NAME]
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -148,7 +156,7 @@ def load_model(
     grafting = config.pop("grafting", None)
     if grafting is None:
         model = _build(folder, _model_class(folder, config), config)
-        load_strictly(model, read_weights(folder), source=str(folder))
+        load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     model_class = grafted_class(_model_class(folder, config))
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
@@ -158,7 +166,7 @@ def load_model(
     if "delta" in grafting:
         tensors |= _borrowed(folder, record, grafting["delta"], base=base)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
-    load_strictly(model, tensors, source=str(weights))
+    load_strictly(model, with_adapter(folder, tensors), source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
@@ -217,6 +225,11 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
     return Record.of(model, plan, base=base)
 
 
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors, without its adapters."""
+    return without_adapters(model.state_dict())
+
+
 def _write_config(
     made: Path,
     folder: Path,
@@ -241,11 +254,17 @@ def _write_config(
                 **record.model_dump(mode="json"),
                 **({} if delta is None else {"delta": delta}),
                 "weights_sha256": sha256_of(weights),
+                **_adapter_hash(made),
             },
         }
         described["grafting"]["config_sha256"] = hash_json(described)
         write_bytes(made / CARD_NAME, card_of(folder, described).encode())
     write_json(made / CONFIG_NAME, described)
+
+
+def _adapter_hash(folder: Path) -> dict[str, str]:
+    path = folder / ADAPTER_NAME
+    return {"adapter_sha256": sha256_of(path)} if path.is_file() else {}
 
 
 def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
@@ -263,6 +282,11 @@ def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any]
         raise CheckpointError(
             f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
             f"recorded is {recorded}"
+        )
+    recorded = grafting.get("adapter_sha256")
+    if recorded != _adapter_hash(folder).get("adapter_sha256"):
+        raise CheckpointError(
+            f"{folder / ADAPTER_NAME} is missing, or not the adapter that {CONFIG_NAME} describes"
         )
 
 

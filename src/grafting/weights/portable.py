@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 # diffusers loads only from modules that show this name
@@ -22,6 +23,7 @@ from ..editing.surgery import edits_of, graft
 from ..errors import CheckpointError
 from ..hosts import config_of, host_of, hosts
 from ..operators import operator_configs
+from .adapter import holds_adapter, with_adapter
 
 PREFIX = "Grafted"
 
@@ -130,6 +132,9 @@ def grafted_class(base: type[Any]) -> type[Any]:
         faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, n))}" for kind, n in both[1].items() if n]
         if faults:
             raise CheckpointError("\n  ".join([f"{path} does not fit {cls.__name__}", *faults]))
+        where = {name: options[name] for name in ("subfolder", "revision", "cache_dir") if name in options}
+        if "adapter_sha256" in cls.load_config(path, **where).get("grafting", {}):
+            _add_adapter(both[0], Path(path, options.get("subfolder") or ""))
         return both if options.get("output_loading_info") else both[0]
 
     members = {
@@ -140,6 +145,14 @@ def grafted_class(base: type[Any]) -> type[Any]:
         "ungrafted": base,
     }
     return type(f"{PREFIX}{base.__name__}", (base,), members)
+
+
+def _add_adapter(model: nn.Module, folder: Path) -> None:
+    if not holds_adapter(folder):
+        raise CheckpointError(
+            f"{folder} is not on this machine, and its adapter is needed: use grafting.load"
+        )
+    model.load_state_dict(with_adapter(folder, model.state_dict()))
 
 
 def with_plan(model: nn.Module, plan: Plan, *, base: Base | None = None) -> nn.Module:
