@@ -74,7 +74,7 @@ def test_readme_grafts_a_pipeline_and_leaves_it_as_it_was(monkeypatch: pytest.Mo
 
 def test_prompts_latents_and_recipe_of_a_text_to_image_model():
     model = hosts()["pixart"].tiny()
-    model.save_pretrained("transformer")
+    tinypipeline.of(model).save_pretrained("my-pipeline")
     captions = ["a ring", "two crosses", "a red bar"]
 
     def encode(words: str) -> tuple[torch.Tensor, torch.Tensor]:
