@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Generator, Tensor, nn
 
@@ -74,7 +74,7 @@ class TokenLayout:
         """The layout of the queries."""
         return TokenLayout(self.grid) if self.image_queries else self
 
-    def split(self, x: Float[Tensor, "b heads l k"]) -> tuple[Tensor, Tensor]:
+    def split(self, x: Shaped[Tensor, "b heads l k"]) -> tuple[Tensor, Tensor]:
         """The image tokens of x, and all others in their order. For queries, of `of_queries`."""
         before, image, after = x.split((self.before, self.grid.num_tokens, self.after), dim=2)
         if self.before and self.after:
