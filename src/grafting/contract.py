@@ -159,7 +159,9 @@ class Site:
     num_heads: int = 0  # attention only
     hidden_dim: int = 0  # MLP only
     attention: AttentionCall = AttentionCall()  # what stands in the calls that a kernel answers
-    module: ModuleCall | None = None  # attention and MLP: how a mixer is called in its place; None if it cannot be
+    module: ModuleCall | None = (
+        None  # attention and MLP: how a mixer is called in its place; None if it cannot be
+    )
     call: BlockCall | None = None  # block only
     fixed: str = ""  # block only: why it cannot be merged or dropped; empty if it can
 

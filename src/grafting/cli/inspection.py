@@ -13,6 +13,7 @@ from ._shared import (
     PromptsFolder,
     RecipeFile,
     Settings,
+    Spec,
     err,
     open_denoiser,
     open_model,
@@ -36,7 +37,7 @@ app = typer.Typer()
 
 
 @app.command()
-def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) -> None:
+def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
     """Check a recipe against its model and data, and show what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
@@ -127,6 +128,7 @@ def cost(
         ),
     ] = False,
     as_json: Json = False,
+    spec: Spec = None,
 ) -> None:
     """Show how a plan changes the cost of one forward pass.
 
@@ -140,11 +142,12 @@ def cost(
     from ..cost.plan import measure_plan, plan_cost
     from ..hosts import host_of
     from ..machine.devices import default_device
-    from ..runs.job import load_source, skeleton
+    from ..runs.job import know_host, load_source, skeleton
     from ..runs.paths import naming_paths
 
     loaded = open_recipe(recipe, settings)
     with naming_paths(loaded.written):
+        know_host(loaded)
         bare = skeleton(loaded.source)
     tokens = _parse_grid(grid) if grid else None
     if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:
@@ -178,7 +181,7 @@ def _parse_grid(text: str) -> "Grid":
 
 
 @app.command()
-def sites(model: Model, as_json: Json = False) -> None:
+def sites(model: Model, as_json: Json = False, spec: Spec = None) -> None:
     """List a model's sites: the places where an operator can be replaced.
 
     [dim]$ grafting sites testbed[/]
@@ -262,6 +265,7 @@ def locality(
         ),
     ] = False,
     as_json: Json = False,
+    spec: Spec = None,
 ) -> None:
     """Measure the locality of each attention: its share within bands of the raster order and within a 3 x 3 square.
 

@@ -29,7 +29,9 @@ def key_mask_of(mask: Tensor, layout: TokenLayout) -> Tensor | None:
     key_mask = seen[:, 0, query]
     if torch.compiler.is_compiling():
         if seen.shape[1] > 1 or seen.shape[2] > 1:
-            raise _refused(mask, "has a row for every query, which a compiled model cannot compare: compile blocks alone")
+            raise _refused(
+                mask, "has a row for every query, which a compiled model cannot compare: compile blocks alone"
+            )
         return key_mask
     unlike = seen != key_mask[:, None, None]
     if seen.shape[2] > 1 and not layout.image_queries:
@@ -42,7 +44,10 @@ def key_mask_of(mask: Tensor, layout: TokenLayout) -> Tensor | None:
 def _seen_of_added(mask: Tensor) -> Tensor:
     """Which scores a mask that is added to them leaves as they are."""
     if not (torch.compiler.is_compiling() or ((mask == 0) | (mask <= _HIDDEN)).all()):
-        raise _refused(mask, "adds other numbers than 0 and minus infinity to the scores: it is a bias, and hides nothing")
+        raise _refused(
+            mask,
+            "adds other numbers than 0 and minus infinity to the scores: it is a bias, and hides nothing",
+        )
     return mask > _HIDDEN
 
 

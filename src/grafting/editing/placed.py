@@ -113,7 +113,9 @@ class KernelAttention(Placed):
         if known[1] is not None and isinstance(self.choice, OperatorConfig):
             faults = self.choice.call_faults(replace(self.site.attention, masked=True))
             if faults:
-                raise HostError(f"{words_of(self.site)}: {faults[0]}: use another operator, or prompts of one length")
+                raise HostError(
+                    f"{words_of(self.site)}: {faults[0]}: use another operator, or prompts of one length"
+                )
         return known[1]
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
-from ..contract import KernelConfig, OperatorConfig, Role, Site
+from ..contract import KernelConfig, OperatorConfig, Site
 from ..errors import PlanError, listed
 from ..operators import PRESETS, operator_configs, parse_operator
 

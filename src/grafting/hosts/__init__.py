@@ -7,9 +7,12 @@ from ._registry import host_of as host_of
 from ._registry import hosts as hosts
 from ._registry import load_spec as load_spec
 from ._registry import unknown_class as unknown_class
+from ._registry import use_spec as use_spec
 from ._sdpa import SdpaHost as SdpaHost
 from ._spec import BlockList as BlockList
 from ._spec import Input as Input
 from ._spec import LatentTokens as LatentTokens
 from ._spec import PackedTokens as PackedTokens
 from ._spec import SdpaSpec as SdpaSpec
+from .tracing import Trace as Trace
+from .tracing import trace as trace

@@ -60,7 +60,10 @@ def packed_grid(image: PackedTokens, arguments: Mapping[str, Any]) -> Grid:
     """The grid of packed tokens, from their positions or from sizes."""
     if image.positions is not None:
         num_tokens = arguments[image.argument].shape[1]
-        return _grid_of_positions(arguments[image.positions], num_tokens, image)
+        start = sum(arguments[name].shape[1] for name in image.after)
+        positions = arguments[image.positions]
+        rows = positions.reshape(-1, positions.shape[-1])[start : start + num_tokens]
+        return _grid_of_positions(rows, num_tokens, image)
     assert image.sizes is not None
     if isinstance(image.sizes, str):
         sizes = arguments[image.sizes]
@@ -73,9 +76,9 @@ def packed_grid(image: PackedTokens, arguments: Mapping[str, Any]) -> Grid:
 
 
 def _grid_of_positions(positions: Tensor, num_tokens: int, image: PackedTokens) -> Grid:
-    """The grid that positions [(B,) L, n] form, in raster order."""
+    """The grid that positions [L, n] form, in raster order."""
     columns = [*image.columns]
-    places = positions.reshape(-1, positions.shape[-1])[:num_tokens, columns].round().long()  # [L, 2 or 3]
+    places = positions[:, columns].round().long()  # [L, 2 or 3]
     sizes = (places.amax(0) - places.amin(0) + 1).tolist()
     is_whole = math.prod(sizes) == num_tokens
     raster = torch.cartesian_prod(*map(torch.arange, sizes)).to(places.device) if is_whole else None

@@ -94,7 +94,10 @@ class LayoutTracker:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = inspect.signature(model.forward).parameters
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        self._grid, self._lengths = self.host.image_grid(model, arguments), self.host.lengths(model, arguments)
+        self._grid, self._lengths = (
+            self.host.image_grid(model, arguments),
+            self.host.lengths(model, arguments),
+        )
         self.masks = {}
 
 

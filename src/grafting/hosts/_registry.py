@@ -20,13 +20,37 @@ from ._spec import SdpaSpec
 _FOLDER = Path(__file__).parent
 
 
-@cache
+_given: dict[str, Host] = {}
+
+
 def hosts() -> dict[str, Host]:
-    """Every host by name.
+    """Every host by name: those that were given by `use_spec`, then those that are installed.
 
     Raises:
         HostError: a package's entry point gives no host, or one whose name is taken.
     """
+    return _given | _installed()
+
+
+def use_spec(spec: SdpaSpec | str | Path) -> Host:
+    """Make the host that a spec, or its file, describes known by its name and class, for as long as this process runs.
+
+    Raises:
+        HostError: the file describes no spec, its class cannot be imported, or its name is that of another host.
+    """
+    host = SdpaHost(spec if isinstance(spec, SdpaSpec) else load_spec(spec))
+    other = hosts().get(host.name, host)
+    if not isinstance(other, SdpaHost) or other.spec != host.spec:
+        raise HostError(
+            f"there is a host {host.name!r} already, of {other.class_name}: give the spec another name"
+        )
+    _ = host.model_class
+    _given[host.name] = host
+    return host
+
+
+@cache
+def _installed() -> dict[str, Host]:
     found: dict[str, Host] = {}
     for host in (*_own_classes(), *_own_specs(), *_of_packages()):
         if host.name in found:

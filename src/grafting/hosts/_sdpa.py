@@ -72,7 +72,9 @@ class SdpaHost(Host[nn.Module]):
                 "it, or name another in the spec's model_class, as `package.module:Class`"
             ) from error
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise HostError(f"host {self.name!r}: {self.spec.model_class} is no class of models (torch.nn.Module)")
+            raise HostError(
+                f"host {self.name!r}: {self.spec.model_class} is no class of models (torch.nn.Module)"
+            )
         return found
 
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
@@ -82,7 +84,9 @@ class SdpaHost(Host[nn.Module]):
             HostError: the spec is of another class, or names a module or a fact that the model does not have.
         """
         if not isinstance(model, self.model_class):
-            raise HostError(f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}")
+            raise HostError(
+                f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}"
+            )
         try:
             return tuple(
                 site
@@ -100,9 +104,7 @@ class SdpaHost(Host[nn.Module]):
         attention = f"{path}.{blocks.attention}"
         model.get_submodule(attention)
         num_heads = fact(model, blocks.num_heads or self.spec.num_heads)
-        yield Site(
-            role="attention", path=attention, num_heads=num_heads, module=blocks.mixers, **facts
-        )
+        yield Site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers, **facts)
         if blocks.mlp is not None:
             module = model.get_submodule(f"{path}.{blocks.mlp}")
             layers = self.spec.mlp
@@ -179,7 +181,7 @@ class SdpaHost(Host[nn.Module]):
         if layers is None:
             self._refuse("the layers of its MLPs (`mlp`): use init: random")
         up, down = (_linear(mlp.get_submodule(path)) for path in (layers.up, layers.down))
-        if up.out_features != down.in_features:
+        if layers.gated or up.out_features != down.in_features:
             raise HostError(
                 f"an MLP from {up.out_features} to {down.in_features} channels is gated and has no plain two-layer form to "
                 "inherit from: use init: random"
@@ -203,7 +205,9 @@ class SdpaHost(Host[nn.Module]):
     def _grid_of(self, model: nn.Module, x: Tensor) -> Grid:
         """The image tokens of images [B, C, H, W] or videos [B, C, F, H, W]."""
         image = self.spec.image
-        sides = patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        sides = (
+            patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        )
         *frames, rows, cols = x.shape[2:]
         return Grid(rows // sides[1], cols // sides[2], *(n // sides[0] for n in frames))
 
@@ -288,7 +292,9 @@ class SdpaHost(Host[nn.Module]):
 
 def _linear(layer: nn.Module) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
-        raise HostError(f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random")
+        raise HostError(
+            f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
+        )
     return layer
 
 

@@ -28,6 +28,8 @@ class MlpLayers(_Spec):
     """Module path, inside the MLP, of its first linear layer."""
     down: str
     activation: Activation = "gelu-tanh"
+    gated: bool = False
+    """True if more stands between them than this function, such as a gate: there is then nothing to inherit."""
 
 
 class BlockList(_Spec):
@@ -90,6 +92,8 @@ class PackedTokens(_Spec):
     argument: str = "hidden_states"
     positions: str | None = None
     """Argument [L, n] or [B, L, n] that holds each token's place."""
+    after: tuple[str, ...] = ()
+    """Arguments whose tokens [B, T, C] stand in `positions` before the image's."""
     width: int = 3
     """Entries of a place, n."""
     columns: tuple[int, ...] = (-2, -1)

@@ -66,9 +66,7 @@ class Linear(Kernel):
         *,
         scale: float | None = None,
     ) -> Float[Tensor, "b heads m v"]:
-        mixed = linear_attention(
-            q, k, v, feature_map=self.feature_map, scale=scale, key_mask=layout.key_mask
-        )
+        mixed = linear_attention(q, k, v, feature_map=self.feature_map, scale=scale, key_mask=layout.key_mask)
         if self.conv_weight is None:
             return mixed
         local = depthwise_conv(v, self.conv_weight, layout)

@@ -102,6 +102,4 @@ class TTT(Kernel):
         k = key_norm(k, layout.key_mask)
         q = q + depthwise_conv(q, self.q_conv, layout.of_queries)
         k = k + depthwise_conv(k, self.k_conv, layout)
-        return ttt(
-            q, k, v, self.w1, self.w2, step_size=self.step_size, scale=scale, key_mask=layout.key_mask
-        )
+        return ttt(q, k, v, self.w1, self.w2, step_size=self.step_size, scale=scale, key_mask=layout.key_mask)

@@ -32,7 +32,7 @@ from ..machine.devices import default_device, mixed_precision
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..training.distillation import DistillConfig
 from ..training.finetuning import FinetuneConfig
-from .job import skeleton
+from .job import know_host, skeleton
 from .paths import naming_paths
 from .recipe import Recipe
 from .rows import ROWS, rows_in
@@ -154,6 +154,7 @@ class _Shapes:
     @classmethod
     def of(cls, recipe: Recipe) -> "_Shapes":
         with naming_paths(recipe.written):
+            know_host(recipe)
             model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
         conditions = host.conditions(model)

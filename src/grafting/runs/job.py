@@ -15,7 +15,7 @@ from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
-from ..hosts import Host, config_of, host_of, hosts
+from ..hosts import Host, SdpaHost, config_of, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json, sha256_of
@@ -75,6 +75,7 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     recipe, _ = settled_run(recipe, default_device())
+    know_host(recipe)
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
     chosen = resolve(model, recipe.edits)
@@ -108,6 +109,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         "seed": recipe.seed,
         "data": recipe.data.describe(),
         **denoiser.identity,
+        **({"spec": host.spec.model_dump(mode="json")} if recipe.spec and isinstance(host, SdpaHost) else {}),
     }
     model = model.to(default_device())
     return Job(
@@ -187,6 +189,12 @@ def _with_shape(
     if config.shape is not None and (faults := host.shape_faults(model, config.shape)):
         raise RecipeError(f"sample.shape: {faults[0]}")
     return config
+
+
+def know_host(recipe: Recipe) -> None:
+    """Make the host of a recipe's spec known."""
+    if recipe.spec is not None:
+        use_spec(recipe.spec)
 
 
 def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:

@@ -44,6 +44,8 @@ class Recipe(BaseModel):
     description: str = ""
     source: str | FreshModel = "testbed"
     """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
+    spec: str | None = None
+    """File that describes the model's class, where grafting does not know it."""
     plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
     data: DataConfig

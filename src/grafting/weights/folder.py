@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
-from ..hosts import host_of, hosts
+from ..hosts import host_of, hosts, unknown_class
 from ..machine.files import hash_json, sha256_of, write_json
 from .card import write_card
 from .delta import borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model
+from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import load_strictly, load_tensors, read_weights, save_tensors
 
@@ -81,7 +81,7 @@ def save_model(
         RunError: the folder cannot be written; a half-written folder has no config.
     """
     folder = Path(folder)
-    weights = folder / WEIGHTS_NAME
+    weights = folder / (GRAFTED_NAME if plan.edits else WEIGHTS_NAME)
     record = _record(model, plan, base)
     _clear(folder)
     save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
@@ -147,9 +147,11 @@ def load_model(
         model = _build(folder, _model_class(folder, config), config)
         load_strictly(model, read_weights(folder), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
-    model_class = grafted_class(_model_class(folder, config))
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
-    weights = folder / (DELTA_NAME if "delta" in grafting else WEIGHTS_NAME)
+    model_class = grafted_class(_grafted_model_class(folder, config, record))
+    # before grafts had a name of their own for their weights, they had diffusers'
+    whole = GRAFTED_NAME if (folder / GRAFTED_NAME).is_file() else WEIGHTS_NAME
+    weights = folder / (DELTA_NAME if "delta" in grafting else whole)
     _check_hashes(folder, config, grafting, weights=weights)
     tensors = load_tensors(weights) if "delta" in grafting else read_weights(folder)
     if "delta" in grafting:
@@ -178,20 +180,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
+    if not isinstance(config, dict) or not {"_class_name", "auto_map"} & config.keys():
         raise CheckpointError(f"{path} does not say the model's class (_class_name)")
     return config
 
 
+def _grafted_model_class(folder: Path, config: dict[str, Any], record: Record) -> Any:
+    """The class of a folder's model before its graft, which has a spec of its own or a known host."""
+    name, host = config["_class_name"].removeprefix(PREFIX), record.described
+    if host.class_name != name:
+        raise CheckpointError(
+            f"{folder} holds a {name}, and its graft was made with a host of {host.class_name}"
+        )
+    return host.model_class
+
+
 def _model_class(folder: Path, config: dict[str, Any]) -> Any:
-    """The class of a folder's model before any graft."""
-    name = config["_class_name"].removeprefix(PREFIX)
-    # stops at the first match: naming a class of diffusers imports it, which takes seconds
-    model_class = next((h.model_class for h in hosts().values() if h.model_class.__name__ == name), None)
+    """The class of a folder's model, which holds no operators."""
+    name = config.get("_class_name")
+    if "auto_map" in config or not isinstance(name, str):
+        raise CheckpointError(
+            f"{folder} brings code of its own for its class (auto_map, `trust_remote_code`), and none is run: install that "
+            "code as a package, and name the class in a spec (--spec FILE)"
+        )
+    name = name.removeprefix(PREFIX)
+    model_class = next((host.model_class for host in hosts().values() if host.class_name == name), None)
     if model_class is None:
-        known = ", ".join(h.model_class.__name__ for h in hosts().values())
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
-        raise HostError(f"{folder} holds a {name}; known are {known}{hint}")
+        raise HostError(f"{folder}: {unknown_class(name)}{hint}")
     return model_class
 
 
@@ -215,7 +231,7 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
 
 def _clear(folder: Path) -> None:
     """Make a folder half-written, whatever it held: no config, and neither kind of weights."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME, DELTA_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, GRAFTED_NAME, DELTA_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -229,7 +245,7 @@ def _write_config(
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the card, and last the config, whose hashes cover the weights and the config itself."""
-    name, settings = host_of(model).model_class.__name__, settings_of(model)
+    name, settings = host_of(model).class_name, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
     described: dict[str, Any] = {"_class_name": name, **noted, **settings}

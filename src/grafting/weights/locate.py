@@ -13,6 +13,10 @@ from ..machine.huberrors import HUB_ERRORS
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+# of whole models that hold operators: names by which diffusers does not find the weights for a class that lacks them, and that
+# are downloaded with a pipeline all the same
+GRAFTED_NAME = "model.safetensors"
+GRAFTED_INDEX_NAME = "model.safetensors.index.json"
 DELTA_NAME = "delta.safetensors"
 
 MODEL_FILES = ("*.json", "*.safetensors", "README.md")

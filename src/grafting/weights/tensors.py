@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
 from ..machine.files import atomic_path, pickle_fault
-from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from .locate import CONFIG_NAME, GRAFTED_INDEX_NAME, GRAFTED_NAME, INDEX_NAME, WEIGHTS_NAME
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -24,11 +24,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none, or a file is missing or truncated.
     """
-    if (folder / WEIGHTS_NAME).is_file():
-        return load_tensors(folder / WEIGHTS_NAME)
-    if not (folder / INDEX_NAME).is_file():
+    whole = next((folder / n for n in (GRAFTED_NAME, WEIGHTS_NAME) if (folder / n).is_file()), None)
+    if whole is not None:
+        return load_tensors(whole)
+    index = next((folder / n for n in (GRAFTED_INDEX_NAME, INDEX_NAME) if (folder / n).is_file()), None)
+    if index is None:
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
-    shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+    shards = set(json.loads(index.read_text())["weight_map"].values())
     return {name: t for shard in sorted(shards) for name, t in load_tensors(folder / shard).items()}
 
 
