@@ -29,6 +29,7 @@ MORE_SETTINGS = {
     "ttt": [{"window": 1}],
     "window-1d": [{"window": 1}],
     "window-2d": [{"radius": 2, "border": "shifted"}],
+    "gated-conv-se": [{"kernel_size": 3, "geometry": "2d"}],
 }
 DIM, NUM_HEADS = 16, 4
 LAYOUTS = [

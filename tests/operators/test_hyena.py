@@ -10,7 +10,8 @@ from grafting.contract import AttentionWeights, Grid, Site, TokenLayout
 from grafting.functional.conv import depthwise_1d_reference, depthwise_2d_reference
 from grafting.models.dit import Attention
 from grafting.operators import parse_operator
-from grafting.operators.hyena import GATE_SPREAD, HyenaSEConfig, HyenaXConfig, HyenaYConfig, TokenFilter
+from grafting.operators._filters import GATE_SPREAD, TokenFilter
+from grafting.operators.hyena import HyenaSEConfig, HyenaXConfig, HyenaYConfig
 
 CONFIGS = [HyenaSEConfig, HyenaXConfig, HyenaYConfig]
 GEOMETRIES = ["centred", "causal", "2d"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
 from ..functional.softmax import softmax_attention
-from .hyena import GATE_SPREAD, Geometry, TokenFilter, num_taps
+from ._filters import GATE_SPREAD, Geometry, TokenFilter, num_taps
 
 
 class _GatedConvConfig(KernelConfig):

@@ -166,8 +166,9 @@ class Window3d(Kernel):
         *,
         scale: float | None = None,
     ) -> Float[Tensor, "b heads m v"]:
-        how = {"radius": self.radius, "frames": self.frames, "border": self.border}
-        return window_3d(q, k, v, layout, **how, scale=scale)
+        return window_3d(
+            q, k, v, layout, radius=self.radius, frames=self.frames, border=self.border, scale=scale
+        )
 
     def extra_repr(self) -> str:
         return f"radius={self.radius}, frames={self.frames}, border={self.border}"
