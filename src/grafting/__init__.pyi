@@ -45,7 +45,6 @@ from .editing.plan import Replace as Replace
 from .editing.surgery import Graft as Graft
 from .editing.surgery import build_operators as build_operators
 from .editing.surgery import grafted as grafted
-from .editing.surgery import place as place
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError
 from .errors import GraftingError as GraftingError
@@ -122,6 +121,7 @@ from .weights.folder import save as save
 from .weights.folder import save_delta as save_delta
 from .weights.folder import save_model as save_model
 from .weights.pipelines import graft as graft
+from .weights.pipelines import place as place
 from .weights.portable import Base as Base
 from .weights.portable import plan_of as plan_of
 from .weights.portable import with_plan as with_plan

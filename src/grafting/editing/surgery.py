@@ -134,11 +134,16 @@ class Graft:
         trained = sum(n for p, n in sizes.items() if p.requires_grad)
         return "\n".join(
             [
-                f"Graft of {type(self.model).__name__}, {len(self.operators)} places edited",
+                f"Graft of {self._model_name}, {len(self.operators)} places edited",
                 *(f"  {edit}" for edit in edits_of(self.model)),
                 f"  parameters: {new:,} in operators, {trained:,} trained, {sum(sizes.values()):,} in all",
             ]
         )
+
+    @property
+    def _model_name(self) -> str:
+        kind: type = getattr(type(self.model), "ungrafted", type(self.model))
+        return kind.__name__
 
     def undo(self) -> None:
         """Put every replaced module back: the model is exactly what it was, in the mode (train, eval) that it is in.

@@ -5,6 +5,7 @@ Its class becomes the `GraftedX` of `portable.py`, so that it, and any pipeline 
 
 import gc
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..editing import surgery
+from ..editing.placed import Placed
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, edits_of, holds_operators
 from ..errors import HostError
@@ -37,6 +39,17 @@ def graft(model: Any, plan: Plan, *, host: Host | None = None, seed: int = 0) ->
     transformer = _transformer_of(model)
     record = surgery.graft(transformer, plan, host=host, seed=seed)
     carry_plan(transformer)
+    return replace(record, then=carry_plan)
+
+
+def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
+    """Put operators at their sites, in place, as `graft` does. They may have been built on a copy of the model, or distilled since.
+
+    Args:
+        cast: give them the model's dtype, in place; without, they keep theirs, as in training.
+    """
+    record = surgery.place(model, operators, cast=cast)
+    carry_plan(model)
     return replace(record, then=carry_plan)
 
 
