@@ -58,12 +58,18 @@ def merged_weight(
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """A model's adapters, by the path of the linear layer that each is around."""
-    return {
-        path: Adapter(module)
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
-    }
+    """A model's adapters of the plain kind, by the path of the linear layer that each is around."""
+    return {path: Adapter(module) for path, module in model.named_modules() if _is_plain(module)}
+
+
+def _is_plain(layer: Any) -> bool:
+    """True of one linear layer with one adapter that adds B A to it; peft has others, which are none of ours."""
+    parts = getattr(layer, "lora_A", None)
+    if not isinstance(parts, nn.ModuleDict) or list(parts) != ["default"]:
+        return False
+    return isinstance(layer.get_base_layer(), nn.Linear) and not len(
+        getattr(layer, "lora_magnitude_vector", ())
+    )
 
 
 def is_of_adapter(name: str) -> bool:

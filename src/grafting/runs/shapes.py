@@ -106,6 +106,7 @@ def _phases(model: nn.Module, recipe: Recipe, grid: Grid, blocks: list[str]) -> 
     """Each phase on the grafted model, which is left as it was."""
     candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
     new, changed, found = operator_parameters(model), set[int](), []
+    counted: dict[tuple[object, Precision], int] = {}
     for phase in recipe.phases:
         selected = selection(model, candidates, phase, new)
         trained = mark(model, candidates, selected, phase, first=0)
@@ -116,10 +117,12 @@ def _phases(model: nn.Module, recipe: Recipe, grid: Grid, blocks: list[str]) -> 
                 kind = "adapters" if is_of_adapter(name) else "operators" if name in new else "copies"
                 counts[kind] += parameter.numel()
         held = sum(p.numel() for p in block_linears(model, blocks) if id(p) not in changed)
-        saved = saved_an_image(model, phase.precision, grid)
+        key = (phase.trainable, phase.precision)
+        if key not in counted:
+            counted[key] = saved_an_image(model, phase.precision, grid)
         merge_adapters(model)
         changed |= {id(parameter) for parameter in selected.changed}
-        found.append(PhaseShapes(**counts, held=held, saved=saved))
+        found.append(PhaseShapes(**counts, held=held, saved=counted[key]))
     for parameter in candidates.values():
         parameter.requires_grad_()
     return tuple(found)

@@ -87,7 +87,7 @@ class Selection:
     @property
     def changed(self) -> list[nn.Parameter]:
         """What the phase leaves changed, once its adapters are merged."""
-        weights: list[nn.Parameter] = [linear.weight for linear in self.adapted.values()]
+        weights = [linear.get_parameter("weight") for linear in self.adapted.values()]
         return [*self.parameters.values(), *weights]
 
 

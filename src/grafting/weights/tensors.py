@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..editing.adapters import adapters_of
 from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
 from ..machine.files import atomic_path, hash_json, pickle_fault, sha256_of
@@ -51,8 +52,12 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def check_can_be_saved(model: nn.Module) -> None:
-    """Raise a CheckpointError unless a model's weights are its class's own: no adapters', none that are quantised or elsewhere."""
-    adapted = sorted(name for name, part in model.named_modules() if hasattr(part, "base_layer"))
+    """Raise a CheckpointError unless a model's weights are its class's own: none that are quantised or elsewhere.
+
+    Nor those of adapters, other than low-rank ones, which have files of their own.
+    """
+    wrapped = {name for name, part in model.named_modules() if hasattr(part, "base_layer")}
+    adapted = sorted(wrapped - adapters_of(model).keys())
     if adapted:
         raise CheckpointError(
             f"{len(adapted)} layers have adapters (LoRA), such as {adapted[0]}, and a model saved with them could not be loaded: "
