@@ -139,7 +139,7 @@ def test_a_role_that_a_block_lacks_is_a_fault(role):
 @pytest.mark.parametrize(
     ("operator", "message"),
     [
-        ("hyena-z", r"no operator 'hyena-z'; there are .*hyena-x.*softmax"),
+        ("hyena-z", r"no operator 'hyena-z'; did you mean 'hyena-.'. there are .*hyena-x.*softmax"),
         ({"name": "softmax", "widow": 3}, "Extra inputs are not permitted"),
         ({"window": 3}, "an operator is a name, or a mapping with a name"),
         (3, "an operator is a name"),
