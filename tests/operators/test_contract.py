@@ -70,7 +70,13 @@ def describe(value):
     return "-".join([value.name, *(f"{k}={v}" for k, v in settings.items())])
 
 
-def site_for(config, layout=LAYOUTS[1]):
+def ordinary(config):
+    """The layout that an operator is tried on: an image, or a video for one that needs frames."""
+    return LAYOUTS[4] if config.name == "window-3d" else LAYOUTS[1]
+
+
+def site_for(config, layout=None):
+    layout = layout or ordinary(config)
     facts = {"num_heads": NUM_HEADS} if "attention" in config.roles else {"hidden_dim": 4 * DIM}
     role = "attention" if "attention" in config.roles else "mlp"
     return Site(
@@ -88,7 +94,7 @@ def inputs_for(config, layout, *, batch=2, dtype=torch.float32):
     return [x.detach().unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2).requires_grad_() for x in tensors]
 
 
-def built(config, layout=LAYOUTS[1]):
+def built(config, layout=None):
     """The operator with all parameters drawn anew, so that nothing is hidden by a start at zero or identity."""
     operator = config.build(site_for(config, layout))
     for parameter in operator.parameters():
@@ -150,7 +156,7 @@ def test_samples_of_a_batch_do_not_meet(config, layout):
 @every_variant
 def test_causality_is_as_declared(config):
     """A change of the later tokens reaches an earlier one exactly if the operator does not say that it is causal."""
-    layout, place = LAYOUTS[1], 30
+    layout, place = ordinary(config), 30
     operator, inputs = built(config), inputs_for(config, layout)
     changed = [x.detach().clone() for x in inputs]
     for x in changed:
@@ -164,9 +170,9 @@ def test_causality_is_as_declared(config):
 
 @every_variant
 def test_gradient_checkpointing_changes_nothing(config):
-    operator, inputs = built(config), inputs_for(config, LAYOUTS[1])
-    plain = operator(*inputs, LAYOUTS[1])
-    recomputed = checkpoint(operator, *inputs, LAYOUTS[1], use_reentrant=False)
+    operator, inputs = built(config), inputs_for(config, ordinary(config))
+    plain = operator(*inputs, ordinary(config))
+    recomputed = checkpoint(operator, *inputs, ordinary(config), use_reentrant=False)
     assert torch.equal(plain, recomputed)
     gradients = [torch.autograd.grad(y.sum(), inputs) for y in (plain, recomputed)]
     for want, got in zip(*gradients, strict=True):
@@ -177,10 +183,10 @@ def test_gradient_checkpointing_changes_nothing(config):
 @torch.no_grad()
 def test_weights_are_read_by_the_module_that_has_them_alone(config):
     """What offloads or casts weights brings them in when their module is called: no part reads those of another."""
-    operator, inputs = built(config), inputs_for(config, LAYOUTS[1])
-    want = operator(*inputs, LAYOUTS[1])
+    operator, inputs = built(config), inputs_for(config, ordinary(config))
+    want = operator(*inputs, ordinary(config))
     hide_weights(operator, torch.half)
-    assert torch.equal(operator(*inputs, LAYOUTS[1]), want)
+    assert torch.equal(operator(*inputs, ordinary(config)), want)
 
 
 @every_variant
@@ -192,8 +198,8 @@ def test_config_survives_json(config):
 def test_weights_load_strictly_into_a_fresh_operator(config):
     operator, fresh = built(config), config.build(site_for(config))
     fresh.load_state_dict(operator.state_dict(), strict=True)
-    inputs = inputs_for(config, LAYOUTS[1])
-    assert torch.equal(operator(*inputs, LAYOUTS[1]), fresh(*inputs, LAYOUTS[1]))
+    inputs = inputs_for(config, ordinary(config))
+    assert torch.equal(operator(*inputs, ordinary(config)), fresh(*inputs, ordinary(config)))
 
 
 @every_variant
