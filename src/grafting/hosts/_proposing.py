@@ -23,7 +23,7 @@ from ._arguments import (
     time_of,
 )
 from ._conventions import attention_convention, block_convention
-from ._forwards import Inputs
+from ._forwards import Inputs, is_mask, tensors_of
 from ._host import config_of
 from ._observing import AttentionCall, Observation, Run
 from ._spec import BlockList, Fact, MlpLayers, SdpaSpec
@@ -98,6 +98,10 @@ def propose(
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(other_inputs(model, inputs, seen, image, usual)),
     )
+    if any(map(is_mask, tensors_of(dict(inputs)))) and all(call.mask_padded == "none" for call in seen.calls):
+        questions.append(
+            "masked: the example has a mask that no attention saw; set it where prompts of several lengths hide keys"
+        )
     questions += [f"{path}: its class is called attention, and it makes no call" for path in seen.silent]
     partial = sorted({call.path for found in lists for call in found.image_calls if _is_partial(call)})
     questions += [f"{path}: its mask is not of keys alone; leave it out of plans" for path in partial]
