@@ -98,9 +98,11 @@ def propose(
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(other_inputs(model, inputs, seen, image, usual)),
     )
-    if any(map(is_mask, tensors_of(dict(inputs)))) and all(call.mask_padded == "none" for call in seen.calls):
+    with_text = [found for found in lists if found.usual.kind != "self"]
+    is_unmasked = all(call.mask_padded == "none" for found in with_text for call in found.image_calls)
+    if with_text and is_unmasked and any(map(is_mask, tensors_of(dict(inputs)))):
         questions.append(
-            "masked: the example has a mask that no attention saw; set it where prompts of several lengths hide keys"
+            "masked: the example has a mask that these attentions do not see; set it if they do with prompts of several lengths"
         )
     questions += [f"{path}: its class is called attention, and it makes no call" for path in seen.silent]
     partial = sorted({call.path for found in lists for call in found.image_calls if _is_partial(call)})
