@@ -25,7 +25,10 @@ def test_the_page_names_these_families():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["FLUX.1", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "FLUX.1")],
+)
 def test_the_code_of_the_page_runs(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe, call = FAMILIES[family]()

@@ -1,10 +1,12 @@
 """Every transformer class of diffusers in trial: what docs/hosts.md says holds."""
 
 import json
+import re
 
+import diffusers
 import pytest
 
-from hosts import trials
+from hosts import trials, zoo
 from hosts.zoo import Specimen, specimens
 
 ROWS = {row["class"]: row for row in json.loads(trials.RESULTS.read_text())}
@@ -19,19 +21,27 @@ def test_a_class_can_do_what_the_table_says(specimen: Specimen):
     assert not lost, f"{found['reason']}; `make hosts` writes the table anew"
 
 
+VERSION = re.search(r"of diffusers ([\d.]+),", trials.PAGE.read_text())[1]
+
+
 def test_the_page_shows_the_table():
-    assert trials.PAGE.read_text() == trials.page(list(ROWS.values()))
+    assert trials.PAGE.read_text() == trials.page(list(ROWS.values()), VERSION)
 
 
-def test_the_table_is_of_every_class_and_gives_reasons():
-    assert list(ROWS) == trials.zoo.transformer_classes()
+def test_a_class_that_lacks_something_has_a_reason():
     columns = [column for column in trials.COLUMNS if column != "pipeline"]
     assert all(row["reason"] for row in ROWS.values() if not all(row[column] for column in columns))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(diffusers.__version__ != VERSION, reason="the table is of another version of diffusers")
+def test_the_table_is_of_every_class():
+    assert list(ROWS) == zoo.transformer_classes()
 
 
 def test_as_many_classes_as_promised():
     counts = {column: sum(row[column] for row in ROWS.values()) for column in trials.COLUMNS}
     full = [r for r in ROWS.values() if r["traced"] and r["identity"] and r["kernel"] and r["saved"]]
-    assert len(full) >= 55
-    assert min(counts["stage1"], counts["stage2"]) >= 45
-    assert counts["mixer"] >= 30
+    assert len(full) >= 60
+    assert min(counts["stage1"], counts["stage2"]) >= 50
+    assert counts["mixer"] >= 35

@@ -239,12 +239,16 @@ def cut_short(inputs: Inputs) -> dict[str, Any]:
     """Copies of inputs in which every mask [B, T] of ones hides its last place of the first sample, as where a prompt is padded."""
 
     def cut(tensor: Tensor) -> Tensor:
-        if tensor.ndim < 2 or tensor.shape[-1] < 2 or not (tensor == 1).all():
-            return tensor
-        tensor[0, ..., -1] = 0
+        if is_mask(tensor):
+            tensor[0, ..., -1] = 0
         return tensor
 
     return {name: _mapped(copied(value), cut) for name, value in inputs.items()}
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is of the form of a mask that hides nothing: ones, a row for each sample."""
+    return tensor.ndim > 1 and tensor.shape[-1] > 1 and bool((tensor == 1).all())
 
 
 def _moved(tensor: Tensor, axis: int | None, chosen: Sequence[int]) -> Tensor:

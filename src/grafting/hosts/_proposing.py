@@ -23,7 +23,7 @@ from ._arguments import (
     time_of,
 )
 from ._conventions import attention_convention, block_convention
-from ._forwards import Inputs
+from ._forwards import Inputs, is_mask, tensors_of
 from ._host import config_of
 from ._observing import AttentionCall, Observation, Run
 from ._spec import BlockList, Fact, MlpLayers, SdpaSpec
@@ -98,6 +98,12 @@ def propose(
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(other_inputs(model, inputs, seen, image, usual)),
     )
+    with_text = [found for found in lists if found.usual.kind != "self"]
+    is_unmasked = all(call.mask_padded == "none" for found in with_text for call in found.image_calls)
+    if with_text and is_unmasked and any(map(is_mask, tensors_of(dict(inputs)))):
+        questions.append(
+            "masked: the example has a mask that these attentions do not see; set it if they do with prompts of several lengths"
+        )
     questions += [f"{path}: its class is called attention, and it makes no call" for path in seen.silent]
     partial = sorted({call.path for found in lists for call in found.image_calls if _is_partial(call)})
     questions += [f"{path}: its mask is not of keys alone; leave it out of plans" for path in partial]
