@@ -37,7 +37,7 @@ LAYOUTS = [
     TokenLayout(Grid(7, 9)),
     TokenLayout(Grid(5, 20), before=5),
     TokenLayout(Grid(20, 5), after=5),
-    TokenLayout(Grid(5, 6, frames=2)),
+    TokenLayout(Grid(5, 6, frames=3)),
     TokenLayout(Grid(6, 5), before=2, after=3),
 ]
 
