@@ -3,8 +3,9 @@
 from diffusers import PixArtTransformer2DModel
 
 from grafting.contract import Grid, ModuleCall
-from grafting.hosts import BlockList, SdpaHost, SdpaSpec
+from grafting.hosts import BlockList, Input, SdpaHost, SdpaSpec
 from grafting.hosts._host import randomise
+from grafting.hosts._spec import Output
 
 
 class ForeignTransformer(PixArtTransformer2DModel):
@@ -22,6 +23,11 @@ SPEC = SdpaSpec(
         ),
     ),
     native_grid=Grid(8, 8),
+    inputs={
+        "encoder_hidden_states": ("batch", "text", "config.caption_channels"),
+        "encoder_attention_mask": Input(shape=("batch", "text"), value=1),
+    },
+    output=Output(half=True),
     projections=("to_q", "to_k", "to_v", "to_out.0"),
 )
 

@@ -215,7 +215,7 @@ MODELS = [
     calls("truncated weights", "sites {w}/truncated", "diffusion_pytorch_model.safetensors is truncated or not a safetensors file"),
     calls("no weights", "sites {w}/weightless", "has a config.json but no diffusion_pytorch_model.safetensors"),
     calls("config is no JSON", "sites {w}/configless", "config.json is not JSON"),
-    calls("unknown class", "sites {w}/unknown", "unknown holds a Transformer9; known are .*DiT"),
+    calls("unknown class", "sites {w}/unknown", "unknown holds a Transformer9; no host .*DiT.*--spec FILE"),
     calls("weights of another width", "sites {w}/other-width", "does not fit DiT: 31 faults", r"has shape \(192,\), expected \(384,\)"),
     calls("edited config", "sites {w}/edited", "config.json was edited after it was saved"),
     calls("other weights", "sites {w}/swapped", "is not the file that config.json describes: its SHA-256 is"),

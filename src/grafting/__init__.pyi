@@ -80,8 +80,10 @@ from .hosts import LatentTokens as LatentTokens
 from .hosts import PackedTokens as PackedTokens
 from .hosts import SdpaHost as SdpaHost
 from .hosts import SdpaSpec as SdpaSpec
+from .hosts import Trace as Trace
 from .hosts import host_of as host_of
 from .hosts import load_spec as load_spec
+from .hosts import trace as trace
 from .hosts import use_spec as use_spec
 from .latents.decoding import VaeConfig as VaeConfig
 from .metrics.features import FeatureNetwork as FeatureNetwork

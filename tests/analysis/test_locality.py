@@ -82,7 +82,7 @@ def test_map_is_that_of_softmax_attention_whatever_the_chunks(monkeypatch: pytes
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_text_tokens_are_left_out(text_first: bool):
-    grid, layout = Grid(3, 4), TokenLayout(Grid(3, 4), num_text=5, text_first=text_first)
+    grid, layout = Grid(3, 4), TokenLayout(Grid(3, 4), **{"before" if text_first else "after": 5})
     q, k = torch.randn(2, 2, 2, layout.num_tokens, 8)
     found = _recorded(q, k, layout)
     image = layout.image_slice

@@ -224,6 +224,7 @@ def test_windows_of_a_video_stay_in_their_frame():
     inputs["hidden_states"] = torch.randn(1, 4, 2, 6, 8)
     graft(wan, plan({"name": "window-2d", "radius": 1}))
     wan(**inputs)
+    LayoutTracker.of(wan).stays = True
     assert WAN.image_grid(wan, inputs) == grid
     rotary = wan.rope(inputs["hidden_states"])
     attention = wan.get_submodule("blocks.0.attn1")

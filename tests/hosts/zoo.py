@@ -89,7 +89,7 @@ _ROPE = {"axes_dims_rope": (4, 6, 6)}
 _IMAGES = (
     Specimen(
         "DiTTransformer2DModel",
-        {**_HEADS, "num_layers": 2, "sample_size": 12, "num_embeds_ada_norm": 10, "norm_num_groups": 2},
+        {**_HEADS, "num_layers": 3, "sample_size": 12, "num_embeds_ada_norm": 10, "norm_num_groups": 2},
         lambda: {
             "hidden_states": torch.randn(2, 4, 12, 12),
             "timestep": times().long(),
@@ -708,6 +708,7 @@ _PACKED = (
             "out_channels": 4,
             "num_layers": 2,
             "joint_attention_dim": 24,
+            "mlp_ratio": 8.0,
             "moe_enabled": False,
         },
         lambda: {
@@ -823,7 +824,7 @@ _VIDEOS = (
     Specimen(
         "AllegroTransformer3DModel",
         {
-            **_HEADS,
+            "num_attention_heads": 2,
             "num_layers": 2,
             "caption_channels": 24,
             "sample_height": 8,
@@ -1359,3 +1360,36 @@ _SOUND = (
         grid=(4,),
     ),
 )
+
+NOT_TRIED = {
+    "AnyFlowFARTransformer3DModel": "its self-attention is flex_attention",
+    "Cosmos3OmniTransformer": "one causal and one image call over packed indices, of its own inputs",
+    "Kandinsky6SRTransformer3DModel": "its self-attention is flex_attention, over reordered tiles",
+    "PriorTransformer": "it has no image tokens",
+    "RFD4ProteinaTransformer": "it makes proteins",
+    "SanaWMLTX2RefinerTransformer3DModel": "it needs rotary tables and a cache of its own",
+    "SanaWMTransformer3DModel": "most of its attention is linear",
+    "T5FilmDecoder": "it is called with pairs of encodings and masks",
+    "WanAnimate2Transformer3DModel": "its inputs are lists with a cache of keys",
+}
+"""Classes without an instance here, and why."""
+
+
+def transformer_classes() -> list[str]:
+    """Every transformer class of diffusers."""
+    import pkgutil
+
+    from diffusers import ModelMixin
+    from diffusers.models import transformers
+
+    found = set()
+    for module in (
+        importlib.import_module(f"{transformers.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(transformers.__path__)
+    ):
+        found |= {
+            name
+            for name, item in vars(module).items()
+            if isinstance(item, type) and issubclass(item, ModelMixin) and item.__module__ == module.__name__
+        }
+    return sorted(found)

@@ -76,7 +76,7 @@ def test_killed_in_any_phase_and_run_again_equals_undisturbed(source, finished, 
     process.join()
     assert process.exitcode == -signal.SIGKILL
     run(weighted(source), tmp_path / "run")
-    for name in ("diffusion_pytorch_model", "adapter_model"):
+    for name in ("model", "adapter_model"):
         got, want = (load_tensors(f / "model" / f"{name}.safetensors") for f in (tmp_path / "run", finished))
         assert got.keys() == want.keys()
         assert all(torch.equal(got[key], want[key]) for key in want)
@@ -95,9 +95,7 @@ def test_a_report_marks_phases(finished):
 
 def test_a_model_is_loaded_with_its_adapter(source, finished):
     loaded, folder = grafting.load(finished).state_dict(), finished / "model"
-    whole, adapter = (
-        load_tensors(folder / f"{n}.safetensors") for n in ("diffusion_pytorch_model", "adapter_model")
-    )
+    whole, adapter = (load_tensors(folder / f"{n}.safetensors") for n in ("model", "adapter_model"))
     linears = ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
     for name, tensor in loaded.items():
         want = whole[name]
@@ -117,7 +115,7 @@ def test_peft_takes_the_adapter_by_itself(finished):
     peft = pytest.importorskip("peft")
     model, x = grafting.load(finished), torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     bare = grafting.load(finished)
-    bare.load_state_dict(load_tensors(finished / "model/diffusion_pytorch_model.safetensors"))
+    bare.load_state_dict(load_tensors(finished / "model/model.safetensors"))
     adapted = peft.PeftModel.from_pretrained(bare, str(finished / "model"))
     t, y = torch.tensor([3, 700]), torch.tensor([1, 2])
     with torch.no_grad():

@@ -61,7 +61,7 @@ def test_a_folder_is_loaded_with_its_adapter(adapted, tmp_path):
     want = output(adapted)
     files = save_model(tmp_path / "model", adapted, PLAN, base=Base(id="somewhere"))
     assert {path.name for path in files} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors", "adapter_config.json",
+        "config.json", "model.safetensors", "adapter_model.safetensors", "adapter_config.json",
     }  # fmt: skip
     assert torch.allclose(output(load(tmp_path / "model")), want, atol=1e-5)
     # a later save without adapters leaves none behind

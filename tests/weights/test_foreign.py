@@ -60,8 +60,9 @@ def drawn_afresh(code, folder):
 
 
 def test_another_process_loads_it_whole_as_a_delta_and_in_its_pipeline(model, tmp_path):
+    transformer = with_plan(model, PLAN)
     torch.manual_seed(5)  # of the other parts
-    pipeline = tinypipeline.of(with_plan(model, PLAN))
+    pipeline = tinypipeline.of(transformer)
     here = tinypipeline.draw(pipeline)
     _save_base(tmp_path / "base")
     save_model(tmp_path / "whole", model, PLAN)

@@ -80,7 +80,7 @@ def test_operators_that_are_placed_are_saved_as_well(pipeline, tmp_path):
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in pipeline.transformer.state_dict().items())
 
 
-@pytest.mark.parametrize("name", hosts())
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_a_model_grafted_in_place_saves_itself_whole(name, tmp_path):
     model = hosts()[name].tiny().eval()
     graft(model, MORE)

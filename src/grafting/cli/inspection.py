@@ -1,5 +1,6 @@
 """Read-only commands that inspect recipes and models, and what they cost."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -181,11 +182,49 @@ def _parse_grid(text: str) -> "Grid":
 
 
 @app.command()
-def sites(model: Model, as_json: Json = False, spec: Spec = None) -> None:
+def sites(
+    model: Model,
+    traced: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Propose the spec of a pipeline (or a model with --example) whose class grafting does not know.",
+        ),
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the traced spec here (YAML).")
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME=VALUE",
+            help="What the traced pipeline is called with: [cyan]--with height=256[/]. Repeatable. [dim]Default: a prompt and a small size.[/]",
+        ),
+    ] = None,
+    example: Annotated[
+        Path | None,
+        typer.Option(
+            "--example",
+            metavar="FILE",
+            help="Tensors (safetensors) that the traced pipeline, or the model's forward, is called with.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    spec: Spec = None,
+) -> None:
     """List a model's sites: where operators can be replaced.
 
     [dim]$ grafting sites testbed[/]
+    [dim]$ grafting sites owner/name --trace --out spec.yaml[/]
     """
+    if traced:
+        from .tracing import trace_sites
+
+        trace_sites(model, to=to, call=call or [], example=example, as_json=as_json)
+        return
+    if to or call or example:
+        raise DataError("--out, --with and --example go with --trace")
     from ..editing.surgery import resolve
     from ..hosts import host_of
 

@@ -63,8 +63,7 @@ class KernelAttention(Placed):
         if not calls or len(calls) % turn or (len(calls) > turn and max(calls) > 1):
             raise HostError(
                 f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} times on {calls} images; "
-                f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image (a kernel needs the "
-                "native attention backend)"
+                f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image"
             )
         return output
 

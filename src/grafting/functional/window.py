@@ -73,13 +73,47 @@ def window_2d(
         The shifted border is the rule of NATTEN (arXiv:2204.07143).
     """
     grid = layout.grid
-    if border == "shifted" and 2 * radius + 1 > min(grid.rows, grid.cols):
-        raise ValueError(
-            f"a shifted window of radius {radius} needs {2 * radius + 1} rows and columns, "
-            f"the grid is {grid.rows} x {grid.cols}: use border 'clipped' or a smaller radius"
-        )
+    _check_shifted(border, radius, {"rows": grid.rows, "columns": grid.cols})
     square = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border)
     return _windowed(q, k, v, layout, square, scale)
+
+
+def window_3d(
+    q: Float[Tensor, "b heads m k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    radius: int,
+    frames: int,
+    border: Border = "clipped",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads m v"]:
+    """Attention of each image token to the square around it, as `window_2d`, in its own frame and in those near it.
+
+    Args:
+        radius: rows and columns seen on each side.
+        frames: frames seen before and after its own.
+        border: as of `window_2d`, for frames too.
+        scale: multiplies q k^T; 1/sqrt(K) when None.
+
+    Raises:
+        ValueError: the layout does not describe these tokens, or a shifted window is larger than the grid.
+    """
+    grid = layout.grid
+    _check_shifted(border, radius, {"rows": grid.rows, "columns": grid.cols})
+    _check_shifted(border, frames, {"frames": grid.frames})
+    window = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border, frames)
+    return _windowed(q, k, v, layout, window, scale)
+
+
+def _check_shifted(border: Border, reach: int, sizes: dict[str, int]) -> None:
+    side = 2 * reach + 1
+    if border == "shifted" and side > min(sizes.values()):
+        raise ValueError(
+            f"a shifted window of radius {reach} needs {side} {' and '.join(sizes)}, "
+            f"the grid is {' x '.join(map(str, sizes.values()))}: use border 'clipped' or a smaller radius"
+        )
 
 
 def window_1d_reference(
@@ -108,6 +142,21 @@ def window_2d_reference(
     scale: float | None = None,
 ) -> Float[Tensor, "b heads m v"]:
     """Reference for `window_2d` that computes all L x L scores."""
+    return window_3d_reference(q, k, v, layout, radius=radius, frames=0, border=border, scale=scale)
+
+
+def window_3d_reference(
+    q: Float[Tensor, "b heads m k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    radius: int,
+    frames: int,
+    border: Border = "clipped",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads m v"]:
+    """Reference for `window_3d` that computes all L x L scores."""
     grid = layout.grid
     seen = torch.zeros(grid.frames, grid.rows, grid.cols, grid.frames, grid.rows, grid.cols, dtype=torch.bool)
     for frame in range(grid.frames):
@@ -115,7 +164,7 @@ def window_2d_reference(
             for col in range(grid.cols):
                 rows = _neighbours(row, grid.rows, radius, border)
                 cols = _neighbours(col, grid.cols, radius, border)
-                seen[frame, row, col, frame, rows, cols] = True
+                seen[frame, row, col, _neighbours(frame, grid.frames, frames, border), rows, cols] = True
     seen = seen.reshape(grid.num_tokens, grid.num_tokens)
     return _masked_softmax(q, k, v, _with_others(seen, layout).to(q.device), scale)
 
@@ -153,6 +202,7 @@ class _Window(NamedTuple):
     size: tuple[int, int, int]  # frames, rows, cols
     reach: tuple[int, int]  # rows and cols seen to each side
     border: Border
+    frames: int = 0  # seen before and after a token's own
 
 
 class _Axis(NamedTuple):
@@ -236,18 +286,52 @@ def _tiled_attention(
     num_others = others_k.shape[2]
     cuts = _cut_grid(rows, cols, window.reach, num_others)
 
+    tiles_q = _query_tiles(_on_grid(q, window, *cuts), *cuts)
+    seen = _tile_mask(*cuts, window.border, q.device)
+    in_batch, near = (
+        frames,
+        None,
+    )  # frames stand in the batch, unless they see each other: then they stand beside tiles
+    if window.frames:
+        in_batch, near = 1, _frames_seen(frames, window.frames, window.border, q.device)
+        tiles_q = tiles_q.unflatten(0, (-1, frames)).flatten(1, 2)
+        seen = (near.exist[:, None, None, :, None] & seen[:, :, None]).flatten(3).flatten(0, 1)
+
     def tiled(image: Tensor, others: Tensor) -> Tensor:
         tiles = _key_tiles(_on_grid(image, window, *cuts), *cuts)
-        return _append_others(tiles, others, frames) if num_others else tiles
+        tiles = tiles if near is None else near.gather(tiles)
+        return _append_others(tiles, others, in_batch) if num_others else tiles
 
-    tiles_q = _query_tiles(_on_grid(q, window, *cuts), *cuts)
     tiles_k, tiles_v = tiled(k, others_k), tiled(v, others_v)
-    seen = F.pad(_tile_mask(*cuts, window.border, q.device), (0, num_others), value=True)
+    seen = F.pad(seen, (0, num_others), value=True)
     if masks is None:
         mixed = F.scaled_dot_product_attention(tiles_q, tiles_k, tiles_v, attn_mask=seen[None], scale=scale)
     else:
-        mixed = _masked_tiles(tiles_q, tiles_k, tiles_v, seen, tiled(*masks)[..., 0], frames, scale)
+        mixed = _masked_tiles(tiles_q, tiles_k, tiles_v, seen, tiled(*masks)[..., 0], in_batch, scale)
+    mixed = mixed if near is None else mixed.unflatten(1, (frames, -1)).flatten(0, 1)
     return _untile(mixed, *cuts).unflatten(0, (batch, heads, frames)).flatten(2, 4)
+
+
+class _Frames(NamedTuple):
+    """Frames that each frame sees: their numbers [F, seen], and whether there is one of that number."""
+
+    numbers: Tensor
+    exist: Bool[Tensor, "frames seen"]
+
+    def gather(self, tiles: Tensor) -> Tensor:
+        """Tiles [B * H * F, tiles, S, K], each with those at its place in the frames seen: [B * H, F * tiles, seen * S, K]."""
+        count, seen = self.numbers.shape
+        tiles = tiles.unflatten(0, (-1, count)).index_select(1, self.numbers.flatten())
+        return tiles.unflatten(1, (count, seen)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _frames_seen(count: int, reach: int, border: Border, device: torch.device) -> _Frames:
+    first = torch.arange(count, device=device) - reach
+    if border == "shifted":
+        first = first.clamp(0, count - 2 * reach - 1)
+    numbers = first[:, None] + torch.arange(2 * reach + 1, device=device)
+    exist = (numbers >= 0) & (numbers < count)
+    return _Frames(numbers.clamp(0, count - 1), exist)
 
 
 def _masked_tiles(

@@ -72,8 +72,7 @@ def block_convention(
         usual, fixed = ((), ()), {}
     if set(fixed) == {len(blocks) - 1} and len(blocks) > 1:
         fixed = {-1: fixed[len(blocks) - 1]}
-    first = next(iter(blocks))
-    mlp, call, layers = _mlp(model, inputs, f"{path}.{first}", num_image=num_image, dim=dim)
+    mlp, call, layers = _mlp(model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim)
     return BlockConvention(*usual, fixed, mlp, call, layers)
 
 
@@ -128,23 +127,31 @@ def _used_outside(block: str, modules: Mapping[str, set[tuple[str, ...]]]) -> st
 
 
 def attention_convention(
-    module: nn.Module, seen: Sequence[Execution], *, num_tokens: int, dim: int
+    model: nn.Module, inputs: Inputs, paths: Sequence[str], *, num_tokens: int, dim: int
 ) -> AttentionConvention | None:
-    """How an attention is called, if its tokens [B, L, D] come and go as one tensor; None otherwise.
+    """How attentions are called, if the tokens [B, L, D] of each come and go as one tensor; None otherwise.
 
     Args:
-        num_tokens: that it attends to, L.
+        paths: of the attentions of a list of blocks.
+        num_tokens: that they attend to, L.
         dim: channels, D.
     """
-    if not seen:
+    seen = executions(model, inputs, paths)
+    calls = [
+        _module_call(model.get_submodule(path), ran, num_tokens=num_tokens, dim=dim)
+        for path, runs in seen.items()
+        for ran in runs
+    ]
+    call = calls[0] if calls else None
+    if call is None or any(other != call for other in calls):
         return None
-    call = _module_call(module, seen[0], num_tokens=num_tokens, dim=dim)
-    return call and AttentionConvention(call, _projections(module, seen[0], dim))
+    first = paths[0]
+    return AttentionConvention(call, _projections(model.get_submodule(first), seen[first][0], dim))
 
 
 def _module_call(module: nn.Module, seen: Execution, *, num_tokens: int, dim: int) -> ModuleCall | None:
     outputs = [seen.output] if isinstance(seen.output, Tensor) else seen.output
-    if not isinstance(outputs, list | tuple) or any(output is not None for output in outputs[1:]):
+    if not isinstance(outputs, list | tuple) or not outputs or any(more is not None for more in outputs[1:]):
         return None
     arguments = seen.arguments(module)
     names = list(arguments)
@@ -154,11 +161,9 @@ def _module_call(module: nn.Module, seen: Execution, *, num_tokens: int, dim: in
         else next((n for n in names if _is_tokens(seen.kwargs.get(n), num_tokens, dim)), "")
     )
     tokens = arguments.get(name)
-    if not (
-        _is_tokens(tokens, num_tokens, dim)
-        and isinstance(outputs[0], Tensor)
-        and outputs[0].shape == tokens.shape
-    ):
+    if tokens is None or not _is_tokens(tokens, num_tokens, dim):
+        return None
+    if not isinstance(outputs[0], Tensor) or outputs[0].shape != tokens.shape:
         return None
     changing = [n for n, value in arguments.items() if value is None and ("mask" in n or "encoder" in n)]
     return ModuleCall(tokens=name, must_be_none=tuple(changing), returns=len(outputs))
@@ -197,29 +202,50 @@ _ONE_EACH = ((True, False, False), (False, True, False), (False, False, True))
 
 
 def _mlp(
-    model: nn.Module, inputs: Inputs, path: str, *, num_image: int, dim: int
+    model: nn.Module, inputs: Inputs, paths: Sequence[str], *, num_image: int, dim: int
 ) -> tuple[str | None, ModuleCall, MlpLayers | None]:
-    """The MLP of a block's image tokens: path inside the block, call, and layers.
+    """The MLP of the image tokens in the blocks of a list: its path inside a block, its call, and its layers.
 
     An MLP is a module that takes and returns all of them, begins and ends with linear layers, and makes no call of attention.
     """
-    block = model.get_submodule(path)
     parts = {
         name: part
-        for name, part in block.named_modules()
+        for name, part in model.get_submodule(paths[0]).named_modules()
         if name and sum(isinstance(m, nn.Linear) for m in part.modules()) > 1
     }
-    seen = executions(model, inputs, [f"{path}.{name}" for name in parts])
+    seen = executions(model, inputs, [f"{paths[0]}.{name}" for name in parts])
     found: list[tuple[str, ModuleCall, MlpLayers]] = []
     for name, part in parts.items():
-        ran = seen[f"{path}.{name}"]
+        ran = seen[f"{paths[0]}.{name}"]
         if len(ran) != 1 or any(name.startswith(f"{other}.") for other, *_ in found):
             continue
         call = _image_call(part, ran[0], num_image, dim)
         layers = _mlp_layers(part, ran[0], call) if call else None
         if call and layers:
             found.append((name, call, layers))
-    return found[0] if len(found) == 1 else (None, ModuleCall(), None)
+    if len(found) == 1 and _in_all(model, inputs, paths, found[0], num_image=num_image, dim=dim):
+        return found[0]
+    return None, ModuleCall(), None
+
+
+def _in_all(
+    model: nn.Module,
+    inputs: Inputs,
+    paths: Sequence[str],
+    found: tuple[str, ModuleCall, MlpLayers],
+    *,
+    num_image: int,
+    dim: int,
+) -> bool:
+    """Whether an MLP is called so once in each of these blocks."""
+    mlp, call, _ = found
+    if not all(mlp in dict(model.get_submodule(path).named_modules()) for path in paths):
+        return False
+    seen = executions(model, inputs, [f"{path}.{mlp}" for path in paths])
+    return all(
+        len(ran) == 1 and _image_call(model.get_submodule(path), ran[0], num_image, dim) == call
+        for path, ran in seen.items()
+    )
 
 
 def _image_call(module: nn.Module, seen: Execution, num_image: int, dim: int) -> ModuleCall | None:

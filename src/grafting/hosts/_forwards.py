@@ -23,8 +23,8 @@ from ..machine.randomness import generator
 Inputs = Mapping[str, Any]
 """Keyword arguments of a forward pass: tensors, numbers, and lists and mappings of these."""
 
-MaskSeen = Literal["none", "all true", "of keys", "of pairs"]
-"""A mask of keys hides the same from all queries; one of pairs, such as a causal one, does not."""
+MaskSeen = Literal["none", "all true", "of keys", "of pairs", "a bias"]
+"""A mask of keys hides the same from all queries; one of pairs, such as a causal one, does not; a bias is added to scores."""
 
 _STRENGTH = 3.0
 """Of a perturbation, against inputs that are about 1 in size."""
@@ -124,15 +124,16 @@ def _mask_seen(mask: Tensor | None) -> MaskSeen:
     if mask is None:
         return "none"
     seen = mask if mask.dtype == torch.bool else mask > _HIDDEN
-    is_bias = mask.dtype != torch.bool and bool(((mask != 0) & seen).any())
+    if mask.dtype != torch.bool and ((mask != 0) & seen).any():
+        return "a bias"
     if seen.all():
-        return "of pairs" if is_bias else "all true"
+        return "all true"
     rows = seen.reshape(-1, *seen.shape[-2:])  # [B H, M or 1, L]
     keys = rows.any(dim=1, keepdim=True)
     unlike = rows != keys
     if rows.shape[1] == rows.shape[2]:
         unlike = unlike & keys.transpose(1, 2)
-    return "of pairs" if is_bias or unlike.any() else "of keys"
+    return "of pairs" if unlike.any() else "of keys"
 
 
 @dataclass(frozen=True)
@@ -238,12 +239,16 @@ def cut_short(inputs: Inputs) -> dict[str, Any]:
     """Copies of inputs in which every mask [B, T] of ones hides its last place of the first sample, as where a prompt is padded."""
 
     def cut(tensor: Tensor) -> Tensor:
-        if tensor.ndim < 2 or tensor.shape[-1] < 2 or not (tensor == 1).all():
-            return tensor
-        tensor[0, ..., -1] = 0
+        if is_mask(tensor):
+            tensor[0, ..., -1] = 0
         return tensor
 
     return {name: _mapped(copied(value), cut) for name, value in inputs.items()}
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is of the form of a mask that hides nothing: ones, a row for each sample."""
+    return tensor.ndim > 1 and tensor.shape[-1] > 1 and bool((tensor == 1).all())
 
 
 def _moved(tensor: Tensor, axis: int | None, chosen: Sequence[int]) -> Tensor:
@@ -286,9 +291,13 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor in a structure of lists, tuples and mappings."""
-    found: list[Tensor] = []
-    _mapped(value, lambda tensor: found.append(tensor) or tensor)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_of(item)]
 
 
 def has_changed(before: Tensor, after: Tensor) -> Tensor:

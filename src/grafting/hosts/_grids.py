@@ -139,23 +139,24 @@ def positions_of(image: PackedTokens, grid: Grid) -> Tensor:
 
 
 def as_argument(x: Tensor, axes: str | None) -> Tensor | list[Tensor]:
-    """Images [B, C, H, W] or videos [B, C, F, H, W] with these axes; without `b`, a list."""
+    """Images [B, C, H, W] or videos [B, C, F, H, W] with these axes; without `b`, a list; without `h`, the first row."""
     if axes is None:
         return x
-    have = _AXES[x.ndim].split()
-    if "f" in axes and "f" not in have:
+    have, wanted = _AXES[x.ndim].split(), axes.split()
+    if "f" in wanted and "f" not in have:
         x, have = x.unsqueeze(2), _AXES[5].split()
-    wanted = axes.split()
+    if "h" not in wanted:
+        x, have = x.select(have.index("h"), 0), [axis for axis in have if axis != "h"]
     permuted = x.permute([have.index(axis) for axis in (wanted if "b" in wanted else ["b", *wanted])])
     return permuted if "b" in wanted else list(permuted.unbind())
 
 
 def as_images(x: Tensor | Sequence[Tensor], axes: str | None, *, is_video: bool) -> Tensor:
     """Undo `as_argument`."""
-    if axes is None:
-        return x if isinstance(x, Tensor) else torch.stack(list(x))
-    found = axes.split() if "b" in axes.split() else ["b", *axes.split()]
     stacked = x if isinstance(x, Tensor) else torch.stack(list(x))
-    wanted = [axis for axis in _AXES[5].split() if axis in found]
-    images = stacked.permute([found.index(axis) for axis in wanted])
+    if axes is None:
+        return stacked
+    found = axes.split() if "b" in axes.split() else ["b", *axes.split()]
+    images = stacked.permute([found.index(axis) for axis in _AXES[5].split() if axis in found])
+    images = images if "h" in found else images.unsqueeze(-2)
     return images if is_video or images.ndim == 4 else images.squeeze(2)

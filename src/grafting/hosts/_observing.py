@@ -104,7 +104,6 @@ class Observation:
     """Modules that are called attention by their class, ran, and made no call."""
     modules: Mapping[str, set[tuple[str, ...]]]
     """Paths of the modules that ran, each with the paths of those within which it ran."""
-    num_forwards: int
 
 
 @dataclass
@@ -114,14 +113,12 @@ class _Trials:
     model: nn.Module
     inputs: Inputs
     first: Forward = field(init=False)
-    num_forwards: int = 1
 
     def __post_init__(self) -> None:
         self.first = unmixed_forward(self.model, self.inputs)
 
     def touched(self, name: str, *, axis: int | None = None, chosen: Sequence[int] = ()) -> "_Touched | None":
         """Which tokens of each call depend on an argument, or on places of it; None if the model does not take the change."""
-        self.num_forwards += 1
         try:
             calls = unmixed_forward(self.model, perturbed(self.inputs, name, axis=axis, chosen=chosen)).calls
         except HostError:
@@ -136,7 +133,6 @@ class _Trials:
 
     def padded(self) -> list[SdpaCall]:
         """The calls where prompts are padded; the first ones if the model does not run so, or calls otherwise."""
-        self.num_forwards += 1
         try:
             calls = unmixed_forward(self.model, cut_short(self.inputs)).calls
         except HostError:
@@ -205,7 +201,7 @@ def observe(model: nn.Module, inputs: Inputs, *, image: str | None = None) -> Ob
         _attention_call(i, call, padded[i].mask, touched[name], streams, places)
         for i, call in enumerate(trials.first.calls)
     )
-    return Observation(name, calls, _silent(model, trials.first), trials.first.modules, trials.num_forwards)
+    return Observation(name, calls, _silent(model, trials.first), trials.first.modules)
 
 
 def _size(value: Any) -> int:

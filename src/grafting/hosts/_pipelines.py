@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig
 from ..errors import HostError
+from ._arguments import Knowledge
 from ._forwards import copied
-from ._proposing import Knowledge
 from ._spec import Output, Time
 
 _DEFAULTS: dict[str, Any] = {
@@ -26,6 +26,10 @@ _DEFAULTS: dict[str, Any] = {
     "use_resolution_binning": False,
 }
 """What a pipeline is called with where its caller says nothing: as little as most take, and rows unlike columns."""
+
+
+_LIKE = 0.3
+"""Cosine above which what the scheduler is given is the output, guided or not, and not another quantity."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,9 @@ def transformer_of(pipeline: Any) -> nn.Module:
     """
     from diffusers import DiffusionPipeline
 
-    if not isinstance(pipeline, DiffusionPipeline):
+    if not isinstance(pipeline, cast(Any, DiffusionPipeline)):
         raise HostError(f"a diffusers pipeline or a model is traced; found a {type(pipeline).__name__}")
-    parts = pipeline.components
+    parts: dict[str, Any] = pipeline.components
     for name in ("transformer", "transformer_2", "prior"):
         if isinstance(parts.get(name), nn.Module):
             return parts[name]
@@ -184,23 +188,29 @@ def _time(spy: _Spy) -> Time | None:
 
 
 def _output(spy: _Spy) -> Output | None:
-    """The sign and the channels with which the scheduler was given the model's output."""
-    if not spy.stepped or not spy.outputs:
+    """The sign and the channels with which the scheduler was given the model's output; None if that does not resemble it."""
+    if not spy.stepped:
         return None
-    returned, given = _tensor(spy.outputs[0]), spy.stepped[0]
-    if returned is None or returned.ndim != given.ndim:
+    returned = torch.stack(
+        [sample.flatten() for output in spy.outputs[: spy.calls_at_step] for sample in _samples(output)]
+    )
+    average, given = returned.float().mean(0), spy.stepped[0][0].float().flatten()
+    half = len(average) == 2 * len(given)
+    average = average[: len(given)] if half else average
+    if len(average) != len(given):
         return None
-    half = returned.shape[1] == 2 * given.shape[1]
-    returned = returned.chunk(2, dim=1)[0] if half else returned
-    if returned.shape[1:] != given.shape[1:]:
-        return None
-    return Output(sign=-1 if float((returned[-1:] * given[-1:]).sum()) < 0 else 1, half=half)
+    likeness = float(torch.cosine_similarity(average, given, dim=0))
+    return Output(sign=-1 if likeness < 0 else 1, half=half) if abs(likeness) > _LIKE else None
 
 
-def _tensor(output: Any) -> Tensor | None:
-    while isinstance(output, Mapping | list | tuple) and output:
-        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return output if isinstance(output, Tensor) else None
+def _samples(output: Any) -> list[Tensor]:
+    """The predictions of a batch, one a sample: rows of a tensor, or a list of tensors."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output
+        if isinstance(output, list):
+            return output
+        output = output[0] if isinstance(output, tuple) else output
+    return list(output)
 
 
 def _process(scheduler: str, config: Mapping[str, Any]) -> ProcessConfig | None:

@@ -194,7 +194,9 @@ class SdpaHost(Host[nn.Module]):
         time = spec.time.scale - t if spec.time.reversed else t
         given = {spec.time.argument: time.long() if spec.time.whole else time}
         known = {**self._constants(model, grid, len(x_t), condition, like=x_t), **given, **condition}
-        output = model(**self._image_arguments(x_t, grid), **known, return_dict=False)[0]
+        # positions of a condition's tokens and the image's may lie in one argument, which the condition then holds
+        returned = model(**{**self._image_arguments(x_t, grid), **known}, return_dict=False)
+        output = returned if isinstance(returned, Tensor) else returned[0]
         if isinstance(spec.image, LatentTokens):
             output = as_images(output, spec.image.axes, is_video=is_video)
         else:

@@ -175,6 +175,8 @@ class SdpaSpec(_Spec):
 
     name: str
     """Of the host."""
+    about: str = ""
+    """What these models are, in a sentence or two."""
     model_class: str
     """Import path: `package.module:Class`."""
     blocks: tuple[BlockList, ...] = Field(min_length=1)
@@ -210,7 +212,7 @@ class SdpaSpec(_Spec):
     @field_serializer("process")
     def _with_name(self, process: ProcessConfig | None) -> dict[str, JsonValue] | None:
         """Whole, also where defaults are left out: its name is one."""
-        return process and process.model_dump(mode="json")
+        return None if process is None else process.model_dump(mode="json")
 
     @model_validator(mode="after")
     def _orders(self) -> "SdpaSpec":

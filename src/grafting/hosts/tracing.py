@@ -2,22 +2,27 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ..contract import Grid
 from ..errors import HostError
 from ..machine.files import write_bytes
+from ._arguments import Knowledge
+from ._forwards import copied, run, tensors_of
+from ._host import LayoutTracker
 from ._observing import AttentionCall, Observation, observe
 from ._pipelines import Caught, catch
-from ._proposing import Knowledge, propose
+from ._proposing import propose
+from ._registry import hosts
 from ._sdpa import SdpaHost
-from ._spec import SdpaSpec
+from ._spec import BlockList, SdpaSpec
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class SeenAttention:
     keys: str
     mask: str
 
+    @property
+    def tokens(self) -> str:
+        """Its queries, and its keys where they are others."""
+        return self.queries if self.queries == self.keys else f"{self.queries} over {self.keys}"
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -41,6 +51,8 @@ class Trace:
     spec: SdpaSpec
     questions: tuple[str, ...]
     """What the trace could not tell, each with what was assumed."""
+    partial: tuple[str, ...]
+    """Attentions among the spec's whose masks are not of keys alone: kernels cannot answer them, so plans leave them out."""
     grid: Grid
     """Of the example's image tokens."""
     num_forwards: int
@@ -48,6 +60,29 @@ class Trace:
     model: nn.Module
     example: Mapping[str, Any]
     """The keyword arguments of the forward pass that was traced."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks whose attention a kernel can answer."""
+        sites = self.host.sites(self.model)
+        return tuple(
+            site.block for site in sites if site.role == "attention" and site.path not in self.partial
+        )
+
+    def outputs(self) -> list[Tensor]:
+        """What the model, as it is now, returns for the example."""
+        return tensors_of(run(self.model, copied(self.example)))
+
+    def __str__(self) -> str:
+        """What was seen, what the spec takes, and what is to be checked, a line each."""
+        grid, spec = self.grid, self.spec
+        lines = [
+            f"{type(self.model).__name__}: {grid.frames} x {grid.rows} x {grid.cols} image tokens, {self.num_forwards} forward passes",
+            *(f"  {row.count} x {row.path}: {row.kind}, {row.tokens}, mask: {row.mask}" for row in self.seen),
+            *(f"{b.path}.*.{b.attention} takes {', '.join(_takes(b))}" for b in spec.blocks),
+            *(f"To check: {question}" for question in self.questions),
+        ]
+        return "\n".join(lines)
 
     @property
     def host(self) -> SdpaHost:
@@ -91,15 +126,23 @@ def trace(
         HostError: no transformer, no example, or no attention that kernels could take the place of.
     """
     caught = _example(source, example, call)
-    seen = observe(caught.model, caught.inputs, image=image)
-    proposal = propose(caught.model, caught.inputs, seen, known=caught.known, native_grid=native_grid)
-    host = SdpaHost(proposal.spec)
+    if LayoutTracker.of(caught.model) is not None:
+        raise HostError(
+            f"the {type(caught.model).__name__} is grafted already: undo that, or trace the model that it was made from"
+        )
+    with _counting(caught.model) as forwards:
+        seen = observe(caught.model, caught.inputs, image=image)
+        proposal = propose(caught.model, caught.inputs, seen, known=caught.known, native_grid=native_grid)
+    name = proposal.spec.name
+    spec = proposal.spec.model_copy(update={"name": f"{name}-traced"}) if name in hosts() else proposal.spec
+    host = SdpaHost(spec)
     host.sites(caught.model)
     return Trace(
-        spec=proposal.spec,
+        spec=spec,
         questions=tuple(proposal.questions),
+        partial=tuple(proposal.partial),
         grid=host.image_grid(caught.model, caught.inputs),
-        num_forwards=seen.num_forwards,
+        num_forwards=len(forwards),
         seen=tuple(_rows(seen)),
         model=caught.model,
         example=caught.inputs,
@@ -127,21 +170,39 @@ def _example(source: Any, example: Mapping[str, Any] | None, call: Mapping[str, 
     return Caught(source, dict(example), Knowledge())
 
 
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[list[None]]:
+    """A list that grows with each forward pass of a model."""
+    forwards: list[None] = []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    try:
+        yield forwards
+    finally:
+        handle.remove()
+
+
+def _takes(blocks: BlockList) -> list[str]:
+    """What may be edited in the blocks of a list."""
+    edits = {"kernels": True, "mixers": blocks.mixers, "MLPs": blocks.mlp, "merge and drop": blocks.returns}
+    return [word for word, can in edits.items() if can]
+
+
 def _rows(seen: Observation) -> list[SeenAttention]:
-    rows = [_row(call) for call in seen.calls]
-    return [SeenAttention(row.path, count, *_rest(row)) for row, count in Counter(rows).items()]
+    counts = Counter(map(_row, seen.calls))
+    return [replace(row, count=count) for row, count in counts.items()]
 
 
 def _row(call: AttentionCall) -> SeenAttention:
-    path = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", call.path)
-    words = [" + ".join(map(str, runs)) for runs in (call.queries, call.keys)]
     mask = (
         call.mask
         if call.mask_padded == call.mask
         else f"{call.mask}, {call.mask_padded} where prompts are padded"
     )
-    return SeenAttention(path, 1, call.kind, *words, "causal" if call.causal else mask)
-
-
-def _rest(row: SeenAttention) -> tuple[str, str, str, str]:
-    return row.kind, row.queries, row.keys, row.mask
+    return SeenAttention(
+        path=re.sub(r"(?<=\.)\d+(?=\.|$)", "*", call.path),
+        count=1,
+        kind=call.kind,
+        queries=" + ".join(map(str, call.queries)),
+        keys=" + ".join(map(str, call.keys)),
+        mask="causal" if call.causal else mask,
+    )

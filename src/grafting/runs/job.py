@@ -22,8 +22,7 @@ from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..sampling.chain import SamplingConfig, check_sampling
 from ..training import distillation
-from ..training.phases import FinetuneConfig, check_division
-from ..training.phases import with_objective as with_objective_of
+from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
 from ..weights.folder import load_model
 from ..weights.locate import find_model
 from ..weights.tensors import weights_sha256
@@ -206,9 +205,9 @@ def know_host(recipe: Recipe) -> None:
 
 def with_objective(recipe: Recipe, host: Host) -> Recipe:
     """The same, with the objective of stage 2 that is the host's where the recipe names none."""
-    if recipe.finetune is None:
+    if recipe.finetune is None or not host.distilled:
         return recipe
-    phases = tuple(with_objective_of(phase, distilled=host.distilled) for phase in recipe.phases)
+    phases = with_objectives(phases_of(recipe.finetune), distilled=True)
     is_one = isinstance(recipe.finetune, FinetuneConfig)
     return recipe.model_copy(update={"finetune": phases[0] if is_one else phases})
 

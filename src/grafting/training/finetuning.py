@@ -30,7 +30,7 @@ from .average import Average
 from .batches import Batches, NoisedBatch
 from .guard import check_weights
 from .phases import FinetuneConfig as FinetuneConfig
-from .phases import check_phases, phases_of, with_objective
+from .phases import check_phases, phases_of, with_objectives
 from .student import Student, block_linears, held_in_bf16
 from .trained import Trained, mark, names_of, operator_parameters, selection
 from .trainee import Trainee
@@ -78,8 +78,8 @@ def finetune(
         MissingBackend: adapters are to be trained, and peft is not installed.
     """
     denoiser = denoiser or host_of(model).denoiser(model)
-    asked = phases_of(config if trainable is None else _with_trainable(config, trainable))
-    phases = tuple(with_objective(phase, distilled=denoiser.distilled) for phase in asked)
+    given = phases_of(config if trainable is None else _with_trainable(config, trainable))
+    phases = with_objectives(given, distilled=denoiser.distilled)
     check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks))
     for weights in (model, *([] if teacher is None else [teacher])):
         check_weights(weights, "stage 2")
@@ -113,7 +113,7 @@ def finetune(
 def _with_trainable(config: FinetuneConfig | Sequence[FinetuneConfig], trainable: Any) -> FinetuneConfig:
     if not isinstance(config, FinetuneConfig):
         raise TrainingError("trainable goes with one config; of several phases each says its own")
-    return FinetuneConfig.model_validate(config.model_dump() | {"trainable": trainable})
+    return FinetuneConfig.model_validate(config.model_dump(exclude_unset=True) | {"trainable": trainable})
 
 
 def _step_of(state: State | None) -> int:

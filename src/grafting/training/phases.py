@@ -116,7 +116,7 @@ class FinetuneConfig(BaseModel):
     """process: the loss of the noise process. output: the squared distance to the teacher's prediction. Or weights of
     both, `{process: 1, output: 0.5}`. A shorter way to write the two weights that follow, and kept as these."""
     diffusion_weight: NonNegativeFloat = 1.0
-    """Weight of the host's diffusion loss; if omitted for a distilled model, 0."""
+    """Weight of the host's diffusion loss; 0 if omitted for a distilled model."""
     output_weight: NonNegativeFloat = 0.0
     """Weight of the squared distance to the teacher's prediction (noise and variance); 1 if both are omitted for a distilled
     model."""
@@ -195,11 +195,16 @@ def phases_of(config: FinetuneConfig | Sequence[FinetuneConfig] | None) -> Phase
     return (config,) if isinstance(config, FinetuneConfig) else tuple(config)
 
 
-def with_objective(config: FinetuneConfig, *, distilled: bool) -> FinetuneConfig:
-    """The same, with a distilled model's objective where it does not name the process's loss: the teacher's output alone."""
-    if not distilled or "diffusion_weight" in config.model_fields_set:
-        return config
-    return config.model_copy(update={"diffusion_weight": 0.0, "output_weight": config.output_weight or 1.0})
+def with_objectives(phases: Phases, *, distilled: bool) -> Phases:
+    """The same, with a distilled model's objective where one names none of the process's loss: the teacher's output alone."""
+    if not distilled:
+        return phases
+    return tuple(
+        phase
+        if "diffusion_weight" in phase.model_fields_set
+        else phase.model_copy(update={"diffusion_weight": 0.0, "output_weight": phase.output_weight or 1.0})
+        for phase in phases
+    )
 
 
 def phase_faults(phases: Phases) -> list[str]:

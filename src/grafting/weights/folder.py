@@ -224,7 +224,7 @@ def _model_class(folder: Path, config: dict[str, Any], host: Host | None) -> Any
     model_class = next((host.model_class for host in among if host.class_name == name), None)
     if model_class is None:
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
-        raise HostError(f"{folder}: {unknown_class(name)}{hint}")
+        raise HostError(f"{folder} holds a {name}; {unknown_class(name)}{hint}")
     return model_class
 
 

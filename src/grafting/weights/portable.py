@@ -190,9 +190,9 @@ def grafted_class(base: type[Any]) -> type[Any]:
         faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, n))}" for kind, n in found.items() if n]
         if faults:
             raise CheckpointError("\n  ".join([f"{path} does not fit {cls.__name__}", *faults]))
+        model.register_to_config(_name_or_path=str(path))
         if "adapter_sha256" in model.config.get("grafting", {}):
             _add_adapter(model, folder)
-        model.register_to_config(_name_or_path=str(path))
         return (model, found) if options.get("output_loading_info") else model
 
     def save_pretrained(self: Any, folder: str | PathLike, *args: Any, **options: Any) -> None:
