@@ -9,7 +9,7 @@ WORKERS ?= 2
 # one thread a process: pytest runs several
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help quickstart test test-slow lint format types docs bench schema pages clean
+.PHONY: help quickstart test test-slow lint format types docs bench hosts schema pages clean
 
 help:
 	@echo "make quickstart  graft the bundled diffusion transformer, and write runs/quickstart/report.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make types       mypy"
 	@echo "make docs        the site, in build/site: strict, without network"
 	@echo "make bench       every benchmark of benchmarks/"
+	@echo "make hosts       trace, graft and train every transformer class of diffusers: results/hosts.json, docs/hosts.md"
 	@echo "make schema      the JSON Schema of recipes, for editors: recipes/recipe.schema.json"
 	@echo "make pages       the pages of docs/ that come from the code: operators, hosts"
 	@echo "make clean       remove the environment, caches and build outputs; runs/ stays"
@@ -55,6 +56,9 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+hosts: $(INSTALLED)
+	JAXTYPING_DISABLE=1 PYTHONPATH=tests $(BIN)/python -m hosts.trials
 
 schema: $(INSTALLED)
 	$(BIN)/grafting schema --out recipes/recipe.schema.json

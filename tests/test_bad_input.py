@@ -215,7 +215,7 @@ MODELS = [
     calls("truncated weights", "sites {w}/truncated", "diffusion_pytorch_model.safetensors is not a complete safetensors file"),
     calls("no weights", "sites {w}/weightless", "has a config.json but no diffusion_pytorch_model.safetensors"),
     calls("config is no JSON", "sites {w}/configless", "config.json is not JSON"),
-    calls("unknown class", "sites {w}/unknown", "unknown holds a Transformer9; known are .*DiT"),
+    calls("unknown class", "sites {w}/unknown", "unknown holds a Transformer9; no host .*DiT.*--spec FILE"),
     calls("weights of another width", "sites {w}/other-width", "does not fit DiT: 31 faults", r"has shape \(192,\), expected \(384,\)"),
     calls("edited config", "sites {w}/edited", "config.json was edited after it was saved"),
     calls("other weights", "sites {w}/swapped", "is not the file that config.json describes: its SHA-256 is"),
@@ -256,7 +256,7 @@ SAMPLES = [
 
 COMMANDS = [
     calls("no recipe", "check {w}/none.yaml", "no recipe file {w}/none.yaml"),
-    calls("unknown operator's settings", "operators hyena-q", "no operator 'hyena-q'; there are .*hyena-x"),
+    calls("unknown operator's settings", "operators hyena-q", "no operator 'hyena-q'; did you mean 'hyena-.'. there are .*hyena-x"),
     calls("grid in words", "cost {w}/recipe.yaml --grid large", "--grid is rows x columns of tokens, such as 64x64, or"),
     calls("bands in words", "locality {w}/dit --bands wide", "--bands is numbers of tokens, such as 2,4,8; found 'wide'"),
     calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus'; there are .*h100"),

@@ -283,10 +283,7 @@ def test_a_sharded_run_of_two_processes_is_gone_on_with_by_one(tmp_path):
         on_step=lambda stage, step: seen.append((stage, step.done)),
     )
     assert seen == [("finetune", 5), ("finetune", 6)]
-    want, got = (
-        load_tensors(tmp_path / name / "model/diffusion_pytorch_model.safetensors")
-        for name in ("whole", "lost")
-    )
+    want, got = (load_tensors(tmp_path / name / "model/model.safetensors") for name in ("whole", "lost"))
     assert want.keys() == got.keys()
     for name, tensor in want.items():
         if tensor.any():

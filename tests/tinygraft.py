@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from grafting.editing.plan import Plan, Replace
 from grafting.hosts import hosts
 from grafting.machine.files import hash_json, sha256_of
-from grafting.weights.locate import CONFIG_NAME, WEIGHTS_NAME
+from grafting.weights.locate import CONFIG_NAME, GRAFTED_NAME
 
 HOST = hosts()["dit"]
 PLAN = Plan(
@@ -34,7 +34,7 @@ def write_config(folder, config):
     (folder / CONFIG_NAME).write_text(json.dumps(config))
 
 
-def edit_weights(folder, edit, *, name=WEIGHTS_NAME):
+def edit_weights(folder, edit, *, name=GRAFTED_NAME):
     """Change the tensors of a folder in place, and its hashes with them."""
     tensors = load_file(folder / name)
     edit(tensors)

@@ -20,7 +20,7 @@ from grafting.contract import Grid, KernelConfig, OperatorConfig, Role, Site
 from grafting.diffusion import FlowMatching
 from grafting.editing.plan import Drop, Merge, Plan
 from grafting.errors import PlanError
-from grafting.hosts import Host, hosts
+from grafting.hosts import Host, SdpaHost, hosts
 from grafting.operators import PRESETS, operator_configs, parse_operator
 
 # the sizes of DiT-XL/2: what costs are said of
@@ -112,7 +112,7 @@ def hosts_page() -> str:
     rows = [
         [
             f"`{name}`",
-            f"`{host.model_class.__name__}`",
+            f"`{host.class_name}`",
             ", ".join(_operators_of(host)),
             ", ".join(_depth_of(host)) or "none",
             _process_of(host) + (", distilled" if host.distilled else ""),
@@ -126,24 +126,29 @@ def hosts_page() -> str:
             [
                 "# Known hosts\n\nThis page is written from the code by `python tools/make_pages.py`.",
                 "These families have a file of their own in `src/grafting/hosts/`: `grafting.load`, recipes and pipelines know "
-                "them by class. Any other transformer whose attention calls `scaled_dot_product_attention` takes kernels by a "
+                "them by class. Any other transformer whose attention calls `scaled_dot_product_attention` is described by a "
                 "spec: [extending](extending.md#add-a-host).",
                 _table(headings, rows),
-                "*Distilled* hosts should follow the teacher's output, `finetune: {diffusion_weight: 0, output_weight: 1}`. A host that is asked by prompts takes a folder of encoded "
+                "In stage 2, *distilled* hosts follow the teacher's output, unless a recipe names the process's loss. A host that is asked by prompts takes a folder of encoded "
                 "ones: [text to image](text-to-image.md). Videos are not decoded yet. Only `dit` and `pixart` have a "
                 "testbed that measures their images; the others are tested on tiny random models.",
-                *(f"## {name}\n\n{_prose(type(host))}" for name, host in hosts().items()),
+                *(f"## {name}\n\n{_about(host)}" for name, host in hosts().items()),
             ]
         )
         + "\n"
     )
 
 
+def _about(host: Host[Any]) -> str:
+    return host.spec.about if isinstance(host, SdpaHost) else _prose(type(host))
+
+
 def _operators_of(host: Host[Any]) -> Iterable[str]:
     yield "kernels"
-    if "attention" in host.calls:
+    replaceable = {site.role for site in host.sites(host.tiny()) if site.module}
+    if "attention" in replaceable:
         yield "mixers"
-    if "mlp" in host.calls:
+    if "mlp" in replaceable:
         yield "MLPs"
 
 
@@ -158,6 +163,8 @@ def _depth_of(host: Host[Any]) -> Iterable[str]:
 
 
 def _process_of(host: Host[Any]) -> str:
+    if isinstance(host, SdpaHost) and host.spec.process is None:
+        return "none of grafting's"
     return "flow" if isinstance(host.process(host.tiny()), FlowMatching) else "predicted noise"
 
 

@@ -13,6 +13,7 @@ from .contract import KernelConfig as KernelConfig
 from .contract import Mixer as Mixer
 from .contract import MixerConfig as MixerConfig
 from .contract import MlpWeights as MlpWeights
+from .contract import ModuleCall as ModuleCall
 from .contract import NoiseProcess as NoiseProcess
 from .contract import OperatorConfig as OperatorConfig
 from .contract import Site as Site
@@ -45,7 +46,6 @@ from .editing.plan import Replace as Replace
 from .editing.surgery import Graft as Graft
 from .editing.surgery import build_operators as build_operators
 from .editing.surgery import grafted as grafted
-from .editing.surgery import place as place
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError
 from .errors import GraftingError as GraftingError
@@ -74,9 +74,17 @@ from .evaluation import evaluate as evaluate
 from .evaluation import inception_network as inception_network
 from .evaluation import open_adm_reference as open_adm_reference
 from .evaluation import ratio as ratio
-from .hosts import Call as Call
+from .hosts import BlockList as BlockList
 from .hosts import Host as Host
+from .hosts import LatentTokens as LatentTokens
+from .hosts import PackedTokens as PackedTokens
+from .hosts import SdpaHost as SdpaHost
+from .hosts import SdpaSpec as SdpaSpec
+from .hosts import Trace as Trace
 from .hosts import host_of as host_of
+from .hosts import load_spec as load_spec
+from .hosts import trace as trace
+from .hosts import use_spec as use_spec
 from .latents.decoding import VaeConfig as VaeConfig
 from .metrics.features import FeatureNetwork as FeatureNetwork
 from .metrics.features import Features as Features
@@ -111,8 +119,8 @@ from .training.calibration import CalibrateConfig as CalibrateConfig
 from .training.calibration import calibrate as calibrate
 from .training.distillation import DistillConfig as DistillConfig
 from .training.distillation import distill as distill
-from .training.finetuning import FinetuneConfig as FinetuneConfig
 from .training.finetuning import finetune as finetune
+from .training.phases import FinetuneConfig as FinetuneConfig
 from .weights.diffusers import export_diffusers as export_diffusers
 from .weights.diffusers import original_embeddings as original_embeddings
 from .weights.folder import load as load
@@ -122,6 +130,7 @@ from .weights.folder import save as save
 from .weights.folder import save_delta as save_delta
 from .weights.folder import save_model as save_model
 from .weights.pipelines import graft as graft
+from .weights.pipelines import place as place
 from .weights.portable import Base as Base
 from .weights.portable import plan_of as plan_of
 from .weights.portable import with_plan as with_plan

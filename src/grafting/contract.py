@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import JsonValue
 from torch import Generator, Tensor, nn
 
@@ -21,6 +21,8 @@ Kwargs: TypeAlias = dict[str, Any]
 """Keyword arguments of a call of a model or its modules, of which each model has its own."""
 
 Role = Literal["attention", "mlp", "block"]
+Honoured = Literal["key mask", "image queries"]
+ANY_CALL: frozenset[Honoured] = frozenset({"key mask", "image queries"})
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,57 @@ class Grid:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Layout of a sequence: a grid of image tokens, and text tokens before or after them."""
+    """Layout of one call: a grid of image tokens, and others (text, registers, history) before and after it.
+
+    It is that of the keys. Queries have the same, or are the image alone. Kernels treat image tokens by their rule and keep
+    the others global: they see all and are seen by all.
+    """
 
     grid: Grid
-    num_text: int = 0
-    text_first: bool = True
+    before: int = 0
+    """Other tokens that stand before the image."""
+    after: int = 0
+    """Other tokens that stand after it."""
+    key_mask: Bool[Tensor, "b l"] | None = field(default=None, compare=False)
+    """False at tokens that no query sees, such as padding of a prompt; None where all are seen."""
+    image_queries: bool = False
+    """True if the queries are those of the image alone."""
+
+    @property
+    def num_others(self) -> int:
+        return self.before + self.after
 
     @property
     def num_tokens(self) -> int:
-        return self.grid.num_tokens + self.num_text
+        """Keys, L."""
+        return self.grid.num_tokens + self.num_others
+
+    @property
+    def num_queries(self) -> int:
+        return self.grid.num_tokens if self.image_queries else self.num_tokens
 
     @property
     def image_slice(self) -> slice:
-        start = self.num_text if self.text_first else 0
-        return slice(start, start + self.grid.num_tokens)
+        """The image among the keys."""
+        return slice(self.before, self.before + self.grid.num_tokens)
+
+    @property
+    def of_queries(self) -> "TokenLayout":
+        """The layout of the queries."""
+        return TokenLayout(self.grid) if self.image_queries else self
+
+    def split(self, x: Shaped[Tensor, "b heads l k"]) -> tuple[Tensor, Tensor]:
+        """The image tokens of x, and all others in their order. For queries, of `of_queries`."""
+        before, image, after = x.split((self.before, self.grid.num_tokens, self.after), dim=2)
+        if self.before and self.after:
+            return image, torch.cat([before, after], dim=2)
+        return image, before if self.before else after
+
+    def join(self, image: Shaped[Tensor, "b heads n k"], others: Shaped[Tensor, "b heads m k"]) -> Tensor:
+        """Undo `split`."""
+        if not self.num_others:
+            return image
+        return torch.cat([others[:, :, : self.before], image, others[:, :, self.before :]], dim=2)
 
 
 @dataclass(frozen=True)
@@ -72,6 +111,49 @@ class BlockCall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleCall:
+    """Calling convention of an attention or MLP that a mixer may replace, as data.
+
+    Arguments named in `must_be_none` change what attention means; a mixer refuses them when they are given. All others are
+    ignored.
+    """
+
+    tokens: str = "hidden_states"
+    """Keyword of the token tensor [B, L, D], where it is not the first argument."""
+    must_be_none: tuple[str, ...] = ()
+    returns: int = 1
+    """Number of values returned: the tokens, then None for each other; 1 is the tensor alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """The calls of `scaled_dot_product_attention` in an attention, as data: what stands in them."""
+
+    order: tuple[str, ...] = ("image",)
+    """Runs of tokens among the keys: `image`, `rest` (as many as there are), arguments of the model by their length; `padding`
+    at the end, where it stands behind the image, whose place then differs from sample to sample."""
+    image_queries: bool = False
+    """True if the queries are those of the image alone."""
+    turn: tuple[Literal["image", "other"], ...] = ("image",)
+    """Calls in a pass, in order: a kernel answers those marked `image`, and those marked `other`, such as of text alone, go
+    through as they are. If there are more turns than one, each is of one sample."""
+    masked: bool = False
+    """True if calls may have a key mask, as for padded prompts."""
+
+    def layout(self, grid: Grid, num_keys: int, lengths: Mapping[str, int]) -> TokenLayout:
+        """The layout of a call with this many keys; `lengths` are those of the arguments that `order` names."""
+        named = {
+            "image": grid.num_tokens,
+            "padding": 0,
+            **{name: lengths[name] for name in self.order if name in lengths},
+        }
+        rest = num_keys - sum(named.get(name, 0) for name in self.order)
+        runs = [named.get(name, rest) for name in self.order]
+        place = self.order.index("image")
+        return TokenLayout(grid, sum(runs[:place]), sum(runs[place + 1 :]), image_queries=self.image_queries)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """A replaceable place in a model, with the facts that operators are sized from.
 
@@ -83,9 +165,15 @@ class Site:
     path: str  # module path inside the model
     dim: int  # D, channels in and out
     grid: Grid
-    num_text: int = 0
+    num_text: int = 0  # tokens beside the image's
     num_heads: int = 0  # attention only
     hidden_dim: int = 0  # MLP only
+    attention: AttentionCall = field(
+        default_factory=AttentionCall
+    )  # what stands in the calls that a kernel answers
+    module: ModuleCall | None = (
+        None  # attention and MLP: how a mixer is called in its place; None if it cannot be
+    )
     call: BlockCall | None = None  # block only
     fixed: str = ""  # block only: why it cannot be merged or dropped; empty if it can
 
@@ -96,10 +184,6 @@ class Site:
     @property
     def num_tokens(self) -> int:
         return self.grid.num_tokens + self.num_text
-
-    @property
-    def layout(self) -> TokenLayout:
-        return TokenLayout(self.grid, self.num_text)
 
 
 class AttentionWeights(NamedTuple):
@@ -125,14 +209,14 @@ class Kernel(nn.Module, ABC):
     @abstractmethod
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
-        """Mixed values; `scale` multiplies q k^T and is 1/sqrt(K) when None."""
+    ) -> Float[Tensor, "b heads m v"]:
+        """Mixed values for the M queries of `layout`; `scale` multiplies q k^T and is 1/sqrt(K) when None."""
 
 
 class Mixer(nn.Module, ABC):
@@ -161,6 +245,12 @@ class Mixer(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} takes no neurons one by one")
 
 
+_CALLS: Mapping[Honoured, str] = {
+    "key mask": "a key mask, which the attention has where prompts are padded",
+    "image queries": "queries of the image alone, with more keys",
+}
+
+
 class OperatorConfig(Settings, ABC):
     """An operator as data: its name and settings, no facts of a host; it builds itself for a site.
 
@@ -168,12 +258,21 @@ class OperatorConfig(Settings, ABC):
     """
 
     roles: ClassVar[frozenset[Role]]
+    honours: ClassVar[frozenset[Honoured]] = frozenset()
+    """What its operator honours of a call beside the image and other tokens: key masks, queries that are the image alone."""
     version: ClassVar[int] = 1  # raised when the same weights come to mean something else
     name: str
 
     def parts(self) -> "tuple[OperatorConfig, ...]":
         """The operators that it is made of, beside itself."""
         return ()
+
+    def call_faults(self, call: AttentionCall) -> list[str]:
+        """Reasons why it cannot answer such calls; empty if it can."""
+        lacking: list[Honoured] = []
+        lacking += ["key mask"] * (call.masked and "key mask" not in self.honours)
+        lacking += ["image queries"] * (call.image_queries and "image queries" not in self.honours)
+        return [f"{self.name} does not honour {_CALLS[lack]}" for lack in lacking]
 
     def faults(self, site: Site) -> list[str]:
         """Reasons why this operator cannot be used at this site; empty if it can."""

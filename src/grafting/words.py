@@ -335,6 +335,7 @@ _ROWS = (
         key="output", title="Distance to the output of the teacher", of="run", better="low",
         shown=("curve",),
     ),
+    Figure(key="phase", title="Phase", brief="phase", of="run", write=count, shown=("progress",)),
     Figure(key="r2", title="R²", of="run", better="high", shown=("progress",)),
     Figure(key="lr", title="Learning rate", of="run", shown=("curve",)),
     Figure(key="grad_norm", title="Gradient norm before clipping", of="run", shown=("curve",)),

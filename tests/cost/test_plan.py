@@ -95,7 +95,7 @@ def test_command_needs_neither_weights_nor_data(tmp_path: Path):
     assert CliRunner().invoke(app, ["cost", str(path), "--grid", "8"]).exit_code == 1
 
 
-@pytest.mark.parametrize("name", list(hosts()))
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_every_host_is_counted_in_any_dtype_and_keeps_no_hook(name):
     edits = plan({"role": "attention", "blocks": [1], "operator": {"name": "window-2d", "radius": 1}})
     host = hosts()[name]

@@ -20,7 +20,7 @@ from grafting.operators import operator_configs
 from hiddenweights import hide_weights
 
 CPU = torch.device("cpu")
-HOSTS = hosts()
+HOSTS = {name: hosts()[name] for name in ("dit", "flux", "pixart", "sd3", "wan")}
 SETTINGS = {"window-1d": {"window": 2}, "mamba2": {"weights": "separate"}}
 PLANS = {
     "nothing": Plan(),

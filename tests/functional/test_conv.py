@@ -9,6 +9,8 @@ from grafting.functional.conv import (
     depthwise_1d_reference,
     depthwise_2d,
     depthwise_2d_reference,
+    depthwise_3d,
+    depthwise_3d_reference,
 )
 
 
@@ -40,6 +42,14 @@ def test_2d_equals_its_definition(grid, kernel_size):
     inputs = torch.randn(2, *grid, 10), torch.randn(10, 1, kernel_size, kernel_size), torch.randn(10)
     got = gradients(depthwise_2d, *inputs)
     assert_same("2d", got, gradients(depthwise_2d_reference, *inputs), 1e-5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 3, 5), (4, 3, 2)])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3])
+def test_3d_equals_its_definition(grid, kernel_size):
+    inputs = torch.randn(2, *grid, 6), torch.randn(6, 1, *[kernel_size] * 3), torch.randn(6)
+    got = gradients(depthwise_3d, *inputs)
+    assert_same("3d", got, gradients(depthwise_3d_reference, *inputs), 1e-5)
 
 
 def test_1d_is_a_causal_convolution_of_torch():

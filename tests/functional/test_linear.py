@@ -88,7 +88,7 @@ def test_relu_without_any_positive_feature_is_zero_not_nan():
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_conv_filters_each_frame_and_leaves_text_alone(text_first):
-    layout = TokenLayout(Grid(5, 7, frames=2), num_text=3, text_first=text_first)
+    layout = TokenLayout(Grid(5, 7, frames=2), **{"before" if text_first else "after": 3})
     v = torch.randn(2, 3, layout.num_tokens, 4, dtype=torch.float64)
     weight = torch.randn(12, 1, 3, 3, dtype=torch.float64)
     got = depthwise_conv(v, weight, layout)

@@ -14,10 +14,10 @@ from grafting.functional.window import window_1d, window_1d_reference, window_2d
 LAYOUTS = [
     TokenLayout(Grid(1, 1)),
     TokenLayout(Grid(7, 9)),
-    TokenLayout(Grid(5, 20), num_text=5),
-    TokenLayout(Grid(20, 5), num_text=5, text_first=False),
+    TokenLayout(Grid(5, 20), before=5),
+    TokenLayout(Grid(20, 5), after=5),
     TokenLayout(Grid(33, 27)),
-    TokenLayout(Grid(29, 23, frames=2), num_text=3),
+    TokenLayout(Grid(29, 23, frames=2), before=3),
 ]
 SPANS = [(1, "clipped"), (3, "clipped"), (1, "shifted"), (2, "shifted"), (3, "shifted")]
 
@@ -91,7 +91,7 @@ def test_window_1d_equals_its_reference_at_any_length(num_tokens, window, num_te
 
 
 def test_values_may_be_wider_than_keys():
-    layout = TokenLayout(Grid(31, 33), num_text=5)
+    layout = TokenLayout(Grid(31, 33), before=5)
     assert_same_function(
         lambda *qkv: window_2d(*qkv, layout, radius=2),
         lambda *qkv: window_2d_reference(*qkv, layout, radius=2),
@@ -136,7 +136,7 @@ def test_neighbours_at_the_border_counted_by_hand(border, corner, edge):
 
 
 def test_text_sees_and_is_seen_by_all_image_tokens_see_their_window():
-    layout = TokenLayout(Grid(8, 32), num_text=2, text_first=False)
+    layout = TokenLayout(Grid(8, 32), after=2)
     q = torch.zeros(1, 1, 258, 2)
     mixed = window_1d(q, q, torch.eye(258)[None, None], layout, window=3)[0, 0]
     assert (mixed[256:] > 0).all()

@@ -21,7 +21,6 @@ from grafting.hosts import (
     hosts,
 )
 from grafting.hosts._host import randomise
-from grafting.hosts.flux import FluxHost
 
 FLUX, WAN = hosts()["flux"], hosts()["wan"]
 GRID = Grid(rows=4, cols=6)
@@ -53,11 +52,13 @@ def test_flux_blocks_are_counted_through_both_lists(flux):
 
 
 def test_flux_layout_has_text_first_and_the_grid_of_the_positions(flux, inputs):
-    assert FLUX.layout(flux, **inputs) == TokenLayout(GRID, NUM_TEXT, text_first=True)
+    assert FLUX.image_grid(flux, inputs) == GRID
+    layout = FLUX.sites(flux)[0].attention.layout(GRID, GRID.num_tokens + NUM_TEXT, {})
+    assert layout == TokenLayout(GRID, before=NUM_TEXT)
     turned = FLUX.example(flux, rows=GRID.cols, cols=GRID.rows, batch_size=1)
-    assert FLUX.layout(flux, **turned).grid == Grid(GRID.cols, GRID.rows)
+    assert FLUX.image_grid(flux, turned) == Grid(GRID.cols, GRID.rows)
     batched = inputs | {"img_ids": inputs["img_ids"].expand(2, -1, -1)}
-    assert FLUX.layout(flux, **batched).grid == GRID
+    assert FLUX.image_grid(flux, batched) == GRID
 
 
 def test_positions_that_are_no_grid_are_an_error(flux, inputs):
@@ -65,11 +66,11 @@ def test_positions_that_are_no_grid_are_an_error(flux, inputs):
     with pytest.raises(
         HostError, match="img_ids is not one grid in raster order: 24 image tokens, 4 rows and 6"
     ):
-        FLUX.layout(flux, **inputs)
+        FLUX.image_grid(flux, inputs)
 
 
 def test_a_given_grid_is_checked_against_the_tokens(flux, inputs):
-    host = FluxHost(grid=GRID)
+    host = FLUX.at_grid(GRID)
     graft(flux, plan({"name": "window-2d", "radius": 1}), host=host)
     assert host_of(flux) is host
     flux(**inputs)
@@ -82,7 +83,7 @@ def test_a_given_grid_is_checked_against_the_tokens(flux, inputs):
 
 def test_a_window_does_not_fit_the_grid_that_the_host_was_made_for(flux):
     with pytest.raises(PlanError, match="3 > 2 columns"):
-        graft(flux, plan({"name": "window-2d", "radius": 1}), host=FluxHost(grid=Grid(8, 2)))
+        graft(flux, plan({"name": "window-2d", "radius": 1}), host=FLUX.at_grid(Grid(8, 2)))
 
 
 @pytest.mark.parametrize("path", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"])
@@ -138,8 +139,7 @@ COGVIEW = SdpaHost(
         name="cogview",
         model_class="diffusers:CogView3PlusTransformer2DModel",
         blocks=(BlockList(path="transformer_blocks", attention="attn1"),),
-        image=LatentTokens(),
-        text="encoder_hidden_states",
+        order=("rest", "image"),
         native_grid=Grid(8, 8),
         native_num_text=77,
     )
@@ -179,7 +179,9 @@ def test_a_users_spec_grafts_a_class_that_is_no_host(cogview):
         before = COGVIEW.predict(cogview, x_t, t, condition)
         record = graft(cogview, plan("softmax"), host=COGVIEW)
         assert torch.equal(COGVIEW.predict(cogview, x_t, t, condition), before)
-        assert next(iter(record.operators.values())).tracker.layout == TokenLayout(GRID, NUM_TEXT, True)
+        operator = next(iter(record.operators.values()))
+        layout = operator.tracker.layout(operator.site, GRID.num_tokens + NUM_TEXT)
+        assert layout == TokenLayout(GRID, before=NUM_TEXT)
         record.undo()
         assert not cogview._forward_pre_hooks
         place(cogview, build_operators(cogview, plan({"name": "window-2d", "radius": 1}), host=COGVIEW))
@@ -204,19 +206,15 @@ def test_what_a_spec_does_not_say_is_refused():
         lambda: COGVIEW.mlp_weights(nn.Identity()),
         lambda: COGVIEW.attention_weights(nn.Identity()),
     ):
-        with pytest.raises(HostError, match="host 'cogview' is described for kernels only"):
+        with pytest.raises(HostError, match="the spec of host 'cogview' does not declare"):
             ask()
-
-
-class Video(nn.Module):
-    def forward(self, latent):
-        return latent
 
 
 def test_latents_of_videos_have_frames():
     image = LatentTokens(argument="latent", patch_size=(1, 2, 2))
-    host = SdpaHost(COGVIEW.spec.model_copy(update={"image": image, "text": None}))
-    assert host.layout(Video(), torch.zeros(1, 4, 3, 8, 12)).grid == Grid(rows=4, cols=6, frames=3)
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"image": image}))
+    video = {"latent": torch.zeros(1, 4, 3, 8, 12)}
+    assert host.image_grid(nn.Identity(), video) == Grid(rows=4, cols=6, frames=3)
 
 
 def test_windows_of_a_video_stay_in_their_frame():
@@ -227,7 +225,7 @@ def test_windows_of_a_video_stay_in_their_frame():
     graft(wan, plan({"name": "window-2d", "radius": 1}))
     wan(**inputs)
     LayoutTracker.of(wan).stays = True
-    assert WAN.layout(wan, **inputs) == TokenLayout(grid, 0)
+    assert WAN.image_grid(wan, inputs) == grid
     rotary = wan.rope(inputs["hidden_states"])
     attention = wan.get_submodule("blocks.0.attn1")
     x = torch.randn(1, grid.num_tokens, 32)

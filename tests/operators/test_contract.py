@@ -4,6 +4,7 @@ Each operator is tried with its defaults, with every other value of its named ch
 """
 
 import json
+from dataclasses import replace
 from typing import Literal, get_args, get_origin
 
 import jaxtyping
@@ -28,14 +29,16 @@ MORE_SETTINGS = {
     "ttt": [{"window": 1}],
     "window-1d": [{"window": 1}],
     "window-2d": [{"radius": 2, "border": "shifted"}],
+    "gated-conv-se": [{"kernel_size": 3, "geometry": "2d"}],
 }
 DIM, NUM_HEADS = 16, 4
 LAYOUTS = [
     TokenLayout(Grid(1, 1)),
     TokenLayout(Grid(7, 9)),
-    TokenLayout(Grid(5, 20), num_text=5),
-    TokenLayout(Grid(20, 5), num_text=5, text_first=False),
-    TokenLayout(Grid(5, 6, frames=2)),
+    TokenLayout(Grid(5, 20), before=5),
+    TokenLayout(Grid(20, 5), after=5),
+    TokenLayout(Grid(5, 6, frames=3)),
+    TokenLayout(Grid(6, 5), before=2, after=3),
 ]
 
 
@@ -60,17 +63,25 @@ def variants():
 
 def describe(value):
     if isinstance(value, TokenLayout):
-        grid, side = value.grid, "before" if value.text_first else "after"
-        text = f"+{value.num_text}{side}" if value.num_text else ""
+        grid = value.grid
+        text = f"{value.before}+" * bool(value.before) + f"+{value.after}" * bool(value.after)
         return f"{grid.frames}x{grid.rows}x{grid.cols}{text}"
     settings = {k: v for k, v in value.model_dump(exclude_defaults=True).items() if k != "name"}
     return "-".join([value.name, *(f"{k}={v}" for k, v in settings.items())])
 
 
-def site_for(config, layout=LAYOUTS[1]):
+def ordinary(config):
+    """The layout that an operator is tried on: an image, or a video for one that needs frames."""
+    return LAYOUTS[4] if config.name == "window-3d" else LAYOUTS[1]
+
+
+def site_for(config, layout=None):
+    layout = layout or ordinary(config)
     facts = {"num_heads": NUM_HEADS} if "attention" in config.roles else {"hidden_dim": 4 * DIM}
     role = "attention" if "attention" in config.roles else "mlp"
-    return Site(role=role, block=0, path="part", dim=DIM, grid=layout.grid, num_text=layout.num_text, **facts)
+    return Site(
+        role=role, block=0, path="part", dim=DIM, grid=layout.grid, num_text=layout.num_others, **facts
+    )
 
 
 def inputs_for(config, layout, *, batch=2, dtype=torch.float32):
@@ -83,7 +94,7 @@ def inputs_for(config, layout, *, batch=2, dtype=torch.float32):
     return [x.detach().unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2).requires_grad_() for x in tensors]
 
 
-def built(config, layout=LAYOUTS[1]):
+def built(config, layout=None):
     """The operator with all parameters drawn anew, so that nothing is hidden by a start at zero or identity."""
     operator = config.build(site_for(config, layout))
     for parameter in operator.parameters():
@@ -145,7 +156,7 @@ def test_samples_of_a_batch_do_not_meet(config, layout):
 @every_variant
 def test_causality_is_as_declared(config):
     """A change of the later tokens reaches an earlier one exactly if the operator does not say that it is causal."""
-    layout, place = LAYOUTS[1], 30
+    layout, place = ordinary(config), 30
     operator, inputs = built(config), inputs_for(config, layout)
     changed = [x.detach().clone() for x in inputs]
     for x in changed:
@@ -159,9 +170,9 @@ def test_causality_is_as_declared(config):
 
 @every_variant
 def test_gradient_checkpointing_changes_nothing(config):
-    operator, inputs = built(config), inputs_for(config, LAYOUTS[1])
-    plain = operator(*inputs, LAYOUTS[1])
-    recomputed = checkpoint(operator, *inputs, LAYOUTS[1], use_reentrant=False)
+    operator, inputs = built(config), inputs_for(config, ordinary(config))
+    plain = operator(*inputs, ordinary(config))
+    recomputed = checkpoint(operator, *inputs, ordinary(config), use_reentrant=False)
     assert torch.equal(plain, recomputed)
     gradients = [torch.autograd.grad(y.sum(), inputs) for y in (plain, recomputed)]
     for want, got in zip(*gradients, strict=True):
@@ -172,10 +183,10 @@ def test_gradient_checkpointing_changes_nothing(config):
 @torch.no_grad()
 def test_weights_are_read_by_the_module_that_has_them_alone(config):
     """What offloads or casts weights brings them in when their module is called: no part reads those of another."""
-    operator, inputs = built(config), inputs_for(config, LAYOUTS[1])
-    want = operator(*inputs, LAYOUTS[1])
+    operator, inputs = built(config), inputs_for(config, ordinary(config))
+    want = operator(*inputs, ordinary(config))
     hide_weights(operator, torch.half)
-    assert torch.equal(operator(*inputs, LAYOUTS[1]), want)
+    assert torch.equal(operator(*inputs, ordinary(config)), want)
 
 
 @every_variant
@@ -187,8 +198,8 @@ def test_config_survives_json(config):
 def test_weights_load_strictly_into_a_fresh_operator(config):
     operator, fresh = built(config), config.build(site_for(config))
     fresh.load_state_dict(operator.state_dict(), strict=True)
-    inputs = inputs_for(config, LAYOUTS[1])
-    assert torch.equal(operator(*inputs, LAYOUTS[1]), fresh(*inputs, LAYOUTS[1]))
+    inputs = inputs_for(config, ordinary(config))
+    assert torch.equal(operator(*inputs, ordinary(config)), fresh(*inputs, ordinary(config)))
 
 
 @every_variant
@@ -294,3 +305,48 @@ def test_text_tokens_are_counted_as_global():
     site = Site(role="attention", block=0, path="attn", dim=1, num_heads=1, grid=Grid(10, 10), num_text=7)
     flops = parse_operator({"name": "window-1d", "window": 4}).mixing_flops(site)
     assert flops == (4 + 2) * (100 * (9 + 7) + 7 * 107)
+
+
+KERNELS = [c for c in variants() if "key mask" in c.honours and not c.faults(site_for(c, LAYOUTS[-1]))]
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=describe)
+def test_hidden_keys_are_as_if_they_were_not_there(config):
+    """Two samples that hide different tokens beside the image give what each gives without them."""
+    layout = LAYOUTS[-1]
+    operator, (q, k, v) = built(config, layout), inputs_for(config, layout)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[0, [1, -1]] = mask[1, [-2, -1]] = False
+    together = operator(q, k, v, replace(layout, key_mask=mask))
+    for i, (before, after) in enumerate([(1, 2), (2, 1)]):
+        seen = [x[i : i + 1, :, mask[i]] for x in (q, k, v)]
+        alone = operator(*seen, TokenLayout(layout.grid, before, after))
+        assert_close(f"sample {i}", together[i : i + 1, :, mask[i]], alone, 1e-5)
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=describe)
+def test_hidden_image_tokens_are_not_seen(config):
+    layout = LAYOUTS[-1]
+    operator, (q, k, v) = built(config, layout), inputs_for(config, layout)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[1, layout.before + 7] = False
+    masked = replace(layout, key_mask=mask)
+    want = operator(q, k, v, masked)
+    k, v = (torch.where(mask[:, None, :, None], x, 3.0) for x in (k, v))
+    got = operator(q, k, v, masked)
+    seen = mask[:, None, :, None].expand_as(want)
+    assert_close("output", got[seen], want[seen], 1e-5)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=describe)
+def test_queries_of_the_image_alone_give_what_they_give_among_all(config):
+    layout = LAYOUTS[-1]
+    operator, (q, k, v) = built(config, layout), inputs_for(config, layout)
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[1, -1] = False
+    image = layout.image_slice
+    for key_mask in (None, mask):
+        whole = operator(q, k, v, replace(layout, key_mask=key_mask))
+        alone = replace(layout, key_mask=key_mask, image_queries=True)
+        assert_close("output", operator(q[:, :, image], k, v, alone), whole[:, :, image], 1e-5)

@@ -18,17 +18,24 @@ def inputs():
 
 def test_starts_as_the_mean_of_local_and_global():
     qkv = inputs()
-    parts = [parse_operator(name).build(SITE)(*qkv, SITE.layout) for name in ("window-2d", "linear")]
+    parts = [
+        parse_operator(name).build(SITE)(*qkv, TokenLayout(SITE.grid, SITE.num_text))
+        for name in ("window-2d", "linear")
+    ]
     hybrid = HybridConfig().build(SITE)
-    assert_close("output", hybrid(*qkv, SITE.layout), (parts[0] + parts[1]) / 2, 1e-6)
+    assert_close(
+        "output", hybrid(*qkv, TokenLayout(SITE.grid, SITE.num_text)), (parts[0] + parts[1]) / 2, 1e-6
+    )
 
 
 def test_each_head_weighs_each_part():
     qkv = inputs()
     hybrid = HybridConfig(first="softmax", second={"name": "window-1d", "window": 2}).build(SITE)
     torch.nn.init.normal_(hybrid.gate)
-    first, second = (part(*qkv, SITE.layout, scale=0.3) for part in (hybrid.first, hybrid.second))
-    got = hybrid(*qkv, SITE.layout, scale=0.3)
+    first, second = (
+        part(*qkv, TokenLayout(SITE.grid, SITE.num_text), scale=0.3) for part in (hybrid.first, hybrid.second)
+    )
+    got = hybrid(*qkv, TokenLayout(SITE.grid, SITE.num_text), scale=0.3)
     for head in range(3):
         want = hybrid.gate[0, head] * first[:, head] + hybrid.gate[1, head] * second[:, head]
         assert_close("output", got[:, head], want, 1e-6)
@@ -39,7 +46,10 @@ def test_with_one_gate_shut_it_is_the_other_part():
     hybrid = HybridConfig(first="linear", second="softmax").build(SITE)
     with torch.no_grad():
         hybrid.gate.copy_(torch.tensor([[0.0], [1.0]]))
-    assert torch.equal(hybrid(*qkv, SITE.layout), softmax(*qkv, SITE.layout))
+    assert torch.equal(
+        hybrid(*qkv, TokenLayout(SITE.grid, SITE.num_text)),
+        softmax(*qkv, TokenLayout(SITE.grid, SITE.num_text)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +116,7 @@ def test_schema_for_editors(settings, fits):
 
 def test_parts_see_the_grid():
     """A frame of one row makes window-2d another function, so the layout has to reach it."""
-    layouts = [TokenLayout(Grid(6, 6), num_text=1), TokenLayout(Grid(1, 36), num_text=1)]
+    layouts = [TokenLayout(Grid(6, 6), before=1), TokenLayout(Grid(1, 36), before=1)]
     hybrid, qkv = HybridConfig().build(SITE), inputs()
     a, b = (hybrid(*qkv, layout) for layout in layouts)
     assert (a - b).abs().max() > 1e-3

@@ -10,7 +10,8 @@ from grafting.contract import AttentionWeights, Grid, Site, TokenLayout
 from grafting.functional.conv import depthwise_1d_reference, depthwise_2d_reference
 from grafting.models.dit import Attention
 from grafting.operators import parse_operator
-from grafting.operators.hyena import GATE_SPREAD, HyenaSEConfig, HyenaXConfig, HyenaYConfig, TokenFilter
+from grafting.operators._filters import GATE_SPREAD, TokenFilter
+from grafting.operators.hyena import HyenaSEConfig, HyenaXConfig, HyenaYConfig
 
 CONFIGS = [HyenaSEConfig, HyenaXConfig, HyenaYConfig]
 GEOMETRIES = ["centred", "causal", "2d"]
@@ -96,14 +97,14 @@ def test_which_tokens_a_token_sees(geometry, kernel_size, want):
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_text_tokens_are_part_of_the_sequence_in_1d(text_first):
-    layout = TokenLayout(Grid(2, 2), num_text=3, text_first=text_first)
+    layout = TokenLayout(Grid(2, 2), **{"before" if text_first else "after": 3})
     mixer = HyenaXConfig().build(site(layout.grid, num_text=3))
     assert seen_by(mixer, layout, 3) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_text_tokens_see_the_centre_tap_in_2d(text_first):
-    layout = TokenLayout(Grid(3, 2), num_text=3, text_first=text_first)
+    layout = TokenLayout(Grid(3, 2), **{"before" if text_first else "after": 3})
     mixer = HyenaXConfig(geometry="2d", kernel_size=3).build(site(layout.grid, num_text=3))
     x = torch.randn(2, 9, DIM)
     y, image = mixer(x, layout), layout.image_slice
@@ -122,7 +123,7 @@ def test_frames_do_not_see_each_other_in_2d():
 
 @every_geometry
 def test_identity_filter(geometry):
-    token_filter, layout = TokenFilter(DIM, 4, geometry), TokenLayout(Grid(3, 5), num_text=2)
+    token_filter, layout = TokenFilter(DIM, 4, geometry), TokenLayout(Grid(3, 5), before=2)
     token_filter.set_identity()
     x = torch.randn(2, 17, DIM)
     assert torch.equal(token_filter(x, layout), x)
@@ -307,7 +308,7 @@ def _untyped():
 @pytest.mark.usefixtures("_untyped")
 @every_geometry
 def test_compiles_whole(geometry):
-    layout = TokenLayout(Grid(3, 5), num_text=2)
+    layout = TokenLayout(Grid(3, 5), before=2)
     mixer = HyenaSEConfig(geometry=geometry).build(site(layout.grid, num_text=2))
     x = torch.randn(2, 17, DIM, requires_grad=True)
     inputs = (x, *mixer.parameters())

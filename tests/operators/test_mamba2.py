@@ -136,7 +136,7 @@ def test_separate_directions_swap_with_their_weights():
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_text_tokens_are_part_of_the_sequence(text_first):
-    layout = TokenLayout(Grid(3, 5), num_text=4, text_first=text_first)
+    layout = TokenLayout(Grid(3, 5), **{"before" if text_first else "after": 4})
     mixer = built()
     x = torch.randn(1, 19, DIM)
     assert torch.equal(mixer(x, layout), mixer(x, TokenLayout(Grid(1, 19))))

@@ -61,10 +61,10 @@ def test_equals_its_definition(grid, scale):
 @pytest.mark.parametrize("text_first", [True, False])
 def test_text_tokens_are_learned_and_asked_but_not_convolved(text_first):
     """With text at either end the image is filtered on its own grid, and its filters do not reach the text."""
-    layout = TokenLayout(Grid(3, 5), num_text=4, text_first=text_first)
+    layout = TokenLayout(Grid(3, 5), **{"before" if text_first else "after": 4})
     kernel, (q, k, v) = built(layout.grid), inputs(19)
     order = torch.arange(19).roll(4 if text_first else -4)
-    other = TokenLayout(Grid(3, 5), num_text=4, text_first=not text_first)
+    other = TokenLayout(Grid(3, 5), **{"after" if text_first else "before": 4})
     moved = kernel(*(x[:, :, order.argsort()] for x in (q, k, v)), other)
     assert_close("output", kernel(q, k, v, layout), moved[:, :, order], 1e-5)
     changed = v.detach().clone()
@@ -102,7 +102,10 @@ def test_a_window_makes_it_a_hybrid():
     kernel, same = config.build(where), hybrid.build(where)
     same.load_state_dict(kernel.state_dict())
     qkv = inputs(35)
-    assert torch.equal(kernel(*qkv, where.layout), same(*qkv, where.layout))
+    assert torch.equal(
+        kernel(*qkv, TokenLayout(where.grid, where.num_text)),
+        same(*qkv, TokenLayout(where.grid, where.num_text)),
+    )
     assert config.mixing_flops(where) == hybrid.mixing_flops(where)
 
 

@@ -353,6 +353,14 @@ def test_two_runs_in_one_process_are_refused_too(tmp_path):
     RunFolder(tmp_path, recipe_name="r").close()
 
 
+def test_a_folder_is_a_run_from_its_first_file_on(tmp_path):
+    """Else a run that was killed when it had written its recipe could not be gone on with."""
+    RunFolder(tmp_path / "r", recipe_name="r").close()
+    assert [path.name for path in (tmp_path / "r").glob("[!.]*")] == ["manifest.json"]
+    (tmp_path / "r" / "recipe.yaml").write_text("name: r")
+    assert _carry_out(tmp_path / "r", 1)
+
+
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     _carry_out(tmp_path, 1)
     (tmp_path / "s" / ".output.1234.partial").write_text("half")

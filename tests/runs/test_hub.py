@@ -12,7 +12,7 @@ from grafting.errors import CheckpointError, RunError
 from grafting.hosts import hosts
 from grafting.runs.hub import push_to_hub
 from grafting.weights.folder import save_model
-from grafting.weights.locate import WEIGHTS_NAME
+from grafting.weights.locate import GRAFTED_NAME
 
 PLAN = Plan(edits=(Replace(role="attention", blocks="odd", operator="hyena-x"),))
 
@@ -65,7 +65,7 @@ def test_a_public_repository_is_asked_for(run):
 
 
 def test_a_damaged_folder_is_not_uploaded(run):
-    weights = run / "model" / WEIGHTS_NAME
+    weights = run / "model" / GRAFTED_NAME
     weights.write_bytes(weights.read_bytes()[:-1])
     hub = StubHub()
     with pytest.raises(CheckpointError, match="is not the file that config.json describes"):

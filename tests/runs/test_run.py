@@ -134,7 +134,7 @@ def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path, stage, do
     process.join()
     assert process.exitcode == -signal.SIGKILL
     run(_recipe(), folder)
-    for name in ("model/diffusion_pytorch_model", "distill/operators", "samples/finetuned", "samples/random"):
+    for name in ("model/model", "distill/operators", "samples/finetuned", "samples/random"):
         want, got = (load_tensors(f / f"{name}.safetensors") for f in (whole, folder))
         assert want.keys() == got.keys()
         assert all(torch.equal(want[key], got[key]) for key in want), name

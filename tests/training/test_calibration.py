@@ -184,7 +184,9 @@ def test_a_narrower_mlp_of_the_testbed_starts_with_little_error():
     list(calibrate(teacher, built, bundled.bundled_subset(), config, denoiser=denoiser()))
     for path, (args, _, want) in _calls(teacher, built).items():
         fitted, inherited = (
-            (want - mlp.mixer(args[0], built[path].tracker.layout)).square().mean()
+            (want - mlp.mixer(args[0], built[path].tracker.layout(built[path].site, args[0].shape[1])))
+            .square()
+            .mean()
             for mlp in (built[path], operators[path])
         )
         assert fitted < 0.2 * inherited

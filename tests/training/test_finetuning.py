@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from grafting.editing.surgery import graft
 from grafting.errors import DataError, TrainingError
 from grafting.hosts import hosts
 from grafting.training.finetuning import FinetuneConfig, finetune
+from grafting.training.phases import with_objectives
 from plainprocess import in_a_plain_process
 from toydata import denoiser, noise_images
 
@@ -215,3 +217,27 @@ def test_half_precision_weights_are_not_trained():
     with pytest.raises(TrainingError, match="the weights to train are bfloat16, .* call model.float"):
         list(_run(model, precision="bf16"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective"),
+    [
+        ({}, (0.0, 1.0)),
+        ({"output_weight": 0.5}, (0.0, 0.5)),
+        ({"diffusion_weight": 1.0}, (1.0, 0.0)),
+        ({"diffusion_weight": 0.2, "output_weight": 0.5}, (0.2, 0.5)),
+    ],
+)
+def test_a_distilled_model_is_trained_on_its_teachers_output(settings, objective):
+    """The process's loss is used where it is named."""
+    config = FinetuneConfig(**settings)
+    (found,) = with_objectives((config,), distilled=True)
+    assert (found.diffusion_weight, found.output_weight) == objective
+    assert with_objectives((config,), distilled=False) == (config,)
+    assert with_objectives((found,), distilled=True) == (found,)
+
+
+def test_a_distilled_model_needs_its_teacher():
+    config, distilled = FinetuneConfig(**BASE), replace(denoiser(), distilled=True)
+    with pytest.raises(TrainingError, match="there is no teacher"):
+        next(finetune(HOST.tiny(), noise_images(32, size=16), config, denoiser=distilled))

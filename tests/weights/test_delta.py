@@ -9,7 +9,7 @@ from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError
 from grafting.hosts import hosts
 from grafting.weights.folder import load, load_model, merge_delta, save_delta, save_model
-from grafting.weights.locate import DELTA_NAME, WEIGHTS_NAME
+from grafting.weights.locate import DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME
 from grafting.weights.portable import Base
 from tinygraft import HOST, PLAN, edit_weights, example
 
@@ -78,7 +78,7 @@ def test_a_delta_of_the_testbed_is_small(tmp_path):
     graft(model, plan)
     save_delta(tmp_path / "delta", model, plan, Base(id="testbed"))
     save_model(tmp_path / "full", model, plan)
-    sizes = [(tmp_path / a / b).stat().st_size for a, b in (("delta", DELTA_NAME), ("full", WEIGHTS_NAME))]
+    sizes = [(tmp_path / a / b).stat().st_size for a, b in (("delta", DELTA_NAME), ("full", GRAFTED_NAME))]
     assert sizes[0] < 0.1 * sizes[1]
     assert torch.equal(load(tmp_path / "delta").x_embedder.proj.weight, model.x_embedder.proj.weight)
 

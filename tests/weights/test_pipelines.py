@@ -13,7 +13,7 @@ from diffusers import PixArtSigmaPipeline
 from typer.testing import CliRunner
 
 import tinypipeline
-from grafting import CheckpointError, HostError, Plan, Replace, graft, load, plan_of
+from grafting import CheckpointError, HostError, Plan, Replace, build_operators, graft, load, place, plan_of
 from grafting.cli import app
 from grafting.hosts import hosts
 from grafting.machine.files import sha256_of
@@ -70,7 +70,17 @@ def test_the_last_undo_gives_the_class_back(pipeline):
     assert type(pipeline.transformer) is PIXART.model_class
 
 
-@pytest.mark.parametrize("name", hosts())
+def test_operators_that_are_placed_are_saved_as_well(pipeline, tmp_path):
+    record = place(pipeline.transformer, build_operators(pipeline.transformer, PLAN))
+    graft(pipeline, MORE)
+    assert repr(record).startswith("Graft of PixArtTransformer2DModel, 1 places edited")
+    pipeline.save_pretrained(tmp_path)
+    again = PixArtSigmaPipeline.from_pretrained(tmp_path).transformer
+    assert len(plan_of(again).edits) == 2
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in pipeline.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_a_model_grafted_in_place_saves_itself_whole(name, tmp_path):
     model = hosts()[name].tiny().eval()
     graft(model, MORE)

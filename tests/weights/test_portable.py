@@ -19,7 +19,7 @@ from grafting.editing.surgery import graft
 from grafting.errors import CheckpointError, PlanError
 from grafting.hosts import LayoutTracker, host_of, hosts
 from grafting.weights.folder import load, save_model
-from grafting.weights.locate import INDEX_NAME, WEIGHTS_NAME
+from grafting.weights.locate import GRAFTED_INDEX_NAME, GRAFTED_NAME
 from grafting.weights.portable import Base, grafted_class, plan_of, with_plan
 
 PIXART = hosts()["pixart"]
@@ -87,7 +87,7 @@ def test_a_pipeline_takes_a_loaded_model_for_its_own(model, tmp_path):
     assert plan_of(load(tmp_path / "again" / "transformer")) == PLAN
 
 
-@pytest.mark.parametrize("name", hosts())
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
 def test_every_host_round_trips_through_diffusers(tmp_path, name):
     host = hosts()[name]
     model = host.tiny().eval()
@@ -97,7 +97,7 @@ def test_every_host_round_trips_through_diffusers(tmp_path, name):
     shared = zip(same.parameters(), model.parameters(), strict=True)
     assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in shared)
     same.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert (tmp_path / INDEX_NAME).is_file()
+    assert (tmp_path / GRAFTED_INDEX_NAME).is_file()
     example = host.example(model, rows=4, cols=6, batch_size=2)
     for loaded in (type(same).from_pretrained(tmp_path), load(tmp_path)):
         assert isinstance(loaded, host.model_class)
@@ -127,9 +127,9 @@ def test_ema_of_a_grafted_model_round_trips(model, tmp_path):
 
 def test_diffusers_refuses_what_it_would_only_warn_of(model, tmp_path):
     with_plan(model, PLAN).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    tensors = load_file(tmp_path / GRAFTED_NAME)
     tensors["extra"] = tensors.pop("transformer_blocks.1.attn1.mixer.out_proj.bias")
-    save_file(tensors, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(tensors, tmp_path / GRAFTED_NAME, metadata={"format": "pt"})
     with pytest.raises(
         CheckpointError, match="missing keys: transformer_blocks.1.attn1.mixer.out_proj.bias\n"
     ):

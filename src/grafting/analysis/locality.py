@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..contract import (
+    ANY_CALL,
     Denoiser,
     Grid,
     Kernel,
@@ -30,6 +30,7 @@ from ..editing.placed import KernelAttention, Placed
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import build_operators, grafted, leaving_no_hook
 from ..errors import HostError
+from ..functional.softmax import softmax_attention
 from ..hosts import Host, host_of
 from ..machine.randomness import sample_noise
 from ..training.activations import shuffled
@@ -190,6 +191,7 @@ class _RecordingConfig(KernelConfig):
     """Softmax attention that keeps account of its map; never part of a recipe."""
 
     name: Literal["recording-softmax"] = "recording-softmax"
+    honours = ANY_CALL
 
     def build(self, site: Site) -> "_Recording":
         return _Recording()
@@ -209,16 +211,16 @@ class _Recording(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
-        image = layout.image_slice
-        self._record(q[:, :, image].detach(), k[:, :, image].detach(), layout.grid, scale)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    ) -> Float[Tensor, "b heads m v"]:
+        image_q, image_k = q[:, :, layout.of_queries.image_slice], k[:, :, layout.image_slice]
+        self._record(image_q.detach(), image_k.detach(), layout.grid, scale)
+        return softmax_attention(q, k, v, key_mask=layout.key_mask, scale=scale)
 
     @torch.no_grad()
     def _record(self, q: Tensor, k: Tensor, grid: Grid, scale: float | None) -> None:

@@ -60,6 +60,29 @@ Settings = Annotated[
 ]
 
 
+_specs: list[Path] = []
+
+
+def _use_spec(path: Path | None) -> Path | None:
+    if path is not None:
+        from ..hosts import use_spec
+
+        use_spec(path)
+        _specs[:] = [path]
+    return path
+
+
+Spec = Annotated[
+    Path | None,
+    typer.Option(
+        "--spec",
+        metavar="FILE",
+        callback=_use_spec,
+        help="Description (YAML) of the model's class, if grafting does not know it.",
+    ),
+]
+
+
 def open_model(name: str) -> "tuple[nn.Module, Plan]":
     """Load the model named on the command line, with the plan it was grafted with.
 
@@ -114,7 +137,8 @@ def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
     """
     from ..runs.file import load_recipe
 
-    return load_recipe(path, changes=dict(map(parse_setting, settings or ())))
+    given = {"spec": str(_specs[0].resolve())} if _specs else {}
+    return load_recipe(path, changes=given | dict(map(parse_setting, settings or ())))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -53,6 +53,7 @@ class Package:
 
 OPTIONAL_PACKAGES = (
     Package("datasets", "datasets", "images of the Hugging Face Hub", "pip install 'grafting[data]'"),
+    Package("peft", "peft", "LoRA adapters in stage 2", "pip install 'grafting[lora]'"),
     Package("transformers", "transformers", "GenEval", "pip install 'grafting[text]'"),
     Package("ray", "ray", "sweeps over a cluster", "pip install 'grafting[ray]'"),
     Package("trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'"),

@@ -1,5 +1,6 @@
 """Read-only commands that inspect recipes and models, and what they cost."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from ._shared import (
     PromptsFolder,
     RecipeFile,
     Settings,
+    Spec,
     err,
     open_denoiser,
     open_model,
@@ -36,7 +38,7 @@ app = typer.Typer()
 
 
 @app.command()
-def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False) -> None:
+def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
     """Check a recipe, and show what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
@@ -94,10 +96,10 @@ def _stages_in_words(job: "Job") -> dict[str, str]:
             f"{recipe.distill.steps} steps of {recipe.distill.batch_size} images, "
             f"{len(job.data) - held_out} to train on and {held_out} held out"
         )
-    if recipe.finetune:
-        words["finetune"] = (
-            f"{recipe.finetune.steps} steps of {recipe.finetune.batch_size} of {len(job.data)} images"
-        )
+    for number, phase in enumerate(recipe.phases, start=1):
+        name = "finetune" if len(recipe.phases) == 1 else f"finetune, phase {number}"
+        trained = "" if phase.trainable == "all" else f", which train {phase.trained_in_words}"
+        words[name] = f"{phase.steps} steps of {phase.batch_size} of {len(job.data)} images{trained}"
     if recipe.sample:
         config = recipe.sample
         words["sample"] = (
@@ -127,6 +129,7 @@ def cost(
         ),
     ] = False,
     as_json: Json = False,
+    spec: Spec = None,
 ) -> None:
     """Show how a plan changes the cost of one forward pass.
 
@@ -140,11 +143,12 @@ def cost(
     from ..cost.plan import measure_plan, plan_cost
     from ..hosts import host_of
     from ..machine.devices import default_device
-    from ..runs.job import load_source, skeleton
+    from ..runs.job import know_host, load_source, skeleton
     from ..runs.paths import naming_paths
 
     loaded = open_recipe(recipe, settings)
     with naming_paths(loaded.written):
+        know_host(loaded)
         bare = skeleton(loaded.source)
     tokens = _parse_grid(grid) if grid else None
     if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:
@@ -178,11 +182,49 @@ def _parse_grid(text: str) -> "Grid":
 
 
 @app.command()
-def sites(model: Model, as_json: Json = False) -> None:
+def sites(
+    model: Model,
+    traced: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Propose the spec of a pipeline (or a model with --example) whose class grafting does not know.",
+        ),
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the traced spec here (YAML).")
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="NAME=VALUE",
+            help="What the traced pipeline is called with: [cyan]--with height=256[/]. Repeatable. [dim]Default: a prompt and a small size.[/]",
+        ),
+    ] = None,
+    example: Annotated[
+        Path | None,
+        typer.Option(
+            "--example",
+            metavar="FILE",
+            help="Tensors (safetensors) that the traced pipeline, or the model's forward, is called with.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    spec: Spec = None,
+) -> None:
     """List a model's sites: where operators can be replaced.
 
     [dim]$ grafting sites testbed[/]
+    [dim]$ grafting sites owner/name --trace --out spec.yaml[/]
     """
+    if traced:
+        from .tracing import trace_sites
+
+        trace_sites(model, to=to, call=call or [], example=example, as_json=as_json)
+        return
+    if to or call or example:
+        raise DataError("--out, --with and --example go with --trace")
     from ..editing.surgery import resolve
     from ..hosts import host_of
 
@@ -262,6 +304,7 @@ def locality(
         ),
     ] = False,
     as_json: Json = False,
+    spec: Spec = None,
 ) -> None:
     """Measure how local each attention is.
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import RecipeError
 from ..runs.paths import recipes_folder
-from ._shared import Json, Out, RecipeFile, Settings, err, open_recipe, out, print_json
+from ._shared import Json, Out, RecipeFile, Settings, Spec, err, open_recipe, out, print_json
 from .display import follow, in_turn, metrics_table, say, show_forecast
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def run(
         typer.Option(min=0.001, max=1, help="MFU to assume: share of the device's peak, from 0 to 1."),
     ] = 0.3,
     as_json: Json = False,
+    spec: Spec = None,
 ) -> None:
     """Run a recipe; finished stages are skipped.
 
@@ -174,6 +175,7 @@ def distill(
     settings: Settings = None,
     track: Track = None,
     peak_tflops: PeakTflops = None,
+    spec: Spec = None,
 ) -> None:
     """Run stage 1: distill the old operators into the new ones.
 
@@ -189,6 +191,7 @@ def finetune(
     settings: Settings = None,
     track: Track = None,
     peak_tflops: PeakTflops = None,
+    spec: Spec = None,
 ) -> None:
     """Run up to stage 2: train the grafted model end to end.
 
@@ -299,6 +302,7 @@ def sweep(
         bool, typer.Option("--ray", help="Distribute the runs over a Ray cluster with a shared file system.")
     ] = False,
     seeds: Seeds = None,
+    spec: Spec = None,
 ) -> None:
     """Run many recipes into one table; finished rows are skipped.
 

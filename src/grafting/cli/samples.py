@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import DataError
-from ._shared import Model, Process, PromptsFolder, Shift, open_denoiser, open_model, out
+from ._shared import Model, Process, PromptsFolder, Shift, Spec, open_denoiser, open_model, out
 from .display import follow, say
 from .options import Options, command
 
@@ -77,6 +77,7 @@ def sample(
     prompts: PromptsFolder = None,
     process: Process = None,
     shift: Shift = None,
+    spec: Spec = None,
 ) -> None:
     """Sample images from a model into one .npz file.
 

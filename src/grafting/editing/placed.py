@@ -5,7 +5,8 @@ stands behind an adapter. A merged pair stands in the place of its first block; 
 tokens on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..contract import BlockCall, Kernel, Kwargs, Mixer, Site
+from ..contract import BlockCall, Kernel, Kwargs, Mixer, OperatorConfig, Site, TokenLayout
 from ..errors import HostError
-from ..hosts import Call, LayoutTracker
-from .plan import Choice, Merge
+from ..hosts import LayoutTracker
+from .masks import key_mask_of, with_images_last
+from .plan import Choice, Merge, words_of
 
 
 class Placed(nn.Module):
@@ -54,15 +56,74 @@ class KernelAttention(Placed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.tracker.check()
         _pin_to_native(self.attention)
-        calls: list[tuple[int, ...]] = []
-        with _Interception(self.kernel, self.tracker, calls):
+        calls: list[int] = []
+        with _Interception(self._answer, self.site.attention.turn, calls):
             output = self.attention(*args, **kwargs)
-        if len(calls) != 1:
+        turn = len(self.site.attention.turn)
+        if not calls or len(calls) % turn or (len(calls) > turn and max(calls) > 1):
             raise HostError(
-                f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} "
-                "times; a kernel needs exactly one call"
+                f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} times on {calls} images; "
+                f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image"
             )
         return output
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the host reads of its attention, such as its processor."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "attention":
+                raise
+            return getattr(self.attention, name)
+
+    def _answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """The kernel's output for the arguments of `scaled_dot_product_attention`."""
+        if dropout_p or is_causal:
+            raise HostError(
+                "the host calls scaled_dot_product_attention with dropout or is_causal, which a kernel cannot honour "
+                f"(dropout_p {dropout_p}, is_causal {is_causal})"
+            )
+        layout = self.tracker.layout(self.site, key.shape[2])
+        if query.shape[2] != layout.num_queries:
+            raise HostError(
+                f"the attention of block {self.site.block} has {query.shape[2]} queries and {key.shape[2]} keys, of which "
+                f"{layout.grid.num_tokens} are the image's: its host declares {layout.num_queries} queries"
+            )
+        if attn_mask is not None:
+            layout = replace(layout, key_mask=self._key_mask(attn_mask, layout))
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        if layout.key_mask is None or "padding" not in self.site.attention.order:
+            return self.kernel(query, key, value, layout, scale=scale)
+        places, aligned = with_images_last(layout, layout.key_mask)
+        parts = (x.gather(2, places.expand_as(x)) for x in (query, key, value))
+        output = self.kernel(*parts, aligned, scale=scale)
+        return torch.empty_like(output).scatter(2, places.expand_as(output), output)
+
+    def _key_mask(self, mask: Tensor, layout: TokenLayout) -> Tensor | None:
+        """What a mask amounts to; models give one mask to all their blocks, which is read once a pass."""
+        known = self.tracker.masks.get(id(mask))
+        if known is None or known[0] is not mask:
+            known = self.tracker.masks[id(mask)] = mask, key_mask_of(mask, layout)
+        is_checked = self.site.attention.masked  # with the plan
+        if known[1] is not None and not is_checked and isinstance(self.choice, OperatorConfig):
+            faults = self.choice.call_faults(replace(self.site.attention, masked=True))
+            if faults:
+                raise HostError(
+                    f"{words_of(self.site)}: {faults[0]}: use another operator, or prompts of one length"
+                )
+        return known[1]
 
 
 def _pin_to_native(attention: nn.Module) -> None:
@@ -79,12 +140,13 @@ def _pin_to_native(attention: nn.Module) -> None:
 class MixerAdapter(Placed):
     """A mixer behind the calling convention of the module that it replaces."""
 
-    def __init__(self, mixer: Mixer, call: Call, *, site: Site, tracker: LayoutTracker):
+    def __init__(self, mixer: Mixer, *, site: Site, tracker: LayoutTracker):
         super().__init__(site, tracker)
+        assert site.module is not None
         self.mixer = mixer
-        self.call = call
+        self.call = site.module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.tracker.check()
         x = args[0] if args else kwargs[self.call.tokens]
         for name in self.call.must_be_none:
@@ -92,7 +154,8 @@ class MixerAdapter(Placed):
                 raise HostError(
                     f"the host passes {name} to its attention, and a mixer cannot honour it: use a kernel"
                 )
-        return self.mixer(x, self.tracker.layout)
+        mixed = self.mixer(x, self.tracker.layout(self.site, x.shape[1]))
+        return mixed if self.call.returns == 1 else (mixed, *[None] * (self.call.returns - 1))
 
 
 class MergedBlocks(Placed):
@@ -176,16 +239,16 @@ def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: 
 
 
 class _Interception(TorchFunctionMode):
-    """Answers `scaled_dot_product_attention` with a kernel; every other function runs as it is.
+    """Answers the calls of `scaled_dot_product_attention` that a turn marks `image`; every other function runs as it is.
 
-    It adds the shape of each answer to `calls`: a list of the caller's, since torch.compile forgets the
-    attributes of a mode when its `with` ends.
+    It adds the batch size of each call to `calls`: a list of the caller's, since torch.compile forgets the attributes of a
+    mode when its `with` ends.
     """
 
-    def __init__(self, kernel: Kernel, tracker: LayoutTracker, calls: list[tuple[int, ...]]):
+    def __init__(self, answer: Callable[..., Tensor], turn: tuple[str, ...], calls: list[int]):
         super().__init__()
-        self.kernel = kernel
-        self.tracker = tracker
+        self.answer = answer
+        self.turn = turn
         self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -195,38 +258,10 @@ class _Interception(TorchFunctionMode):
             return torch.unflatten(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        output = _answer(self.kernel, self.tracker, *args, **kwargs)
-        self.calls.append(tuple(output.shape))
+        is_answered = self.turn[len(self.calls) % len(self.turn)] == "image"
+        output = self.answer(*args, **kwargs) if is_answered else func(*args, **kwargs)
+        self.calls.append(output.shape[0])
         return output
-
-
-def _answer(
-    kernel: Kernel,
-    tracker: LayoutTracker,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The kernel's output for the arguments of `scaled_dot_product_attention`."""
-    if attn_mask is not None or dropout_p or is_causal:
-        raise HostError(
-            "the host calls scaled_dot_product_attention with a mask, dropout or is_causal, which a kernel replaces "
-            f"(attn_mask {'given' if attn_mask is not None else 'None'}, dropout_p {dropout_p}, is_causal {is_causal})"
-        )
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if query.shape[2] != key.shape[2] or query.shape[2] != tracker.layout.num_tokens:
-        raise HostError(
-            f"attention over {query.shape[2]} queries and {key.shape[2]} keys, but the model's layout is "
-            f"{tracker.layout}: {tracker.layout.num_tokens} tokens"
-        )
-    return kernel(query, key, value, tracker.layout, scale=scale)
 
 
 Operators = dict[str, Placed]

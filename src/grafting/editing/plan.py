@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
-from ..contract import KernelConfig, OperatorConfig, Role, Site
+from ..contract import KernelConfig, OperatorConfig, Site
 from ..errors import PlanError, listed
 from ..machine.reading import JsonObject, shown
 from ..machine.settings import Settings
@@ -179,14 +179,12 @@ class Plan(Settings):
         *,
         blocks: Sequence[Site] = (),
         host: str = "model",
-        mixer_roles: frozenset[Role] = frozenset({"attention", "mlp"}),
     ) -> dict[Site, Choice]:
         """The edit of every edited site, in the order of the sites; then of every block, in the order of the blocks.
 
         Args:
             blocks: the blocks as sites; those that are not among them cannot be merged or dropped.
             host: what faults call the model.
-            mixer_roles: roles whose modules the host lets mixers replace.
 
         Raises:
             PlanError: lists every fault: blocks out of range or named twice, operators that do not fit, blocks that are
@@ -208,7 +206,7 @@ class Plan(Settings):
                     faults.append(f"{name}: {words_of(site)} is named twice")
                 elif isinstance(edit, Replace):
                     chosen[site] = edit.operator
-                    misfits = _misfits(edit.operator, site, mixer_roles)
+                    misfits = _misfits(edit.operator, site)
                     faults += [f"{name}, block {block}: {fault}" for fault in misfits]
                 else:
                     chosen[site] = edit
@@ -313,9 +311,10 @@ def _left_without_block(chosen: Mapping[Site, Choice], num_blocks: int) -> list[
     return [*faults, "every block is dropped"] if len(dropped) == num_blocks else faults
 
 
-def _misfits(operator: OperatorConfig, site: Site, mixer_roles: frozenset[Role]) -> list[str]:
+def _misfits(operator: OperatorConfig, site: Site) -> list[str]:
     if site.role not in operator.roles:
         return [f"{operator.name} replaces {' or '.join(sorted(operator.roles))}, not {site.role}"]
-    if not isinstance(operator, KernelConfig) and site.role not in mixer_roles:
+    if not isinstance(operator, KernelConfig) and site.module is None:
         return [f"{operator.name} is a mixer, and the host takes only kernels for its {site.role}"]
-    return operator.faults(site)
+    of_call = operator.call_faults(site.attention) if site.role == "attention" else []
+    return [*operator.faults(site), *of_call]

@@ -1,22 +1,26 @@
-"""The only file that changes a model: it builds operators for a plan's sites, places them, and takes them out again.
+"""The only file that changes a model: it builds operators for a plan's sites, places them, and takes them out again; and
+low-rank adapters in the same way.
 
-What it places is in `placed.py`. Where blocks are merged or dropped, all others keep their numbers. Everything is checked
+What it places is in `placed.py`; adapters are peft's. Where blocks are merged or dropped, all others keep their numbers. Everything is checked
 and built before anything is edited, so a failed graft leaves the model as it was.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..contract import Kernel, KernelConfig, MixerConfig, OperatorConfig, Site
-from ..errors import PlanError
+from ..errors import MissingBackend, PlanError
 from ..hosts import Host, LayoutTracker, host_of
 from ..machine.randomness import seeded
+from .adapters import adapters_of, is_of_adapter
 from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed
 from .plan import Choice, Drop, Edit, Merge, Plan, Replace, fault_list, merged_pairs, words_of
 
@@ -84,7 +88,6 @@ def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[S
         host.sites(model),
         blocks=host.blocks(model),
         host=f"host {host.name!r}",
-        mixer_roles=frozenset(host.calls),
     )
 
 
@@ -130,11 +133,16 @@ class Graft:
         trained = sum(n for p, n in sizes.items() if p.requires_grad)
         return "\n".join(
             [
-                f"Graft of {type(self.model).__name__}, {len(self.operators)} places edited",
+                f"Graft of {self._model_name}, {len(self.operators)} places edited",
                 *(f"  {edit}" for edit in edits_of(self.model)),
                 f"  parameters: {new:,} in operators, {trained:,} trained, {sum(sizes.values()):,} in all",
             ]
         )
+
+    @property
+    def _model_name(self) -> str:
+        kind: type = getattr(type(self.model), "ungrafted", type(self.model))
+        return kind.__name__
 
     def undo(self) -> None:
         """Put every replaced module back: the model is exactly what it was, in the mode (train, eval) that it is in.
@@ -250,6 +258,57 @@ def leaving_no_hook(model: nn.Module) -> Iterator[None]:
             tracker.host.untrack_layout(model)
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters lie in the model's memory, until `keep_apart` gives some of them memory of their own."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def keep_apart(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
+    """Give those parameters memory of their own that lie in the model's, before they are trained."""
+    taken = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+    for parameter in parameters:
+        if parameter.untyped_storage().data_ptr() in taken:
+            parameter.data = parameter.data.clone()
+
+
+def adapt(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float) -> None:
+    """Put low-rank adapters around linear layers, in place: x -> Wx + alpha / rank B(Ax), B zero at first, A and B in fp32.
+
+    Source: arXiv:2106.09685, by peft.
+
+    Raises:
+        MissingBackend: peft is not installed.
+    """
+    check_can_adapt()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    trained = {id(p): p.requires_grad for p in model.parameters()}
+    # peft's annotation says int, its arithmetic is of floats
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
+    exactly = "|".join(map(re.escape, names))
+    inject_adapter_in_model(LoraConfig(**settings, target_modules=exactly), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(id(parameter), True))
+        if is_of_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def check_can_adapt() -> None:
+    """Raises a MissingBackend if peft is not installed."""
+    if find_spec("peft") is None:
+        raise MissingBackend("lora needs peft: pip install 'grafting[lora]'")
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Take a model's adapters out, in place, and add what they learned to the weights, which get memory of their own."""
+    for path, adapter in adapters_of(model).items():
+        adapter.base.weight.data = adapter.merged()
+        model.set_submodule(path, adapter.base)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def _check_whole(model: nn.Module) -> None:
     """A plan's block numbers are those of the model as it was, so there is one restructuring at a time."""
     if any(isinstance(module, MergedBlocks | Passage) for module in model.modules()):
@@ -322,7 +381,7 @@ def _build(
     if inherit and config.init == "inherit":
         weights = host.attention_weights if site.role == "attention" else host.mlp_weights
         operator.inherit(weights(module))
-    return MixerAdapter(operator, host.calls[site.role], site=site, tracker=tracker)
+    return MixerAdapter(operator, site=site, tracker=tracker)
 
 
 def _merged(

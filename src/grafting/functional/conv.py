@@ -46,6 +46,22 @@ def depthwise_2d(
     return y.permute(0, 2, 3, 1)[:, :rows, :cols]
 
 
+def depthwise_3d(
+    x: Float[Tensor, "b frames rows cols d"],
+    weight: Float[Tensor, "d 1 k k k"],
+    bias: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "b frames rows cols d"]:
+    """The same over frames, rows and columns."""
+    y = F.conv3d(
+        x.permute(0, 4, 1, 2, 3),
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        padding=weight.shape[-1] // 2,
+        groups=x.shape[-1],
+    )
+    return y.permute(0, 2, 3, 4, 1)[:, : x.shape[1], : x.shape[2], : x.shape[3]]
+
+
 def depthwise_1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, before: int) -> Tensor:
     """The definition of `depthwise_1d`, token by token and tap by tap."""
     length = x.shape[1]
@@ -69,6 +85,20 @@ def depthwise_2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None
         for i in range(kernel_size):
             if 0 <= row + i - before < rows:
                 y = y + depthwise_1d_reference(x[:, row + i - before], weight[:, :, i], before=before)
+        out.append(y)
+    return torch.stack(out, dim=1)
+
+
+def depthwise_3d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition of `depthwise_3d`: each frame of the filter is a 2-D filter of one frame of the grid."""
+    frames, kernel_size = x.shape[1], weight.shape[-1]
+    before = kernel_size // 2
+    out = []
+    for frame in range(frames):
+        y = torch.zeros_like(x[:, frame]) if bias is None else bias.expand_as(x[:, frame])
+        for i in range(kernel_size):
+            if 0 <= frame + i - before < frames:
+                y = y + depthwise_2d_reference(x[:, frame + i - before], weight[:, :, i])
         out.append(y)
     return torch.stack(out, dim=1)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..contract import TokenLayout
@@ -34,58 +34,64 @@ def features(x: Float[Tensor, "*dims k"], feature_map: FeatureMap) -> Float[Tens
 
 
 def linear_attention(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
     *,
     feature_map: FeatureMap = "elu",
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+    key_mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b heads m v"]:
     """phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), in the dtype of v.
 
     Args:
         feature_map: phi, see `features`.
         scale: multiplies q k^T, half of it (its root) on q and half on k before phi; not negative;
             1/sqrt(K) when None.
+        key_mask: False at keys that no query sees.
     """
     # autocast would round the sums over all tokens to the inputs' dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, values = _features_of_both(q, k, v, feature_map, scale)
+        k = k if key_mask is None else k * key_mask[:, None, :, None]
         summed = k.mT @ values  # [B, H, K, V]
-        weight = q @ k.sum(2)[..., None]  # [B, H, L, 1]
+        weight = q @ k.sum(2)[..., None]  # [B, H, M, 1]
         return (q @ summed / (weight + _EPS)).to(v.dtype)
 
 
 def linear_attention_reference(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
     *,
     feature_map: FeatureMap = "elu",
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
-    """Reference for `linear_attention` that computes all L x L weights."""
+    key_mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b heads m v"]:
+    """Reference for `linear_attention` that computes all M x L weights."""
     q, k, values = _features_of_both(q, k, v, feature_map, scale)
-    weights = q @ k.mT  # [B, H, L, L]
+    weights = q @ k.mT  # [B, H, M, L]
+    weights = weights if key_mask is None else weights * key_mask[:, None, None]
     return (weights / (weights.sum(-1, keepdim=True) + _EPS) @ values).to(v.dtype)
 
 
 def depthwise_conv(
     v: Float[Tensor, "b heads l v"], weight: Float[Tensor, "d 1 size size"], layout: TokenLayout
 ) -> Float[Tensor, "b heads l v"]:
-    """Each channel of the image tokens convolved over its frame's rows and columns; zero at text tokens.
+    """Each channel of the image tokens convolved over its frame's rows and columns; zero at others and where keys are masked.
 
     Args:
         weight: one filter of odd side for each of the D = H * V channels; the image is padded with zeros.
     """
-    grid, num_text = layout.grid, layout.num_text
+    grid = layout.grid
+    v = v if layout.key_mask is None else v * layout.key_mask[:, None, :, None]
     heads, channels = v.shape[1], v.shape[1] * v.shape[3]
     image = v[:, :, layout.image_slice].unflatten(2, (grid.frames, grid.rows, grid.cols))
     image = image.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)  # [B * F, D, R, C]
     mixed = F.conv2d(image, weight, padding=weight.shape[-1] // 2, groups=channels)
     mixed = mixed.unflatten(0, (-1, grid.frames)).unflatten(2, (heads, -1))
     mixed = mixed.permute(0, 2, 1, 4, 5, 3).flatten(2, 4)
-    return F.pad(mixed, (0, 0, num_text, 0) if layout.text_first else (0, 0, 0, num_text))
+    return F.pad(mixed, (0, 0, layout.before, layout.after))
 
 
 def _features_of_both(

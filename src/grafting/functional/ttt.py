@@ -8,7 +8,7 @@ Source: arXiv:2605.02772; equations checked against its code, LeapLabTHU/Transfo
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 # variance that is added to each channel of k, so that one that hardly varies is not blown up
@@ -16,15 +16,16 @@ KEY_NORM_EPS = 1.0
 
 
 def ttt(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
-    w1: Float[Tensor, "heads k m"],
-    w2: Float[Tensor, "heads m v"],
+    w1: Float[Tensor, "heads k n"],
+    w2: Float[Tensor, "heads n v"],
     *,
     step_size: Float[Tensor, " heads"],
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+    key_mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b heads m v"]:
     """silu(q w1') w2', in the dtype of v, where w1' and w2' are one gradient step from w1 and w2.
 
     The step goes down scale / 2 * mean over tokens of |silu(k w1) w2 - v|^2, for each image and head.
@@ -34,41 +35,48 @@ def ttt(
         w2: second layer before the step.
         step_size: of each head.
         scale: multiplies the loss, as softmax's multiplies q k^T; 1/sqrt(K) when None.
+        key_mask: False at keys that the step leaves out.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     # autocast would round the sums over all tokens to the inputs' dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, target, w1, w2 = (x.to(dtype) for x in (q, k, v, w1, w2))
-        before = k @ w1  # [B, H, L, M]
+        before = k @ w1  # [B, H, L, N]
         gate = before.sigmoid()
         hidden = before * gate
-        error = (hidden @ w2 - target) * (scale / k.shape[2])  # gradient of the loss in the values
+        share = scale / k.shape[2] if key_mask is None else scale * _shares(key_mask, dtype)
+        error = (hidden @ w2 - target) * share  # gradient of the loss in the values
         slope = gate * (1 + before - hidden)  # derivative of silu
         step = step_size.to(dtype)[:, None, None]
-        new_w1 = w1 - step * (k.mT @ (error @ w2.mT * slope))  # [B, H, K, M]
-        new_w2 = w2 - step * (hidden.mT @ error)  # [B, H, M, V]
+        new_w1 = w1 - step * (k.mT @ (error @ w2.mT * slope))  # [B, H, K, N]
+        new_w2 = w2 - step * (hidden.mT @ error)  # [B, H, N, V]
         return (F.silu(q @ new_w1) @ new_w2).to(v.dtype)
 
 
 def ttt_reference(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
-    w1: Float[Tensor, "heads k m"],
-    w2: Float[Tensor, "heads m v"],
+    w1: Float[Tensor, "heads k n"],
+    w2: Float[Tensor, "heads n v"],
     *,
     step_size: Float[Tensor, " heads"],
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+    key_mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b heads m v"]:
     """Reference for `ttt` that takes the step's gradient from autograd, per image and head."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seen = k.new_ones(k[:, 0, :, 0].shape).bool() if key_mask is None else key_mask
     return torch.stack(
         [
             torch.stack(
-                [_one_head(*head, scale=scale) for head in zip(*image, w1, w2, step_size, strict=True)]
+                [
+                    _one_head(one_q, one_k[is_key], one_v[is_key], *weights, scale=scale)
+                    for one_q, one_k, one_v, *weights in zip(*image, w1, w2, step_size, strict=True)
+                ]
             )
-            for image in zip(q, k, v, strict=True)
+            for *image, is_key in zip(q, k, v, seen, strict=True)
         ]
     )
 
@@ -82,11 +90,24 @@ def _one_head(
     return F.silu(q @ (w1 - step_size * g1)) @ (w2 - step_size * g2)
 
 
-def key_norm(k: Float[Tensor, "b heads l k"]) -> Float[Tensor, "b heads l k"]:
-    """Each channel of k less its mean over the tokens, over the root of its variance plus 1.
+def key_norm(
+    k: Float[Tensor, "b heads l k"], key_mask: Bool[Tensor, "b l"] | None = None
+) -> Float[Tensor, "b heads l k"]:
+    """Each channel of k less its mean over the tokens that are seen, over the root of its variance plus 1.
 
     A constant that is added to all keys changes nothing, as in softmax attention.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
-    variance, mean = torch.var_mean(k.to(dtype), dim=2, correction=0, keepdim=True)
+    if key_mask is None:
+        variance, mean = torch.var_mean(k.to(dtype), dim=2, correction=0, keepdim=True)
+    else:
+        share = _shares(key_mask, dtype)
+        mean = (k * share).sum(2, keepdim=True)
+        variance = ((k - mean).square() * share).sum(2, keepdim=True)
     return ((k - mean) * (variance + KEY_NORM_EPS).rsqrt()).to(k.dtype)
+
+
+def _shares(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each key's share of the mean over those that are seen, [B, 1, L, 1]."""
+    counted = key_mask.to(dtype)
+    return (counted / counted.sum(1, keepdim=True))[:, None, :, None]

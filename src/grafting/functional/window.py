@@ -1,7 +1,7 @@
 """Softmax attention in a window of the image, and the plain form that it must equal.
 
 The fast form costs O(L): queries are cut into tiles, each tile sees its own keys and a halo around them, and one
-masked SDPA does all tiles at once. It trains wherever SDPA does. Text tokens, if any, see and are seen by all.
+masked SDPA does all tiles at once. It trains wherever SDPA does. Tokens beside the image, if any, see and are seen by all.
 """
 
 from math import ceil
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..contract import TokenLayout
+from .softmax import softmax_attention
 
 Border = Literal["clipped", "shifted"]
 
@@ -23,14 +24,14 @@ _SIDE = 8
 
 
 def window_1d(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
     layout: TokenLayout,
     *,
     window: int,
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+) -> Float[Tensor, "b heads m v"]:
     """Attention of each image token to those at most `window` places away in raster order, clipped at the ends.
 
     Args:
@@ -48,7 +49,7 @@ def window_1d(
 
 
 def window_2d(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
     layout: TokenLayout,
@@ -56,7 +57,7 @@ def window_2d(
     radius: int,
     border: Border = "clipped",
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+) -> Float[Tensor, "b heads m v"]:
     """Attention of each image token to the square of side 2 * radius + 1 around it, in its own frame.
 
     Args:
@@ -72,32 +73,66 @@ def window_2d(
         The shifted border is the rule of NATTEN (arXiv:2204.07143).
     """
     grid = layout.grid
-    if border == "shifted" and 2 * radius + 1 > min(grid.rows, grid.cols):
-        raise ValueError(
-            f"a shifted window of radius {radius} needs {2 * radius + 1} rows and columns, "
-            f"the grid is {grid.rows} x {grid.cols}: use border 'clipped' or a smaller radius"
-        )
+    _check_shifted(border, radius, {"rows": grid.rows, "columns": grid.cols})
     square = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border)
     return _windowed(q, k, v, layout, square, scale)
 
 
+def window_3d(
+    q: Float[Tensor, "b heads m k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    radius: int,
+    frames: int,
+    border: Border = "clipped",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads m v"]:
+    """Attention of each image token to the square around it, as `window_2d`, in its own frame and in those near it.
+
+    Args:
+        radius: rows and columns seen on each side.
+        frames: frames seen before and after its own.
+        border: as of `window_2d`, for frames too.
+        scale: multiplies q k^T; 1/sqrt(K) when None.
+
+    Raises:
+        ValueError: the layout does not describe these tokens, or a shifted window is larger than the grid.
+    """
+    grid = layout.grid
+    _check_shifted(border, radius, {"rows": grid.rows, "columns": grid.cols})
+    _check_shifted(border, frames, {"frames": grid.frames})
+    window = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border, frames)
+    return _windowed(q, k, v, layout, window, scale)
+
+
+def _check_shifted(border: Border, reach: int, sizes: dict[str, int]) -> None:
+    side = 2 * reach + 1
+    if border == "shifted" and side > min(sizes.values()):
+        raise ValueError(
+            f"a shifted window of radius {reach} needs {side} {' and '.join(sizes)}, "
+            f"the grid is {' x '.join(map(str, sizes.values()))}: use border 'clipped' or a smaller radius"
+        )
+
+
 def window_1d_reference(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
     layout: TokenLayout,
     *,
     window: int,
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+) -> Float[Tensor, "b heads m v"]:
     """Reference for `window_1d` that computes all L x L scores."""
     place = torch.arange(layout.grid.num_tokens)
     seen = (place[:, None] - place[None, :]).abs() <= window
-    return _masked_softmax(q, k, v, _with_global_text(seen, layout).to(q.device), scale)
+    return _masked_softmax(q, k, v, _with_others(seen, layout).to(q.device), scale)
 
 
 def window_2d_reference(
-    q: Float[Tensor, "b heads l k"],
+    q: Float[Tensor, "b heads m k"],
     k: Float[Tensor, "b heads l k"],
     v: Float[Tensor, "b heads l v"],
     layout: TokenLayout,
@@ -105,8 +140,23 @@ def window_2d_reference(
     radius: int,
     border: Border = "clipped",
     scale: float | None = None,
-) -> Float[Tensor, "b heads l v"]:
+) -> Float[Tensor, "b heads m v"]:
     """Reference for `window_2d` that computes all L x L scores."""
+    return window_3d_reference(q, k, v, layout, radius=radius, frames=0, border=border, scale=scale)
+
+
+def window_3d_reference(
+    q: Float[Tensor, "b heads m k"],
+    k: Float[Tensor, "b heads l k"],
+    v: Float[Tensor, "b heads l v"],
+    layout: TokenLayout,
+    *,
+    radius: int,
+    frames: int,
+    border: Border = "clipped",
+    scale: float | None = None,
+) -> Float[Tensor, "b heads m v"]:
+    """Reference for `window_3d` that computes all L x L scores."""
     grid = layout.grid
     seen = torch.zeros(grid.frames, grid.rows, grid.cols, grid.frames, grid.rows, grid.cols, dtype=torch.bool)
     for frame in range(grid.frames):
@@ -114,9 +164,9 @@ def window_2d_reference(
             for col in range(grid.cols):
                 rows = _neighbours(row, grid.rows, radius, border)
                 cols = _neighbours(col, grid.cols, radius, border)
-                seen[frame, row, col, frame, rows, cols] = True
+                seen[frame, row, col, _neighbours(frame, grid.frames, frames, border), rows, cols] = True
     seen = seen.reshape(grid.num_tokens, grid.num_tokens)
-    return _masked_softmax(q, k, v, _with_global_text(seen, layout).to(q.device), scale)
+    return _masked_softmax(q, k, v, _with_others(seen, layout).to(q.device), scale)
 
 
 def _neighbours(place: int, size: int, radius: int, border: Border) -> slice:
@@ -130,14 +180,19 @@ def _neighbours(place: int, size: int, radius: int, border: Border) -> slice:
     return slice(first, last + 1)
 
 
-def _with_global_text(seen: Bool[Tensor, "n n"], layout: TokenLayout) -> Bool[Tensor, "l l"]:
+def _with_others(seen: Bool[Tensor, "n n"], layout: TokenLayout) -> Bool[Tensor, "b 1 m l"]:
+    """Which keys each query sees, by which image tokens each image token sees and by the key mask."""
     everything = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
     everything[layout.image_slice, layout.image_slice] = seen
-    return everything
+    everything = everything[layout.image_slice] if layout.image_queries else everything
+    is_key = (
+        torch.ones(1, layout.num_tokens, dtype=torch.bool) if layout.key_mask is None else layout.key_mask
+    )
+    return everything & is_key[:, None, None].cpu()
 
 
 def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, L, L]
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, H, M, L]
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
 
@@ -147,6 +202,7 @@ class _Window(NamedTuple):
     size: tuple[int, int, int]  # frames, rows, cols
     reach: tuple[int, int]  # rows and cols seen to each side
     border: Border
+    frames: int = 0  # seen before and after a token's own
 
 
 class _Axis(NamedTuple):
@@ -180,12 +236,12 @@ def _whole(size: int, reach: int) -> _Axis:
     return _Axis(size, reach, num_tiles=1, tile=size, halo=0, front=0, back=0)
 
 
-def _cut_grid(rows: int, cols: int, reach: tuple[int, int], num_text: int) -> tuple[_Axis, _Axis]:
+def _cut_grid(rows: int, cols: int, reach: tuple[int, int], num_others: int) -> tuple[_Axis, _Axis]:
     """Tiles for a grid; one tile, that is dense attention, where tiles would see half of the grid anyway.
 
-    Each tile has its own copy of the text's keys, so the runs of a one-row grid are longer beside a long text.
+    Each tile has its own copy of the others' keys, so the runs of a one-row grid are longer beside many of them.
     """
-    side = _SIDE if rows > 1 else max(_RUN, num_text // 4)
+    side = _SIDE if rows > 1 else max(_RUN, num_others // 4)
     by_row = _cut(rows, reach[0], max(_SIDE, 2 * reach[0]))
     by_col = _cut(cols, reach[1], max(side, 2 * reach[1]))
     seen = (by_row.tile + 2 * by_row.halo) * (by_col.tile + 2 * by_col.halo)
@@ -197,42 +253,104 @@ def _cut_grid(rows: int, cols: int, reach: tuple[int, int], num_text: int) -> tu
 def _windowed(
     q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: _Window, scale: float | None
 ) -> Tensor:
-    """Window attention of the image tokens, with global text tokens beside them."""
-    if q.shape[2] != layout.num_tokens or k.shape[2] != layout.num_tokens:
+    """Window attention of the image tokens, with the others global beside them."""
+    if q.shape[2] != layout.num_queries or k.shape[2] != layout.num_tokens:
         raise ValueError(
-            f"the layout has {layout.num_tokens} tokens ({layout.grid}, {layout.num_text} text), "
+            f"the layout has {layout.num_tokens} tokens ({layout.grid}, {layout.num_others} others), "
             f"q has {q.shape[2]} and k has {k.shape[2]}"
         )
-    text = _text_slice(layout)
-    image_q, image_k, image_v = (x[:, :, layout.image_slice] for x in (q, k, v))
-    mixed = _tiled_attention(image_q, image_k, image_v, k[:, :, text], v[:, :, text], window, scale)
-    if layout.num_text == 0:
+    (image_k, others_k), (image_v, others_v) = layout.split(k), layout.split(v)
+    image_q, others_q = layout.of_queries.split(q)
+    masks = None
+    if layout.key_mask is not None:
+        masks = layout.split(layout.key_mask[:, None, :, None])  # [B, 1, N, 1], [B, 1, T, 1]
+    mixed = _tiled_attention(image_q, image_k, image_v, others_k, others_v, window, scale, masks)
+    if layout.num_others == 0 or layout.image_queries:
         return mixed
-    mixed_text = F.scaled_dot_product_attention(q[:, :, text], k, v, scale=scale)
-    return torch.cat([mixed_text, mixed] if layout.text_first else [mixed, mixed_text], dim=2)
-
-
-def _text_slice(layout: TokenLayout) -> slice:
-    start = 0 if layout.text_first else layout.grid.num_tokens
-    return slice(start, start + layout.num_text)
+    return layout.join(mixed, softmax_attention(others_q, k, v, key_mask=layout.key_mask, scale=scale))
 
 
 def _tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, window: _Window, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others_k: Tensor,
+    others_v: Tensor,
+    window: _Window,
+    scale: float | None,
+    masks: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Window attention of image tokens [B, H, N, .], each also seeing all text tokens [B, H, T, .]."""
+    """Window attention of image tokens [B, H, N, .], each also seeing all others [B, H, T, .]; `masks` are of both's keys."""
     batch, heads, _, _ = q.shape
     frames, rows, cols = window.size
-    num_text = text_k.shape[2]
-    cuts = _cut_grid(rows, cols, window.reach, num_text)
+    num_others = others_k.shape[2]
+    cuts = _cut_grid(rows, cols, window.reach, num_others)
+
     tiles_q = _query_tiles(_on_grid(q, window, *cuts), *cuts)
-    tiles_k, tiles_v = (_key_tiles(_on_grid(x, window, *cuts), *cuts) for x in (k, v))
     seen = _tile_mask(*cuts, window.border, q.device)
-    if num_text:
-        tiles_k, tiles_v = _append_text(tiles_k, text_k, frames), _append_text(tiles_v, text_v, frames)
-        seen = F.pad(seen, (0, num_text), value=True)
-    mixed = F.scaled_dot_product_attention(tiles_q, tiles_k, tiles_v, attn_mask=seen[None], scale=scale)
+    in_batch, near = (
+        frames,
+        None,
+    )  # frames stand in the batch, unless they see each other: then they stand beside tiles
+    if window.frames:
+        in_batch, near = 1, _frames_seen(frames, window.frames, window.border, q.device)
+        tiles_q = tiles_q.unflatten(0, (-1, frames)).flatten(1, 2)
+        seen = (near.exist[:, None, None, :, None] & seen[:, :, None]).flatten(3).flatten(0, 1)
+
+    def tiled(image: Tensor, others: Tensor) -> Tensor:
+        tiles = _key_tiles(_on_grid(image, window, *cuts), *cuts)
+        tiles = tiles if near is None else near.gather(tiles)
+        return _append_others(tiles, others, in_batch) if num_others else tiles
+
+    tiles_k, tiles_v = tiled(k, others_k), tiled(v, others_v)
+    seen = F.pad(seen, (0, num_others), value=True)
+    if masks is None:
+        mixed = F.scaled_dot_product_attention(tiles_q, tiles_k, tiles_v, attn_mask=seen[None], scale=scale)
+    else:
+        mixed = _masked_tiles(tiles_q, tiles_k, tiles_v, seen, tiled(*masks)[..., 0], in_batch, scale)
+    mixed = mixed if near is None else mixed.unflatten(1, (frames, -1)).flatten(0, 1)
     return _untile(mixed, *cuts).unflatten(0, (batch, heads, frames)).flatten(2, 4)
+
+
+class _Frames(NamedTuple):
+    """Frames that each frame sees: their numbers [F, seen], and whether there is one of that number."""
+
+    numbers: Tensor
+    exist: Bool[Tensor, "frames seen"]
+
+    def gather(self, tiles: Tensor) -> Tensor:
+        """Tiles [B * H * F, tiles, S, K], each with those at its place in the frames seen: [B * H, F * tiles, seen * S, K]."""
+        count, seen = self.numbers.shape
+        tiles = tiles.unflatten(0, (-1, count)).index_select(1, self.numbers.flatten())
+        return tiles.unflatten(1, (count, seen)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _frames_seen(count: int, reach: int, border: Border, device: torch.device) -> _Frames:
+    first = torch.arange(count, device=device) - reach
+    if border == "shifted":
+        first = first.clamp(0, count - 2 * reach - 1)
+    numbers = first[:, None] + torch.arange(2 * reach + 1, device=device)
+    exist = (numbers >= 0) & (numbers < count)
+    return _Frames(numbers.clamp(0, count - 1), exist)
+
+
+def _masked_tiles(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, is_key: Tensor, frames: int, scale: float | None
+) -> Tensor:
+    """Attention within tiles [B * H * F, tiles, places, K], whose keys are not all seen: `is_key` is [B * F, tiles, places].
+
+    Heads share a mask, so they stand alone, and frames and tiles are put into the batch.
+    """
+    heads, num_tiles = q.shape[0] // is_key.shape[0], q.shape[1]
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, heads, frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+    mask = seen & is_key[:, :, None]
+    # a query that sees nothing is one of padding; see `_axis_mask`
+    mask = (mask | ~mask.any(-1, keepdim=True)).flatten(0, 1)[:, None]
+    mixed = F.scaled_dot_product_attention(by_head(q), by_head(k), by_head(v), attn_mask=mask, scale=scale)
+    return mixed.unflatten(0, (-1, frames, num_tiles)).permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
 
 
 def _on_grid(x: Tensor, window: _Window, by_row: _Axis, by_col: _Axis) -> Tensor:
@@ -277,10 +395,10 @@ def _pieces(x: Tensor, axis: _Axis, dim: int) -> list[Tensor]:
     return [before, within, after]
 
 
-def _append_text(x: Tensor, text: Tensor, frames: int) -> Tensor:
-    """The text's keys or values [B, H, T, K] after those of every tile [B * H * F, tiles, S, K]."""
-    text = text[:, :, None, None].expand(-1, -1, frames, x.shape[1], -1, -1).flatten(0, 2)
-    return torch.cat([x, text], dim=2)
+def _append_others(x: Tensor, others: Tensor, frames: int) -> Tensor:
+    """The others' keys or values [B, H, T, K] after those of every tile [B * H * F, tiles, S, K]."""
+    others = others[:, :, None, None].expand(-1, -1, frames, x.shape[1], -1, -1).flatten(0, 2)
+    return torch.cat([x, others], dim=2)
 
 
 def _tile_mask(by_row: _Axis, by_col: _Axis, border: Border, device: torch.device) -> Tensor:

@@ -1,14 +1,19 @@
-"""The open set of hosts: one file each, found by `_registry`. Add a file to add a host."""
+"""The open set of hosts: a Python file or a spec (`specs/`) each, found by `_registry`. Add a file to add a host."""
 
 from ._construct import constructed as constructed
-from ._host import Call as Call
 from ._host import Host as Host
 from ._host import LayoutTracker as LayoutTracker
 from ._host import config_of as config_of
 from ._registry import host_of as host_of
 from ._registry import hosts as hosts
-from ._sdpa import BlockList as BlockList
-from ._sdpa import LatentTokens as LatentTokens
-from ._sdpa import PackedTokens as PackedTokens
+from ._registry import load_spec as load_spec
+from ._registry import unknown_class as unknown_class
+from ._registry import use_spec as use_spec
 from ._sdpa import SdpaHost as SdpaHost
-from ._sdpa import SdpaSpec as SdpaSpec
+from ._spec import BlockList as BlockList
+from ._spec import Input as Input
+from ._spec import LatentTokens as LatentTokens
+from ._spec import PackedTokens as PackedTokens
+from ._spec import SdpaSpec as SdpaSpec
+from .tracing import Trace as Trace
+from .tracing import trace as trace

@@ -3,10 +3,10 @@
 A host is a stateless description of one model class. Nothing is guessed from a model's attributes.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ..contract import (
     Kwargs,
     MlpWeights,
     NoiseProcess,
-    Role,
     Site,
     TokenLayout,
 )
@@ -28,18 +27,6 @@ from ..diffusion import Diffusion
 from ..errors import HostError
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Calling convention of a module that a mixer may replace, as data.
-
-    `tokens` is the keyword of the token tensor where it is not positional 0. Arguments named in `must_be_none`
-    change what attention means; a mixer refuses them when they are given. All others are ignored.
-    """
-
-    tokens: str = "hidden_states"
-    must_be_none: tuple[str, ...] = ()
 
 
 class Branches(nn.ModuleList):
@@ -60,7 +47,7 @@ class Branches(nn.ModuleList):
 
 
 class LayoutTracker:
-    """Knows the token layout of a model's current forward pass; its operators read it.
+    """Knows what the layouts of a model's current forward pass are made from; its operators read it.
 
     It is the model's forward pre-hook, one per model, and is copied with it; a forward hook, `end`, ends the pass. A backward
     pass that recomputes blocks (gradient checkpointing) must run before the next forward pass on another grid.
@@ -70,8 +57,11 @@ class LayoutTracker:
         self.host = host
         self.stays = False
         """True if operators outside the model read it, after its pass too, so that it stays when the model holds none."""
-        self._layout: TokenLayout | None = None
+        self._grid: Grid | None = None
+        self._lengths: Mapping[str, int] = {}
         self._in_pass = False
+        self.masks: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """Masks of this pass by identity, with the key masks that they amount to."""
 
     @staticmethod
     def of(model: nn.Module) -> "LayoutTracker | None":
@@ -79,26 +69,46 @@ class LayoutTracker:
         return next((h for h in model._forward_pre_hooks.values() if isinstance(h, LayoutTracker)), None)
 
     @property
-    def layout(self) -> TokenLayout:
-        """The layout of the model's last forward pass.
+    def grid(self) -> Grid:
+        """The image tokens of the model's last forward pass.
 
         Raises:
             HostError: there was none yet.
         """
-        if self._layout is None:
+        if self._grid is None:
             raise HostError("no forward pass of its model has set the token layout that an operator reads")
-        return self._layout
+        return self._grid
+
+    def layout(self, site: Site, num_tokens: int) -> TokenLayout:
+        """The layout of a call at this site with this many keys, or tokens.
+
+        Raises:
+            HostError: the site's layouts have another number of tokens, or there was no forward pass yet.
+        """
+        layout = site.attention.layout(self.grid, num_tokens, self._lengths)
+        if layout.num_tokens != num_tokens or min(layout.before, layout.after) < 0:
+            raise HostError(
+                f"the attention of block {site.block} is over {num_tokens} tokens, of which {self.grid.num_tokens} are the "
+                f"image's ({self.grid}): its order is {', '.join(site.attention.order)}"
+            )
+        return layout
 
     def check(self) -> None:
         """Raise a HostError where `forward` was called and the model was not: its layout may be another than the last one."""
-        if self._layout is not None and not (self._in_pass or self.stays):
+        if self._grid is not None and not (self._in_pass or self.stays):
             raise HostError(
                 "an operator runs outside of a forward pass of its model, which sets its token layout: call model(...), "
                 "not model.forward(...)"
             )
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: Kwargs) -> None:
-        self._layout = self.host.layout(model, *args, **kwargs)
+        names = inspect.signature(model.forward).parameters
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        self._grid, self._lengths = (
+            self.host.image_grid(model, arguments),
+            self.host.lengths(model, arguments),
+        )
+        self.masks = {}
         self._in_pass = True
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -110,8 +120,8 @@ class Host(ABC, Generic[Model]):
     """A pretrained model family that can be edited. Subclasses are final."""
 
     name: str
-    calls: ClassVar[dict[Role, Call]]
-    """Roles whose modules mixers may replace; kernels need no declaration."""
+    class_name: str
+    """Name of the model class, known without importing it."""
     time_scale: float = 1000.0
     """Time value that the model receives for pure noise."""
     distilled: bool = False
@@ -127,8 +137,12 @@ class Host(ABC, Generic[Model]):
         """Every replaceable place, by block, attention before MLP."""
 
     @abstractmethod
-    def layout(self, model: Model, *args: Any, **kwargs: Any) -> TokenLayout:
-        """The token layout of a forward pass with these arguments."""
+    def image_grid(self, model: Model, arguments: Mapping[str, Any]) -> Grid:
+        """The image tokens of a forward pass with these arguments, by name."""
+
+    def lengths(self, model: Model, arguments: Mapping[str, Any]) -> Mapping[str, int]:
+        """Lengths of the token arguments that sites' orders name."""
+        return {}
 
     @abstractmethod
     def attention_weights(self, attention: nn.Module) -> AttentionWeights:
@@ -262,7 +276,7 @@ class Host(ABC, Generic[Model]):
         """Remove the model's tracker, if it has one."""
         for key, hook in list(model._forward_pre_hooks.items()):
             if isinstance(hook, LayoutTracker):
-                hook._layout = None
+                hook._grid = None
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, end in list(model._forward_hooks.items()):

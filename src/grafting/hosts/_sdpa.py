@@ -1,87 +1,39 @@
-"""The generic host: any transformer whose attention calls `scaled_dot_product_attention`, described as data.
-
-It takes kernels only: those need no knowledge of how the model calls its attention. A model that is used often deserves
-a file of its own beside this one, as Flux has; for any other, pass `SdpaHost(SdpaSpec(...))` to `graft`.
-"""
+"""The generic host: any transformer whose attention calls `scaled_dot_product_attention`, described as data (`_spec.py`)."""
 
 import copy
-import inspect
-import math
 import pkgutil
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
-from pydantic import Field, PositiveFloat
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, Site, TokenLayout
-from ..diffusion import FlowMatching
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, NoiseProcess, Site
 from ..errors import HostError
-from ..machine.settings import Settings
-from ._host import Host
+from ._grids import (
+    as_argument,
+    as_images,
+    fact,
+    latent_grid,
+    pack,
+    packed_grid,
+    patch_sizes,
+    positions_of,
+    sizes_of,
+    unpack,
+)
+from ._host import Host, linear_weights, randomise
+from ._spec import Activation, BlockList, Input, LatentTokens, SdpaSpec
 
-Fact = str | int | tuple[int, ...]
-"""A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`."""
-
-
-class BlockList(Settings):
-    """Some of the model's blocks, in the order in which they run."""
-
-    path: str
-    """Module path of the list."""
-    attention: str
-    """Module path, inside a block, of the attention whose kernel may be replaced."""
-    arguments: tuple[str, ...] = ()
-    """A block's first arguments, in their places, up to the last of its token tensors."""
-    returns: tuple[str, ...] = ()
-    """Names of the updated inputs it returns, in order; if omitted, these blocks cannot be merged or dropped."""
-
-
-class LatentTokens(Settings):
-    """Image tokens cut by the model itself from an image [B, C, H, W] or video [B, C, F, H, W]."""
-
-    kind: Literal["latent"] = "latent"
-    argument: str = "hidden_states"
-    patch_size: Fact = "config.patch_size"
-    """Side of a patch, or its size along each axis."""
-
-
-class PackedTokens(Settings):
-    """Image tokens that reach the model as a sequence [B, L, C], with their places beside them."""
-
-    kind: Literal["packed"] = "packed"
-    argument: str = "hidden_states"
-    positions: str
-    """Argument [L, n] or [B, L, n] that holds each token's place; row and column are its last two entries."""
-
-
-class SdpaSpec(Settings):
-    """A model class as data."""
-
-    name: str
-    model_class: str
-    """Import path: `package.module:Class`."""
-    blocks: tuple[BlockList, ...] = Field(min_length=1)
-    """The lists of blocks, in the order in which they run; blocks are counted through all of them."""
-    num_heads: Fact = "config.num_attention_heads"
-    head_dim: Fact = "config.attention_head_dim"
-    image: LatentTokens | PackedTokens = Field(discriminator="kind")
-    text: str | None = None
-    """Argument [B, T, C] of the text tokens that take part in the attention, if any do."""
-    text_first: bool = True
-    native_grid: Grid
-    """The grid that the model was trained for; a forward pass may have another."""
-    native_num_text: int = 0
-    channels: Fact = "config.in_channels"
-    """Of an input, as the noise process sees it."""
-    time_scale: PositiveFloat = 1000.0
-    """Time value that the model receives for pure noise."""
-    shift: PositiveFloat = 1.0
-    """Of its steps towards noise; 1 leaves them as they are."""
-    distilled: bool = False
-    """Distilled for guidance or few steps, as published."""
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+_DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
 
 
 class SdpaHost(Host[nn.Module]):
@@ -89,17 +41,16 @@ class SdpaHost(Host[nn.Module]):
 
     Args:
         spec: the model class.
-        grid: the one grid that the model will see. Packed image tokens need it under `torch.compile` of the whole
-            model, where positions cannot be read; other models are told the grid by their input's shape.
+        grid: the one grid that the model will see. Image tokens with positions need it under `torch.compile` of the whole
+            model, where these cannot be read; other models are told the grid by their input's shape.
     """
-
-    calls = {}
 
     def __init__(self, spec: SdpaSpec, *, grid: Grid | None = None):
         self.name = spec.name
+        self.class_name = spec.model_class.rpartition(":")[2].rpartition(".")[2]
         self.spec = spec
         self.grid = grid
-        self.time_scale, self.distilled = spec.time_scale, spec.distilled
+        self.time_scale, self.distilled = spec.time.scale, spec.distilled
 
     def at_grid(self, grid: Grid) -> "SdpaHost":
         host = copy.copy(self)
@@ -108,43 +59,81 @@ class SdpaHost(Host[nn.Module]):
 
     @property
     def model_class(self) -> type[nn.Module]:
-        return pkgutil.resolve_name(self.spec.model_class)
-
-    def sites(self, model: nn.Module) -> tuple[Site, ...]:
-        """Every attention that the spec names.
+        """The class.
 
         Raises:
-            HostError: the spec names a module or a fact that the model does not have.
+            HostError: it cannot be imported, or is no model.
         """
         try:
-            num_heads, head_dim = _fact(model, self.spec.num_heads), _fact(model, self.spec.head_dim)
-            paths = [f"{path}.{blocks.attention}" for path, blocks in self._block_paths(model)]
-            for path in paths:
-                model.get_submodule(path)
-        except AttributeError as error:
-            raise HostError(f"spec {self.name!r} does not fit {type(model).__name__}: {error}") from error
-        facts = {
-            "role": "attention",
-            "dim": num_heads * head_dim,
-            "num_heads": num_heads,
+            found = pkgutil.resolve_name(self.spec.model_class)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise HostError(
+                f"host {self.name!r} is of class {self.spec.model_class}, which cannot be imported: {error}; install what has "
+                "it, or name another in the spec's model_class, as `package.module:Class`"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise HostError(
+                f"host {self.name!r}: {self.spec.model_class} is no class of models (torch.nn.Module)"
+            )
+        return found
+
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """Every attention and MLP that the spec names.
+
+        Raises:
+            HostError: the spec is of another class, or names a module or a fact that the model does not have.
+        """
+        if not isinstance(model, self.model_class):
+            raise HostError(
+                f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}"
+            )
+        try:
+            return tuple(
+                site
+                for number, (path, blocks) in enumerate(self._block_paths(model))
+                for site in self._sites_of(model, number, path, blocks)
+            )
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise HostError(
+                f"spec {self.name!r} does not fit {type(model).__name__}: {error}; it is for a class as another version of its "
+                "package has it"
+            ) from error
+
+    def _sites_of(self, model: nn.Module, number: int, path: str, blocks: BlockList) -> Iterator[Site]:
+        facts = self._facts(model, number, blocks)
+        attention = f"{path}.{blocks.attention}"
+        model.get_submodule(attention)
+        num_heads = fact(model, blocks.num_heads or self.spec.num_heads)
+        yield Site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers, **facts)
+        if blocks.mlp is not None:
+            module = model.get_submodule(f"{path}.{blocks.mlp}")
+            layers = self.spec.mlp
+            width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
+            yield Site(
+                role="mlp", path=f"{path}.{blocks.mlp}", hidden_dim=width, module=blocks.mlp_call, **facts
+            )
+
+    def _facts(self, model: nn.Module, number: int, blocks: BlockList) -> dict[str, Any]:
+        return {
+            "block": number,
+            "dim": fact(model, blocks.num_heads or self.spec.num_heads) * fact(model, self.spec.head_dim),
             "grid": self.grid or self.spec.native_grid,
             "num_text": self.spec.native_num_text,
+            "attention": blocks.call(self.spec.order),
         }
-        return tuple(Site(block=i, path=path, **facts) for i, path in enumerate(paths))
 
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """Lists whose calls the spec describes."""
-        facts = {
-            "role": "block",
-            "dim": _fact(model, self.spec.num_heads) * _fact(model, self.spec.head_dim),
-            "grid": self.grid or self.spec.native_grid,
-            "num_text": self.spec.native_num_text,
-        }
-        return tuple(
-            Site(block=i, path=path, call=BlockCall(blocks.arguments, blocks.returns), **facts)
-            for i, (path, blocks) in enumerate(self._block_paths(model))
-            if blocks.returns
-        )
+        found = []
+        first: dict[str, int] = {}
+        for number, (path, blocks) in enumerate(self._block_paths(model)):
+            place = number - first.setdefault(blocks.path, number)
+            count = len(model.get_submodule(blocks.path))  # type: ignore[arg-type]  # a ModuleList
+            fixed = blocks.fixed.get(place, blocks.fixed.get(place - count, ""))
+            call, facts = BlockCall(blocks.arguments, blocks.returns), self._facts(model, number, blocks)
+            if blocks.returns:
+                found.append(Site(role="block", path=path, call=call, fixed=fixed, **facts))
+        return tuple(found)
 
     def _block_paths(self, model: nn.Module) -> list[tuple[str, BlockList]]:
         return [
@@ -153,81 +142,178 @@ class SdpaHost(Host[nn.Module]):
             for i, _ in enumerate(model.get_submodule(blocks.path).children())
         ]
 
-    def layout(self, model: nn.Module, *args: Any, **kwargs: Any) -> TokenLayout:
-        arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-        num_text = arguments[self.spec.text].shape[1] if self.spec.text else 0
-        return TokenLayout(self._grid(model, arguments), num_text, self.spec.text_first)
-
-    def _grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
+    def image_grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
         image = self.spec.image
         if isinstance(image, LatentTokens):
-            return _latent_grid(arguments[image.argument], _fact(model, image.patch_size))
-        num_tokens = arguments[image.argument].shape[1]
+            return latent_grid(model, image, arguments[image.argument])
+        if image.positions is None:
+            return packed_grid(image, arguments)
         if self.grid is None:
             if torch.compiler.is_compiling():
                 raise HostError(
                     f"{self.name}: the grid stands in {image.positions}, which a compiled model cannot read: "
-                    "graft with host=...(grid=Grid(rows, cols)), or compile the blocks alone"
+                    "graft with host=host_of(model).at_grid(Grid(rows, cols)), or compile the blocks alone"
                 )
-            return _read_grid(arguments[image.positions], num_tokens, image.positions)
+            return packed_grid(image, arguments)
+        num_tokens = arguments[image.argument].shape[1]
         if self.grid.num_tokens != num_tokens:
             raise HostError(f"{self.name}: {num_tokens} image tokens, but its host was made for {self.grid}")
         return self.grid
 
+    def lengths(self, model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, int]:
+        orders = {self.spec.order, *(blocks.order or () for blocks in self.spec.blocks)}
+        names = {name for order in orders for name in order} - {"image", "rest", "padding"}
+        return {name: arguments[name].shape[1] for name in names if arguments.get(name) is not None}
+
     def attention_weights(self, attention: nn.Module) -> AttentionWeights:
-        self._refuse("projections that a mixer could inherit")
+        if self.spec.projections is None:
+            self._refuse("projections that a mixer could inherit (`projections`): use init: random")
+        q, k, v, out = (attention.get_submodule(path) for path in self.spec.projections)
+        return AttentionWeights(*(linear_weights(_linear(layer)) for layer in (q, k, v, out)))
+
+    def output_layer(self, attention: nn.Module) -> nn.Linear | None:
+        if self.spec.projections is None:
+            return None
+        return _linear(attention.get_submodule(self.spec.projections[3]))
 
     def mlp_weights(self, mlp: nn.Module) -> MlpWeights:
-        self._refuse("MLPs")
+        layers = self.spec.mlp
+        if layers is None:
+            self._refuse("the layers of its MLPs (`mlp`): use init: random")
+        up, down = (_linear(mlp.get_submodule(path)) for path in (layers.up, layers.down))
+        if layers.gated or up.out_features != down.in_features:
+            raise HostError(
+                f"an MLP from {up.out_features} to {down.in_features} channels is gated and has no plain two-layer form to "
+                "inherit from: use init: random"
+            )
+        return MlpWeights(linear_weights(up), linear_weights(down), _ACTIVATIONS[layers.activation])
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        """For models that take the image as it is; the condition holds all other keyword arguments."""
-        if self.spec.image.kind == "packed":
-            self._refuse("how to pack an image")
-        return model(**{self.spec.image.argument: x_t}, timestep=t, return_dict=False, **condition)[0]
+        """The prediction for images, or videos, with the condition's tensors as keyword arguments."""
+        spec, grid, is_video = self.spec, self._grid_of(model, x_t), x_t.ndim == 5
+        time = spec.time.scale - t if spec.time.reversed else t
+        given = {spec.time.argument: time.long() if spec.time.whole else time}
+        known = {**self._constants(model, grid, len(x_t), condition, like=x_t), **given, **condition}
+        # positions of a condition's tokens and the image's may lie in one argument, which the condition then holds
+        returned = model(**{**self._image_arguments(x_t, grid), **known}, return_dict=False)
+        output = returned if isinstance(returned, Tensor) else returned[0]
+        if isinstance(spec.image, LatentTokens):
+            output = as_images(output, spec.image.axes, is_video=is_video)
+        else:
+            output = unpack(output, grid, spec.image.patch, is_video=is_video)
+        output = output.chunk(2, dim=1)[0] if spec.output.half else output
+        return spec.output.sign * output
 
-    def process(self, model: nn.Module) -> FlowMatching:
-        return FlowMatching(scale=self.spec.time_scale, shift=self.spec.shift)
+    def _grid_of(self, model: nn.Module, x: Tensor) -> Grid:
+        """The image tokens of images [B, C, H, W] or videos [B, C, F, H, W]."""
+        image = self.spec.image
+        sides = (
+            patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
+        )
+        *frames, rows, cols = x.shape[2:]
+        return Grid(rows // sides[1], cols // sides[2], *(n // sides[0] for n in frames))
+
+    def _image_arguments(self, x: Tensor, grid: Grid) -> dict[str, Any]:
+        """The image as the model takes it, and what says its grid."""
+        image = self.spec.image
+        if isinstance(image, LatentTokens):
+            return {image.argument: as_argument(x, image.axes)}
+        places = {image.positions: positions_of(image, grid).to(x)} if image.positions else {}
+        return {image.argument: pack(x, image.patch), **places, **sizes_of(image, grid, len(x))}
+
+    def _constants(
+        self, model: nn.Module, grid: Grid, batch_size: int, condition: Mapping[str, Any], *, like: Tensor
+    ) -> dict[str, Any]:
+        """The arguments with one value that a condition leaves out."""
+        inputs = self._inputs(model)
+        lengths = {
+            value.shape[i.shape.index("text")]
+            for name, i in inputs.items()
+            if "text" in i.shape and isinstance(value := condition.get(name), Tensor)
+        }
+        sizes = self._sizes(grid, batch_size, max(lengths, default=0))
+        return {
+            name: _made(model, i, sizes, like=like)
+            for name, i in inputs.items()
+            if i.value is not None and name not in condition
+        }
+
+    def _inputs(self, model: nn.Module) -> dict[str, Input]:
+        inputs = {n: i if isinstance(i, Input) else Input(shape=i) for n, i in self.spec.inputs.items()}
+        return {name: i for name, i in inputs.items() if fact(model, i.needs)}
+
+    def _sizes(self, grid: Grid, batch_size: int, num_text: int) -> dict[str, int]:
+        return {
+            "batch": batch_size,
+            "text": num_text,
+            "frames": grid.frames,
+            "rows": grid.rows,
+            "cols": grid.cols,
+            "tokens": grid.num_tokens,
+        }
+
+    def process(self, model: nn.Module) -> NoiseProcess:
+        if self.spec.process is None:
+            raise HostError(
+                f"host {self.name!r} is trained with a noise process that grafting has not: name one under `process:`, or with "
+                "--process"
+            )
+        return self.spec.process.build(scale=self.spec.time.scale)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
         image, grid = self.spec.image, self.grid or self.spec.native_grid
-        if isinstance(image, PackedTokens):
-            self._refuse("the shape of an image before it is packed")
-        patch = _fact(model, image.patch_size)
-        sides = (patch, patch) if isinstance(patch, int) else patch
-        places = (grid.frames, grid.rows, grid.cols)[-len(sides) :]
-        return (_fact(model, self.spec.channels), *(n * side for n, side in zip(places, sides, strict=True)))
+        channels = fact(model, self.spec.channels)
+        if isinstance(image, LatentTokens):
+            sides = patch_sizes(model, image)
+        else:
+            sides, channels = (1, image.patch, image.patch), channels // image.patch**2
+        frames, rows, cols = (
+            n * side for n, side in zip((grid.frames, grid.rows, grid.cols), sides, strict=True)
+        )
+        is_video = self.spec.native_grid.frames > 1
+        return (channels, frames, rows, cols) if is_video else (channels, rows, cols)
 
     def tiny(self) -> nn.Module:
-        self._refuse("a tiny instance")
+        if self.spec.tiny is None:
+            self._refuse("a small instance (`tiny`)")
+        return randomise(self.model_class(**self.spec.tiny))
 
     def example(
         self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
     ) -> Kwargs:
-        self._refuse("example inputs")
+        if not self.spec.inputs:
+            self._refuse("its other arguments (`inputs`)")
+        host = self.at_grid(Grid(rows, cols, frames))
+        x = torch.randn(batch_size, *host.shape(model))
+        sizes = self._sizes(Grid(rows, cols, frames), batch_size, num_text)
+        time = self.spec.time.scale * torch.rand(batch_size)
+        return {
+            **self._image_arguments(x, Grid(rows, cols, frames)),
+            self.spec.time.argument: time.long() if self.spec.time.whole else time,
+            **{name: _made(model, i, sizes, like=x) for name, i in self._inputs(model).items()},
+        }
 
     def _refuse(self, what: str) -> NoReturn:
-        raise HostError(f"host {self.name!r} is described for kernels only and does not declare {what}")
+        raise HostError(f"the spec of host {self.name!r} does not declare {what}")
 
 
-def _fact(model: nn.Module, fact: Fact) -> Any:
-    return attrgetter(fact)(model) if isinstance(fact, str) else fact
-
-
-def _latent_grid(latent: Tensor, patch_size: int | Sequence[int]) -> Grid:
-    sizes = latent.shape[2:]
-    patches = (patch_size,) * len(sizes) if isinstance(patch_size, int) else patch_size
-    *frames, rows, cols = (size // patch for size, patch in zip(sizes, patches, strict=True))
-    return Grid(rows, cols, *frames)
-
-
-def _read_grid(positions: Tensor, num_tokens: int, argument: str) -> Grid:
-    """The grid that positions [(B,) L, n] form; they must be one frame in raster order."""
-    places = positions.reshape(-1, positions.shape[-1])[:num_tokens, -2:].round().long()  # [L, 2]
-    rows, cols = (places.amax(0) - places.amin(0) + 1).tolist()
-    raster = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).to(places.device)
-    if math.prod((rows, cols)) != num_tokens or not torch.equal(places - places.amin(0), raster):
+def _linear(layer: nn.Module) -> nn.Linear:
+    if not isinstance(layer, nn.Linear):
         raise HostError(
-            f"{argument} is not one grid in raster order: {num_tokens} image tokens, {rows} rows and {cols} columns"
+            f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
         )
-    return Grid(rows, cols)
+    return layer
+
+
+def _made(model: nn.Module, asked: Input, sizes: Mapping[str, int], *, like: Tensor) -> Any:
+    """An argument by its description, with random values where it has none of its own."""
+    if not asked.shape and asked.value is not None:
+        return asked.value
+    shape = [sizes[str(size)] if size in sizes else fact(model, size) for size in asked.shape]
+    if asked.each:
+        one = asked.model_copy(update={"each": False})
+        return [_made(model, one, sizes, like=like) for _ in range(sizes["batch"])]
+    dtype = like.dtype if asked.dtype == "float" else _DTYPES[asked.dtype]
+    if asked.value is None and asked.dtype == "float":
+        return torch.randn(shape).to(like)
+    return torch.full(shape, 1 if asked.value is None else asked.value, dtype=dtype, device=like.device)  # type: ignore[arg-type]  # a number

@@ -1,6 +1,6 @@
 """Host: the native class-conditional DiT (`models/dit.py`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,21 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditions import ClassLabels
-from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, ModuleCall, Site
 from ..models.dit import Attention, DiT, Mlp, ParallelBlocks
-from ._host import Call, Host, linear_weights, randomise
+from ._host import Host, linear_weights, randomise
 
 
 class DiTHost(Host[DiT]):
     """Blocks of attention and MLP; the condition is a class label [B]."""
 
     name = "dit"
+    class_name = "DiT"
     model_class = DiT
-    calls = {"attention": Call("x"), "mlp": Call("x")}
 
     def sites(self, model: DiT) -> tuple[Site, ...]:
         side = model.config.input_size // model.config.patch_size
-        at = partial(Site, dim=model.config.hidden_size, grid=Grid(side, side))
+        call = ModuleCall(tokens="x")
+        at = partial(Site, dim=model.config.hidden_size, grid=Grid(side, side), module=call)
         num_heads, hidden_dim = model.config.num_heads, int(model.config.hidden_size * model.config.mlp_ratio)
         return tuple(
             site
@@ -47,9 +48,9 @@ class DiTHost(Host[DiT]):
     def branches(self, blocks: Sequence[nn.Module], call: BlockCall) -> nn.ModuleList:
         return ParallelBlocks(blocks)
 
-    def layout(self, model: DiT, x: Tensor, *args: Any, **kwargs: Any) -> TokenLayout:
-        patch = model.config.patch_size
-        return TokenLayout(Grid(x.shape[2] // patch, x.shape[3] // patch))
+    def image_grid(self, model: DiT, arguments: Mapping[str, Any]) -> Grid:
+        patch, (rows, cols) = model.config.patch_size, arguments["x"].shape[2:]
+        return Grid(rows // patch, cols // patch)
 
     def attention_weights(self, attention: nn.Module) -> AttentionWeights:
         assert isinstance(attention, Attention)

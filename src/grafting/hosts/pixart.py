@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, Site, TokenLayout
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, ModuleCall, Site
 from ..errors import HostError
-from ._host import Call, Host, linear_weights, randomise
+from ._host import Host, linear_weights, randomise
 
 # diffusers' class, imported late: that takes seconds, and a DiT does not need it
 PixArt = Any
@@ -26,10 +26,7 @@ class PixArtHost(Host[PixArt]):
     """
 
     name = "pixart"
-    calls = {
-        "attention": Call(must_be_none=("encoder_hidden_states", "attention_mask")),
-        "mlp": Call(),
-    }
+    class_name = "PixArtTransformer2DModel"
 
     @property
     def model_class(self) -> type[PixArt]:
@@ -41,9 +38,10 @@ class PixArtHost(Host[PixArt]):
         config = model.config
         side = config.sample_size // config.patch_size
         dim, grid = config.num_attention_heads * config.attention_head_dim, Grid(side, side)
-        attention = {"role": "attention", "num_heads": config.num_attention_heads}
+        call = ModuleCall(must_be_none=("encoder_hidden_states", "attention_mask"))
+        attention = {"role": "attention", "num_heads": config.num_attention_heads, "module": call}
         # the class leaves its MLPs at diffusers' default width
-        mlp = {"role": "mlp", "hidden_dim": 4 * dim}
+        mlp = {"role": "mlp", "hidden_dim": 4 * dim, "module": ModuleCall()}
         return tuple(
             Site(block=i, path=f"transformer_blocks.{i}.{path}", dim=dim, grid=grid, **facts)
             for i in range(config.num_layers)
@@ -61,9 +59,9 @@ class PixArtHost(Host[PixArt]):
             for i in range(config.num_layers)
         )
 
-    def layout(self, model: PixArt, hidden_states: Tensor, *args: Any, **kwargs: Any) -> TokenLayout:
-        patch = model.config.patch_size
-        return TokenLayout(Grid(hidden_states.shape[2] // patch, hidden_states.shape[3] // patch))
+    def image_grid(self, model: PixArt, arguments: Mapping[str, Any]) -> Grid:
+        patch, (rows, cols) = model.config.patch_size, arguments["hidden_states"].shape[2:]
+        return Grid(rows // patch, cols // patch)
 
     def attention_weights(self, attention: Any) -> AttentionWeights:
         layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])

@@ -53,7 +53,8 @@ def mixed_precision(device: torch.device, precision: Precision) -> Iterator[None
     fused attention is slow in bfloat16.
     """
     enabled = resolve_precision(precision, device) == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+    # torch 2.6 keeps a weight that was cast without gradients for a later use with them; each is used once in any case
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
         if enabled and device.type == "cpu":
             with _Float32Attention():
                 yield

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAn
 from pydantic.json_schema import JsonSchemaValue
 from torch import Tensor, nn
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout
+from ..contract import ANY_CALL, AttentionCall, Kernel, KernelConfig, Site, TokenLayout
 from ._registry import operator_configs, parse_operator
 
 
@@ -57,6 +57,7 @@ Part = Annotated[SerializeAsAny[KernelConfig], BeforeValidator(_parse_part), _Pa
 class HybridConfig(KernelConfig):
     """Two kernels on the same q, k and v, whose outputs are added with learned weights; by default local and global."""
 
+    honours = ANY_CALL
     name: Literal["hybrid"] = "hybrid"
     first: Part = Field(default="window-2d", validate_default=True)
     """A kernel: its name, or a mapping of its name and settings. Its `projections` are those of the hybrid."""
@@ -65,6 +66,9 @@ class HybridConfig(KernelConfig):
 
     def parts(self) -> tuple[KernelConfig, ...]:
         return self.first, self.second
+
+    def call_faults(self, call: AttentionCall) -> list[str]:
+        return [fault for part in self.parts() for fault in part.call_faults(call)]
 
     def faults(self, site: Site) -> list[str]:
         parts = {"first": self.first, "second": self.second}
@@ -97,13 +101,13 @@ class Hybrid(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
+    ) -> Float[Tensor, "b heads m v"]:
         first, second = (part(q, k, v, layout, scale=scale) for part in (self.first, self.second))
         gate = self.gate.to(v.dtype)[:, :, None, None]
         return gate[0] * first + gate[1] * second

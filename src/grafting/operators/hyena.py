@@ -15,12 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
-from ..functional.conv import depthwise_1d, depthwise_2d
-
-Geometry = Literal["centred", "causal", "2d"]
-
-# spread of inherited gates around 1, for inputs of unit variance
-GATE_SPREAD = 0.1
+from ._filters import GATE_SPREAD, Geometry, TokenFilter, num_taps
 
 
 class _HyenaConfig(MixerConfig):
@@ -31,13 +26,14 @@ class _HyenaConfig(MixerConfig):
     has_inner_filter: ClassVar[bool]
 
     kernel_size: int = Field(default=4, ge=1, le=4096)
-    """Taps of each filter; along each axis for `geometry: 2d`, where 3 is a good choice."""
+    """Taps of each filter; along each axis for `geometry: 2d` and `3d`, where 3 is a good choice."""
     geometry: Geometry = "centred"
     """Position of the taps.
 
     `centred`: K // 2 before the token and the rest after it, in raster order (K = 4: two before, itself, one after).
     `causal`: all before it or on it, as in the published weights; no token sees a later one.
     `2d`: K x K taps on the rows and columns of each frame, K // 2 of them above and to the left.
+    `3d`: K x K x K taps on frames, rows and columns of a video.
     """
 
     def build(self, site: Site) -> "Hyena":
@@ -59,7 +55,7 @@ class _HyenaConfig(MixerConfig):
 
     @property
     def _num_taps(self) -> int:
-        return self.kernel_size ** (2 if self.geometry == "2d" else 1)
+        return num_taps(self.kernel_size, self.geometry)
 
 
 class HyenaSEConfig(_HyenaConfig):
@@ -142,7 +138,7 @@ class Hyena(Mixer):
         the weight on the token, half on its neighbours. Rows of q and k keep the host's direction with norm
         `GATE_SPREAD`, and bias 1: on layer-normed tokens a gate is 1 +- 0.1 or so, so that nothing is shut out and
         every parameter learns from the first step. All else in the filters starts as the identity. Text tokens, which see
-        one tap only in `2d`, start with half their v there.
+        one tap only in `2d` and `3d`, start with half their v there.
 
         Measured for Hyena-X on four blocks of a small DiT in the middle of its pretraining (64 tokens), squared error
         over the variance of the attention's output, at the start and after 150 steps of L1 fit: this rule 3.2 and 0.33;
@@ -166,62 +162,3 @@ class Hyena(Mixer):
             self.inner_filter.set_identity()
             if self.short_filter is None:
                 self.inner_filter.blur(slice(dim))
-
-
-class TokenFilter(nn.Module):
-    """A depthwise filter over tokens, one for each channel, with a bias; initialised as torch's convolutions are.
-
-    In the 1-D geometries the sequence is filtered as it is, text tokens included. In `2d` the image tokens are filtered
-    on their grid, each frame by itself; text tokens, which have no neighbours there, see the centre tap only.
-
-    Args:
-        dim: channels, D.
-        kernel_size: taps, K; weight is [D, 1, K], or [D, 1, K, K] for `2d`.
-        geometry: where the taps lie.
-    """
-
-    def __init__(self, dim: int, kernel_size: int, geometry: Geometry):
-        super().__init__()
-        self.geometry = geometry
-        self.before = kernel_size - 1 if geometry == "causal" else kernel_size // 2
-        num_axes = 2 if geometry == "2d" else 1
-        bound = kernel_size ** (-num_axes / 2)
-        self.weight = nn.Parameter(torch.empty(dim, 1, *[kernel_size] * num_axes).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
-
-    def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
-        if self.geometry == "2d":
-            return self._on_grid(x, layout)
-        return depthwise_1d(x, self.weight, self.bias, before=self.before)
-
-    @torch.no_grad()
-    def set_identity(self) -> None:
-        """Weight 1 at the token's own tap and 0 elsewhere, bias 0: the output is the input."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-        self._own_tap.fill_(1)
-
-    @torch.no_grad()
-    def blur(self, channels: slice) -> None:
-        """For these channels, half the weight at the token's own tap and half spread evenly over the others."""
-        num_others = self.weight[0].numel() - 1
-        if num_others > 0:
-            self.weight[channels] = 0.5 / num_others
-            self._own_tap[channels] = 0.5
-
-    @property
-    def _own_tap(self) -> Tensor:
-        return (
-            self.weight[:, 0, self.before, self.before]
-            if self.geometry == "2d"
-            else self.weight[:, 0, self.before]
-        )
-
-    def _on_grid(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        grid, image = layout.grid, layout.image_slice
-        frames = x[:, image].reshape(-1, grid.rows, grid.cols, x.shape[-1])
-        filtered = depthwise_2d(frames, self.weight, self.bias).reshape(x.shape[0], -1, x.shape[-1])
-        if layout.num_text == 0:
-            return filtered
-        text = x * self._own_tap.to(x.dtype) + self.bias.to(x.dtype)
-        return torch.cat([text[:, : image.start], filtered, text[:, image.stop :]], dim=1)

@@ -10,13 +10,14 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout
+from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout
 from ..functional.linear import FeatureMap, depthwise_conv, linear_attention
 
 
 class LinearConfig(KernelConfig):
     """Linear attention over all tokens, both ways, text included: phi(q) (phi(k)^T v), normalised."""
 
+    honours = ANY_CALL
     name: Literal["linear"] = "linear"
     feature_map: FeatureMap = "elu"
     """phi: `elu` is elu(x) + 1, `relu` is relu(x), `softmax` is a softmax over the features of each token of q and k."""
@@ -58,17 +59,18 @@ class Linear(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
-        mixed = linear_attention(q, k, v, feature_map=self.feature_map, scale=scale)
+    ) -> Float[Tensor, "b heads m v"]:
+        mixed = linear_attention(q, k, v, feature_map=self.feature_map, scale=scale, key_mask=layout.key_mask)
         if self.conv_weight is None:
             return mixed
-        return mixed + depthwise_conv(v, self.conv_weight, layout)
+        local = depthwise_conv(v, self.conv_weight, layout)
+        return mixed + (local[:, :, layout.image_slice] if layout.image_queries else local)
 
     def extra_repr(self) -> str:
         conv = None if self.conv_weight is None else self.conv_weight.shape[-1]

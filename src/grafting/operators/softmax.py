@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
+from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
+from ..functional.softmax import softmax_attention
 
 
 class SoftmaxConfig(KernelConfig):
     """Softmax attention. With `projections: random` this is the paper's self-grafting control."""
 
+    honours = ANY_CALL
     name: Literal["softmax"] = "softmax"
 
     def build(self, site: Site) -> "Softmax":
@@ -26,11 +27,11 @@ class Softmax(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    ) -> Float[Tensor, "b heads m v"]:
+        return softmax_attention(q, k, v, key_mask=layout.key_mask, scale=scale)

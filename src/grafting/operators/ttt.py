@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import Kernel, KernelConfig, OperatorConfig, Site, TokenLayout
+from ..contract import ANY_CALL, Kernel, KernelConfig, OperatorConfig, Site, TokenLayout
 from ..functional.linear import depthwise_conv
 from ..functional.ttt import key_norm, ttt
 from ._registry import parse_operator
@@ -22,6 +22,7 @@ CONV_SIZE = 3
 class TTTConfig(KernelConfig):
     """Two-layer fast weights, one gradient step from their start, over all tokens, both ways, text included; O(L)."""
 
+    honours = ANY_CALL
     name: Literal["ttt"] = "ttt"
     window: int | None = Field(default=None, gt=0, le=65536)
     """Radius of a `window-2d` that is added to it with learned weights, as in `hybrid`; none by default."""
@@ -91,14 +92,14 @@ class TTT(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
-        k = key_norm(k)
-        q = q + depthwise_conv(q, self.q_conv, layout)
+    ) -> Float[Tensor, "b heads m v"]:
+        k = key_norm(k, layout.key_mask)
+        q = q + depthwise_conv(q, self.q_conv, layout.of_queries)
         k = k + depthwise_conv(k, self.k_conv, layout)
-        return ttt(q, k, v, self.w1, self.w2, step_size=self.step_size, scale=scale)
+        return ttt(q, k, v, self.w1, self.w2, step_size=self.step_size, scale=scale, key_mask=layout.key_mask)

@@ -1,6 +1,7 @@
-"""Window attention as kernels: `window-1d` along the raster order, `window-2d` in a square of rows and columns.
+"""Window attention as kernels: `window-1d` along the raster order, `window-2d` in a square of rows and columns, `window-3d` in
+a square of several frames.
 
-Text tokens stay global. The arithmetic is in `functional/window.py`.
+Tokens beside the image stay global. The arithmetic is in `functional/window.py`.
 """
 
 from typing import Literal
@@ -9,8 +10,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
-from ..functional.window import Border, window_1d, window_2d
+from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
+from ..functional.window import Border, window_1d, window_2d, window_3d
 
 
 class Window1dConfig(KernelConfig):
@@ -19,6 +20,7 @@ class Window1dConfig(KernelConfig):
     With `window: 4` and `projections: random` this is the SWA of arXiv:2506.05340.
     """
 
+    honours = ANY_CALL
     name: Literal["window-1d"] = "window-1d"
     window: int = Field(default=4, gt=0, le=65536)
     """Image tokens seen on each side, so 2 * window + 1 in all."""
@@ -52,13 +54,13 @@ class Window1d(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
+    ) -> Float[Tensor, "b heads m v"]:
         return window_1d(q, k, v, layout, window=self.window, scale=scale)
 
     def extra_repr(self) -> str:
@@ -68,6 +70,7 @@ class Window1d(Kernel):
 class Window2dConfig(KernelConfig):
     """Softmax attention to the image tokens in a square around each, within its frame; not causal."""
 
+    honours = ANY_CALL
     name: Literal["window-2d"] = "window-2d"
     radius: int = Field(default=1, gt=0, le=4096)
     """Rows and columns seen on each side, so a square of side 2 * radius + 1."""
@@ -75,15 +78,7 @@ class Window2dConfig(KernelConfig):
     """At the image's edge: `clipped` cuts the square, `shifted` moves it inside (NATTEN's rule)."""
 
     def faults(self, site: Site) -> list[str]:
-        side = 2 * self.radius + 1
-        axes = (("rows", site.grid.rows), ("columns", site.grid.cols))
-        largest = (min(site.grid.rows, site.grid.cols) - 1) // 2
-        return [
-            f"radius {self.radius} spans 2 * {self.radius} + 1 = {side} > {size} {axis}; "
-            f"{_at_most('radius', largest)}"
-            for axis, size in axes
-            if side > size
-        ]
+        return _too_wide("radius", self.radius, {"rows": site.grid.rows, "columns": site.grid.cols})
 
     def build(self, site: Site) -> "Window2d":
         return Window2d(self.radius, self.border)
@@ -107,17 +102,86 @@ class Window2d(Kernel):
 
     def forward(
         self,
-        q: Float[Tensor, "b heads l k"],
+        q: Float[Tensor, "b heads m k"],
         k: Float[Tensor, "b heads l k"],
         v: Float[Tensor, "b heads l v"],
         layout: TokenLayout,
         *,
         scale: float | None = None,
-    ) -> Float[Tensor, "b heads l v"]:
+    ) -> Float[Tensor, "b heads m v"]:
         return window_2d(q, k, v, layout, radius=self.radius, border=self.border, scale=scale)
 
     def extra_repr(self) -> str:
         return f"radius={self.radius}, border={self.border}"
+
+
+class Window3dConfig(KernelConfig):
+    """Softmax attention to the image tokens in a square around each, in its frame of a video and in those near it; not causal."""
+
+    name: Literal["window-3d"] = "window-3d"
+    honours = ANY_CALL
+    radius: int = Field(default=1, gt=0)
+    """Rows and columns seen on each side, so a square of side 2 * radius + 1."""
+    frames: int = Field(default=1, gt=0)
+    """Frames seen before and after a token's own."""
+    border: Border = "clipped"
+    """At the edges, first and last frame among them: `clipped` cuts the window, `shifted` moves it inside (NATTEN's rule)."""
+
+    def faults(self, site: Site) -> list[str]:
+        if site.grid.frames == 1:
+            return ["there is one frame: use window-2d"]
+        sides = {"rows": site.grid.rows, "columns": site.grid.cols}
+        return _too_wide("radius", self.radius, sides) + _too_wide(
+            "frames", self.frames, {"frames": site.grid.frames}
+        )
+
+    def build(self, site: Site) -> "Window3d":
+        return Window3d(self.radius, self.frames, self.border)
+
+    def mixing_flops(self, site: Site) -> int:
+        return _local_flops(site, (2 * self.frames + 1) * (2 * self.radius + 1) ** 2)
+
+
+class Window3d(Kernel):
+    """Softmax attention of each image token to a square of several frames.
+
+    Args:
+        radius: rows and columns seen on each side.
+        frames: frames seen before and after a token's own.
+        border: what happens at the edges, `clipped` or `shifted`.
+    """
+
+    def __init__(self, radius: int, frames: int, border: Border):
+        super().__init__()
+        self.radius = radius
+        self.frames = frames
+        self.border = border
+
+    def forward(
+        self,
+        q: Float[Tensor, "b heads m k"],
+        k: Float[Tensor, "b heads l k"],
+        v: Float[Tensor, "b heads l v"],
+        layout: TokenLayout,
+        *,
+        scale: float | None = None,
+    ) -> Float[Tensor, "b heads m v"]:
+        return window_3d(
+            q, k, v, layout, radius=self.radius, frames=self.frames, border=self.border, scale=scale
+        )
+
+    def extra_repr(self) -> str:
+        return f"radius={self.radius}, frames={self.frames}, border={self.border}"
+
+
+def _too_wide(setting: str, reach: int, sizes: dict[str, int]) -> list[str]:
+    """A fault for each axis that is shorter than a window that reaches so far."""
+    side, largest = 2 * reach + 1, (min(sizes.values()) - 1) // 2
+    return [
+        f"{setting} {reach} spans 2 * {reach} + 1 = {side} > {size} {axis}; {_at_most(setting, largest)}"
+        for axis, size in sizes.items()
+        if side > size
+    ]
 
 
 def _at_most(setting: str, largest: int) -> str:

@@ -129,7 +129,8 @@ def _where(location: tuple[int | str, ...]) -> str:
     elif location[:1] in (("data",), ("evaluate",)):
         # and after the word, the name of the data or suite
         location = (*location[:1], *location[2:])
-    return ".".join(map(str, location)) or "recipe"
+    # and in angle brackets, what kind of settings was read
+    return ".".join(str(part) for part in location if not str(part).startswith("<")) or "recipe"
 
 
 def _what(error: Any) -> str:

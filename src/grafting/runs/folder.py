@@ -80,6 +80,8 @@ class RunFolder:
             self._lock = _locked(path)
             self._manifest = self._read()
             clear_abandoned(path)
+            if not self._is_run:
+                self._write()  # first of all: a folder that is left without a manifest is no run
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -13,16 +13,17 @@ from ..cost.count import Flops, role_flops
 from ..data import check_bound
 from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
-from ..editing.surgery import paths_after, resolve
+from ..editing.surgery import check_can_adapt, paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
-from ..hosts import Host, config_of, constructed, host_of, hosts
+from ..hosts import Host, SdpaHost, config_of, constructed, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..machine.reading import reason_of
 from ..sampling.chain import SamplingConfig, check_sampling
-from ..training import distillation, finetuning
+from ..training import distillation
+from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
 from ..weights.folder import load_model
 from ..weights.locate import find_model
 from ..weights.tensors import weights_sha256
@@ -77,11 +78,13 @@ def prepare(recipe: Recipe, *, store: OperatorStore | None = None) -> Job:
 
 def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     recipe, _ = settled_run(recipe, default_device())
+    know_host(recipe)
     model, source_sha256 = load_source(recipe.source)
     host = host_of(model)
     chosen = resolve(model, recipe.edits)
     recipe = _as_recorded(recipe)
     denoiser = denoiser_of(recipe, model)
+    recipe = with_objective(recipe, host)
     decoder = None
     if recipe.sample is not None:
         native = recipe.sample.shape or host.shape(model)
@@ -99,8 +102,9 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
     if recipe.distill is not None:
         distillation.check_division(recipe.distill)
-    if recipe.finetune is not None:
-        finetuning.check_division(recipe.finetune)
+    check_division(recipe.phases)
+    if any(phase.lora for phase in recipe.phases):
+        check_can_adapt()
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         distillation.split(len(data), recipe.distill)
     identity: dict[str, JsonValue] = {
@@ -110,6 +114,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         "seed": recipe.seed,
         "data": recipe.data.describe(),
         **denoiser.identity,
+        **({"spec": host.spec.model_dump(mode="json")} if recipe.spec and isinstance(host, SdpaHost) else {}),
     }
     model = model.to(default_device())
     return Job(
@@ -191,6 +196,21 @@ def _with_shape(
     if config.shape is not None and (faults := host.shape_faults(model, config.shape)):
         raise RecipeError(f"sample.shape: {faults[0]}")
     return config
+
+
+def know_host(recipe: Recipe) -> None:
+    """Make the host of a recipe's spec known."""
+    if recipe.spec is not None:
+        use_spec(recipe.spec)
+
+
+def with_objective(recipe: Recipe, host: Host) -> Recipe:
+    """The same, with the objective of stage 2 that is the host's where the recipe names none."""
+    if recipe.finetune is None or not host.distilled:
+        return recipe
+    phases = with_objectives(phases_of(recipe.finetune), distilled=True)
+    is_one = isinstance(recipe.finetune, FinetuneConfig)
+    return recipe.model_copy(update={"finetune": phases[0] if is_one else phases})
 
 
 def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:

@@ -20,10 +20,14 @@ _STAGES = ("calibrate", "distill", "finetune", "sample")
 
 def with_seeds_moved(recipe: Recipe, by: int) -> Recipe:
     """The recipe with its own seed and those of all its stages moved; by 0, as it is written."""
+
+    def move(config: Any) -> Any:
+        return config.model_copy(update={"seed": config.seed + by})
+
     moved: dict[str, Any] = {"seed": recipe.seed + by}
     for name in _STAGES:
         if (config := getattr(recipe, name)) is not None:
-            moved[name] = config.model_copy(update={"seed": config.seed + by})
+            moved[name] = tuple(map(move, config)) if isinstance(config, tuple) else move(config)
     return recipe.model_copy(update=moved)
 
 

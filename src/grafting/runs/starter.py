@@ -115,9 +115,9 @@ def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
         )
     config = read_config(folder)
     name = str(config.get("_class_name")).removeprefix("Grafted")
-    host = next((host for host in hosts().values() if host.model_class.__name__ == name), None)
+    host = next((host for host in hosts().values() if host.class_name == name), None)
     if host is None:
-        known = ", ".join(host.model_class.__name__ for host in hosts().values())
+        known = ", ".join(host.class_name for host in hosts().values())
         raise HostError(f"{folder} holds a {name}, and a recipe needs a known host: {known}")
     settings = {key: value for key, value in config.items() if key[0] != "_" and key != "grafting"}
     return (None if bundled else folder), host, skeleton(FreshModel(host=host.name, config=settings))
@@ -129,7 +129,7 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         relative = os.path.relpath(target, path.parent)
         return relative if relative.startswith("../") else f"./{relative}"
 
-    operator = _operator(start.operator, host)
+    operator = _operator(start.operator, host, model)
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
@@ -150,9 +150,10 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
     return "\n".join(lines) + "\n"
 
 
-def _operator(name: str | None, host: Host[Any]) -> tuple[str, str]:
+def _operator(name: str | None, host: Host[Any], model: nn.Module) -> tuple[str, str]:
     """Role and name of an operator: as asked, else one that the host takes."""
-    chosen = name or ("hyena-x" if "attention" in host.calls else "window-2d")
+    takes_mixers = any(site.module for site in host.sites(model) if site.role == "attention")
+    chosen = name or ("hyena-x" if takes_mixers else "window-2d")
     try:
         return sorted(parse_operator(chosen).roles)[0], chosen
     except ValueError as error:

@@ -32,7 +32,8 @@ from .recipe import Name, Recipe
 from .rows import ROWS, rows_of
 from .run import run
 from .seeds import SEED, over_seeds, with_seeds_moved
-from .stages import OnStep, training_flops
+from .stage import OnStep
+from .stages import training_flops
 from .table import TableLine, read_table, table_locked, write_table
 
 Label = str | int | float

@@ -108,6 +108,11 @@ def _base(grafting: Mapping[str, Any]) -> str:
 
 def _usage(grafting: Mapping[str, Any]) -> str:
     code = '```python\nimport grafting\n\nmodel = grafting.load("this folder, or owner/name on the Hub")\n```'
+    if "adapter_sha256" in grafting:
+        code += (
+            "\n\nA low-rank adapter (LoRA) lies beside the weights, in peft's format; `grafting.load` adds it to them. "
+            "`PeftModel.from_pretrained` takes it too, on a model without it."
+        )
     if "delta" in grafting:
         return f"{code}\n\nThis is a delta: its base is loaded too, and checked. `grafting merge` makes it whole."
     return (

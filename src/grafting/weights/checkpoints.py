@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, listed
 from ..machine.reading import damage, opened
+from .locate import GRAFTED_INDEX_NAME, GRAFTED_NAME
 
 # what training scripts keep their weights under, the averaged ones first
 _KEYS = ("ema", "model", "state_dict", "model_state_dict", "module")
@@ -69,11 +70,14 @@ def check_is_weights(path: Path) -> None:
 def weight_file(folder: Path) -> Path | None:
     """The file of a diffusers folder that holds its weights, or the index of several; None if there is none.
 
-    One without a variant goes before one with (`fp16`), safetensors before torch files, a whole one before several.
+    A graft's goes before all others, one without a variant before one with (`fp16`), safetensors before torch files, a whole one before several.
 
     Raises:
         CheckpointError: there are several variants alone.
     """
+    for name in (GRAFTED_NAME, GRAFTED_INDEX_NAME):
+        if (folder / name).is_file():
+            return folder / name
     found = [
         (match, path) for path in sorted(folder.glob(f"{_STEM}*")) if (match := _WEIGHTS.fullmatch(path.name))
     ]

@@ -14,17 +14,22 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from ..editing.adapters import without_adapters
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
-from ..hosts import constructed, host_of, hosts
+from ..hosts import Host, constructed, host_of, hosts, unknown_class
 from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
 from ..machine.reading import Json, JsonObject, cut, damage, read_json
+from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
 from .card import CARD_NAME, card_of
 from .delta import Delta, borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, WEIGHTS_NAME, find_model, model_in
+from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
+
+# what a folder may hold of one model and not of the next
+_WEIGHTS = (WEIGHTS_NAME, GRAFTED_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
 
 
 def load(
@@ -70,8 +75,8 @@ def save_model(
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    A new folder is whole or absent; in one that is there the config is written last: a folder with a config is complete. A
-    grafted model gets a card, `README.md`.
+    Adapters that stand in it are written beside it, for `load` to add. A new folder is whole or absent; in one that is there
+    the config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
 
     Args:
         base: the pretrained model that it was made from, for the record.
@@ -84,11 +89,13 @@ def save_model(
     """
     folder = Path(folder)
     record = _record(model, plan, base)
-    with atomic_files(folder, last=CONFIG_NAME, stale=(WEIGHTS_NAME, DELTA_NAME)) as made:
-        weights = made / WEIGHTS_NAME
-        save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
+    adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
+        weights = made / (GRAFTED_NAME if plan.edits else WEIGHTS_NAME)
+        save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
+        files = [weights, *adapter.write(made)]
         _write_config(made, folder, model, record, weights=weights, origin=origin)
-    return [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def save_delta(
@@ -108,13 +115,15 @@ def save_delta(
     found = base if source is None else Base(id=str(source))
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
-    record = _record(model, plan, base)
-    own, delta = less_base(model.state_dict(), _base_tensors(found, dtype=dtype), dtype=dtype)
-    with atomic_files(folder, last=CONFIG_NAME, stale=(WEIGHTS_NAME, DELTA_NAME)) as made:
+    record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
+    base_tensors = _base_tensors(found, dtype=dtype, host=record.described)
+    own, delta = less_base(_own_tensors(model), base_tensors, dtype=dtype)
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
         weights = made / DELTA_NAME
         save_tensors(weights, own, metadata={"format": "pt"})
+        files = [weights, *adapter.write(made)]
         _write_config(made, folder, model, record, weights=weights, delta=delta)
-    return [folder / CONFIG_NAME, folder / DELTA_NAME]
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -131,7 +140,11 @@ def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | Non
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+    host: Host | None = None,
 ) -> tuple[nn.Module, Plan]:
     """The model of a folder, in eval mode, and its plan (empty when it was not grafted).
 
@@ -139,15 +152,21 @@ def load_model(
 
     Args:
         base: where the base of a delta is, if not where the delta says.
+        host: of a model without operators, if not one that is known by its class.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    return _load(Path(folder), dtype=dtype, base=base, above=())
+    return _load(Path(folder), dtype=dtype, base=base, host=host, above=())
 
 
 def _load(
-    folder: Path, *, dtype: torch.dtype, base: str | Path | None, above: tuple[Path, ...]
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    base: str | Path | None,
+    host: Host | None,
+    above: tuple[Path, ...],
 ) -> tuple[nn.Module, Plan]:
     """As `load_model`; `above` are the deltas whose base, or base's base, the folder is."""
     folder = model_in(folder)
@@ -156,21 +175,23 @@ def _load(
     config = read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
-        model = _build(folder, _model_class(folder, config), config)
-        load_strictly(model, read_weights(folder), source=str(folder))
+        model = _build(folder, _model_class(folder, config, host), config)
+        load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
-    model_class = grafted_class(_model_class(folder, config))
     if not isinstance(grafting, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a graft: `grafting` is no mapping")
     signed = _signed(folder, grafting)
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
-    weights = folder / (WEIGHTS_NAME if signed.delta is None else DELTA_NAME)
+    model_class = grafted_class(_grafted_model_class(folder, config, record))
+    # before grafts had a name of their own for their weights, they had diffusers'
+    whole = GRAFTED_NAME if (folder / GRAFTED_NAME).is_file() else WEIGHTS_NAME
+    weights = folder / (whole if signed.delta is None else DELTA_NAME)
     _check_hashes(folder, config, grafting, weights=weights)
     tensors = read_weights(folder) if signed.delta is None else load_tensors(weights)
     if signed.delta is not None:
         tensors |= _borrowed(folder, record, signed.delta, base=base, above=above)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
-    load_strictly(model, tensors, source=str(weights))
+    load_strictly(model, with_adapter(folder, tensors), source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
@@ -179,6 +200,7 @@ class _Signed(BaseModel):
 
     delta: Delta | None = None
     weights_sha256: str | None = None
+    adapter_sha256: str | None = None
     config_sha256: str | None = None
 
 
@@ -208,20 +230,35 @@ def read_config(folder: Path) -> JsonObject:
             found = "it does not exist; a model is `testbed`, a folder of a model or of a run, or owner/name on the Hub"
         raise CheckpointError(f"no model in {folder}: {found}")
     config = read_json(path, JsonObject)
-    if not isinstance(config.get("_class_name"), str):
+    if not isinstance(config.get("_class_name"), str) and "auto_map" not in config:
         raise CheckpointError(f"{path} does not say the model's class (_class_name)")
     return config
 
 
-def _model_class(folder: Path, config: JsonObject) -> Any:
-    """The class of a folder's model before any graft."""
-    name = str(config["_class_name"]).removeprefix(PREFIX)
-    # stops at the first match: naming a class of diffusers imports it, which takes seconds
-    model_class = next((h.model_class for h in hosts().values() if h.model_class.__name__ == name), None)
+def _grafted_model_class(folder: Path, config: JsonObject, record: Record) -> Any:
+    """The class of a folder's model before its graft, which has a spec of its own or a known host."""
+    name, host = str(config.get("_class_name")).removeprefix(PREFIX), record.described
+    if host.class_name != name:
+        raise CheckpointError(
+            f"{folder} holds a {cut(name)}, and its graft was made with a host of {host.class_name}"
+        )
+    return host.model_class
+
+
+def _model_class(folder: Path, config: JsonObject, host: Host | None) -> Any:
+    """The class of a folder's model, which holds no operators."""
+    name = config.get("_class_name")
+    if "auto_map" in config or not isinstance(name, str):
+        raise CheckpointError(
+            f"{folder} brings code of its own for its class (auto_map, `trust_remote_code`), and none is run: install that "
+            "code as a package, and name the class in a spec (--spec FILE)"
+        )
+    name = name.removeprefix(PREFIX)
+    among = [*([] if host is None else [host]), *hosts().values()]
+    model_class = next((host.model_class for host in among if host.class_name == name), None)
     if model_class is None:
-        known = ", ".join(h.model_class.__name__ for h in hosts().values())
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
-        raise HostError(f"{folder} holds a {cut(name)}; known are {known}{hint}")
+        raise HostError(f"{folder} holds a {cut(name)}; {unknown_class(cut(name))}{hint}")
     return model_class
 
 
@@ -240,6 +277,11 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
     return Record.of(model, plan, base=base)
 
 
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors, without its adapters."""
+    return without_adapters(model.state_dict())
+
+
 def _write_config(
     made: Path,
     folder: Path,
@@ -251,7 +293,7 @@ def _write_config(
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
-    name, settings = host_of(model).model_class.__name__, settings_of(model)
+    name, settings = host_of(model).class_name, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
     described: JsonObject = {"_class_name": name, **noted, **settings}
@@ -260,11 +302,17 @@ def _write_config(
             **record.model_dump(mode="json"),
             **({} if delta is None else {"delta": delta.model_dump(mode="json")}),
             "weights_sha256": sha256_of(weights),
+            **_adapter_hash(made),
         }
         described = {"_class_name": PREFIX + name, **noted, **settings, "grafting": grafting}
         grafting["config_sha256"] = hash_json(described)
         write_bytes(made / CARD_NAME, card_of(folder, described).encode())
     write_json(made / CONFIG_NAME, described)
+
+
+def _adapter_hash(folder: Path) -> dict[str, str]:
+    path = folder / ADAPTER_NAME
+    return {"adapter_sha256": sha256_of(path)} if path.is_file() else {}
 
 
 def _check_hashes(folder: Path, config: JsonObject, grafting: JsonObject, *, weights: Path) -> None:
@@ -288,6 +336,10 @@ def _check_hashes(folder: Path, config: JsonObject, grafting: JsonObject, *, wei
             f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
             f"recorded is {recorded}"
         )
+    if signed.adapter_sha256 != _adapter_hash(folder).get("adapter_sha256"):
+        raise CheckpointError(
+            f"{folder / ADAPTER_NAME} is missing, or not the adapter that {CONFIG_NAME} describes"
+        )
 
 
 def _borrowed(
@@ -300,11 +352,15 @@ def _borrowed(
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
     return borrow(
         delta,
-        _base_tensors(where, dtype=getattr(torch, delta.dtype), above=(*above, folder.resolve())),
+        _base_tensors(
+            where, dtype=getattr(torch, delta.dtype), host=record.described, above=(*above, folder.resolve())
+        ),
         otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
     )
 
 
-def _base_tensors(base: Base, *, dtype: torch.dtype, above: tuple[Path, ...] = ()) -> dict[str, Tensor]:
+def _base_tensors(
+    base: Base, *, dtype: torch.dtype, host: Host, above: tuple[Path, ...] = ()
+) -> dict[str, Tensor]:
     found = find_model(base.id, revision=base.revision)
-    return _load(found, dtype=dtype, base=None, above=above)[0].state_dict()
+    return _load(found, dtype=dtype, base=None, host=host, above=above)[0].state_dict()

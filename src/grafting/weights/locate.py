@@ -13,12 +13,24 @@ from ..machine.huberrors import HUB_ERRORS
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+# of whole models that hold operators: names by which diffusers does not find the weights for a class that lacks them, and that
+# are downloaded with a pipeline all the same
+GRAFTED_NAME = "model.safetensors"
+GRAFTED_INDEX_NAME = "model.safetensors.index.json"
 DELTA_NAME = "delta.safetensors"
 
 PIPELINE_NAME = "model_index.json"
 
 # of a pipeline on the Hub the transformer alone
-MODEL_FILES = ("*.json", "diffusion_pytorch_model*", "transformer/*", DELTA_NAME, "README.md")
+MODEL_FILES = (
+    "*.json",
+    "diffusion_pytorch_model*",
+    f"{GRAFTED_NAME}*",
+    "adapter_model.safetensors",
+    "transformer/*",
+    DELTA_NAME,
+    "README.md",
+)
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -5,6 +5,7 @@ Its class becomes the `GraftedX` of `portable.py`, so that it, and any pipeline 
 
 import gc
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..editing import surgery
+from ..editing.placed import Placed
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, edits_of, holds_operators
-from ..errors import HostError
-from ..hosts import Host, config_of, host_of, hosts
+from ..errors import CheckpointError, HostError
+from ..hosts import Host, config_of, host_of
 from .portable import Record, grafted_class
 
 
@@ -40,23 +42,47 @@ def graft(model: Any, plan: Plan, *, host: Host | None = None, seed: int = 0) ->
     return replace(record, then=carry_plan)
 
 
+def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
+    """Put operators at their sites, in place, as `graft` does. They may have been built on a copy of the model, or distilled since.
+
+    Args:
+        cast: give them the model's dtype, in place; without, they keep theirs, as in training.
+    """
+    record = surgery.place(model, operators, cast=cast)
+    carry_plan(model)
+    return replace(record, then=carry_plan)
+
+
 def carry_plan(model: nn.Module) -> None:
-    """Make a model of a known class an instance of its `GraftedX`, with what stands in it on record; of its own if nothing does."""
+    """Make a model an instance of its `GraftedX`, with what stands in it on record; of its own class if nothing does.
+
+    So it is too where it could not be loaded again: its class, or an operator in it, is known to this process alone.
+    """
     base: Any = getattr(type(model), "ungrafted", type(model))
     own: Any = model
-    if holds_operators(model):
-        host = host_of(model)
-        model_class: Any = host.model_class
-        if host.name not in hosts() or base is not model_class:
-            return
-        record = Record.of(model, Plan(edits=edits_of(model)))
-        own.__class__ = grafted_class(model_class)
-        own.register_to_config(grafting=record.model_dump(mode="json"))
+    record = _record_of(model, base)
+    if record is not None:
+        own.__class__ = grafted_class(base)
+        own.register_to_config(grafting=record)
     elif type(model) is not base:
         own.__class__ = base
         own._internal_dict = FrozenDict({k: v for k, v in config_of(model).items() if k != "grafting"})
     for pipeline, name in _pipelines_with(model):
         setattr(pipeline, name, model)
+
+
+def _record_of(model: nn.Module, base: type[Any]) -> dict[str, Any] | None:
+    """The record of what stands in a model, as JSON; None if nothing does, or nobody could read it."""
+    if not holds_operators(model):
+        return None
+    if host_of(model).model_class is not base:
+        return None
+    try:
+        record = Record.of(model, Plan(edits=edits_of(model))).model_dump(mode="json")
+        Record.read(record, source="the graft")
+    except CheckpointError:
+        return None
+    return record
 
 
 def _transformer_of(model: Any) -> nn.Module:

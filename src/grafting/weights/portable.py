@@ -1,29 +1,48 @@
 """Model classes that carry their plan, so that diffusers saves and loads grafted models, alone or inside a pipeline.
 
 For the model class `X` of every host there is `GraftedX`, made when it is first asked for: `X` with one more setting,
-`grafting`, that says which operators stand where. diffusers finds it by its name in this module, beside `ModelMixin`.
-It imports no module because a folder names it: `import grafting` comes before a pipeline's `from_pretrained`.
+`grafting`, that says which operators stand where, and how the class is described where that is a spec. diffusers finds it by its
+name in this module, beside `ModelMixin`; `import grafting` comes before a pipeline's `from_pretrained`. The class that a spec
+names is imported, and has to be a model class; no code in a folder is run.
+
+Its weights lie under a name of their own (`locate.GRAFTED_NAME`): loaded as an `X`, a graft is an error rather than random.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 # diffusers loads only from modules that show this name
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 from torch import nn
 
 from ..contract import OperatorConfig
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import edits_of, graft
 from ..errors import CheckpointError
-from ..hosts import config_of, host_of, hosts
-from ..machine.reading import faults_of
+from ..hosts import Host, SdpaHost, SdpaSpec, config_of, host_of, hosts
+from ..machine.reading import Json, JsonObject, faults_of, read_json
 from ..machine.settings import Settings
 from ..operators import operator_configs
+from .adapter import holds_adapter, with_adapter
+from .locate import (
+    CONFIG_NAME,
+    DELTA_NAME,
+    GRAFTED_INDEX_NAME,
+    GRAFTED_NAME,
+    INDEX_NAME,
+    MODEL_FILES,
+    WEIGHTS_NAME,
+    find_folder,
+)
 
 PREFIX = "Grafted"
 
@@ -48,10 +67,17 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     host: str
+    spec: SdpaSpec | None = None
+    """The host as data, if it is described so."""
     plan: Plan
     operator_versions: dict[str, int] = {}
     """Of each operator in the plan, what its weights mean; 1 where nothing is said."""
     base: Base | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """As records were before hosts were data, where one is not."""
+        return {key: value for key, value in handler(self).items() if key != "spec" or value is not None}
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, *, base: Base | None = None) -> "Record":
@@ -61,7 +87,8 @@ class Record(BaseModel):
             CheckpointError: the model's host has no name to find it by.
         """
         host = host_of(model)
-        if host.name not in hosts():
+        spec = host.spec if isinstance(host, SdpaHost) else None
+        if spec is None and host.name not in hosts():
             raise CheckpointError(
                 f"host {host.name!r} is not known by its name, so a model saved with it could not be loaded; "
                 f"known are {', '.join(hosts())}"
@@ -69,7 +96,12 @@ class Record(BaseModel):
         versions = {operator.name: operator.version for operator in _operators(plan)}
         recorded = config_of(model).get("grafting", {}).get("base")
         base = Base(**recorded) if base is None and recorded else base
-        return cls(host=host.name, plan=plan, operator_versions=versions, base=base)
+        return cls(host=host.name, spec=spec, plan=plan, operator_versions=versions, base=base)
+
+    @property
+    def described(self) -> Host:
+        """The host, as it was when the model was grafted if a spec describes it."""
+        return hosts()[self.host] if self.spec is None else SdpaHost(self.spec)
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], *, source: str) -> "Record":
@@ -83,7 +115,7 @@ class Record(BaseModel):
         except ValidationError as error:
             faults = "\n  ".join(faults_of(error))
             raise CheckpointError(f"{source} does not describe a graft:\n  {faults}") from error
-        if record.host not in hosts():
+        if record.spec is None and record.host not in hosts():
             raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")
         installed = {name: config.version for name, config in operator_configs().items()}
         names = [operator.name for operator in _operators(record.plan)]
@@ -109,6 +141,28 @@ def _operators(plan: Plan) -> Iterator[OperatorConfig]:
         waiting += operator.parts()
 
 
+_NAMES = {WEIGHTS_NAME: GRAFTED_NAME, INDEX_NAME: GRAFTED_INDEX_NAME}
+
+
+@contextmanager
+def _under_diffusers_names(folder: Path) -> Iterator[Path]:
+    """A graft's folder in which its weights have the names that diffusers knows: one of links, for as long as it is read."""
+    links = {theirs: ours for theirs, ours in _NAMES.items() if (folder / ours).is_file()}
+    with TemporaryDirectory() as linked:
+        for file in folder.iterdir():
+            (Path(linked) / file.name).symlink_to(file.resolve())
+        for theirs, ours in links.items():
+            (Path(linked) / theirs).symlink_to((folder / ours).resolve())
+        yield Path(linked)
+
+
+def _folder_of(path: str | PathLike, options: dict[str, Any]) -> Path:
+    """The folder that arguments of `from_pretrained` name; downloaded where it is on the Hub."""
+    subfolder = options.get("subfolder") or ""
+    patterns = (f"{subfolder}/*",) if subfolder else MODEL_FILES
+    return find_folder(Path(path), revision=options.get("revision"), patterns=patterns) / subfolder
+
+
 @cache
 def grafted_class(base: type[Any]) -> type[Any]:
     """The class `GraftedX` of a host's model class `X`: its settings and `grafting`, a `Record` as JSON."""
@@ -117,7 +171,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         base.__init__(self, *args, **settings)
         record = Record.read(grafting, source=f"the config of this {type(self).__name__}")
         self.register_to_config(grafting=record.model_dump(mode="json"))
-        graft(self, record.plan, host=hosts()[record.host], inherit=False)
+        graft(self, record.plan, host=record.described, inherit=False)
 
     # diffusers reads the settings' names from here
     signature = inspect.signature(base.__init__)
@@ -126,20 +180,56 @@ def grafted_class(base: type[Any]) -> type[Any]:
 
     def from_pretrained(cls: Any, path: str | PathLike, **options: Any) -> Any:
         """Load as diffusers does, but raise an error on missing or unexpected tensors, where diffusers only warns."""
-        both = base.from_pretrained.__func__(cls, path, **{**options, "output_loading_info": True})
-        faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, n))}" for kind, n in both[1].items() if n]
+        folder = _folder_of(path, options)
+        if (folder / DELTA_NAME).is_file():
+            return _load_delta(folder, options)
+        asked = {**options, "output_loading_info": True, "subfolder": None}
+        with _under_diffusers_names(folder) as linked:
+            model, found = base.from_pretrained.__func__(cls, linked, **asked)
+        faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, n))}" for kind, n in found.items() if n]
         if faults:
             raise CheckpointError("\n  ".join([f"{path} does not fit {cls.__name__}", *faults]))
-        return both if options.get("output_loading_info") else both[0]
+        model.register_to_config(_name_or_path=str(path))
+        if "adapter_sha256" in model.config.get("grafting", {}):
+            _add_adapter(model, folder)
+        return (model, found) if options.get("output_loading_info") else model
+
+    def save_pretrained(self: Any, folder: str | PathLike, *args: Any, **options: Any) -> None:
+        """Save as diffusers does, with the weights under the name of grafts."""
+        if options.pop("push_to_hub", False):
+            raise CheckpointError(
+                "a graft is uploaded once it is saved: save it without push_to_hub, then `grafting push`"
+            )
+        base.save_pretrained(self, folder, *args, **options)
+        for theirs, ours in _NAMES.items():
+            if (Path(folder) / theirs).is_file():
+                (Path(folder) / theirs).replace(Path(folder) / ours)
 
     members = {
         "__init__": initialise,
+        "save_pretrained": save_pretrained,
         "__module__": _HOME,
         "__doc__": f"`{base.__name__}` with operators of a plan in place.",
         "from_pretrained": classmethod(from_pretrained),
         "ungrafted": base,
     }
     return type(f"{PREFIX}{base.__name__}", (base,), members)
+
+
+def _add_adapter(model: nn.Module, folder: Path) -> None:
+    if not holds_adapter(folder):
+        raise CheckpointError(
+            f"{folder} is not on this machine, and its adapter is needed: use grafting.load"
+        )
+    model.load_state_dict(with_adapter(folder, model.state_dict()))
+
+
+def _load_delta(folder: Path, options: Mapping[str, Any]) -> Any:
+    from .folder import load_model  # which is made of this module
+
+    dtype = options.get("torch_dtype") or options.get("dtype") or torch.float32
+    model, _ = load_model(folder, dtype=dtype)
+    return (model, {}) if options.get("output_loading_info") else model
 
 
 def with_plan(model: nn.Module, plan: Plan, *, base: Base | None = None) -> nn.Module:
@@ -180,11 +270,27 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in config_of(model).items() if not k.startswith("_") and k != "grafting"}
 
 
+@cache
+def _class_in_folder(name: str) -> type[Any]:
+    """Stands for the class `name` of a host that is not installed: the folder that is loaded says how it is described."""
+
+    def from_pretrained(cls: Any, path: str | PathLike, **options: Any) -> Any:
+        config = _folder_of(path, options) / CONFIG_NAME
+        settings = read_json(config, dict[str, JsonObject | Json]).get("grafting")
+        record = Record.read(settings if isinstance(settings, dict) else {}, source=str(config))
+        model_class: Any = record.described.model_class
+        return grafted_class(model_class).from_pretrained(path, **options)
+
+    members = {"__module__": _HOME, "from_pretrained": classmethod(from_pretrained)}
+    return type(name, (ModelMixin,), members)
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith(PREFIX):
-        # stops at the first match: naming a class of diffusers imports it, which takes seconds
         for host in hosts().values():
-            base: Any = host.model_class
-            if name == f"{PREFIX}{base.__name__}":
-                return grafted_class(base)
+            if name == f"{PREFIX}{host.class_name}":
+                model_class: Any = host.model_class
+                return grafted_class(model_class)
+        if name.isidentifier() and "UNet" not in name:
+            return _class_in_folder(name)
     raise AttributeError(f"module {_HOME!r} has no attribute {name!r}")

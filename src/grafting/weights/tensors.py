@@ -9,12 +9,13 @@ from pydantic import BaseModel, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..editing.adapters import adapters_of
 from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
 from ..machine.files import atomic_path, hash_json, sha256_of
 from ..machine.reading import Inside, read_json, read_safetensors, read_torch
 from .checkpoints import check_is_weights, harmless_globals, weight_file
-from .locate import CONFIG_NAME, WEIGHTS_NAME
+from .locate import CONFIG_NAME, GRAFTED_INDEX_NAME, GRAFTED_NAME, WEIGHTS_NAME
 
 _QUANTISED = frozenset({torch.int8, torch.uint8})
 
@@ -42,7 +43,8 @@ def weights_sha256(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder's weights, of whatever variant. Raises as `read_weights`."""
-    found = weight_file(folder)
+    own = [folder / name for name in (GRAFTED_NAME, GRAFTED_INDEX_NAME) if (folder / name).is_file()]
+    found = own[0] if own else weight_file(folder)
     if found is None:
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
     if found.suffix != ".json":
@@ -56,8 +58,12 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def check_can_be_saved(model: nn.Module) -> None:
-    """Raise a CheckpointError unless a model's weights are its class's own: no adapters', none that are quantised or elsewhere."""
-    adapted = sorted(name for name, part in model.named_modules() if hasattr(part, "base_layer"))
+    """Raise a CheckpointError unless a model's weights are its class's own: none that are quantised or elsewhere.
+
+    Nor those of adapters, other than low-rank ones, which have files of their own.
+    """
+    wrapped = {name for name, part in model.named_modules() if hasattr(part, "base_layer")}
+    adapted = sorted(wrapped - adapters_of(model).keys())
     if adapted:
         raise CheckpointError(
             f"{len(adapted)} layers have adapters (LoRA), such as {adapted[0]}, and a model saved with them could not be loaded: "

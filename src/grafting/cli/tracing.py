@@ -1,0 +1,111 @@
+"""`grafting sites --trace`: the proposed spec of a transformer, as a table, as JSON, and in a file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, HostError
+from ..machine.reading import JsonObject, read_json
+from ._shared import out, parse_setting, print_json
+from .display import plain_table, say
+
+if TYPE_CHECKING:
+    from ..hosts import Trace
+
+
+def trace_sites(name: str, *, to: Path | None, call: list[str], example: Path | None, as_json: bool) -> None:
+    """Trace a pipeline or a model, show what was seen, and write the spec.
+
+    Raises:
+        CheckpointError: neither a pipeline nor a model is there, or the example is not readable.
+        HostError: it has no transformer that a spec can describe.
+    """
+    traced = _traced(name, call, example)
+    exact = _is_exact(traced)
+    if to is not None:
+        traced.save(to)
+    if as_json:
+        print_json(_facts(traced, exact))
+        return
+    out.print(
+        plain_table(
+            ["attention", "calls", "kind", "tokens", "mask"],
+            [[row.path, row.count, row.kind, row.tokens, row.mask] for row in traced.seen],
+        )
+    )
+    for line in str(traced).splitlines():
+        if not line.startswith(" "):
+            say(out, line)
+    say(
+        out,
+        f"Softmax kernels in all of them give {'the same output, bit for bit' if exact else 'ANOTHER output: do not use this spec'}.",
+    )
+    say(
+        out,
+        f"Spec: {to}; pass it with --spec {to}"
+        if to
+        else "Write it with --out FILE; other commands take it with --spec FILE.",
+    )
+
+
+def _traced(name: str, call: list[str], example: Path | None) -> "Trace":
+    """The trace of what a name stands for: a pipeline, or a model of diffusers with its example."""
+    from ..hosts import trace
+    from ..weights.tensors import load_tensors
+
+    given = dict(map(parse_setting, call))
+    tensors: dict[str, Any] = {**load_tensors(example)} if example else {}
+    index = Path(name) / "model_index.json"
+    if index.is_file() or not Path(name).exists():
+        return trace(_load("DiffusionPipeline", name, **_left_out(index)), **tensors, **given)
+    if not tensors:
+        raise HostError(
+            f"{name} is a model alone, which says nothing of its inputs: give --example FILE.safetensors, the keyword arguments of a "
+            "forward pass by name, or trace its pipeline"
+        )
+    return trace(_load("AutoModel", name), example={**tensors, **given})
+
+
+def _left_out(index: Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without, such as text encoders; diffusers wants them named."""
+    parts = read_json(index, JsonObject) if index.is_file() else {}
+    return {name: None for name, part in parts.items() if part == [None, None]}
+
+
+def _load(loader: str, name: str, **parts: Any) -> Any:
+    import diffusers
+
+    try:
+        return getattr(diffusers, loader).from_pretrained(name, **parts)
+    except Exception as error:
+        raise CheckpointError(f"{name} cannot be read as a {loader} of diffusers: {error}") from error
+
+
+def _is_exact(traced: "Trace") -> bool:
+    """Whether the model gives the same output with softmax kernels in all its sites."""
+    import torch
+
+    from ..editing.plan import Plan, Replace
+    from ..editing.surgery import graft
+
+    before = traced.outputs()
+    plan = Plan(
+        edits=(Replace.model_validate({"role": "attention", "blocks": traced.blocks, "operator": "softmax"}),)
+    )
+    record = graft(traced.model, plan, host=traced.host)
+    try:
+        after = traced.outputs()
+    finally:
+        record.undo()
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _facts(traced: "Trace", exact: bool) -> dict[str, Any]:
+    return {
+        "class": type(traced.model).__name__,
+        "seen": [vars(row) for row in traced.seen],
+        "grid": vars(traced.grid),
+        "num_forwards": traced.num_forwards,
+        "exact": exact,
+        "questions": list(traced.questions),
+        "spec": traced.spec.model_dump(mode="json", exclude_defaults=True),
+    }

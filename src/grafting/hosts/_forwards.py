@@ -1,0 +1,378 @@
+"""Forward passes in which no attention mixes tokens, and what each attention call saw in one.
+
+Attention is answered with its values, or with zeros where queries and keys differ in number; a group norm, which mixes too,
+with its input. So every token of every layer is a function of its own source alone, and an input that is perturbed at one
+place shows where that place went.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import HostError
+from ..machine.randomness import generator
+
+Inputs = Mapping[str, Any]
+"""Keyword arguments of a forward pass: tensors, numbers, and lists and mappings of these."""
+
+MaskSeen = Literal["none", "all true", "of keys", "of pairs", "a bias"]
+"""A mask of keys hides the same from all queries; one of pairs, such as a causal one, does not; a bias is added to scores."""
+
+_STRENGTH = 3.0
+"""Of a perturbation, against inputs that are about 1 in size."""
+
+_SEED = 718281828
+"""Of perturbations: one that no example is drawn with, since a norm hides a multiple of the input itself."""
+
+
+_HIDDEN = -1000.0
+"""A score that is lowered by this much or more gives a weight of zero; models use -10,000 and less."""
+
+
+@dataclass(frozen=True, eq=False)
+class SdpaCall:
+    """One call of `scaled_dot_product_attention`, with the tokens of its heads side by side."""
+
+    path: str
+    """Of the innermost module that made it."""
+    execution: int
+    """How often that module had run before, in this forward pass."""
+    queries: Tensor  # [B, L, H K]
+    keys: Tensor  # [B, L, H K]
+    values: Tensor  # [B, L, H V]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mask: MaskSeen
+    causal: bool
+    dropout: float
+    scale: float | None
+
+
+class _Unmixed(TorchFunctionMode):
+    """Answers what mixes tokens without mixing them; keeps every call of attention."""
+
+    def __init__(self, where: Callable[[], tuple[str, int]]):
+        super().__init__()
+        self.where = where
+        self.calls: list[SdpaCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is F.group_norm:
+            return _channelwise(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        path, execution = self.where()
+        self.calls.append(
+            SdpaCall(
+                path=path,
+                execution=execution,
+                queries=_tokens(query),
+                keys=_tokens(key),
+                values=_tokens(value),
+                num_heads=query.shape[-3],
+                num_kv_heads=key.shape[-3],
+                head_dim=query.shape[-1],
+                mask=_mask_seen(attn_mask),
+                causal=is_causal,
+                dropout=dropout_p,
+                scale=scale,
+            )
+        )
+        if query.shape[-2] != key.shape[-2]:
+            return query.new_zeros(*query.shape[:-1], value.shape[-1])
+        repeats = query.shape[-3] // value.shape[-3]
+        return value.repeat_interleave(repeats, dim=-3).expand(*query.shape[:-1], -1).clone()
+
+
+def _tokens(heads: Tensor) -> Tensor:
+    """[..., H, L, K] -> [B, L, H K]."""
+    return heads.detach().movedim(-3, -2).flatten(-2).flatten(0, -3).clone()
+
+
+def _channelwise(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    shape = (-1, *[1] * (x.ndim - 2))
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _mask_seen(mask: Tensor | None) -> MaskSeen:
+    if mask is None:
+        return "none"
+    seen = mask if mask.dtype == torch.bool else mask > _HIDDEN
+    if mask.dtype != torch.bool and ((mask != 0) & seen).any():
+        return "a bias"
+    if seen.all():
+        return "all true"
+    rows = seen.reshape(-1, *seen.shape[-2:])  # [B H, M or 1, L]
+    keys = rows.any(dim=1, keepdim=True)
+    unlike = rows != keys
+    if rows.shape[1] == rows.shape[2]:
+        unlike = unlike & keys.transpose(1, 2)
+    return "of pairs" if unlike.any() else "of keys"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass without mixing did."""
+
+    calls: list[SdpaCall]
+    """Of attention."""
+    modules: dict[str, set[tuple[str, ...]]]
+    """Paths of the modules that ran, each with the paths of those within which it ran."""
+
+
+def unmixed_forward(model: nn.Module, inputs: Inputs) -> Forward:
+    """A forward pass without mixing; the model and random numbers stay as they were.
+
+    Raises:
+        HostError: the model does not run on these inputs.
+    """
+    with _watching(model) as watch:
+        unmixed = _Unmixed(watch.where)
+        with unmixed:
+            run(model, inputs)
+    return Forward(unmixed.calls, watch.modules)
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """The output of a model for keyword arguments, in evaluation mode and always with the same random numbers.
+
+    Raises:
+        HostError: the model does not run on these inputs.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return model.eval()(**inputs)
+    except Exception as error:
+        raise HostError(
+            f"{type(model).__name__} does not run on the example inputs {_described(inputs)}: {error}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _described(inputs: Inputs) -> str:
+    words = (
+        f"{name} {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+        for name, value in inputs.items()
+    )
+    return ", ".join(words)
+
+
+@dataclass
+class _Watch:
+    """Which modules run."""
+
+    stack: list[str] = field(default_factory=list)
+    executions: Counter[str] = field(default_factory=Counter)
+    modules: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
+
+    def where(self) -> tuple[str, int]:
+        """The module that runs now, by its path, and how often it had run before."""
+        return (self.stack[-1], self.executions[self.stack[-1]] - 1) if self.stack else ("", 0)
+
+    def entering(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.modules.setdefault(path, set()).add(tuple(self.stack))
+            self.stack.append(path)
+            self.executions[path] += 1
+
+        return hook
+
+    def leave(self, *_: Any) -> None:
+        self.stack.pop()
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[_Watch]:
+    watch, handles = _Watch(), []
+    for path, module in model.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(watch.entering(path)))
+            handles.append(module.register_forward_hook(watch.leave))
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def perturbed(
+    inputs: Inputs, name: str, *, axis: int | None = None, chosen: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Copies of inputs, of which one argument has changed: whole, or at the `chosen` places along an axis of its tensors."""
+    new = {key: copied(value) for key, value in inputs.items()}
+    new[name] = _mapped(new[name], lambda tensor: _moved(tensor, axis, chosen))
+    return new
+
+
+def cut_short(inputs: Inputs) -> dict[str, Any]:
+    """Copies of inputs in which every mask [B, T] of ones hides its last place of the first sample, as where a prompt is padded."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        if is_mask(tensor):
+            tensor[0, ..., -1] = 0
+        return tensor
+
+    return {name: _mapped(copied(value), cut) for name, value in inputs.items()}
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is of the form of a mask that hides nothing: ones, a row for each sample."""
+    return tensor.ndim > 1 and tensor.shape[-1] > 1 and bool((tensor == 1).all())
+
+
+def _moved(tensor: Tensor, axis: int | None, chosen: Sequence[int]) -> Tensor:
+    """Floats get noise, whole numbers become others among those that the tensor holds; booleans stay."""
+    if tensor.dtype == torch.bool or tensor.is_complex() or not tensor.numel():
+        return tensor
+    if tensor.is_floating_point():
+        noise = torch.randn(tensor.shape, generator=generator(_SEED))
+        moved = tensor + _STRENGTH * noise.to(tensor)
+    else:
+        values, places = tensor.unique(return_inverse=True)
+        moved = values.roll(-1)[places]
+    if axis is None:
+        return moved
+    if axis >= tensor.ndim:
+        return tensor
+    is_chosen = torch.zeros(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+    is_chosen[[place for place in chosen if place < tensor.shape[axis]]] = True
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return torch.where(is_chosen.view(shape), moved, tensor)
+
+
+def copied(value: Any) -> Any:
+    """Copies of the tensors in a structure of lists, tuples and mappings."""
+    return _mapped(value, Tensor.clone)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of lists, tuples and mappings, with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in a structure of lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_of(item)]
+
+
+def has_changed(before: Tensor, after: Tensor) -> Tensor:
+    """Which tokens of the first of a batch [B, L, D] are no longer the same, [L]."""
+    assert before.shape == after.shape
+    first, second = before[0].float(), after[0].float()
+    return (first - second).abs().amax(-1) > 1e-5 * (1 + first.abs().amax(-1))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One call of a module: its arguments and its output, as they were."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    def arguments(self, module: nn.Module) -> dict[str, Any]:
+        """By name; those that were left out have their default."""
+        signature = inspect.signature(module.forward)
+        try:
+            bound = signature.bind(*self.args, **self.kwargs)
+        except TypeError:
+            return dict(self.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+def executions(model: nn.Module, inputs: Inputs, paths: Iterable[str]) -> dict[str, list[Execution]]:
+    """Every call of some modules in a forward pass without mixing."""
+    found: dict[str, list[Execution]] = {path: [] for path in paths}
+    with _recording({path: model.get_submodule(path) for path in found}, found):
+        unmixed_forward(model, inputs)
+    return found
+
+
+@contextmanager
+def _recording(modules: Mapping[str, nn.Module], found: dict[str, list[Execution]]) -> Iterator[None]:
+    """Adds each call of these modules to the list of its name."""
+    handles = [
+        module.register_forward_hook(_adding(found[name]), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(found: list[Execution]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        found.append(Execution(copied(args), copied(kwargs), copied(output)))
+
+    return hook
+
+
+def again(
+    module: nn.Module, execution: Execution, *, moved: nn.Module | None = None
+) -> tuple[list[SdpaCall], Any, dict[str, list[Execution]]]:
+    """A module called once more without mixing: its calls of attention, its output, and what its linear layers did.
+
+    Args:
+        moved: a layer inside it whose output is perturbed.
+    """
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    found: dict[str, list[Execution]] = {name: [] for name in linears}
+    handle = (
+        moved.register_forward_hook(lambda *call: _moved(call[-1], None, ())) if moved is not None else None
+    )
+    unmixed = _Unmixed(lambda: ("", 0))
+    try:
+        with _recording(linears, found), unmixed, torch.no_grad():
+            output = module(*copied(execution.args), **copied(execution.kwargs))
+    finally:
+        if handle is not None:
+            handle.remove()
+    return unmixed.calls, output, found

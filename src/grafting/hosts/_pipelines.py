@@ -1,0 +1,226 @@
+"""The call of a pipeline's transformer, caught in its first two steps, and what its scheduler makes of the output."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig
+from ..errors import HostError
+from ._arguments import Knowledge
+from ._forwards import copied
+from ._spec import Output, Time
+
+_DEFAULTS: dict[str, Any] = {
+    "prompt": "a red cube on a table",
+    "height": 128,
+    "width": 192,
+    "num_frames": 9,
+    "num_inference_steps": 2,
+    "use_resolution_binning": False,
+}
+"""What a pipeline is called with where its caller says nothing: as little as most take, and rows unlike columns."""
+
+
+_LIKE = 0.3
+"""Cosine above which what the scheduler is given is the output, guided or not, and not another quantity."""
+
+
+@dataclass(frozen=True)
+class Caught:
+    """A model and an example of its keyword arguments, with what its pipeline told beside."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    known: Knowledge
+
+
+class _Enough(Exception):  # no error: it ends a pipeline's call
+    """Two steps of a pipeline have been seen."""
+
+
+@dataclass
+class _Spy:
+    """What a transformer was called with and returned, and what the scheduler was given."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    stepped: list[Tensor] = field(default_factory=list)
+    calls_at_step: int = 0
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        given = {k: v for k, v in bound.arguments.items() if v is not None and k != "return_dict"}
+        self.calls.append(copied(given))
+        if self.stepped:
+            raise _Enough
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.outputs.append(output)
+
+    def stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def spied(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.stepped.append(model_output.detach().clone())
+            self.calls_at_step = len(self.calls)
+            return step(model_output, *args, **kwargs)
+
+        return spied
+
+
+def catch(pipeline: Any, call: Mapping[str, Any]) -> Caught:
+    """The example that a pipeline's own call makes.
+
+    Raises:
+        HostError: it is no pipeline with a transformer, or does not run on this call.
+    """
+    model = transformer_of(pipeline)
+    given = _arguments(pipeline, call)
+    spy = _Spy()
+    try:
+        with _watching(pipeline, model, spy), torch.no_grad():
+            pipeline(**given)
+    except _Enough:
+        pass
+    except Exception as error:
+        raise HostError(
+            f"{type(pipeline).__name__} does not run on {', '.join(given)}: {error}; give what it is called with, such as "
+            "height=, width=, num_frames=, or prompt_embeds= where it has no text encoder"
+        ) from error
+    if not spy.calls:
+        raise HostError(f"{type(pipeline).__name__} did not call its transformer")
+    return Caught(model, spy.calls[0], _known(pipeline, spy))
+
+
+def transformer_of(pipeline: Any) -> nn.Module:
+    """A pipeline's transformer.
+
+    Raises:
+        HostError: it is no pipeline, or has a UNet in its place.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipeline, cast(Any, DiffusionPipeline)):
+        raise HostError(f"a diffusers pipeline or a model is traced; found a {type(pipeline).__name__}")
+    parts: dict[str, Any] = pipeline.components
+    for name in ("transformer", "transformer_2", "prior"):
+        if isinstance(parts.get(name), nn.Module):
+            return parts[name]
+    if "unet" in parts:
+        raise HostError(
+            f"{type(pipeline).__name__} has a {type(parts['unet']).__name__}, whose blocks have several resolutions: grafting edits "
+            "transformers"
+        )
+    raise HostError(f"{type(pipeline).__name__} has no transformer; it has {', '.join(sorted(parts))}")
+
+
+def _arguments(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's call, with the defaults that it takes and its caller leaves out."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    if unknown := [name for name in call if name not in takes]:
+        raise HostError(
+            f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}"
+        )
+    defaults = {name: value for name, value in _DEFAULTS.items() if name in takes}
+    if any("embeds" in name for name in call):
+        defaults.pop("prompt", None)
+    return defaults | dict(call)
+
+
+@contextmanager
+def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
+    scheduler, shows = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+    handles = [
+        model.register_forward_pre_hook(spy.before, with_kwargs=True),
+        model.register_forward_hook(spy.after),
+    ]
+    scheduler.step = spy.stepping(scheduler.step)
+    pipeline.set_progress_bar_config(**shows | {"disable": True})
+    try:
+        yield
+    finally:
+        del scheduler.step
+        pipeline.set_progress_bar_config(**shows)
+        for handle in handles:
+            handle.remove()
+
+
+def _known(pipeline: Any, spy: _Spy) -> Knowledge:
+    config = dict(getattr(pipeline.scheduler, "config", {}))
+    vae = dict(getattr(pipeline.components.get("vae"), "config", None) or {})
+    size = getattr(pipeline, "default_sample_size", None)
+    return Knowledge(
+        time=_time(spy),
+        output=_output(spy),
+        process=_process(type(pipeline.scheduler).__name__, config),
+        latent_size=size if isinstance(size, int) else None,
+        latent_channels=next(
+            (vae[key] for key in ("latent_channels", "z_dim") if isinstance(vae.get(key), int)), None
+        ),
+    )
+
+
+def _time(spy: _Spy) -> Time | None:
+    """The argument that differs between two steps, beside the image: its scale, and whether it falls towards the image."""
+    if len(spy.calls) <= spy.calls_at_step or not spy.calls_at_step:
+        return None
+    first, second = spy.calls[0], spy.calls[-1]
+    moved = [
+        name
+        for name, value in first.items()
+        if isinstance(value, Tensor) and value.ndim < 2 and not torch.equal(value, second[name])
+    ]
+    if len(moved) != 1:
+        return None
+    values = [float(call[moved[0]].flatten()[0]) for call in (first, second)]
+    return Time(
+        argument=moved[0],
+        scale=1000.0 if max(values) > 1 else 1.0,
+        reversed=values[1] > values[0],
+        whole=not first[moved[0]].is_floating_point(),
+    )
+
+
+def _output(spy: _Spy) -> Output | None:
+    """The sign and the channels with which the scheduler was given the model's output; None if that does not resemble it."""
+    if not spy.stepped:
+        return None
+    returned = torch.stack(
+        [sample.flatten() for output in spy.outputs[: spy.calls_at_step] for sample in _samples(output)]
+    )
+    average, given = returned.float().mean(0), spy.stepped[0][0].float().flatten()
+    half = len(average) == 2 * len(given)
+    average = average[: len(given)] if half else average
+    if len(average) != len(given):
+        return None
+    likeness = float(torch.cosine_similarity(average, given, dim=0))
+    return Output(sign=-1 if likeness < 0 else 1, half=half) if abs(likeness) > _LIKE else None
+
+
+def _samples(output: Any) -> list[Tensor]:
+    """The predictions of a batch, one a sample: rows of a tensor, or a list of tensors."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output
+        if isinstance(output, list):
+            return output
+        output = output[0] if isinstance(output, tuple) else output
+    return list(output)
+
+
+def _process(scheduler: str, config: Mapping[str, Any]) -> ProcessConfig | None:
+    is_flow = (
+        "Flow" in scheduler
+        or config.get("prediction_type") == "flow_prediction"
+        or config.get("use_flow_sigmas")
+    )
+    if not is_flow:
+        return DiffusionConfig() if config.get("prediction_type") == "epsilon" else None
+    if config.get("use_dynamic_shifting"):
+        return FlowConfig(shift=math.exp(config.get("max_shift", 1.15)))
+    return FlowConfig(shift=float(config.get("shift") or config.get("flow_shift") or 1))

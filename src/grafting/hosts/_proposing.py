@@ -1,0 +1,300 @@
+"""From what was observed of a model to a spec of it, with the questions that the observation leaves open."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..contract import Grid, ModuleCall
+from ..errors import HostError
+from ._arguments import (
+    Knowledge,
+    channels_of,
+    fact_of,
+    image_rule,
+    length_of,
+    native_grid_of,
+    other_inputs,
+    output_of,
+    process_of,
+    time_of,
+)
+from ._conventions import attention_convention, block_convention
+from ._forwards import Inputs, is_mask, tensors_of
+from ._host import config_of
+from ._observing import AttentionCall, Observation, Run
+from ._spec import BlockList, Fact, MlpLayers, SdpaSpec
+
+
+@dataclass
+class Proposal:
+    """A spec, and what a person should look at before it is used."""
+
+    spec: SdpaSpec
+    questions: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+    """Attentions among the spec's whose masks are not of keys alone."""
+
+
+@dataclass(frozen=True)
+class _List:
+    """Calls of the attention that stands at one path inside the blocks of one list."""
+
+    path: str
+    attention: str
+    blocks: tuple[str, ...]
+    calls: tuple[AttentionCall, ...]
+
+    @property
+    def image_calls(self) -> list[AttentionCall]:
+        """Over image tokens, which a kernel may answer."""
+        return [call for call in self.calls if call.kind in ("self", "joint", "mixed")]
+
+    @property
+    def usual(self) -> AttentionCall:
+        return self.image_calls[0]
+
+
+def propose(
+    model: nn.Module, inputs: Inputs, seen: Observation, *, known: Knowledge, native_grid: Grid | None = None
+) -> Proposal:
+    """The spec that follows from an observation.
+
+    Raises:
+        HostError: no attention over image tokens stands in a list of blocks.
+    """
+    questions: list[str] = []
+    lists = list(_usable(_lists(model, seen), questions))
+    if not lists:
+        raise HostError(
+            f"{type(model).__name__} has no attention over the tokens of {seen.image} that a kernel could take the place "
+            f"of: {'; '.join(questions) or _seen_instead(seen)}"
+        )
+    usual = lists[0].usual
+    image, grid = image_rule(model, inputs, seen.image, usual, known, questions)
+    if native_grid is None:
+        native_grid = native_grid_of(model, image, grid, known, questions)
+    orders = [_order(found, inputs) for found in lists]
+    conventions = list(_conventions(model, inputs, seen, lists, orders))
+    spec = SdpaSpec(
+        name=_name(type(model)),
+        model_class=_import_path(type(model)),
+        blocks=tuple(blocks for blocks, _, _ in conventions),
+        num_heads=fact_of(model, usual.num_heads, "heads", "num_attention_heads"),
+        head_dim=_head_dim(model, usual),
+        order=orders[0],
+        image=image,
+        native_grid=native_grid,
+        native_num_text=_num_keys(usual) - usual.num_image,
+        channels=channels_of(model, inputs[seen.image], image),
+        projections=next((found for _, found, _ in conventions if found), None),
+        mlp=next((found for _, _, found in conventions if found), None),
+        time=known.time or time_of(inputs, questions),
+        output=known.output or output_of(model, inputs, image, questions),
+        process=known.process or process_of(questions),
+        distilled=bool(config_of(model).get("guidance_embeds")),
+        inputs=dict(other_inputs(model, inputs, seen, image, usual)),
+    )
+    with_text = [found for found in lists if found.usual.kind != "self"]
+    is_unmasked = all(call.mask_padded == "none" for found in with_text for call in found.image_calls)
+    if with_text and is_unmasked and any(map(is_mask, tensors_of(dict(inputs)))):
+        questions.append(
+            "masked: the example has a mask that these attentions do not see; set it if they do with prompts of several lengths"
+        )
+    questions += [f"{path}: its class is called attention, and it makes no call" for path in seen.silent]
+    partial = sorted({call.path for found in lists for call in found.image_calls if _is_partial(call)})
+    questions += [f"{path}: its mask is not of keys alone; leave it out of plans" for path in partial]
+    return Proposal(_with_heads(model, spec, lists), questions, partial)
+
+
+def _lists(model: nn.Module, seen: Observation) -> Iterator[_List]:
+    """Attentions by their list of blocks, in the order in which they run first."""
+    found: dict[tuple[str, str], dict[str, list[AttentionCall]]] = {}
+    for call in seen.calls:
+        place = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", call.path)
+        if place and isinstance(model.get_submodule(place[1]), nn.ModuleList | nn.Sequential):
+            found.setdefault((place[1], place[3]), {}).setdefault(place[2], []).append(call)
+    for (path, attention), blocks in found.items():
+        calls = tuple(call for calls in blocks.values() for call in calls)
+        yield _List(path, attention, tuple(blocks), calls)
+
+
+def _usable(lists: Iterator[_List], questions: list[str]) -> Iterator[_List]:
+    """Those over image tokens that a spec can describe; at most one attention of a list of blocks."""
+    taken: dict[str, _List] = {}
+    for found in lists:
+        if not found.image_calls:
+            continue
+        where, usual = f"{found.path}.*.{found.attention}", found.image_calls[0]
+        if reason := _hindrance(found):
+            questions.append(f"{where} is left out: {reason}")
+        elif found.path in taken:
+            questions.append(
+                f"{where} is left out: {found.path}.*.{taken[found.path].attention} is the attention of these blocks"
+            )
+        elif taken and usual.head_dim != (first := next(iter(taken.values())).usual).head_dim:
+            questions.append(
+                f"{where} is left out: heads of {usual.head_dim} channels, others of {first.head_dim}"
+            )
+        elif taken and usual.num_image != first.num_image:
+            questions.append(
+                f"{where} is left out: {usual.num_image} image tokens in a call, others {first.num_image}"
+            )
+        else:
+            taken[found.path] = found
+            yield found
+
+
+def _hindrance(found: _List) -> str:
+    """Why a spec cannot describe an attention; empty if it can."""
+    usual = found.usual
+    if any((c.queries, c.keys) != (usual.queries, usual.keys) for c in found.image_calls):
+        return "its calls have several layouts"
+    if sum(run.kind == "image" for run in usual.keys) != 1 or not usual.raster:
+        return "its image tokens do not stand side by side in raster order"
+    if usual.kind == "mixed" and {run.kind for run in usual.queries} != {"image"}:
+        return "its queries are neither all tokens nor those of the image"
+    if usual.mask == "a bias":
+        return "its mask adds other numbers than 0 and minus infinity to the scores, and hides nothing"
+    if all(map(_is_partial, found.image_calls)):
+        return "it hides some keys from some queries alone"
+    if usual.num_image < 2:
+        return "it sees a single image token"
+    return ""
+
+
+def _is_partial(call: AttentionCall) -> bool:
+    """Whether an attention has a mask that is not of keys alone."""
+    return call.causal or not {"of pairs", "a bias"}.isdisjoint((call.mask, call.mask_padded))
+
+
+def _seen_instead(seen: Observation) -> str:
+    kinds = ", ".join(sorted({f"{call.path} ({call.kind})" for call in seen.calls})[:4])
+    silent = f"; no call was made by {', '.join(seen.silent[:2])}" if seen.silent else ""
+    return f"found {kinds}{silent}"
+
+
+def _num_keys(call: AttentionCall) -> int:
+    return sum(run.length for run in call.keys)
+
+
+def _order(found: _List, inputs: Inputs) -> tuple[str, ...]:
+    """The runs of tokens among the keys; where others stand on both sides, those of one side by their arguments."""
+    keys = found.usual.keys
+    place = next(i for i, run in enumerate(keys) if run.kind == "image")
+    before, after = keys[:place], keys[place + 1 :]
+    if not (before and after):
+        return tuple("image" if run.kind == "image" else "rest" for run in _merged(keys))
+    sides = (
+        (after, ("rest", "image", *(tokens.argument for tokens in after))),
+        (before, (*(tokens.argument for tokens in before), "image", "rest")),
+    )
+    for named, order in sides:
+        if all(length_of(inputs, tokens.argument) == tokens.length for tokens in named):
+            return order
+    raise HostError(
+        f"{found.path}.*.{found.attention}: tokens stand on both sides of the image, and neither side is as long as "
+        f"arguments are: {', '.join(map(str, keys))}"
+    )
+
+
+def _merged(keys: Sequence[Run]) -> list[Run]:
+    """With runs that are not the image's, side by side, as one."""
+    groups = itertools.groupby(keys, key=lambda run: run.kind == "image")
+    return [next(iter(runs)) for _, runs in groups]
+
+
+def _name(model_class: type) -> str:
+    """Of the host: its class's, without what all classes are called."""
+    short = re.sub(r"(Transformer|DiT)?(\d?D)?(Transformer|DiT)?(Model)?$", "", model_class.__name__)
+    return re.sub(r"\W", "", short or model_class.__name__).lower()
+
+
+def _import_path(model_class: type) -> str:
+    package = model_class.__module__.partition(".")[0]
+    if package == "diffusers":
+        import diffusers
+
+        if getattr(diffusers, model_class.__name__, None) is model_class:
+            return f"diffusers:{model_class.__name__}"
+    return f"{model_class.__module__}:{model_class.__qualname__}"
+
+
+def _head_dim(model: nn.Module, usual: AttentionCall) -> Fact:
+    """By its name, or as channels over heads."""
+    named = fact_of(model, usual.head_dim, "head_dim", "attention_head_dim")
+    heads = fact_of(model, usual.num_heads, "heads", "num_attention_heads")
+    dim = usual.num_heads * usual.head_dim
+    widths = [
+        name for name in ("hidden_size", "dim", "model_dim", "inner_dim") if config_of(model).get(name) == dim
+    ]
+    if isinstance(named, str) or not widths or isinstance(heads, int):
+        return named
+    return f"config.{widths[0]} / {heads}"
+
+
+def _conventions(
+    model: nn.Module,
+    inputs: Inputs,
+    seen: Observation,
+    lists: Sequence[_List],
+    orders: Sequence[tuple[str, ...]],
+) -> Iterator[tuple[BlockList, tuple[str, str, str, str] | None, MlpLayers | None]]:
+    """Each list as the spec says it, with what is said once for all lists."""
+    projections: tuple[str, str, str, str] | None = None
+    layers: MlpLayers | None = None
+    for found, order in zip(lists, orders, strict=True):
+        usual = found.usual
+        dim = usual.num_heads * usual.head_dim
+        block = block_convention(
+            model, inputs, found.path, num_image=usual.num_image, dim=dim, modules=seen.modules
+        )
+        paths = [f"{found.path}.{i}.{found.attention}" for i in found.blocks]
+        masked = any("of keys" in (call.mask, call.mask_padded) for call in found.image_calls)
+        attention = None
+        if usual.kind != "mixed" and not masked and _turn(found) == ("image",):
+            attention = attention_convention(model, inputs, paths, num_tokens=_num_keys(usual), dim=dim)
+        if attention and attention.projections and projections in (None, attention.projections):
+            projections = attention.projections
+        has_mlp = block.mlp is not None and layers in (None, block.mlp_layers)
+        layers = layers or block.mlp_layers
+        blocks = BlockList(
+            path=found.path,
+            attention=found.attention,
+            order=None if order == orders[0] else order,
+            image_queries=usual.kind == "mixed",
+            turn=_turn(found),
+            masked=masked,
+            mixers=attention.call if attention else None,
+            mlp=block.mlp if has_mlp else None,
+            mlp_call=block.mlp_call if has_mlp else ModuleCall(),
+            arguments=block.arguments,
+            returns=block.returns,
+            fixed=block.fixed,
+        )
+        yield blocks, projections, layers
+
+
+def _turn(found: _List) -> tuple[Any, ...]:
+    """What the calls of a pass of the attention are over, in order; calls of one sample each count once."""
+    first = [c for c in found.calls if c.path == found.usual.path and c.execution == found.usual.execution]
+    turn = tuple("image" if call in found.image_calls else "other" for call in first)
+    if len(turn) > 1 and set(turn) == {"image"} and all(call.batch_size == 1 for call in first):
+        return ("image",)
+    return turn
+
+
+def _with_heads(model: nn.Module, spec: SdpaSpec, lists: Sequence[_List]) -> SdpaSpec:
+    """With the heads of lists that have other heads than the first."""
+    blocks = tuple(
+        blocks
+        if found.usual.num_heads == lists[0].usual.num_heads
+        else blocks.model_copy(
+            update={"num_heads": fact_of(model, found.usual.num_heads, "heads", "num_attention_heads")}
+        )
+        for blocks, found in zip(spec.blocks, lists, strict=True)
+    )
+    return spec.model_copy(update={"blocks": blocks})

@@ -1,0 +1,85 @@
+"""Short filters over tokens, which gated convolutions are made of; their arithmetic is in `functional/conv.py`."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..contract import TokenLayout
+from ..functional.conv import depthwise_1d, depthwise_2d, depthwise_3d
+
+Geometry = Literal["centred", "causal", "2d", "3d"]
+_NUM_AXES = {"centred": 1, "causal": 1, "2d": 2, "3d": 3}
+
+# spread of inherited gates around 1, for inputs of unit variance
+GATE_SPREAD = 0.1
+
+
+def num_taps(kernel_size: int, geometry: Geometry) -> int:
+    """Taps of a filter of this size."""
+    return kernel_size ** _NUM_AXES[geometry]
+
+
+class TokenFilter(nn.Module):
+    """A depthwise filter over tokens, one for each channel, with a bias; initialised as torch's convolutions are.
+
+    In the 1-D geometries the sequence is filtered as it is, text tokens included. In `2d` the image tokens are filtered
+    on their grid, each frame by itself, in `3d` with its neighbours; text tokens, which have no neighbours there, see the centre
+    tap only.
+
+    Args:
+        dim: channels, D.
+        kernel_size: taps, K; weight is [D, 1, K], [D, 1, K, K] for `2d`, [D, 1, K, K, K] for `3d`.
+        geometry: where the taps lie.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+        self.before = kernel_size - 1 if geometry == "causal" else kernel_size // 2
+        num_axes = _NUM_AXES[geometry]
+        bound = kernel_size ** (-num_axes / 2)
+        self.weight = nn.Parameter(torch.empty(dim, 1, *[kernel_size] * num_axes).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
+
+    def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
+        if self.geometry in ("2d", "3d"):
+            return self._on_grid(x, layout)
+        return depthwise_1d(x, self.weight, self.bias, before=self.before)
+
+    @torch.no_grad()
+    def set_identity(self) -> None:
+        """Weight 1 at the token's own tap and 0 elsewhere, bias 0: the output is the input."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self._own_tap.fill_(1)
+
+    @torch.no_grad()
+    def blur(self, channels: slice) -> None:
+        """For these channels, half the weight at the token's own tap and half spread evenly over the others."""
+        num_others = self.weight[0].numel() - 1
+        if num_others > 0:
+            self.weight[channels] = 0.5 / num_others
+            self._own_tap[channels] = 0.5
+
+    @property
+    def _own_tap(self) -> Tensor:
+        own = self.weight[:, 0]
+        for _ in range(own.ndim - 1):
+            own = own.select(1, self.before)
+        return own
+
+    def _on_grid(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        grid, image = layout.grid, layout.image_slice
+        on_grid = x[:, image].unflatten(1, (grid.frames, grid.rows, grid.cols))
+        if self.geometry == "3d":
+            filtered = depthwise_3d(on_grid, self.weight, self.bias).flatten(1, 3)
+        else:
+            filtered = depthwise_2d(on_grid.flatten(0, 1), self.weight, self.bias).reshape(
+                x.shape[0], -1, x.shape[-1]
+            )
+        if layout.num_others == 0:
+            return filtered
+        text = x * self._own_tap.to(x.dtype) + self.bias.to(x.dtype)
+        return torch.cat([text[:, : image.start], filtered, text[:, image.stop :]], dim=1)

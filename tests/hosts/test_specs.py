@@ -1,0 +1,171 @@
+"""Every spec that comes with the library, on its tiny instance: a new file in `hosts/specs/` is tested by being there."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from closeness import assert_close
+from grafting.contract import Grid
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
+from grafting.hosts import SdpaHost, SdpaSpec, host_of, hosts
+from grafting.weights.folder import load, save_model
+
+# MochiModel asks for autocast that a CPU has not
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+SPECS = {name: host for name, host in hosts().items() if isinstance(host, SdpaHost)}
+WINDOW = Plan(edits=(Replace(role="attention", operator={"name": "window-2d", "radius": 1}),))
+SOFTMAX = Plan(edits=(Replace(role="attention", operator="softmax"),))
+KERNELS = [
+    "softmax",
+    {"name": "window-2d", "radius": 1},
+    {"name": "window-1d", "window": 2},
+    "linear",
+    {"name": "linear", "conv": 3},
+    "ttt",
+    "hybrid",
+]
+PADDED = {
+    "qwenimage": "encoder_hidden_states_mask",
+    "lumina2": "encoder_attention_mask",
+    "hunyuanvideo": "encoder_attention_mask",
+    "mochi": "encoder_attention_mask",
+    "zimage": None,
+}
+
+
+def outputs(model, inputs) -> Tensor:
+    output = model(**inputs, return_dict=False)[0]
+    return output if isinstance(output, Tensor) else torch.stack(list(output))
+
+
+def example(host, model, *, rows=6, cols=4, **sizes):
+    frames = 2 if host.spec.native_grid.frames > 1 else 1
+    torch.manual_seed(1)
+    return host.example(model, rows=rows, cols=cols, frames=frames, batch_size=2, **sizes)
+
+
+@pytest.fixture(params=SPECS)
+def host(request):
+    return SPECS[request.param]
+
+
+@pytest.fixture
+def model(host):
+    torch.manual_seed(0)
+    return host.tiny().eval()
+
+
+def test_a_spec_holds(host, model, tmp_path):
+    """Softmax is the identity, bit for bit, on two grids; a window runs both ways, is saved with the spec, and loaded."""
+    record = graft(model, SOFTMAX)
+    for rows, cols in ((6, 4), (3, 5)):
+        inputs = example(host, model, rows=rows, cols=cols)
+        with torch.no_grad():
+            got = outputs(model, inputs)
+            record.undo()
+            want = outputs(model, inputs)
+        assert torch.equal(got, want)
+        record = graft(model, SOFTMAX)
+    record.undo()
+    graft(model, WINDOW)
+    output = outputs(model, inputs)
+    assert not torch.allclose(output, want, rtol=1e-3)
+    output.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    save_model(tmp_path, model, WINDOW)
+    loaded = load(tmp_path)
+    assert host_of(loaded).spec == host.spec
+    assert host_of(loaded) is not host
+    with torch.no_grad():
+        assert torch.equal(outputs(loaded, inputs), output)
+
+
+def test_it_predicts_images_of_any_size(host, model):
+    """`predict` calls the model as `example` does, and gives back what it was given."""
+    frames = 2 if host.spec.native_grid.frames > 1 else 1
+    x = torch.randn(2, *host.at_grid(Grid(6, 4, frames)).shape(model))
+    inputs = example(host, model)
+    condition = {name: inputs[name] for name, asked in host._inputs(model).items() if asked.value is None}
+    with torch.no_grad():
+        prediction = host.predict(model, x, host.spec.time.scale * torch.rand(2), condition)
+    assert prediction.shape == x.shape
+    assert prediction.isfinite().all()
+    assert host.image_grid(model, inputs) == Grid(6, 4, frames)
+
+
+def test_blocks_are_called_as_it_says(host, model):
+    inputs = example(host, model)
+    for site in (site for site in host.blocks(model) if not site.fixed):
+        seen = []
+        handle = model.get_submodule(site.path).register_forward_hook(
+            lambda _, *call, seen=seen: seen.append(call), with_kwargs=True
+        )
+        outputs(model, inputs)
+        handle.remove()
+        ((args, kwargs, output),) = seen
+        given = dict(zip(site.call.arguments, args, strict=False)) | kwargs
+        returned = [output] if isinstance(output, Tensor) else output
+        assert [t.shape for t in returned] == [given[name].shape for name in site.call.returns]
+
+
+def test_mixers_stand_where_tokens_are_one_tensor(host, model):
+    sites = [s for s in host.sites(model) if s.module and s.role == "attention" and not s.attention.masked]
+    mlps = [s for s in host.sites(model) if s.role == "mlp"]
+    edits = [Replace(role="attention", blocks=s.block, operator="hyena-x") for s in sites]
+    edits += [
+        Replace(role="mlp", blocks=s.block, operator={"name": "mlp", "ratio": 2, "init": "random"})
+        for s in mlps
+    ]
+    if host.spec.projections is None:
+        edits = [edit.model_copy(update={"operator": edit.operator.randomised()}) for edit in edits]
+    if not edits:
+        return
+    inputs = example(host, model)
+    with torch.no_grad():
+        before = outputs(model, inputs)
+        graft(model, Plan(edits=edits))
+        assert not torch.allclose(outputs(model, inputs), before, rtol=1e-3)
+
+
+def test_a_spec_is_the_same_as_json_and_as_yaml(host):
+    spec = host.spec
+    assert SdpaSpec.model_validate(json.loads(spec.model_dump_json())) == spec
+    brief = yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True))
+    assert SdpaSpec.model_validate(yaml.safe_load(brief)) == spec
+
+
+@pytest.mark.parametrize("operator", KERNELS, ids=str)
+@pytest.mark.parametrize("name", PADDED)
+def test_a_padded_prompt_gives_what_it_gives_alone(name, operator):
+    """In a batch of unlike prompts, the first of three tokens and the second of five."""
+    host, mask = SPECS[name], PADDED[name]
+    torch.manual_seed(0)
+    model = host.tiny().eval()
+    graft(model, Plan(edits=(Replace(role="attention", operator=operator),)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    # the image is a list of texts' own lengths for ZImage, which pads them to 32 each
+    num_text = 40 if mask is None else 5
+    kept = (20, 40) if mask is None else (3, 5)
+    inputs = example(host, model, num_text=num_text)
+    if mask is None:
+        inputs["cap_feats"] = [x[:n] for x, n in zip(inputs["cap_feats"], kept, strict=True)]
+    else:
+        seen = torch.arange(num_text) < torch.tensor(kept)[:, None]
+        inputs[mask] = seen if host.spec.inputs.get(mask) is None else seen.to(inputs[mask].dtype)
+    with torch.no_grad():
+        together = outputs(model, inputs)
+        for i, n in enumerate(kept):
+            alone = {key: _of_one(value, i) for key, value in inputs.items()}
+            if mask is not None:
+                alone |= {key: alone[key][:, :n] for key in ("encoder_hidden_states", mask)}
+            assert_close(f"prompt {i}", together[i : i + 1], outputs(model, alone), 1e-4)
+
+
+def _of_one(value, i):
+    return value[i : i + 1] if isinstance(value, Tensor | list) else value

@@ -1,0 +1,258 @@
+"""Tracing: what each attention of a transformer is seen to hold, and the spec that follows."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from grafting.cli import app
+from grafting.contract import Grid, ModuleCall
+from grafting.editing.plan import Plan, Replace
+from grafting.editing.surgery import graft
+from grafting.errors import HostError
+from grafting.hosts import load_spec, trace
+from grafting.hosts._forwards import perturbed, unmixed_forward
+from grafting.hosts._observing import AttentionCall, Axis, Run, observe
+from grafting.weights.tensors import save_tensors
+from hosts import pipelines
+from hosts.zoo import COLS, FRAMES, ROWS, TEXT, Specimen, specimens
+
+NUM_IMAGE = ROWS * COLS
+IMAGE, TEXT_RUN = Run("image", NUM_IMAGE), Run("text", TEXT, "encoder_hidden_states")
+VIDEO = Run("image", FRAMES * NUM_IMAGE)
+LATENT = (Axis(2, 2 * ROWS, ROWS), Axis(3, 2 * COLS, COLS))
+PACKED = (Axis(1, NUM_IMAGE, NUM_IMAGE),)
+OF_VIDEO = (Axis(2, FRAMES, FRAMES), Axis(3, 2 * ROWS, ROWS), Axis(4, 2 * COLS, COLS))
+TURNED = (Axis(1, FRAMES, FRAMES), *OF_VIDEO[1:])
+
+# by class: what its attention over the image sees, and along which axes
+SEEN = {
+    "Flux": ("joint", (TEXT_RUN, IMAGE), PACKED),
+    "SD3": ("joint", (IMAGE, TEXT_RUN), LATENT),
+    "PixArt": ("self", (IMAGE,), LATENT),
+    "Wan": ("self", (VIDEO,), OF_VIDEO),
+    "CogVideoX": ("joint", (TEXT_RUN, VIDEO), TURNED),
+    "QwenImage": ("joint", (TEXT_RUN, IMAGE), PACKED),
+    "LTXVideo": ("self", (VIDEO,), (Axis(1, 48, 48),)),
+    "AuraFlow": ("joint", (Run("other", 8), TEXT_RUN, IMAGE), LATENT),
+    "HunyuanVideo": ("joint", (VIDEO, TEXT_RUN), OF_VIDEO),
+}
+
+
+def specimen(name: str) -> Specimen:
+    """By the beginning of its class's name."""
+    return next(s for s in specimens() if s.name.startswith(f"{name}Transformer"))
+
+
+def image_calls(model: nn.Module, inputs: dict) -> list[AttentionCall]:
+    return [call for call in observe(model, inputs).calls if call.kind in ("self", "joint", "mixed")]
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_whose_tokens_an_attention_sees_and_where_they_lie(name):
+    kind, runs, axes = SEEN[name]
+    calls = image_calls(specimen(name).model(), specimen(name).example())
+    assert calls
+    for call in calls:
+        assert (call.kind, call.queries, call.keys) == (kind, runs, runs)
+        assert (call.axes, call.raster) == (axes, True)
+        assert (call.num_heads, call.num_kv_heads, call.head_dim, call.causal) == (2, 2, 16, False)
+
+
+def test_queries_of_the_image_alone():
+    for call in image_calls(specimen("PRX").model(), specimen("PRX").example()):
+        assert (call.kind, call.queries, call.keys) == ("mixed", (IMAGE,), (TEXT_RUN, IMAGE))
+
+
+def test_a_mask_of_all_that_hides_where_a_prompt_is_padded():
+    subject = specimen("HunyuanVideo")
+    calls = image_calls(subject.model(), subject.example())
+    assert {(call.mask, call.mask_padded) for call in calls} == {("all true", "of keys")}
+    padded = subject.example()
+    padded["encoder_attention_mask"][0, -2:] = 0
+    assert {call.mask for call in image_calls(subject.model(), padded)} == {"of keys"}
+
+
+def test_no_token_is_mixed_with_another():
+    """A change of one image place changes one image token of every attention, and no text."""
+    subject = specimen("SD3")
+    model, inputs = subject.model(), subject.example()
+    moved = perturbed(inputs, "hidden_states", axis=3, chosen=[0, 1])  # the first column of patches
+    pairs = zip(unmixed_forward(model, inputs).calls, unmixed_forward(model, moved).calls, strict=True)
+    for before, after in pairs:
+        changed = (before.values[0] != after.values[0]).any(-1)
+        assert changed.nonzero().flatten().tolist() == list(range(0, NUM_IMAGE, COLS))
+
+
+def test_inputs_model_and_random_numbers_stay_as_they_were():
+    subject = specimen("PixArt")
+    model, inputs = subject.model().train(), subject.example()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(3)
+    want = torch.rand(1)
+    torch.manual_seed(3)
+    trace(model, example=inputs)
+    assert torch.equal(torch.rand(1), want)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(inputs[n], v) for n, v in subject.example().items() if isinstance(v, torch.Tensor))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_spec_is_proposed_with_conventions():
+    subject = specimen("Wan")
+    traced = trace(subject.model(), example=subject.example())
+    assert traced.grid == Grid(ROWS, COLS, FRAMES)
+    (blocks,) = traced.spec.blocks
+    assert (blocks.path, blocks.attention, blocks.mlp) == ("blocks", "attn1", "ffn")
+    assert blocks.mixers == ModuleCall(must_be_none=("encoder_hidden_states", "attention_mask"))
+    assert (blocks.arguments, blocks.returns) == (("hidden_states",), ("hidden_states",))
+    assert traced.spec.projections == ("to_q", "to_k", "to_v", "to_out.0")
+    assert (traced.spec.mlp.up, traced.spec.mlp.down) == ("net.0.proj", "net.2")
+    assert (traced.spec.mlp.activation, traced.spec.mlp.gated) == ("gelu-tanh", False)
+    assert [question.partition(" ")[0] for question in traced.questions] == [
+        "native_grid",
+        "time:",
+        "output:",
+        "process:",
+    ]
+    assert "2 x blocks.*.attn1: self, image 48, mask: none" in str(traced)
+
+
+def test_blocks_of_which_the_model_uses_a_part_elsewhere_are_fixed():
+    subject = next(s for s in specimens() if s.name.startswith("DiT"))
+    (blocks,) = trace(subject.model(), example=subject.example()).spec.blocks
+    assert blocks.fixed == {0: "the model uses its norm1.emb outside of it"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PRX", pytest.param("Flux", marks=pytest.mark.slow), pytest.param("AuraFlow", marks=pytest.mark.slow)],
+)
+def test_softmax_kernels_change_nothing(name):
+    subject = specimen(name)
+    traced = trace(subject.model(), example=subject.example())
+    before = traced.outputs()
+    plan = Plan(edits=(Replace(role="attention", blocks=traced.blocks, operator="softmax"),))
+    graft(traced.model, plan, host=traced.host)
+    assert all(map(torch.equal, before, traced.outputs()))
+
+
+def test_a_pipeline_tells_its_process_its_time_and_its_sign():
+    pipe, call = pipelines.pixart()
+    traced = trace(pipe, **call)
+    assert (traced.spec.time.whole, traced.spec.output.half) == (True, True)
+    assert traced.spec.process.name == "diffusion"
+    assert traced.questions == ()
+    assert "step" not in vars(pipe.scheduler)
+    assert not traced.model._forward_pre_hooks
+
+
+@pytest.mark.slow
+def test_a_pipeline_tells_that_time_and_output_are_reversed():
+    pipe, call = pipelines.lumina2()
+    spec = trace(pipe, **call).spec
+    assert (spec.time.argument, spec.time.scale, spec.time.reversed) == ("timestep", 1.0, True)
+    assert (spec.output.sign, spec.process.name, spec.process.shift) == (-1, "flow", 3.0)
+
+
+def test_what_cannot_be_traced_is_an_error():
+    subject = specimen("PixArt")
+    model = subject.model()
+    with pytest.raises(HostError, match="says nothing of its inputs: give example="):
+        trace(model)
+    with pytest.raises(HostError, match="does not run on the example inputs hidden_states"):
+        trace(model, example={"hidden_states": torch.zeros(1, 4, 8, 8)})
+    with pytest.raises(HostError, match="prompt: only a pipeline is called with these"):
+        trace(model, example=subject.example(), prompt="a cat")
+    with pytest.raises(HostError, match="a diffusers pipeline or a model is traced; found a str"):
+        trace("owner/name")
+    with pytest.raises(HostError, match="Linear made no call of scaled_dot_product_attention"):
+        trace(nn.Linear(2, 2), example={"input": torch.zeros(1, 2)})
+    sana = specimen("Sana")
+    with pytest.raises(HostError, match=r"no call was made by transformer_blocks.0.attn1"):
+        trace(sana.model(), example=sana.example())
+
+
+def test_a_graft_is_not_traced():
+    subject = specimen("PixArt")
+    model = subject.model()
+    plan = Plan(edits=(Replace(role="attention", blocks=0, operator="softmax"),))
+    graft(model, plan)
+    with pytest.raises(HostError, match="PixArtTransformer2DModel is grafted already"):
+        trace(model, example=subject.example())
+
+
+def test_pipelines_without_a_transformer_are_an_error():
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    with pytest.raises(
+        HostError, match="DDPMPipeline has a UNet2DModel, whose blocks have several resolutions"
+    ):
+        trace(DDPMPipeline(unet, DDPMScheduler()))
+    with pytest.raises(HostError, match="UNet2DModel is a UNet"):
+        trace(unet, example={})
+    pipe, call = pipelines.pixart()
+    with pytest.raises(HostError, match="is not called with heihgt; it takes prompt"):
+        trace(pipe, **call, heihgt=64)
+    with pytest.raises(HostError, match="does not run on prompt, height"):
+        trace(pipe)
+
+
+@pytest.mark.slow
+def test_a_mask_that_is_added_and_hides_nothing_is_told():
+    """Chroma's pipeline passes its mask as numbers, which are added to the scores."""
+    pipe, call = pipelines.chroma()
+    with pytest.raises(HostError, match="its mask adds other numbers than 0 and minus infinity"):
+        trace(pipe, **call)
+
+
+def test_the_command_shows_writes_and_proves(tmp_path):
+    subject = specimen("PixArt")
+    subject.model().save_pretrained(tmp_path / "model")
+    save_tensors(tmp_path / "example.safetensors", subject.example())
+    arguments = ["sites", str(tmp_path / "model"), "--trace"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, HostError)
+    assert "--example FILE.safetensors" in str(result.exception)
+    arguments += ["--example", str(tmp_path / "example.safetensors"), "--out", str(tmp_path / "spec.yaml")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "the same output, bit for bit" in result.stdout
+    assert "transformer_blocks.*.attn1 takes kernels, mixers, MLPs, merge and drop" in result.stdout
+    spec = load_spec(tmp_path / "spec.yaml")
+    assert (spec.name, spec.image.argument, spec.blocks[0].attention) == (
+        "pixart-traced",
+        "hidden_states",
+        "attn1",
+    )
+
+
+@pytest.mark.slow
+def test_the_command_gives_json(tmp_path):
+    subject = specimen("PixArt")
+    subject.model().save_pretrained(tmp_path / "model")
+    save_tensors(tmp_path / "example.safetensors", subject.example())
+    arguments = [
+        "sites",
+        str(tmp_path / "model"),
+        "--trace",
+        "--example",
+        str(tmp_path / "example.safetensors"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    facts = json.loads(result.stdout)
+    assert (facts["exact"], facts["grid"]) == (True, {"rows": ROWS, "cols": COLS, "frames": 1})
+
+
+def test_options_of_a_trace_need_a_trace(tmp_path):
+    result = CliRunner().invoke(app, ["sites", "testbed", "--with", "height=64"])
+    assert "--out, --with and --example go with --trace" in str(result.exception)
