@@ -108,7 +108,11 @@ class SdpaHost(Host[nn.Module]):
         if blocks.mlp is not None:
             module = model.get_submodule(f"{path}.{blocks.mlp}")
             layers = self.spec.mlp
-            width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
+            placed = getattr(module, "site", None)  # where an operator stands already, it knows its site
+            if placed is not None:
+                width = placed.hidden_dim
+            else:
+                width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
             yield Site(
                 role="mlp", path=f"{path}.{blocks.mlp}", hidden_dim=width, module=blocks.mlp_call, **facts
             )
