@@ -9,7 +9,7 @@ WORKERS ?= 2
 # one thread a process: pytest runs several
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help quickstart test test-slow lint format types bench hosts schema clean
+.PHONY: help quickstart test test-slow lint format types docs bench hosts schema pages clean
 
 help:
 	@echo "make quickstart  graft the bundled diffusion transformer, and write runs/quickstart/report.html"
@@ -17,14 +17,16 @@ help:
 	@echo "make test-slow   the tests that compile, or run whole recipes and the notebook"
 	@echo "make lint        ruff: rules and formatting;  make format applies both"
 	@echo "make types       mypy"
+	@echo "make docs        the site, in build/site: strict, without network"
 	@echo "make bench       every benchmark of benchmarks/"
 	@echo "make hosts       trace, graft and train every transformer class of diffusers: results/hosts.json, docs/hosts.md"
 	@echo "make schema      the JSON Schema of recipes, for editors: recipes/recipe.schema.json"
+	@echo "make pages       the pages of docs/ that come from the code: operators, hosts"
 	@echo "make clean       remove the environment, caches and build outputs; runs/ stays"
 
 $(INSTALLED): pyproject.toml requirements/ci.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c requirements/ci.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,docs]' -c requirements/ci.txt
 	touch $@
 
 quickstart: $(INSTALLED)
@@ -48,6 +50,10 @@ format: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
 bench: $(INSTALLED)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
@@ -56,6 +62,9 @@ hosts: $(INSTALLED)
 
 schema: $(INSTALLED)
 	$(BIN)/grafting schema --out recipes/recipe.schema.json
+
+pages: $(INSTALLED)
+	$(BIN)/python tools/make_pages.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -1,6 +1,7 @@
 """Kill commands at random moments, again and again, go on each time, and compare what they end with.
 
     python benchmarks/soak.py --kills 100 [--seed 0] [--only JOB] [--keep FOLDER]
+    python benchmarks/soak.py --every-write                 (not at random moments: see everywrite.py)
 
 The jobs are a tiny but complete recipe (a random DiT of the real class; calibrate, distill, finetune, sample, evaluate,
 report) by one process, by two, and by two that share sites and shards, images encoded into latents by two, and images drawn
@@ -38,6 +39,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import everywrite
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -120,7 +122,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the signals and their moments (default 0)")
     parser.add_argument("--only", choices=[job.name for job in JOBS], help="disturb this job alone")
     parser.add_argument("--keep", type=Path, help="leave the runs' folders here")
+    parser.add_argument("--every-write", action="store_true", help="stop commands at each of their writes")
     args = parser.parse_args()
+    if args.every_write:
+        return everywrite.main([] if args.keep is None else ["--keep", str(args.keep)])
     torch.set_num_threads(1)
     folder = args.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -341,12 +346,11 @@ def shards_of(stage: str) -> Callable[[Path], Progress]:
 
 
 def all_files(folder: Path) -> dict[str, str]:
-    """Without locks and what a killed process has left of a small file; shards are never left half-written."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hidden = [
-        path for path in found if path.name.startswith((".lock", ".latents.json", ".work.json", ".items.txt"))
+    """Without locks."""
+    found = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".lock")
     ]
-    return {str(path.relative_to(folder)): sha256_of(path) for path in found if path not in hidden}
+    return {str(path.relative_to(folder)): sha256_of(path) for path in found}
 
 
 JOBS = (
@@ -358,10 +362,10 @@ JOBS = (
 )
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, *, count: int = NUM_IMAGES) -> None:
     """Bundled images as files, a subfolder a class."""
     images = bundled_subset()
-    for number in range(NUM_IMAGES):
+    for number in range(count):
         path = folder / str(int(images.labels[number])) / f"{number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images.images[number, 0].numpy()).save(path)

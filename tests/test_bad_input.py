@@ -256,7 +256,7 @@ SAMPLES = [
 
 COMMANDS = [
     calls("no recipe", "check {w}/none.yaml", "no recipe file {w}/none.yaml"),
-    calls("unknown operator's settings", "operators hyena-q", "no operator 'hyena-q'; there are .*hyena-x"),
+    calls("unknown operator's settings", "operators hyena-q", "no operator 'hyena-q'; did you mean 'hyena-.'. there are .*hyena-x"),
     calls("grid in words", "cost {w}/recipe.yaml --grid large", "--grid is rows x columns of tokens, such as 64x64, or"),
     calls("bands in words", "locality {w}/dit --bands wide", "--bands is numbers of tokens, such as 2,4,8; found 'wide'"),
     calls("device that is not known", "run {w}/recipe.yaml --dry-run --device abacus", "no device 'abacus'; there are .*h100"),

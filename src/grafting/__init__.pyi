@@ -45,9 +45,7 @@ from .editing.plan import Plan as Plan
 from .editing.plan import Replace as Replace
 from .editing.surgery import Graft as Graft
 from .editing.surgery import build_operators as build_operators
-from .editing.surgery import graft as graft
 from .editing.surgery import grafted as grafted
-from .editing.surgery import place as place
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError
 from .errors import GraftingError as GraftingError
@@ -121,8 +119,8 @@ from .training.calibration import CalibrateConfig as CalibrateConfig
 from .training.calibration import calibrate as calibrate
 from .training.distillation import DistillConfig as DistillConfig
 from .training.distillation import distill as distill
-from .training.finetuning import FinetuneConfig as FinetuneConfig
 from .training.finetuning import finetune as finetune
+from .training.phases import FinetuneConfig as FinetuneConfig
 from .weights.diffusers import export_diffusers as export_diffusers
 from .weights.diffusers import original_embeddings as original_embeddings
 from .weights.folder import load as load
@@ -131,6 +129,8 @@ from .weights.folder import merge_delta as merge_delta
 from .weights.folder import save as save
 from .weights.folder import save_delta as save_delta
 from .weights.folder import save_model as save_model
+from .weights.pipelines import graft as graft
+from .weights.pipelines import place as place
 from .weights.portable import Base as Base
 from .weights.portable import plan_of as plan_of
 from .weights.portable import with_plan as with_plan

@@ -3,13 +3,20 @@
 A message says what was asked, what was found, what is allowed and what to do. `assert` is for our own invariants.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def listed(head: str, faults: Sequence[str], *, most: int | None = None) -> str:
     """A message and its faults, one per line, of which `most` are shown."""
     left = 0 if most is None else len(faults) - most
     return "\n  ".join([head, *faults[:most], *([f"and {left} more"] if left > 0 else [])])
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message that refuses a word: the known one that it is nearest to, or nothing if none is near."""
+    near = get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class GraftingError(Exception):

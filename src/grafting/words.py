@@ -4,6 +4,7 @@ Reports, cards, sweeps and the command line look figures up here. A suite of `ev
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -34,6 +35,9 @@ ROW_MEANINGS: dict[RowName, str] = {
     DISTILLED: ROW_TITLES[DISTILLED],
     FINETUNED: ROW_TITLES[FINETUNED],
 }
+
+# what makes a cell, a link or a picture of a text in Markdown
+_ACTIVE = re.compile(r"[\\|]|(?<=\])(?=\()")
 
 ABSENT = "\u2013"
 MINUS, TIMES, THIN_SPACE = "\u2212", "\u00d7", "\u202f"
@@ -258,6 +262,25 @@ _ROWS = (
         shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
     ),
     Figure(
+        key="geneval", title="GenEval (transformers' Mask2Former)", brief="GenEval", of="images", better="high",
+        write=percent, shown=("main", "sweep"),
+        help="the share of images that show what their prompts ask for, mean over the six tasks",
+    ),
+    *(
+        Figure(
+            key=f"geneval_{tag}", title=f"GenEval: {task}", of="images", better="high", write=percent,
+            help=f"the share of images of {task} that show what their prompts ask for",
+        )
+        for tag, task in (
+            ("single_object", "one object"),
+            ("two_object", "two objects"),
+            ("counting", "counting"),
+            ("colors", "colours"),
+            ("position", "position"),
+            ("color_attr", "colours of two objects"),
+        )
+    ),
+    Figure(
         key="image_distance", title="Distance to the pretrained image", brief="distance to the pretrained image",
         of="images", write=percent, shown=("sweep",),
         help="the root mean square difference of pixels from the pretrained model's image of the same seed, over their range",
@@ -298,6 +321,7 @@ _ROWS = (
         key="output", title="Distance to the output of the teacher", of="run", better="low",
         shown=("curve",),
     ),
+    Figure(key="phase", title="Phase", brief="phase", of="run", write=count, shown=("progress",)),
     Figure(key="r2", title="R²", of="run", better="high", shown=("progress",)),
     Figure(key="lr", title="Learning rate", of="run", shown=("curve",)),
     Figure(key="grad_norm", title="Gradient norm before clipping", of="run", shown=("curve",)),
@@ -373,3 +397,25 @@ def seeded_keys(line: Measured) -> list[str]:
     kinds = ("", "_ratio", "_difference")
     keys = [f"{figure.key}{kind}" for figure in shown_in("sweep") for kind in kinds]
     return [key for key in keys if key in line]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose cells hold text and nothing else."""
+    lines = [
+        "| " + " | ".join(map(in_markdown, head)) + " |",
+        "| " + " | ".join(["---"] * len(head)) + " |",
+        *("| " + " | ".join(map(in_markdown, row)) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def in_markdown(text: str) -> str:
+    """A stranger's text on one line of Markdown: no cell, tag, link or picture begins or ends in it."""
+    return _ACTIVE.sub(r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Text as a block of code, which nothing in it ends."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.strip()}\n{fence}"

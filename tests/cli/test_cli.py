@@ -38,6 +38,7 @@ RECIPE = {
 }  # fmt: skip
 
 COMMANDS = [
+    "init",
     "quickstart",
     "run",
     "distill",
@@ -81,6 +82,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     result = call("run", write_recipe(folder), "--out", folder / "run")
     assert result.exit_code == 0, result.output
     return folder / "run", result
+
+
+def test_the_result_of_a_run_is_json_alone(ran: tuple[Path, Result]):
+    folder, _ = ran
+    result = call("run", folder.parent / "recipe.yaml", "--out", folder, "--json")
+    found = json.loads(result.stdout)
+    assert found["rows"] == json.loads((folder / "metrics.json").read_text())
+    assert [found[key] for key in ("recipe", "folder", "until")] == ["small", str(folder), "report"]
+    assert found["result"] == str(folder / "report.html")
+    assert f"Recipe small, in {folder}" in result.stderr
 
 
 # --help, --version, usage

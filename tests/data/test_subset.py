@@ -1,6 +1,8 @@
 """Subsets: how they are drawn, what their hash sees, what their file refuses."""
 
 import json
+import pickle
+import re
 from pathlib import Path
 from typing import get_args
 from xml.etree import ElementTree
@@ -304,3 +306,41 @@ def test_command_refuses_in_one_message(folder: Path, tmp_path: Path, args, mess
     assert result.exit_code == 1
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_command_takes_the_paths_of_a_file(folder: Path, tmp_path: Path, pickled: bool):
+    """As in the paper's published split: full paths on another machine, pickled."""
+    paths = [f"/data/imagenet/train/{name}" for name in ("b/03.png", "a/10.png")]
+    file = tmp_path / "paths"
+    file.write_bytes(pickle.dumps(paths, protocol=4) if pickled else "\n".join(paths).encode())
+    result = _command(folder, tmp_path / "s.json", "--paths", file)
+    assert result.exit_code == 0, result.output
+    assert read_subset(tmp_path / "s.json").ids == ("b/03.png", "a/10.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a/00.png\nc/00.png", "1 of 2 paths do not name one item of .*\n  c/00.png: no such items"),
+        (b"a/00.png\n\na/00.png", "names 1 paths twice"),
+        (b"\n", "names no path"),
+        (pickle.dumps([print]), "its pickle holds more than a list of texts"),
+        (pickle.dumps(["a/00.png"])[:-3], "is no list of paths"),
+        (b"\xff\xfe", "is no list of paths"),
+    ],
+)
+def test_command_refuses_paths_that_are_none(folder: Path, tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "paths").write_bytes(content)
+    result = _command(folder, tmp_path / "s.json", "--paths", tmp_path / "paths")
+    assert result.exit_code == 1
+    assert re.search(message, result.stderr)
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_paths_need_items_with_names_and_go_alone(tmp_path: Path):
+    (tmp_path / "paths").write_text("a/00.png")
+    numbers = _command("testbed", tmp_path / "s.json", "--paths", tmp_path / "paths")
+    assert "have numbers and no names" in numbers.stderr
+    both = _command("testbed", tmp_path / "s.json", "--paths", tmp_path / "paths", "--per-class", 1)
+    assert "without --per-class and --fraction" in both.stderr

@@ -39,7 +39,7 @@ def placed(operator="softmax", **facts):
         role="attention", block=2, path="x", dim=8, grid=GRID, num_text=3, num_heads=2, attention=call
     )
     tracker = LayoutTracker(hosts()["dit"])
-    tracker._grid = GRID
+    tracker._grid, tracker.stays = GRID, True
     config = parse_operator(operator)
     attention = KernelAttention(Attention(), config.build(site), site=site, tracker=tracker)
     attention.choice = config

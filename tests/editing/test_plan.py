@@ -1,6 +1,7 @@
 """The language of blocks, plans as data, and every fault before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,20 +9,20 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from grafting.contract import BlockCall, Grid, Site
+from grafting.contract import BlockCall, Grid, ModuleCall, Site
 from grafting.editing.plan import Drop, Merge, Plan, Replace, merged_pairs, operators_of, resolve_blocks
 from grafting.errors import PlanError
 from grafting.operators import PRESETS, operator_configs
 
 
 def sites(num_blocks: int) -> list[Site]:
-    grid = Grid(4, 4)
+    facts = {"dim": 16, "grid": Grid(4, 4), "module": ModuleCall()}
     return [
         site
         for i in range(num_blocks)
         for site in (
-            Site(role="attention", block=i, path=f"b.{i}.attn", dim=16, grid=grid, num_heads=2),
-            Site(role="mlp", block=i, path=f"b.{i}.mlp", dim=16, grid=grid, hidden_dim=64),
+            Site(role="attention", block=i, path=f"b.{i}.attn", num_heads=2, **facts),
+            Site(role="mlp", block=i, path=f"b.{i}.mlp", hidden_dim=64, **facts),
         )
     ]
 
@@ -124,7 +125,7 @@ def test_a_host_may_take_kernels_only():
     with pytest.raises(
         PlanError, match="1 fault in plan .*\n.*mha is a mixer, and the host takes only kernels"
     ):
-        edits.resolve(sites(2), mixer_roles=frozenset())
+        edits.resolve([replace(site, module=None) for site in sites(2)])
 
 
 @pytest.mark.parametrize("role", ["attention", "mlp"])
@@ -138,7 +139,7 @@ def test_a_role_that_a_block_lacks_is_a_fault(role):
 @pytest.mark.parametrize(
     ("operator", "message"),
     [
-        ("hyena-z", r"no operator 'hyena-z'; there are .*hyena-x.*softmax"),
+        ("hyena-z", r"no operator 'hyena-z'; did you mean 'hyena-.'. there are .*hyena-x.*softmax"),
         ({"name": "softmax", "widow": 3}, "Extra inputs are not permitted"),
         ({"window": 3}, "an operator is a name, or a mapping with a name"),
         (3, "an operator is a name"),

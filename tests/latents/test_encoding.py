@@ -18,7 +18,7 @@ from closeness import assert_close
 from grafting.data import latentfolder
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names
 from grafting.data.sources import ImageStream, centre_crop, decode, image_folder
-from grafting.errors import DataError, ResumeWarning, RunError
+from grafting.errors import DataError, FaultWarning, ResumeWarning, RunError
 from grafting.latents.autoencoder import Autoencoder, load_autoencoder
 from grafting.latents.encoding import EncodingConfig, encode, forecast
 from grafting.machine.files import sha256_of
@@ -214,6 +214,45 @@ def test_a_finished_folder_is_not_done_again_but_damage_is(
     run(stream, vae, folder)
     assert sum(encoded) == 5 + 2
     assert hashes(folder) == undisturbed
+
+
+def _encoded_anew(stream, vae, folder, encoded: list[int], match: str) -> int:
+    encoded.clear()
+    with pytest.warns(FaultWarning, match=match):
+        run(stream, vae, folder)
+    return sum(encoded)
+
+
+def test_shards_under_other_numbers_and_of_other_work_are_done_again(
+    stream: ImageStream, vae: Autoencoder, tmp_path: Path, undisturbed, monkeypatch: pytest.MonkeyPatch
+):
+    """Their checksums are whole, so nothing but their owner would tell."""
+    folder, encoded = tmp_path / "undisturbed", []
+    monkeypatch.setattr(Autoencoder, "encode", _counting(Autoencoder.encode, encoded))
+    first, second = (folder / "shards" / f"0000{number}.json" for number in (0, 1))
+    swapped = second.read_text(), first.read_text()
+    first.write_text(swapped[0])
+    second.write_text(swapped[1])
+    assert _encoded_anew(stream, vae, folder, encoded, "json is of another shard or another work") == 5 + 5
+    assert hashes(folder) == undisturbed
+    run(stream, vae, tmp_path / "other", config=CONFIG.model_copy(update={"precision": "bf16"}))
+    for name in ("latents-00000.safetensors", "shards/00000.json"):
+        shutil.copy(tmp_path / "other" / name, folder / name)
+    assert _encoded_anew(stream, vae, folder, encoded, "00000.json is of another shard or another work") == 5
+    assert hashes(folder) == undisturbed
+
+
+def test_shards_of_an_earlier_version_are_taken_with_one_warning(
+    stream: ImageStream, vae: Autoencoder, tmp_path: Path, undisturbed
+):
+    folder = tmp_path / "undisturbed"
+    for path in (folder / "shards").iterdir():
+        record = json.loads(path.read_text())
+        del record["owner"]
+        path.write_text(json.dumps(record))
+    with pytest.warns(ResumeWarning, match="has shards of an earlier version") as told:
+        run(stream, vae, folder)
+    assert len(told) == 1
 
 
 def test_unreadable_images_are_left_out_and_listed(stream: ImageStream, vae: Autoencoder, tmp_path: Path):

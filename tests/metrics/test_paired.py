@@ -10,6 +10,7 @@ from grafting.metrics.paired import (
     paired_difference,
     paired_ratio,
     seeds_estimate,
+    share_estimate,
 )
 
 
@@ -37,6 +38,39 @@ def test_an_unstratified_mean_has_the_usual_error():
     assert found.value == pytest.approx(float(scores.mean()))
     assert found.error == pytest.approx(error)
     assert found.high - found.value == pytest.approx(2.009575 * error, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    # Wilson's interval by its formula with the normal quantile, which that of Student nears at such sizes
+    [
+        (0, 2000, 0.0, 0.001917),
+        (2000, 2000, 0.998083, 1.0),
+        (1000, 2000, 0.478103, 0.521897),
+        (20, 2000, 0.006481, 0.015401),
+    ],
+)
+def test_a_share_has_wilsons_interval(hits, count, low, high):
+    scores = torch.zeros(count, dtype=torch.float64)
+    scores[:hits] = 1
+    found = share_estimate(scores)
+    assert found.value == hits / count
+    assert (found.low, found.high) == (pytest.approx(low, abs=2e-5), pytest.approx(high, abs=2e-5))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_a_shares_interval_holds_as_often_as_it_says(share):
+    draws = torch.rand(1000, 300, dtype=torch.float64) < share
+    found = [share_estimate(scores.double()) for scores in draws]
+    held = sum(estimate.low <= share <= estimate.high for estimate in found) / len(found)
+    assert 0.93 < held < 0.98
+
+
+def test_a_share_of_strata_that_are_all_alike_within_still_has_an_interval():
+    scores, strata = torch.tensor([0.0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    found = share_estimate(scores, strata=strata)
+    assert found.error == 0
+    assert 0 < found.low < 0.5 < found.high < 1
 
 
 def test_strata_are_taken_out():

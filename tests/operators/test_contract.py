@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from closeness import assert_close
 from grafting.contract import Grid, KernelConfig, Site, TokenLayout
 from grafting.operators import operator_configs, parse_operator
+from hiddenweights import hide_weights
 
 MORE_SETTINGS = {
     "hyena-se": [{"kernel_size": 3, "geometry": "2d"}],
@@ -169,6 +170,16 @@ def test_gradient_checkpointing_changes_nothing(config):
     gradients = [torch.autograd.grad(y.sum(), inputs) for y in (plain, recomputed)]
     for want, got in zip(*gradients, strict=True):
         assert torch.equal(want, got)
+
+
+@every_variant
+@torch.no_grad()
+def test_weights_are_read_by_the_module_that_has_them_alone(config):
+    """What offloads or casts weights brings them in when their module is called: no part reads those of another."""
+    operator, inputs = built(config), inputs_for(config, LAYOUTS[1])
+    want = operator(*inputs, LAYOUTS[1])
+    hide_weights(operator, torch.half)
+    assert torch.equal(operator(*inputs, LAYOUTS[1]), want)
 
 
 @every_variant

@@ -46,7 +46,10 @@ def test_with_one_gate_shut_it_is_the_other_part():
     hybrid = HybridConfig(first="linear", second="softmax").build(SITE)
     with torch.no_grad():
         hybrid.gate.copy_(torch.tensor([[0.0], [1.0]]))
-    assert torch.equal(hybrid(*qkv, TokenLayout(SITE.grid, SITE.num_text)), softmax(*qkv, SITE.layout))
+    assert torch.equal(
+        hybrid(*qkv, TokenLayout(SITE.grid, SITE.num_text)),
+        softmax(*qkv, TokenLayout(SITE.grid, SITE.num_text)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,34 @@ def _resumed(folder):
         return stage.load_state()
 
 
+def test_a_state_of_another_recipe_is_refused(tmp_path):
+    """Its shapes are the same, so nothing else would tell."""
+    mine, other = _interrupted(tmp_path / "mine"), tmp_path / "other"
+    with RunFolder(other, recipe_name="r") as run, run.stage("s", 2) as stage:
+        stage.done = True
+        stage.save_state({"step": 12, "w": torch.zeros(2)}, 12)
+    shutil.copytree(other / "s" / "states" / "0000000012", mine[0].parent / "0000000012")
+    message = (
+        f"0000000012 is the state of another recipe, or of another stage. Delete {mine[0].parent} to restart"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        _resumed(tmp_path / "mine")
+    shutil.rmtree(mine[0].parent / "0000000012")
+    assert _resumed(tmp_path / "mine")["step"] == 10
+
+
+def test_a_state_of_an_earlier_version_is_taken_with_a_warning(tmp_path):
+    for state in _interrupted(tmp_path):
+        (state / "owner.txt").unlink()
+        sums = state / "SHA256SUMS"
+        sums.write_text(
+            "".join(line for line in sums.read_text().splitlines(True) if "owner.txt" not in line)
+        )
+    with pytest.warns(ResumeWarning, match="10 is a state of an earlier version") as told:
+        assert _resumed(tmp_path)["step"] == 10
+    assert len(told) == 1
+
+
 def _flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -117,8 +145,8 @@ def test_the_last_two_states_are_kept_with_their_checksums(tmp_path):
     states = _interrupted(tmp_path)
     assert [state.name for state in states] == ["0000000008", "0000000010"]
     for state in states:
-        digest, name = (state / "SHA256SUMS").read_text().split()
-        assert (name, digest) == ("state.pt", sha256_of(state / "state.pt"))
+        sums = [line.split("  ")[::-1] for line in (state / "SHA256SUMS").read_text().splitlines()]
+        assert sums == [[name, sha256_of(state / name)] for name in ("owner.txt", "state.pt")]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "sums", "add"])
@@ -219,7 +247,7 @@ def test_two_processes_fill_one_state_and_only_the_main_one_writes_the_rest(tmp_
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen[0] == ["0.shard", "1.shard", "SHA256SUMS"]
+    assert seen[0] == ["0.shard", "1.shard", "SHA256SUMS", "owner.txt"]
     assert seen[0, "outputs"] == seen[1, "outputs"] == {}
     assert [line["step"] for line in read_log(tmp_path / "s" / "log.jsonl")] == [1, 2, 3, 4]
 
@@ -282,6 +310,19 @@ def test_damaged_line_of_a_log_is_named_and_left_out(tmp_path):
         assert [line["step"] for line in read_log(path)] == [1, 4, 5, 6, 7, 8, 9, 10]
 
 
+def test_a_log_that_is_a_link_is_not_written_through(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("all that there is")
+    with RunFolder(tmp_path / "run", recipe_name="r") as run, run.stage("s", 1) as stage:
+        steps = stage.follow(_steps(0, 2), save_every=None)
+        next(steps)
+        (stage.folder / "log.jsonl").unlink()
+        (stage.folder / "log.jsonl").symlink_to(precious)
+        with pytest.raises(RunError, match="cannot write .*log.jsonl: Too many levels of symbolic links"):
+            next(steps)
+    assert precious.read_text() == "all that there is"
+
+
 def test_log_of_a_stage_without_states_starts_anew(tmp_path):
     for _ in range(2):
         with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
@@ -312,12 +353,27 @@ def test_two_runs_in_one_process_are_refused_too(tmp_path):
     RunFolder(tmp_path, recipe_name="r").close()
 
 
+def test_a_folder_is_a_run_from_its_first_file_on(tmp_path):
+    """Else a run that was killed when it had written its recipe could not be gone on with."""
+    RunFolder(tmp_path / "r", recipe_name="r").close()
+    assert [path.name for path in (tmp_path / "r").glob("[!.]*")] == ["manifest.json"]
+    (tmp_path / "r" / "recipe.yaml").write_text("name: r")
+    assert _carry_out(tmp_path / "r", 1)
+
+
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     _carry_out(tmp_path, 1)
     (tmp_path / "s" / ".output.1234.partial").write_text("half")
     (tmp_path / "s" / "states" / ".0000000002.partial").mkdir(parents=True)
     assert not _carry_out(tmp_path, 1)
     assert not [*tmp_path.rglob("*.partial")]
+
+
+def test_states_that_a_finished_stage_was_killed_with_are_removed(tmp_path):
+    _carry_out(tmp_path, 1)
+    (tmp_path / "s" / "states" / "0000000002").mkdir(parents=True)
+    assert not _carry_out(tmp_path, 1)
+    assert not (tmp_path / "s" / "states").exists()
 
 
 def test_machines_are_on_record_and_change_nothing(tmp_path, monkeypatch):

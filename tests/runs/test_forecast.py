@@ -1,6 +1,7 @@
 """What a recipe will take: counted figures are those of the published geometry, and of a real run."""
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_a_cache_is_counted():
 def test_training_memory_of_a_parameter_is_20_bytes(published):
     parts = stage(published, "finetune").memory
     params, positions = 675_613_472, 256 * 1152
-    assert parts["weights"] == 4 * params
+    # what is not trained is the pretrained model's
+    assert parts["operators"] + parts["copies of trained weights"] == 4 * (params - positions)
     assert parts["gradients"] == parts["moving average"] == 4 * (params - positions)
     assert parts["moments"] == 8 * (params - positions)
     assert 119e9 < parts["activations of 256 images"] < 120e9
@@ -87,7 +89,9 @@ def test_what_is_not_trained_has_no_moments():
     by_name = stage(
         forecast(tiny(finetune=TINY["finetune"] | {"trainable": ["blocks.1.attn.*"]})), "finetune"
     )
-    assert 0 < found.memory["moments"] < found.memory["weights"]
+    assert 0 < found.memory["moments"] < found.memory["pretrained model"]
+    assert found.memory["moments"] == 2 * found.memory["operators"]
+    assert "copies of trained weights" not in found.memory
     assert by_name.memory["moments"] == found.memory["moments"]
 
 
@@ -95,8 +99,8 @@ def test_counted_activations_are_those_of_a_real_pass():
     """What torch keeps for the backward pass of the grafted model, with real tensors, for one image more."""
     from grafting.editing.surgery import build_operators, grafted
     from grafting.hosts import host_of
-    from grafting.runs.forecast import _saved_an_image
     from grafting.runs.job import skeleton
+    from grafting.runs.shapes import saved_an_image
 
     recipe = tiny()
     model = skeleton(recipe.source).to_empty(device="cpu")
@@ -116,18 +120,23 @@ def test_counted_activations_are_those_of_a_real_pass():
         return sum(storage.nbytes() for storage in found.values())
 
     with grafted(model, operators):
-        assert _saved_an_image(model, "fp32", host.sites(model)[0].grid) == pytest.approx(
+        assert saved_an_image(model, "fp32", host.sites(model)[0].grid) == pytest.approx(
             kept(2) - kept(1), rel=0.02
         )
 
 
 def test_a_rate_that_the_run_has_logged_goes_before_a_computed_one(tmp_path):
     run(tiny(), tmp_path / "run", until="finetune")
-    measured = stage(forecast(tiny(), device="h100", folder=tmp_path / "run"), "finetune")
+    measured = stage(forecast(tiny(), folder=tmp_path / "run"), "finetune")
     log = [json.loads(line) for line in (tmp_path / "run/finetune/log.jsonl").read_text().splitlines()]
     rate = sum(line["images_per_s"] for line in log) / 2
     assert measured.hours == pytest.approx(8 / rate / 3600)
     assert measured.basis.startswith("measured, ")
+    for elsewhere in ({"device": "h100"}, {"device": "h100", "processes": 8}, {"peak_tflops": 1.0}):
+        computed = stage(forecast(tiny(), folder=tmp_path / "run", **elsewhere), "finetune")
+        assert computed == stage(forecast(tiny(), **elsewhere), "finetune")
+        assert computed.basis.startswith("computed, ")
+    assert stage(forecast(tiny(), processes=2, folder=tmp_path / "run"), "finetune").hours is None
 
 
 def test_disk_of_a_state_is_what_a_run_writes(tmp_path):
@@ -177,3 +186,50 @@ def test_dry_run_writes_nothing(tmp_path):
     facts = json.loads(as_json.output)
     assert [s["name"] for s in facts["stages"]][:2] == ["distill", "finetune"]
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+PHASES = [
+    {"steps": 3, "batch_size": 4, "trainable": "new"},
+    {
+        "steps": 5,
+        "batch_size": 8,
+        "trainable": ["new", {"lora": {"rank": 2}}],
+        "gradient_checkpointing": True,
+    },
+    {"steps": 7, "batch_size": 4},
+]
+
+
+def test_each_phase_has_its_cost():
+    pytest.importorskip("peft")
+    found = forecast(tiny(finetune=PHASES), device="h100")
+    new, lora, whole = (stage(found, f"finetune, phase {number}") for number in (1, 2, 3))
+    assert [s.images for s in (new, lora, whole)] == [12, 40, 28]
+    assert lora.work == "5 steps of 8 images, new + lora 2"
+    # one attention of 32 channels and both MLPs, of rank 2: A and B of each linear layer
+    layers = [(32, 96), (32, 32), *2 * [(32, 128), (128, 32)]]
+    assert lora.memory["adapters"] == 4 * sum(2 * (wide + narrow) for wide, narrow in layers)
+    assert new.memory["gradients"] == new.memory["operators"]
+    assert lora.memory["gradients"] == lora.memory["operators"] + lora.memory["adapters"]
+    assert whole.memory["gradients"] == whole.memory["operators"] + whole.memory["copies of trained weights"]
+    # frozen weights need no inputs kept
+    images = "activations of 4 images"
+    assert new.memory[images] < whole.memory[images]
+    ways = lora.activations
+    assert lora.memory["activations of 8 images, checkpointed"] == ways["with gradient checkpointing"]
+    assert ways["with gradient checkpointing"] < ways["without gradient checkpointing"]
+    assert new.disk[next(iter(new.disk))] < whole.disk[next(iter(whole.disk))]
+
+
+def test_phases_are_timed_by_their_own_lines(tmp_path):
+    log = tmp_path / "finetune" / "log.jsonl"
+    log.parent.mkdir()
+    rates = enumerate([(1, 50.0), (1, 50.0), (2, 10.0)])
+    lines = [{"step": step, "phase": phase, "images_per_s": rate} for step, (phase, rate) in rates]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    machine = {"host": platform.node(), "device": "cpu", "processes": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"machine": machine}))
+    phases = [{"steps": 3, "batch_size": 100, "trainable": "new"}, {"steps": 1, "batch_size": 100}]
+    found = forecast(tiny(finetune=phases), folder=tmp_path)
+    assert stage(found, "finetune, phase 1").hours == pytest.approx(300 / 50 / 3600)
+    assert stage(found, "finetune, phase 2").hours == pytest.approx(100 / 10 / 3600)

@@ -81,3 +81,14 @@ def test_what_is_of_one_run_is_refused(tmp_path):
     )
     assert result.exit_code == 1
     assert "--seeds makes whole runs and takes no --until" in result.stderr
+
+
+def test_the_interval_of_a_share_stays_a_share():
+    lines = [
+        {"seed": f"seed-{n}", "stage": "finetuned", "exact": value}
+        for n, value in enumerate((0.0, 0.3, 0.05))
+    ]
+    (line,) = over_seeds(lines)
+    assert line["exact"] == pytest.approx(0.35 / 3)
+    assert line["exact_low"] == 0.0
+    assert 0.3 < line["exact_high"] < 1

@@ -309,10 +309,13 @@ def test_killed_while_shards_are_removed(tmp_path, model, monkeypatch):
     drawing = new(tmp_path, model)
     draw(drawing, model)
 
+    rmtree = shutil.rmtree
+
     def ends(folder: Path, **settings) -> None:
-        if folder.exists():
-            next(folder.iterdir()).unlink()
-            raise KeyboardInterrupt
+        if folder.name != ".shards.partial" or not folder.exists():
+            return rmtree(folder, **settings)
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(drawing_module.shutil, "rmtree", ends)
@@ -320,6 +323,17 @@ def test_killed_while_shards_are_removed(tmp_path, model, monkeypatch):
     again = new(tmp_path, model)
     assert again.matches(tmp_path / "s.npz")
     again.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_a_second_command_ends_when_the_first_has_drawn_all(tmp_path, model):
+    mine, other = new(tmp_path, model), new(tmp_path, model)
+    steps = mine.draw(model)
+    next(steps)
+    draw(other, model)
+    other.write(tmp_path / "s.npz")
+    assert list(steps) == list(mine.wait()) == []
+    assert mine.matches(tmp_path / "s.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 

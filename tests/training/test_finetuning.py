@@ -12,7 +12,8 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.errors import DataError, TrainingError
 from grafting.hosts import hosts
-from grafting.training.finetuning import FinetuneConfig, finetune, with_objective
+from grafting.training.finetuning import FinetuneConfig, finetune
+from grafting.training.phases import with_objectives
 from plainprocess import in_a_plain_process
 from toydata import denoiser, noise_images
 
@@ -141,7 +142,9 @@ def test_nan_stops_before_the_weights_are_touched():
     model = HOST.tiny()
     model.blocks[1].mlp.fc1.bias.data[0] = float("nan")
     before = _weights(model)
-    with pytest.raises(TrainingError, match="stage 2, step 0: loss nan"):
+    with pytest.raises(
+        TrainingError, match="stage 2: the model's own weights are not finite: blocks.1.mlp.fc1.bias, row 0"
+    ):
         list(_run(model))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
@@ -228,10 +231,10 @@ def test_half_precision_weights_are_not_trained():
 def test_a_distilled_model_is_trained_on_its_teachers_output(settings, objective):
     """The process's loss is used where it is named."""
     config = FinetuneConfig(**settings)
-    found = with_objective(config, distilled=True)
+    (found,) = with_objectives((config,), distilled=True)
     assert (found.diffusion_weight, found.output_weight) == objective
-    assert with_objective(config, distilled=False) is config
-    assert with_objective(found, distilled=True) == found
+    assert with_objectives((config,), distilled=False) == (config,)
+    assert with_objectives((found,), distilled=True) == (found,)
 
 
 def test_a_distilled_model_needs_its_teacher():

@@ -94,3 +94,23 @@ def test_figures_stand_with_their_protocols(model, tmp_path):
     assert '| sampling | {"steps": 8} |' in card
     assert "recorded" not in card.split("## Figures")[1].split("## Recipe")[0]
     assert "```yaml\nname: x\n```" in card
+
+
+def test_a_recipe_does_not_leave_its_fence(model, tmp_path):
+    recipe = "name: x\ndescription: |\n  ```\n  # Mine\n  ````html\n  <img src=x>\n"
+    config = {"_class_name": "GraftedDiT", "grafting": {"plan": {"edits": []}, "base": None}}
+    card = model_card(config, name="x", recipe=recipe)
+    assert card.endswith(f"## Recipe\n\n`````yaml\n{recipe}`````\n")
+
+
+def test_names_in_a_card_are_text(model, tmp_path):
+    base = Base(id="a|b\n# not a heading <script>", revision=None, licence="![free](http://x)")
+    save_model(tmp_path, model, PLAN, base=base)
+    _, body = _card(tmp_path)
+    assert "a\\|b # not a heading &lt;script>, licence of its weights: ![free]\\(http://x)." in body
+    row = {"name": "a | b\nc", "frechet": 0.2, "protocol": {"key|": "<b>"}}
+    config = json.loads((tmp_path / "config.json").read_text())
+    card = model_card(config, name="x\n# y", metrics=[row])
+    assert "\n# x # y\n" in card
+    assert "| a \\| b c | 0.2 |" in card
+    assert "| key\\| | &lt;b> |" in card

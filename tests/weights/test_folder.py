@@ -130,7 +130,12 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(folder):
 
 def test_unknown_class(folder):
     _edit_config(folder, _class_name="Unknown")
-    with pytest.raises(HostError, match="holds a Unknown; known are"):
+    with pytest.raises(CheckpointError, match="holds a Unknown, and its graft was made with a host of DiT"):
+        load_model(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    del config["grafting"]
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(HostError, match=r"holds a Unknown; no host .*DiT.*--spec FILE"):
         load_model(folder)
 
 

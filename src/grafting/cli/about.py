@@ -24,7 +24,7 @@ def operators(
 
     [dim]$ grafting operators hyena-x[/]
     """
-    from ..operators import PRESETS, operator_configs
+    from ..operators import PRESETS, operator_configs, unknown_operator
 
     configs = operator_configs()
     if name is None:
@@ -46,20 +46,23 @@ def operators(
             say(out, f"{name}: {_settings_in_words(PRESETS[name])}")
         return
     if name not in configs:
-        raise PlanError(
-            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
-        )
+        raise PlanError(unknown_operator(name))
     schema = configs[name].model_json_schema()
     if as_json:
         print_json(schema)
         return
     say(out, f"{name}: {schema['description']}\nReplaces: {', '.join(sorted(configs[name].roles))}\n")
-    settings = {key: value for key, value in schema["properties"].items() if key != "name"}
-    rows = [
-        [key, _type_of(s), s.get("default", "required"), s.get("description", "")]
+    out.print(plain_table(["setting", "type", "default", "what it is"], setting_rows(configs[name])))
+
+
+def setting_rows(config: "type[OperatorConfig]") -> list[list[str]]:
+    """Settings of an operator, each with its type, default and meaning."""
+    settings = config.model_json_schema()["properties"]
+    return [
+        [key, _type_of(s), str(s.get("default", "required")), s.get("description", "")]
         for key, s in settings.items()
+        if key != "name"
     ]
-    out.print(plain_table(["setting", "type", "default", "what it is"], rows))
 
 
 def _settings_in_words(operator: dict[str, Any]) -> str:
@@ -87,7 +90,7 @@ def schema(
         Path | None, typer.Option("--out", help="Output file. [dim]Default: print to stdout.[/]")
     ] = None,
 ) -> None:
-    """Write the JSON Schema of recipes, for completion and checks in editors.
+    """Write the JSON Schema of recipes, for editors.
 
     [dim]$ grafting schema --out recipe.schema.json[/]
 
@@ -123,7 +126,7 @@ def doctor(
     full: Annotated[bool, typer.Option("--full", help="Also try torch.compile (can take a minute).")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: what it can do, what is missing, and how to install it.
+    """Check this machine: what it can do, and what is missing.
 
     [dim]$ grafting doctor[/]
     """

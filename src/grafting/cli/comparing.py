@@ -24,9 +24,9 @@ Row = Annotated[
 
 @app.command()
 def compare(first: Row, second: Row, as_json: Json = False) -> None:
-    """Compare two models by their images of the same seeds: differences with intervals.
+    """Say whether two models differ, by images of the same seeds.
 
-    Figures of two rows may differ by less than their own intervals and still be told apart, because image i of both was
+    Shows differences with intervals. Figures of two rows may differ by less than their own intervals and still be told apart, because image i of both was
     drawn from the same noise.
 
     [dim]$ grafting compare runs/a runs/b

@@ -86,7 +86,8 @@ def latents(
 
     [dim]$ grafting data latents latents/train --images imagenet/train --dry-run[/]
 
-    [dim]$ torchrun --nproc-per-node 8 -m grafting data latents latents/train --images imagenet/train[/]
+    [dim]$ torchrun --nproc-per-node 8 -m grafting data latents latents/train \\
+      --images imagenet/train[/]
     """
     given = {"--images": images, "--tars": tars, "--dataset": dataset, "--published": published}
     asked = [option for option, value in given.items() if value is not None]
@@ -132,23 +133,34 @@ def subset(
     out_file: Annotated[Path, typer.Argument(metavar="OUT", help="Output file (.json).")],
     per_class: Annotated[int | None, typer.Option(min=1, help="Items per class.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of each class instead, such as 0.1.")] = None,
+    paths: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Take these paths instead: one per line, or the paper's published .pkl."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Draw a subset with the same number or share of items from every class, and plot its histogram.
+    """Draw a subset with an equal part of every class.
 
-    A recipe names the subset file and its hash; a run refuses a file with another hash.
+    Also plots its histogram. A recipe names the subset file and its hash; a run refuses a file with another hash.
 
     [dim]$ grafting data subset imagenet/train imagenet-128.json --per-class 128[/]
     """
     from ..data import list_data
-    from ..data.subset import write_subset
+    from ..data.subset import read_paths, write_subset
     from ..report import class_range, write_class_histogram
 
     if out_file.suffix != ".json":
         raise DataError(f"a subset's file ends in .json, found {out_file}")
     listing = list_data(source)
-    drawn = listing.draw(per_class=per_class, fraction=fraction, seed=seed)
+    if paths is None:
+        drawn = listing.draw(per_class=per_class, fraction=fraction, seed=seed)
+    elif per_class is not None or fraction is not None:
+        raise DataError("--paths says which items: it goes without --per-class and --fraction")
+    else:
+        drawn = listing.pick(read_paths(paths), drawn=f"paths of {paths.name}")
     _check_replaceable(out_file, drawn.sha256)
     chosen = listing.labels[listing.places(drawn)[:: listing.copies] // listing.copies]
     counts = {

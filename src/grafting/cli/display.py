@@ -236,6 +236,9 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         for what in ("memory", "disk"):
             parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
             say(console, f"{stage['name']}, {what}: {parts}")
+        if stage["activations"]:
+            parts = ", ".join(f"{size(num_bytes)} {how}" for how, num_bytes in stage["activations"].items())
+            say(console, f"{stage['name']}, activations: {parts}")
         say(console, f"{stage['name']}, time: {stage['basis']}")
     if found["data"]["items"] is not None:
         say(console, f"Data: {found['data']['items']:,} items, {size(found['data']['bytes'])}")
@@ -269,12 +272,12 @@ def show_diagnosis(console: Console, found: "Diagnosis") -> None:
         [
             package.name,
             package.version or "no",
-            package.purpose if package.used else f"{package.purpose} (not yet used)",
+            package.purpose,
             "" if package.version else package.install,
         ]
         for package in found.packages
     ]
-    say(console, "\nOptional packages (every operator has a plain PyTorch path and needs none of them):")
+    say(console, "\nOptional packages; no operator needs one:")
     console.print(plain_table(["package", "installed", "for", "install with"], rows))
 
 

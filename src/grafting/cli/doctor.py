@@ -43,42 +43,22 @@ _ASSETS: dict[str, Callable[[], object]] = {
 
 @dataclass(frozen=True)
 class Package:
-    """An optional package: its purpose, and the command that installs it."""
+    """An optional package that the library imports: its purpose, and the command that installs it."""
 
     name: str  # on the package index
     module: str
     purpose: str
     install: str
-    used: bool = False  # by this version of grafting; all others are only looked for
     version: str | None = None  # None: not installed
 
 
 OPTIONAL_PACKAGES = (
-    Package("peft", "peft", "LoRA adapters in stage 2", "pip install 'grafting[lora]'"),
-    Package("transformers", "transformers", "text encoders", "pip install 'grafting[text]'"),
-    Package(
-        "datasets", "datasets", "images of the Hugging Face Hub", "pip install 'grafting[data]'", used=True
-    ),
-    Package(
-        "trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'", used=True
-    ),
-    Package("wandb", "wandb", "Weights & Biases", "pip install 'grafting[track]'", used=True),
-    Package("tensorboard", "tensorboard", "TensorBoard", "pip install 'grafting[track]'", used=True),
-    Package("triton", "triton", "compiled kernels on a GPU", "pip install triton"),
-    Package(
-        "flash-linear-attention",
-        "fla",
-        "fused linear attention on a GPU",
-        "pip install flash-linear-attention",
-    ),
-    Package("mamba-ssm", "mamba_ssm", "fused Mamba-2 on CUDA", "pip install mamba-ssm --no-build-isolation"),
-    Package(
-        "causal-conv1d",
-        "causal_conv1d",
-        "fused short filters on CUDA",
-        "pip install causal-conv1d --no-build-isolation",
-    ),
-    Package("natten", "natten", "fused 2-D window attention on CUDA", "pip install natten"),
+    Package("datasets", "datasets", "images of the Hugging Face Hub", "pip install 'grafting[data]'"),
+    Package("transformers", "transformers", "GenEval", "pip install 'grafting[text]'"),
+    Package("ray", "ray", "sweeps over a cluster", "pip install 'grafting[ray]'"),
+    Package("trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'"),
+    Package("wandb", "wandb", "Weights & Biases", "pip install 'grafting[track]'"),
+    Package("tensorboard", "tensorboard", "TensorBoard", "pip install 'grafting[track]'"),
 )
 
 
@@ -121,7 +101,7 @@ def examine(*, full: bool = False) -> Diagnosis:
     return Diagnosis(
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        versions={name: version(name) for name in ("grafting", "torch", "diffusers", "accelerate")},
+        versions={name: version(name) for name in ("grafting", "torch", "diffusers")},
         processor=platform.processor() or platform.machine(),
         cores=_usable_cores(),
         threads=torch.get_num_threads(),

@@ -39,7 +39,7 @@ app = typer.Typer()
 
 @app.command()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
-    """Check a recipe against its model and data, and show what it would do.
+    """Check a recipe, and show what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
     """
@@ -96,10 +96,10 @@ def _stages_in_words(job: "Job") -> dict[str, str]:
             f"{recipe.distill.steps} steps of {recipe.distill.batch_size} images, "
             f"{len(job.data) - held_out} to train on and {held_out} held out"
         )
-    if recipe.finetune:
-        words["finetune"] = (
-            f"{recipe.finetune.steps} steps of {recipe.finetune.batch_size} of {len(job.data)} images"
-        )
+    for number, phase in enumerate(recipe.phases, start=1):
+        name = "finetune" if len(recipe.phases) == 1 else f"finetune, phase {number}"
+        trained = "" if phase.trainable == "all" else f", which train {phase.trained_in_words}"
+        words[name] = f"{phase.steps} steps of {phase.batch_size} of {len(job.data)} images{trained}"
     if recipe.sample:
         config = recipe.sample
         words["sample"] = (
@@ -213,7 +213,7 @@ def sites(
     as_json: Json = False,
     spec: Spec = None,
 ) -> None:
-    """List a model's sites: the places where an operator can be replaced.
+    """List a model's sites: where operators can be replaced.
 
     [dim]$ grafting sites testbed[/]
     [dim]$ grafting sites owner/name --trace --out spec.yaml[/]
@@ -306,9 +306,9 @@ def locality(
     as_json: Json = False,
     spec: Spec = None,
 ) -> None:
-    """Measure the locality of each attention: its share within bands of the raster order and within a 3 x 3 square.
+    """Measure how local each attention is.
 
-    Follows the paper's protocol: measures while sampling with DDIM (Euler for flow models) and guidance. The blocks with
+    Shown are its shares within bands of the raster order and within a 3 x 3 square. Follows the paper's protocol: measures while sampling with DDIM (Euler for flow models) and guidance. The blocks with
     the largest and smallest share in the widest band form the halves `top-local` and `low-local`.
 
     [dim]$ grafting locality testbed --bands 2,4,8[/]

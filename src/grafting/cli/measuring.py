@@ -1,5 +1,6 @@
 """Commands that evaluate images with a suite from `evaluation/`: the testbed's, or one with a custom reference."""
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,8 @@ from ._shared import Json, err, out, parse_setting, print_json
 from .display import follow, say, show_evaluation
 
 if TYPE_CHECKING:
-    from ..evaluation import Suite
+    from ..evaluation import Suite, SuiteEvaluator
+    from ..sampling.files import SampleFile
 
 app = typer.Typer()
 
@@ -35,7 +37,10 @@ Settings = Annotated[
 @app.command()
 def evaluate(
     samples: Annotated[
-        Path, typer.Argument(help=".npz file (arr_0, labels), or a run's samples/ROW.safetensors.")
+        Path,
+        typer.Argument(
+            help=".npz file (arr_0, labels), a run's samples/ROW.safetensors, or a folder in GenEval's layout."
+        ),
     ],
     suite: SuiteName = "testbed",
     reference: Annotated[
@@ -47,19 +52,29 @@ def evaluate(
     weights: Weights = None,
     batch_size: BatchSize = None,
     settings: Settings = None,
+    details: Annotated[
+        Path | None,
+        typer.Option(help="Also write a line for each image, such as GenEval's results.jsonl."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate samples with a suite: the bundled testbed's, or ADM's (FID etc.).
+    """Evaluate samples with a suite: the testbed's, or ADM's (FID).
 
     [dim]$ grafting evaluate samples.npz[/]
-    [dim]$ grafting evaluate samples.npz --suite adm --reference VIRTUAL_imagenet256_labeled.npz \\
+    [dim]$ grafting evaluate samples.npz --suite geneval \\
+      --set prompts=evaluation_metadata.jsonl[/]
+    [dim]$ grafting evaluate samples.npz --suite adm \\
+      --reference VIRTUAL_imagenet256_labeled.npz \\
       --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     from ..evaluation import evaluate as measure
+    from ..evaluation.geneval_folder import open_folder
     from ..sampling.files import open_samples
 
-    given = open_samples(samples)
+    given = open_folder(samples) if samples.is_dir() else open_samples(samples)
     chosen = _suite(suite, settings, reference=reference, weights=weights, batch_size=batch_size)
+    if details is not None and not chosen.has_details:
+        raise DataError(f"--details: suite {suite} has no lines for each image; geneval does")
     if faults := chosen.faults(given.num_images, given.shape):
         raise DataError("\n".join(f"{given.path} holds {fault}" for fault in faults))
     batches = (
@@ -73,10 +88,35 @@ def evaluate(
         for step in measure(batches, evaluator):
             on_step("evaluate", step)
     result = evaluator.result().model_dump(mode="json")
+    if details is not None:
+        _write_details(details, evaluator, given)
     if as_json:
         print_json(result)
     else:
         show_evaluation(out, result)
+
+
+@app.command()
+def geneval(
+    samples: Annotated[
+        Path, typer.Argument(help=".npz file, or a run's samples/ROW.safetensors, of GenEval's prompts.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Output folder; new.")],
+    prompts: Annotated[Path, typer.Option(help="GenEval's evaluation_metadata.jsonl.")],
+) -> None:
+    """Write samples as GenEval's own scorer reads them.
+
+    The folder holds 00000/metadata.jsonl, 00000/samples/0000.png, ...
+
+    [dim]$ grafting geneval samples.npz images --prompts evaluation_metadata.jsonl[/]
+    """
+    from ..evaluation.geneval_folder import write_folder
+    from ..evaluation.geneval_rules import PromptFile
+    from ..sampling.files import open_samples
+
+    given = open_samples(samples)
+    write_folder(folder, given, PromptFile.read(prompts))
+    say(out, f"{folder}: {given.num_images} images; GenEval's evaluate_images.py reads them")
 
 
 @app.command()
@@ -99,7 +139,8 @@ def reference(
     If the file has statistics as well as images, print the distance between the two: with the right network, it is
     about that of equally many real images.
 
-    [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz --weights pt_inception-2015-12-05-6726825d.pth[/]
+    [dim]$ grafting reference VIRTUAL_imagenet256_labeled.npz \\
+      --weights pt_inception-2015-12-05-6726825d.pth[/]
     """
     started = time.monotonic()
     target = out_file or Path(f"{source.stem}.safetensors")
@@ -119,6 +160,18 @@ def reference(
         say(out, line)
     again = f"`evaluate --suite {suite} --reference {target}` will not repeat this work"
     say(out, f"{seconds:.1f} s, {size / 2**20:.1f} MiB; {again}")
+
+
+def _write_details(path: Path, evaluator: "SuiteEvaluator", samples: "SampleFile") -> None:
+    from ..evaluation.geneval_folder import names_of
+    from ..machine.files import atomic_path
+
+    found = evaluator.details() or []
+    lines = [
+        json.dumps({"filename": name} | line) for name, line in zip(names_of(samples), found, strict=True)
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _suite(name: str, settings: list[str] | None, **options: Path | int | None) -> "Suite":
@@ -165,4 +218,5 @@ def _check_options(name: str, written: dict[str, Any]) -> None:
 
 
 def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
+    is_option = key in ("reference", "weights", "batch_size")
+    return f"--{key.replace('_', '-')}" if is_option else f"--set {key}=..."

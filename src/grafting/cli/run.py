@@ -1,6 +1,7 @@
 """Commands that run recipes: one run, a part of it, or a sweep of many."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 
 from ..errors import RecipeError
 from ..runs.paths import recipes_folder
-from ._shared import Json, Out, RecipeFile, Settings, Spec, open_recipe, out, print_json
+from ._shared import Json, Out, RecipeFile, Settings, Spec, err, open_recipe, out, print_json
 from .display import follow, in_turn, metrics_table, say, show_forecast
 
 if TYPE_CHECKING:
@@ -50,13 +51,55 @@ app = typer.Typer()
 def quickstart(
     out_folder: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/quickstart"),
 ) -> None:
-    """Graft the bundled diffusion transformer in minutes and write a report.
+    """Graft the bundled model in minutes and write a report.
 
     Half of its attention is replaced by gated convolution (Hyena-X), distilled, finetuned, and evaluated.
 
     [dim]$ grafting quickstart[/]
     """
     _run(recipes_folder() / "testbed" / "quickstart.yaml", out_folder)
+
+
+@app.command()
+def init(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="File to write (.yaml).")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="[cyan]testbed[/], or the folder of a model, a run or a pipeline. [dim]Asked for on a terminal.[/]"
+        ),
+    ] = None,
+    operator: Annotated[
+        str | None, typer.Option(help="Operator or preset. [dim]Default: one that the host takes.[/]")
+    ] = None,
+    blocks: Annotated[str, typer.Option(help="Blocks to edit: odd, all, 8-18:2, ...")] = "odd",
+    data: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Latents, or images for a model of pixels.")
+    ] = Path("latents"),
+    prompts: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Encoded prompts, for a model asked by them.")
+    ] = Path("prompts"),
+) -> None:
+    """Write a first recipe for a model, and a short trial of it.
+
+    [dim]$ grafting init my-recipe.yaml --source testbed
+    $ grafting init mine.yaml --source models/pixart --data latents[/]
+    """
+    from ..runs.starter import Start, missing_parts, write_recipes
+
+    if source is None:
+        source = (
+            typer.prompt("Model: testbed, or a folder", default="testbed")
+            if sys.stdin.isatty()
+            else "testbed"
+        )
+    start = Start(source=source, operator=operator, blocks=blocks, data=data, prompts=prompts)
+    written, smoke = write_recipes(recipe, start)
+    say(out, f"Recipe: {written}")
+    say(out, f"A trial of a minute: {smoke}")
+    for part in missing_parts(written):
+        say(out, f"To be made: {part}")
+    say(out, f"Next: grafting check {written}, grafting run {smoke}")
 
 
 @app.command()
@@ -93,7 +136,7 @@ def run(
     $ grafting run my-recipe.yaml --seeds 3[/]
     """
     if seeds is not None:
-        _check_repeatable(dry_run=dry_run, until=until, track=track, peak_tflops=peak_tflops)
+        _check_repeatable(dry_run=dry_run, until=until, track=track, peak_tflops=peak_tflops, json=as_json)
         from ..runs.sweep import seeds_sweep
 
         _sweep(seeds_sweep(open_recipe(recipe, settings), seeds), out_folder)
@@ -109,13 +152,21 @@ def run(
             as_json=as_json,
         )
         return
-    options = {"--device": device, "--processes": processes != 1, "--mfu": mfu != 0.3, "--json": as_json}
+    options = {"--device": device, "--processes": processes != 1, "--mfu": mfu != 0.3}
     given = [name for name, value in options.items() if value]
     if given:
         raise RecipeError(
             f"{', '.join(given)} only applies to --dry-run; a run uses the devices that torch sees"
         )
-    _run(recipe, out_folder, until, settings=settings, track=track, peak_tflops=peak_tflops)
+    _run(
+        recipe,
+        out_folder,
+        until,
+        settings=settings,
+        track=track,
+        peak_tflops=peak_tflops,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -127,7 +178,7 @@ def distill(
     peak_tflops: PeakTflops = None,
     spec: Spec = None,
 ) -> None:
-    """Run a recipe's stage 1: distill the old operators into the new ones.
+    """Run stage 1: distill the old operators into the new ones.
 
     [dim]$ grafting distill my-recipe.yaml[/]
     """
@@ -143,7 +194,7 @@ def finetune(
     peak_tflops: PeakTflops = None,
     spec: Spec = None,
 ) -> None:
-    """Run a recipe up to stage 2: train the grafted model end to end.
+    """Run up to stage 2: train the grafted model end to end.
 
     [dim]$ grafting finetune my-recipe.yaml --out runs/second-try[/]
     """
@@ -158,13 +209,14 @@ def _run(
     settings: list[str] | None = None,
     track: list[str] | None = None,
     peak_tflops: float | None = None,
+    as_json: bool = False,
 ) -> None:
     from ..machine.processes import together
 
     # a fault in the recipe, which all processes find, is told once
     with together():
         recipe = open_recipe(recipe_path, settings)
-        _carry_out(recipe, folder, until, track=track, peak_tflops=peak_tflops)
+        _carry_out(recipe, folder, until, track=track, peak_tflops=peak_tflops, as_json=as_json)
 
 
 def _carry_out(
@@ -174,6 +226,7 @@ def _carry_out(
     *,
     track: list[str] | None,
     peak_tflops: float | None,
+    as_json: bool = False,
 ) -> None:
     from ..runs.trackers import check_trackers, tracking
 
@@ -184,20 +237,37 @@ def _carry_out(
     from ..runs.run import run as run_recipe
 
     folder = folder or Path("runs") / recipe.name
-    say(out, f"Recipe {recipe.name}, in {folder}")
+    told = err if as_json else out
+    say(told, f"Recipe {recipe.name}, in {folder}")
     settings = settled_run(recipe, default_device(), folder=folder)[0].model_dump(
         mode="json", exclude_none=True
     )
     with (
         tracking(track or (), folder, name=recipe.name, settings=settings) as note,
-        follow(out) as show,
+        follow(told) as show,
     ):
         run_recipe(recipe, folder, until=until, on_step=in_turn(show, note), peak_tflops=peak_tflops)
-    if until in ("evaluate", "report") and (folder / "metrics.json").is_file():
-        out.print(metrics_table(json.loads((folder / "metrics.json").read_text())))
+    metrics = folder / "metrics.json"
+    has_figures = until in ("evaluate", "report") and metrics.is_file()
+    rows = json.loads(metrics.read_text()) if has_figures else []
     results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
     result = folder / results.get(until, "report.html")
+    if as_json:
+        found = str(result) if result.exists() else None
+        _print_result(
+            {"recipe": recipe.name, "folder": str(folder), "until": until, "result": found, "rows": rows}
+        )
+        return
+    if rows:
+        out.print(metrics_table(rows))
     say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
+
+
+def _print_result(found: dict[str, Any]) -> None:
+    from ..machine.processes import is_main
+
+    if is_main():
+        print_json(found)
 
 
 def _forecast(recipe: "Recipe", folder: Path | None, *, as_json: bool, **how: Any) -> None:
@@ -234,9 +304,11 @@ def sweep(
     seeds: Seeds = None,
     spec: Spec = None,
 ) -> None:
-    """Run many recipes and write one table (JSON, CSV, Markdown). Finished rows are skipped.
+    """Run many recipes into one table; finished rows are skipped.
 
-    [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best --only ratio=100[/]
+    The table is written as JSON, CSV and Markdown.
+
+    [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best[/]
     """
     from ..runs.sweep import load_sweep
 

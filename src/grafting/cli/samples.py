@@ -79,15 +79,16 @@ def sample(
     shift: Shift = None,
     spec: Spec = None,
 ) -> None:
-    """Sample images from a model into one .npz file: arr_0 [N, H, W, C] (uint8) and labels.
+    """Sample images from a model into one .npz file.
 
-    Several processes share the work; the images do not depend on their number. An interrupted command can be run again
+    The file holds arr_0 [N, H, W, C] (uint8) and labels. Several processes share the work; the images do not depend on their number. An interrupted command can be run again
     to resume: finished batches stay in a folder beside the file until it is complete.
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 
-    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 --vae stabilityai/sd-vae-ft-ema --num-images 50000
-      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3 --batch-size 125[/]
+    [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 \\
+      --vae stabilityai/sd-vae-ft-ema --num-images 50000 --batch-size 125 \\
+      --sampler ddpm --steps 250 --cfg-scale 1.5 --guided-channels 3[/]
     """
     from ..diffusion import Diffusion
     from ..hosts import host_of
@@ -129,9 +130,7 @@ def sample(
     )
     if drawing.matches(out_file):
         if is_main():
-            drawing.write_pictures_of(out_file)
-            drawing.discard()
-            say(out, f"{config.num_images} images: {out_file}, already drawn")
+            _say_drawn_before(drawing, out_file)
         return
     _draw(drawing, loaded.to(default_device()), out_file)
 
@@ -139,8 +138,6 @@ def sample(
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     """Draw this process's share and show progress; the main process then writes the samples file."""
     from ..machine.processes import is_main, rank, world_size
-    from ..report import write_grid
-    from ..sampling.files import open_samples
 
     steps = drawing.draw(model, rank=rank(), world_size=world_size())
     if not is_main():
@@ -154,16 +151,38 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
         for step in chain(steps, drawing.wait()):
             on_step("sample", step)
     seconds = time.monotonic() - started
+    if not drawing.is_begun and drawing.matches(out_file):
+        _say_drawn_before(drawing, out_file)  # by another command, meanwhile
+        return
     drawing.write(out_file)
-    first = next(open_samples(out_file).images(100)).numpy()
-    if first.ndim == 5:
-        first = first[:, :, first.shape[2] // 2]  # of videos the frame in the middle
-    places = [str(out_file)]
-    if first.shape[1] in (1, 3):
-        scale = 2 if first.shape[-1] <= 64 else 1
-        places.append(str(write_grid(first, out_file.with_suffix(".png"), scale=scale)))
+    places = [str(out_file), *_grid(out_file)]
     if drawing.pictures is not None:
         places.append(str(drawing.pictures.folder))
     rate = (num_images - before) / seconds
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     say(out, f"{num_images} images: {', '.join(places)} ({rate:.3g} images/s{processes})")
+
+
+def _say_drawn_before(drawing: "Drawing", out_file: Path) -> None:
+    """Do what a command that was killed has left to do."""
+    from ..machine.files import clear_partial
+
+    clear_partial(out_file)
+    drawing.write_pictures_of(out_file)
+    drawing.discard()
+    _grid(out_file)
+    say(out, f"{drawing.config.num_images} images: {out_file}, already drawn")
+
+
+def _grid(out_file: Path) -> list[str]:
+    """Write a picture of the first images beside their file, if they can be shown; its path."""
+    from ..report import write_grid
+    from ..sampling.files import open_samples
+
+    path = out_file.with_suffix(".png")
+    first = next(open_samples(out_file).images(100)).numpy()
+    if first.ndim == 5:
+        first = first[:, :, first.shape[2] // 2]  # of videos the frame in the middle
+    if first.shape[1] not in (1, 3):
+        return []
+    return [str(write_grid(first, path, scale=2 if first.shape[-1] <= 64 else 1))]

@@ -42,27 +42,30 @@ def convert(
     ] = None,
     to: Annotated[Literal["grafting", "diffusers"], typer.Option(help="Output format.")] = "grafting",
 ) -> None:
-    """Convert published DiT weights (grafted or not) to a model folder.
+    """Convert published DiT weights, or grafts, to a model folder.
 
     [dim]$ grafting convert model.pt dit-hyena-x[/]
     """
     from ..editing.plan import Replace
-    from ..machine.files import check_is_new
+    from ..machine.files import new_folder
     from ..weights.diffusers import export_diffusers
+    from ..weights.locate import CONFIG_NAME
     from ..weights.portable import Base
     from ..weights.published import PublishedFacts, convert_weights, read_published
 
-    check_is_new(folder)
     made_from = None if base is None else Base(id=base, licence=licence)
     facts = PublishedFacts(
         num_heads=num_heads, num_classes=num_classes, window=window, mlp_ratio=mlp_ratio, base=made_from
     )
     if to == "diffusers":
-        is_file = Path(source).is_file()
-        loaded = read_published(Path(source), facts).model if is_file else open_model(source)[0]
-        say(out, f"diffusers folder: {export_diffusers(loaded, folder)}")
+        with new_folder(folder, last=CONFIG_NAME) as made:
+            is_file = Path(source).is_file()
+            loaded = read_published(Path(source), facts).model if is_file else open_model(source)[0]
+            export_diffusers(loaded, made)
+        say(out, f"diffusers folder: {folder}")
         return
-    converted = convert_weights(source, folder, facts)
+    with new_folder(folder, last=CONFIG_NAME) as made:
+        converted = convert_weights(source, made, facts)
     edits = [
         [edit.role, edit.operator.name, str(edit.blocks)]
         for edit in converted.plan.edits
@@ -85,12 +88,12 @@ def merge(
 
     [dim]$ grafting merge my-delta my-model[/]
     """
-    from ..machine.files import check_is_new
+    from ..machine.files import new_folder
     from ..weights.folder import merge_delta
-    from ..weights.locate import find_model
+    from ..weights.locate import CONFIG_NAME, find_model
 
-    check_is_new(folder)
-    merge_delta(find_model(delta), folder, base=base)
+    with new_folder(folder, last=CONFIG_NAME) as made:
+        merge_delta(find_model(delta), made, base=base)
     say(out, f"Model: {folder}")
 
 
@@ -100,7 +103,7 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a newly created repository public.")] = False,
 ) -> None:
-    """Upload a grafted model, with a model card, to the Hugging Face Hub.
+    """Upload a grafted model, with a card, to the Hub.
 
     [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
     """

@@ -8,8 +8,10 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -57,25 +59,34 @@ def device_at(device: torch.device) -> Device | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Work of one step of a stage, over all processes."""
+    """Work of one step of a stage, or of a phase of one, over all processes."""
 
+    steps: int  # of this work
     images: int
     tokens: int  # of an image
     flops: float  # as counted, of the step
     tflops: float | None = None  # the peak of all devices together; None: not known
 
 
-def measured(steps: Iterator[Step], work: Work, *, device: torch.device) -> Iterator[Step]:
+def measured(steps: Iterator[Step], works: Sequence[Work], *, device: torch.device) -> Iterator[Step]:
     """The same steps, with how fast each was: the time between asking for it and having it.
+
+    Args:
+        works: of the stage's steps; those of the first, then those of the second, and so on.
 
     Adds to a step's values `images_per_s`, `tokens_per_s`, `memory_gib` (the most that this process held so far), `mfu`
     where the peak is known, and `data_wait`, the share of the time spent waiting for data, where the stage says how long
     that was. A step 0 only measures: it has no rate.
     """
+    ends = list(accumulate(work.steps for work in works))
     started = time.perf_counter()
     for step in steps:
         seconds = time.perf_counter() - started
-        rates = _rates(step, work, seconds) if step.done else {}
+        rates = (
+            _rates(step, works[min(bisect_left(ends, step.done), len(works) - 1)], seconds)
+            if step.done
+            else {}
+        )
         yield replace(step, values=step.values | rates | {"memory_gib": round(peak_memory_gib(device), 3)})
         started = time.perf_counter()
 

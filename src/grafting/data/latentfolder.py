@@ -5,10 +5,9 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
-import fcntl
 import json
-import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError, RunError, listed
-from ..machine.files import atomic_path, flatten, is_empty, sha256_of, write_bytes, write_json
+from ..errors import DataError, FaultWarning, ResumeWarning, RunError, listed
+from ..machine.files import (
+    atomic_path,
+    clear_abandoned,
+    disk_errors,
+    flatten,
+    hash_json,
+    is_empty,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
+from ..machine.locks import Lock, Taken
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
 from .shards import facts_of
 
@@ -47,23 +57,37 @@ class Record(BaseModel):
     shard: Shard | None  # None where no image could be read
     names: tuple[str, ...]  # of the items, in their order
     unreadable: dict[str, str] = {}  # name of an image, and why it is left out
+    owner: str | None = None  # a hash of the work and the shard's number; None: an earlier version noted none
 
 
 class _Records:
-    """The records of a folder's shards: a shard with a record is done."""
+    """The records of a folder's shards: a shard with a record of this work is done."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self._folder, self._facts = folder, facts
+        self._has_told = False
 
     def path(self, number: int) -> Path:
         return self._folder / RECORDS_NAME / f"{number:05}.json"
 
     def read(self, number: int) -> Record | None:
-        """Record of a shard; None if it is missing or damaged, and the shard has to be encoded again."""
+        """Record of a shard; None if it is missing, damaged or another shard's, and the shard has to be encoded again."""
         try:
-            return Record.model_validate_json(self.path(number).read_text())
+            record = Record.model_validate_json(self.path(number).read_text())
         except (FileNotFoundError, ValidationError, ValueError):
             return None
+        if record.owner is None and not self._has_told:
+            self._has_told = True
+            told = f"{self._folder} has shards of an earlier version, which did not note whose they are: taken as named"
+            warnings.warn(told, ResumeWarning, stacklevel=4)
+        if record.owner not in (None, self.owner(number)):
+            told = f"{self.path(number)} is of another shard or another work; it is encoded again"
+            warnings.warn(told, FaultWarning, stacklevel=4)
+            return None
+        return record
+
+    def owner(self, number: int) -> str:
+        return hash_json([dict(self._facts), number])
 
     def write(self, number: int, record: Record) -> None:
         write_json(self.path(number), record.model_dump(mode="json"))
@@ -104,7 +128,7 @@ class LatentFolder:
 
     @cached_property
     def _records(self) -> "_Records":
-        return _Records(self.folder)
+        return _Records(self.folder, self.facts)
 
     def check_space(self) -> tuple[int, int]:
         """Bytes that the shards still to be written take, and bytes that are free.
@@ -141,25 +165,20 @@ class LatentFolder:
         write_json(self.folder / WORK_NAME, dict(self.facts))
         own = range(rank, self.num_shards, world_size)
         with self._locked(f".lock-{rank}-of-{world_size}"):
-            for path in self.folder.rglob(".*.partial"):
-                found = re.match(r"\.(?:latents-)?(\d+)\.", path.name)
-                if found and int(found[1]) in own:
-                    path.unlink(missing_ok=True)
+            clear_abandoned(self.folder)
             yield [number for number in own if not self._records.is_done(number)]
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """An flock, which the operating system takes back when the process ends."""
-        with open(self.folder / name, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process is working on the same shards of {self.folder}: wait for it to "
-                    "finish, or start several processes with torchrun to share the work"
-                ) from None
-            except OSError:
-                pass  # a file system without locks; two at the same shards write the same bytes
+        try:
+            with disk_errors(self.folder):
+                lock = Lock(self.folder / name)
+        except Taken:
+            raise RunError(
+                f"another process is working on the same shards of {self.folder}: wait for it to "
+                "finish, or start several processes with torchrun to share the work"
+            ) from None
+        with lock:  # where there are no locks, two at the same shards write the same bytes
             yield
 
     def write(
@@ -190,7 +209,13 @@ class LatentFolder:
                     temporary,
                 )
             shard = Shard(**facts_of(path), count=len(labels))
-        self._records.write(number, Record(shard=shard, names=tuple(names), unreadable=dict(unreadable)))
+        record = Record(
+            shard=shard,
+            names=tuple(names),
+            unreadable=dict(unreadable),
+            owner=self._records.owner(number),
+        )
+        self._records.write(number, record)
 
     def finish(self, facts: Mapping[str, Any], *, max_unreadable: int) -> LatentIndex | None:
         """Write the index if every shard is done, else do nothing: another process is still at work, or was stopped.

@@ -196,13 +196,14 @@ class LatentSet:
         """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
 
         Raises:
-            DataError: a shard is missing or damaged.
+            DataError: a shard is missing or damaged, or holds values that are not finite.
         """
         numbers = self.items[indices]
         stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
         content, labels = stored.flatten(1).view(torch.uint8).numpy(), np.empty(len(numbers), np.int64)
         for shard, rows, places in self._by_shard(numbers):
             shard.read_rows(rows, content, places)
+            _check_finite(stored[places], rows, shard.path)
             labels[places] = shard.labels[rows]
         latents = self._samples(stored.float(), numbers)
         return latents.sub_(self.index.shift).mul_(self.index.scale), torch.from_numpy(labels)
@@ -234,6 +235,14 @@ class LatentSet:
         mean, log_variance = stored.chunk(2, dim=1)
         deviation = log_variance.clamp_(-30, 20).mul_(0.5).exp_()
         return deviation.mul_(item_noise(self.seed, numbers, tuple(mean.shape[1:]))).add_(mean)
+
+
+def _check_finite(stored: Tensor, rows: list[int], path: Path) -> None:
+    bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(
+            f"{path}: row {rows[bad[0]]} of `latents` holds values that are not finite: encode it again, or leave it out"
+        )
 
 
 def read_index(folder: Path) -> LatentIndex:

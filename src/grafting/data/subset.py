@@ -6,6 +6,7 @@ takes such a file, or draws a subset itself.
 
 import hashlib
 import json
+import pickletools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +19,31 @@ from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..machine.files import write_json
 from ..machine.randomness import generator
 
 # classes that an error names one by one
 _NAMED = 20
+
+# what a pickle of a list of texts is made of; nothing in it makes an object or calls a function
+_TEXTS = frozenset({"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"})
+_FRAME_OF_TEXTS = frozenset(
+    [
+        "PROTO",
+        "FRAME",
+        "EMPTY_LIST",
+        "LIST",
+        "MARK",
+        "MEMOIZE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "PUT",
+        "APPEND",
+        "APPENDS",
+        "STOP",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +93,30 @@ class Listing:
             assert fraction is not None
             wanted, drawn = self._share(fraction), f"{fraction:g} of each class, seed {seed}"
         ids = tuple(self.ids[place] for place in _drawn(self.labels, wanted, seed).tolist())
+        return Subset(source=self.source, num_classes=self.num_classes, ids=ids, drawn=drawn)
+
+    def pick(self, paths: Sequence[str], *, drawn: str) -> Subset:
+        """The items whose names are these paths, or end in the same folder and file.
+
+        Raises:
+            DataError: the items have numbers only, a path is not there, or several items end as it does.
+        """
+        if not all(isinstance(name, str) for name in self.ids):
+            raise DataError(f"the items of {self.source!r} have numbers and no names, so no paths find them")
+        known: dict[str, list[str]] = {}
+        for name in map(str, self.ids):
+            for key in {name, _ending(name)}:
+                known.setdefault(key, []).append(name)
+        found = [known.get(path) or known.get(_ending(path), []) for path in paths]
+        faults = [
+            f"{path}: {len(names) or 'no'} such items"
+            for path, names in zip(paths, found, strict=True)
+            if len(names) != 1
+        ]
+        if faults:
+            head = f"{len(faults)} of {len(paths)} paths do not name one item of {self.source!r}, such as {self.ids[0]!r}"
+            raise DataError(listed(head, faults, most=_NAMED))
+        ids = tuple(names[0] for names in found)
         return Subset(source=self.source, num_classes=self.num_classes, ids=ids, drawn=drawn)
 
     def places(self, subset: Subset) -> Int[Tensor, " m"]:
@@ -238,6 +282,44 @@ def read_subset(path: Path) -> Subset:
             f"{path} was changed: it says sha256 {claimed}, its {len(subset.ids)} ids have {found}"
         )
     return subset
+
+
+def read_paths(path: Path) -> list[str]:
+    """The paths in a file: one per line, or a pickled list of texts, as the paper's authors published theirs.
+
+    A pickle is taken apart, not loaded: nothing in it can run.
+
+    Raises:
+        DataError: no such file, or it holds something else, no path, or one twice.
+    """
+    if not path.is_file():
+        raise DataError(f"no file of paths {path}")
+    content = path.read_bytes()
+    try:
+        found = _pickled_texts(content) if content[:1] == b"\x80" else content.decode().splitlines()
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is no list of paths, one per line or pickled: {error}") from error
+    paths = [line.strip() for line in found if line.strip()]
+    if not paths or len(set(paths)) < len(paths):
+        raise DataError(
+            f"{path} names {f'{len(paths) - len(set(paths))} paths twice' if paths else 'no path'}"
+        )
+    return paths
+
+
+def _pickled_texts(content: bytes) -> list[str]:
+    texts = []
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in _TEXTS:
+            texts.append(str(argument))
+        elif opcode.name not in _FRAME_OF_TEXTS:
+            raise ValueError(f"its pickle holds more than a list of texts ({opcode.name})")
+    return texts
+
+
+def _ending(path: str) -> str:
+    """The folder and the name of a file: what an image keeps when a data set moves."""
+    return "/".join(path.replace("\\", "/").rsplit("/", 2)[-2:])
 
 
 def _drawn(labels: Tensor, wanted: Tensor, seed: int) -> Tensor:

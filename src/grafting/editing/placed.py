@@ -54,6 +54,8 @@ class KernelAttention(Placed):
         self.kernel = kernel
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.tracker.check()
+        _pin_to_native(self.attention)
         calls: list[int] = []
         with _Interception(self._answer, self.site.attention.turn, calls):
             output = self.attention(*args, **kwargs)
@@ -61,8 +63,7 @@ class KernelAttention(Placed):
         if not calls or len(calls) % turn or (len(calls) > turn and max(calls) > 1):
             raise HostError(
                 f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} times on {calls} images; "
-                f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image (a kernel needs the "
-                "native attention backend)"
+                f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image"
             )
         return output
 
@@ -125,6 +126,17 @@ class KernelAttention(Placed):
         return known[1]
 
 
+def _pin_to_native(attention: nn.Module) -> None:
+    """Let diffusers' attention call torch's, which can be answered, whatever backend the model's other layers run on.
+
+    `model.set_attention_backend` reaches into grafted sites too, so this is seen to at every call.
+    """
+    for module in attention.modules():
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "_attention_backend", "native") != "native":
+            processor._attention_backend = "native"  # type: ignore[union-attr]  # of None it is "native" already
+
+
 class MixerAdapter(Placed):
     """A mixer behind the calling convention of the module that it replaces."""
 
@@ -135,6 +147,7 @@ class MixerAdapter(Placed):
         self.call = site.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.tracker.check()
         x = args[0] if args else kwargs[self.call.tokens]
         for name in self.call.must_be_none:
             if kwargs.get(name) is not None:

@@ -1,38 +1,46 @@
-"""The only file that changes a model: it builds operators for a plan's sites, places them, and takes them out again.
+"""The only file that changes a model: it builds operators for a plan's sites, places them, and takes them out again; and
+low-rank adapters in the same way.
 
-What it places is in `placed.py`. Where blocks are merged or dropped, all others keep their numbers. Everything is checked
+What it places is in `placed.py`; adapters are peft's. Where blocks are merged or dropped, all others keep their numbers. Everything is checked
 and built before anything is edited, so a failed graft leaves the model as it was.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..contract import Kernel, KernelConfig, MixerConfig, OperatorConfig, Site
-from ..errors import PlanError
+from ..errors import MissingBackend, PlanError
 from ..hosts import Host, LayoutTracker, host_of
 from ..machine.randomness import seeded
+from .adapters import adapters_of, is_of_adapter
 from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed
 from .plan import Choice, Drop, Edit, Merge, Plan, Replace, fault_list, merged_pairs, words_of
 
 
-def graft(model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0) -> "Graft":
+def graft(
+    model: nn.Module, plan: Plan, *, host: Host | None = None, seed: int = 0, inherit: bool = True
+) -> "Graft":
     """Apply a plan to a model, in place, and return the record that can undo it.
 
     An operator's random weights depend on `seed` and its site alone, not on the rest of the plan.
 
     Args:
         host: how to read the model, where it is of no known class or its host has settings.
+        inherit: without it, mixers stay as they are drawn: for those whose weights are loaded next.
 
     Raises:
         PlanError: the plan does not fit; lists every fault, and the model is unchanged.
         HostError: the model belongs to no known host.
     """
-    return place(model, _built(model, plan, host or host_of(model), seed))
+    return place(model, _built(model, plan, host or host_of(model), seed, inherit=inherit))
 
 
 def build_operators(
@@ -41,10 +49,7 @@ def build_operators(
     """The operators of a plan, built for a model that stays as it is, but for a hook that tells them its layout.
 
     They keep no reference to the model's parameters: what they inherit is copied, and can be trained where the model is
-    frozen. Raises as `graft`.
-
-    Args:
-        inherit: without it, mixers stay as they are drawn: for those whose weights are loaded next.
+    frozen. Args and raises as `graft`.
     """
     host = host or host_of(model)
     operators = _built(model, plan, host, seed, inherit=inherit)
@@ -56,6 +61,7 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
     _check_whole(model)
     chosen = resolve(model, plan, host=host)
     _check_original(model, chosen)
+    _check_copyable(model, chosen, inherit=inherit)
     operators: Operators = {}
     for site, config in chosen.items():
         if isinstance(config, OperatorConfig):
@@ -109,6 +115,8 @@ class Graft:
     replaced: dict[str, nn.Module]
     kind: tuple[torch.device, torch.dtype]
     """Of the model, when it was grafted."""
+    then: Callable[[nn.Module], None] | None = None
+    """Called with the model after an undo."""
 
     @property
     def new_parameters(self) -> frozenset[str]:
@@ -125,11 +133,16 @@ class Graft:
         trained = sum(n for p, n in sizes.items() if p.requires_grad)
         return "\n".join(
             [
-                f"Graft of {type(self.model).__name__}, {len(self.operators)} places edited",
+                f"Graft of {self._model_name}, {len(self.operators)} places edited",
                 *(f"  {edit}" for edit in edits_of(self.model)),
                 f"  parameters: {new:,} in operators, {trained:,} trained, {sum(sizes.values()):,} in all",
             ]
         )
+
+    @property
+    def _model_name(self) -> str:
+        kind: type = getattr(type(self.model), "ungrafted", type(self.model))
+        return kind.__name__
 
     def undo(self) -> None:
         """Put every replaced module back: the model is exactly what it was, in the mode (train, eval) that it is in.
@@ -145,6 +158,8 @@ class Graft:
         tracker = LayoutTracker.of(self.model)
         if tracker and not tracker.stays and not holds_operators(self.model):
             tracker.host.untrack_layout(self.model)
+        if self.then is not None:
+            self.then(self.model)
 
 
 def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
@@ -243,6 +258,57 @@ def leaving_no_hook(model: nn.Module) -> Iterator[None]:
             tracker.host.untrack_layout(model)
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters lie in the model's memory, until `keep_apart` gives some of them memory of their own."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def keep_apart(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
+    """Give those parameters memory of their own that lie in the model's, before they are trained."""
+    taken = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+    for parameter in parameters:
+        if parameter.untyped_storage().data_ptr() in taken:
+            parameter.data = parameter.data.clone()
+
+
+def adapt(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float) -> None:
+    """Put low-rank adapters around linear layers, in place: x -> Wx + alpha / rank B(Ax), B zero at first, A and B in fp32.
+
+    Source: arXiv:2106.09685, by peft.
+
+    Raises:
+        MissingBackend: peft is not installed.
+    """
+    check_can_adapt()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    trained = {id(p): p.requires_grad for p in model.parameters()}
+    # peft's annotation says int, its arithmetic is of floats
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha}
+    exactly = "|".join(map(re.escape, names))
+    inject_adapter_in_model(LoraConfig(**settings, target_modules=exactly), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(id(parameter), True))
+        if is_of_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def check_can_adapt() -> None:
+    """Raises a MissingBackend if peft is not installed."""
+    if find_spec("peft") is None:
+        raise MissingBackend("lora needs peft: pip install 'grafting[lora]'")
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Take a model's adapters out, in place, and add what they learned to the weights, which get memory of their own."""
+    for path, adapter in adapters_of(model).items():
+        adapter.base.weight.data = adapter.merged()
+        model.set_submodule(path, adapter.base)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def _check_whole(model: nn.Module) -> None:
     """A plan's block numbers are those of the model as it was, so there is one restructuring at a time."""
     if any(isinstance(module, MergedBlocks | Passage) for module in model.modules()):
@@ -260,6 +326,45 @@ def _check_original(model: nn.Module, chosen: Mapping[Site, Choice]) -> None:
     ]
     if faults:
         raise PlanError(fault_list(faults, "plan for a grafted model"))
+
+
+def _check_copyable(model: nn.Module, chosen: Mapping[Site, Choice], *, inherit: bool) -> None:
+    """An operator is made of what it replaces, so that has to be there, as plain numbers."""
+    faults = []
+    for site, choice in chosen.items():
+        module = model.get_submodule(site.path)
+        hooks = {type(part._hf_hook).__name__ for part in module.modules() if hasattr(part, "_hf_hook")}
+        hooks |= {name for part in module.modules() for name in _hooks_of_diffusers(part)}
+        if hooks:
+            faults.append(
+                f"{words_of(site)} is offloaded or cast by hooks ({', '.join(sorted(hooks))}), which a graft cannot copy: "
+                "graft first, then offload or cast"
+            )
+        verb = ""
+        if isinstance(choice, MixerConfig) and choice.init == "inherit" and inherit:
+            verb = f"{choice.name} cannot inherit"
+        elif isinstance(choice, KernelConfig) and choice.projections == "random":
+            verb = f"{choice.name} cannot draw again"
+        if verb and (found := _not_plain(module)):
+            faults.append(f"{words_of(site)} holds {found}, which {verb}: graft first")
+    if faults:
+        raise PlanError(fault_list(faults, "plan for this model"))
+
+
+def _hooks_of_diffusers(module: nn.Module) -> list[str]:
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks)
+
+
+def _not_plain(module: nn.Module) -> str:
+    """What other than plain weights is in a module; empty if nothing is."""
+    if any(hasattr(part, "base_layer") for part in module.modules()):
+        return "linears with adapters"
+    for name, parameter in module.named_parameters():
+        kind = type(parameter.data)
+        if kind.__module__.partition(".")[0] != "torch" or not parameter.is_floating_point():
+            return f"quantised weights ({name} is a {kind.__name__} of {str(parameter.dtype).removeprefix('torch.')})"
+    return ""
 
 
 def _build(

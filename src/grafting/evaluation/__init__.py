@@ -23,6 +23,8 @@ from .evaluator import Evaluator as Evaluator
 from .evaluator import evaluate as evaluate
 from .figures import Evaluation as Evaluation
 from .figures import ratio as ratio
+from .geneval import GenevalEvaluation as GenevalEvaluation
+from .geneval import GenevalSuite as GenevalSuite
 from .per_image import PerImage as PerImage
 from .protocol import Identity as Identity
 from .protocol import Metrics as Metrics
@@ -47,7 +49,7 @@ def _named(value: Any) -> Any:
 
 
 SuiteConfig = Annotated[
-    TestbedSuite | AdmSuite | ScenesSuite,
+    TestbedSuite | AdmSuite | ScenesSuite | GenevalSuite,
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]

@@ -19,7 +19,7 @@ from ..data import scenes
 from ..data.scenes import CELL, CELLS, SIDE, TASKS, Caption, caption_of
 from ..errors import DataError, ProtocolError
 from ..machine.files import hash_json
-from ..metrics.paired import mean_estimate
+from ..metrics.paired import mean_estimate, share_estimate
 from .per_image import PerImage
 from .protocol import Data, Identity, Metrics, Protocol
 from .suite import OnStep, PairedEvaluator, Remark, Suite, SuiteEvaluator
@@ -256,7 +256,8 @@ class ScenesEvaluator(PairedEvaluator[ScenesEvaluation]):
         for name, scores in found.items():
             figures[name] = None if scores.isnan().all() else float(scores.nanmean())
         for name in ("exact", "true", "twins", "background"):
-            estimate = mean_estimate(found[name], strata=tasks)
+            estimate_of = mean_estimate if name == "background" else share_estimate
+            estimate = estimate_of(found[name], strata=tasks)
             figures |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         figures["true"] = float(np.mean([figures[f"true_{task}"] for task in TASKS]))
         evaluation = ScenesEvaluation.model_validate(

@@ -12,7 +12,7 @@ from typing import Protocol as Interface
 from pydantic import JsonValue, PositiveInt
 from torch import Tensor
 
-from ..contract import Step
+from ..contract import Conditions, Step
 from ..errors import DataError
 from .per_image import PerImage
 from .protocol import Data, Protocol
@@ -82,6 +82,10 @@ class SuiteEvaluator(ABC):
         """What each image adds to these figures, for comparisons image by image; None where a suite does not keep it."""
         return None
 
+    def details(self) -> list[dict[str, JsonValue]] | None:
+        """A line of JSON for each image, in the form that others read; None from a suite that has none."""
+        return None
+
 
 class PairedEvaluator(SuiteEvaluator, Generic[R]):
     """An evaluator of a protocol that makes figures and what each image adds to them in one go, and once."""
@@ -135,9 +139,16 @@ class Suite(Data, ABC):
     uses_labels: ClassVar[bool] = True
     """False of a suite that measures images whose conditions are not known."""
 
+    has_details: ClassVar[bool] = False
+    """True of a suite whose evaluators say something of each image; see `SuiteEvaluator.details`."""
+
     @abstractmethod
     def faults(self, num_images: int, image_shape: tuple[int, ...]) -> list[str]:
         """Reasons why it cannot measure these images; each tells them first: `3 images; at least 10 are needed`."""
+
+    def misfits(self, conditions: Conditions) -> list[str]:
+        """Reasons why it cannot judge images of these conditions; empty if it can."""
+        return []
 
     def identity(self) -> dict[str, str] | None:
         """Hashes of the files that it measures with; None if all of it comes with this library.

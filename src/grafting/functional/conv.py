@@ -81,11 +81,17 @@ class _Correlate1d(torch.autograd.Function):
     convolution's own weight gradient; 9 ms or more as a sum of shifted products under autograd; 12 ms with `F.conv1d`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, before: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.before = before
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, before: int) -> Tensor:
         return _correlate(x, weight, bias, before)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+        x, weight, _, ctx.before = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -101,6 +107,16 @@ class _Correlate1d(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 1)).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
+
+    @staticmethod
+    def jvp(ctx, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        tangent = torch.zeros_like(x)
+        if x_t is not None:
+            tangent = tangent + _correlate(x_t, weight, None, ctx.before)
+        if weight_t is not None:
+            tangent = tangent + _correlate(x, weight_t, None, ctx.before)
+        return tangent if bias_t is None else tangent + bias_t
 
 
 def _correlate(x: Tensor, weight: Tensor, bias: Tensor | None, before: int) -> Tensor:

@@ -48,18 +48,19 @@ class Branches(nn.ModuleList):
 class LayoutTracker:
     """Knows what the layouts of a model's current forward pass are made from; its operators read it.
 
-    It is the model's forward pre-hook, one per model, and is copied with it. A backward pass that recomputes blocks
-    (gradient checkpointing) must run before the next forward pass on another grid.
+    It is the model's forward pre-hook, one per model, and is copied with it; a forward hook, `end`, ends the pass. A backward
+    pass that recomputes blocks (gradient checkpointing) must run before the next forward pass on another grid.
     """
 
     def __init__(self, host: "Host[Any]"):
         self.host = host
         self.stays = False
-        """True if operators outside the model read it, so that it stays when the model holds none."""
+        """True if operators outside the model read it, after its pass too, so that it stays when the model holds none."""
         self._grid: Grid | None = None
         self._lengths: Mapping[str, int] = {}
         self.masks: dict[int, tuple[Tensor, Tensor | None]] = {}
         """Masks of this pass by identity, with the key masks that they amount to."""
+        self._in_pass = False
 
     @staticmethod
     def of(model: nn.Module) -> "LayoutTracker | None":
@@ -91,6 +92,14 @@ class LayoutTracker:
             )
         return layout
 
+    def check(self) -> None:
+        """Raise a HostError where `forward` was called and the model was not: its layout may be another than the last one."""
+        if self._grid is not None and not (self._in_pass or self.stays):
+            raise HostError(
+                "an operator runs outside of a forward pass of its model, which sets its token layout: call model(...), "
+                "not model.forward(...)"
+            )
+
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = inspect.signature(model.forward).parameters
         arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -99,6 +108,11 @@ class LayoutTracker:
             self.host.lengths(model, arguments),
         )
         self.masks = {}
+        self._in_pass = True
+
+    def end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """End the pass, unless its backward pass is to come, which may run parts of it again."""
+        self._in_pass = torch.is_grad_enabled()
 
 
 class Host(ABC, Generic[Model]):
@@ -253,6 +267,7 @@ class Host(ABC, Generic[Model]):
         if tracker is None:
             tracker = LayoutTracker(self)
             model.register_forward_pre_hook(tracker, with_kwargs=True)
+            model.register_forward_hook(tracker.end)
         tracker.host = self
         return tracker
 
@@ -263,6 +278,9 @@ class Host(ABC, Generic[Model]):
                 hook._grid = None
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, end in list(model._forward_hooks.items()):
+            if isinstance(getattr(end, "__self__", None), LayoutTracker):
+                del model._forward_hooks[key]
 
 
 def config_of(model: nn.Module) -> Mapping[str, Any]:

@@ -175,6 +175,8 @@ class SdpaSpec(_Spec):
 
     name: str
     """Of the host."""
+    about: str = ""
+    """What these models are, in a sentence or two."""
     model_class: str
     """Import path: `package.module:Class`."""
     blocks: tuple[BlockList, ...] = Field(min_length=1)

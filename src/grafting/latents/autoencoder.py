@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, listed
 from ..machine.files import sha256_of
 from ..machine.precision import Precision, resolve_precision
-from ..weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_model
+from ..weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_folder
 
 # of a folder of an autoencoder alone, and of one of a whole pipeline
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "diffusion_pytorch_model-*.safetensors")
@@ -115,7 +115,7 @@ def load_autoencoder(
     Raises:
         CheckpointError: there is none, it is damaged, of another class, or scales each channel on its own.
     """
-    found = find_model(source, revision=revision, patterns=VAE_FILES)
+    found = find_folder(source, revision=revision, patterns=VAE_FILES)
     folder = found / "vae" if (found / "vae" / CONFIG_NAME).is_file() else found
     _check_config(folder)
     from_hub = _COMMIT.fullmatch(found.name) is not None and not Path(source).exists()

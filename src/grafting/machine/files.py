@@ -2,41 +2,43 @@
 sentence.
 """
 
+import filecmp
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import GraftingError, RunError
+from .locks import hold
 
 SUMS_NAME = "SHA256SUMS"
+
+_PARTIAL, _LOCK = ".partial", ".lock"
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; becomes `path` when the block ends well, else is removed.
+    """A temporary path to write to; becomes `path` when the block ends well, else is removed.
+
+    It lies in a folder beside `path`, together with what libraries write on their way to it. What a killed process left
+    there goes when `path` is written again. Of processes that write the same path one waits for the other.
 
     Raises:
         RunError: the disk is full or the folder cannot be written to; `path` is as it was.
     """
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a folder; name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with disk_errors(path), _workplace(path, wait=True) as temporary:
+        yield temporary
+        _settle(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -48,27 +50,177 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the folder cannot be written to; nothing is left of it.
     """
-    temporary = partial_folder(path)
-    with disk_errors(path):
+    with disk_errors(path), _workplace(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        names = _files_in(temporary)
+        sums = "".join(f"{sha256_of(temporary / name)}  {name}\n" for name in names)
+        (temporary / SUMS_NAME).write_text(sums)
+        _settle(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_files(path: Path, *, last: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; its files become those of `path` when the block ends well.
+
+    Where `path` is new they do so all at once. Else they replace its files one by one, and `last`, without which the folder
+    is nothing, is not there meanwhile.
+
+    Args:
+        stale: files of the folder that do not go with the new ones.
+
+    Raises:
+        RunError: the disk is full, the folder cannot be written to, or another process is writing it.
+    """
+    with disk_errors(path), _workplace(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        _settle(temporary)
+        for name in (last, *stale):
+            (path / name).unlink(missing_ok=True)
+        _move(temporary, path, last=last)
+
+
+@contextmanager
+def new_folder(path: Path, *, last: str) -> Iterator[Path]:
+    """A temporary path to make a folder at; becomes `path` when the block ends well, else is removed.
+
+    Where `path` holds the same already, as after a command that was killed at its very end, it stays. Args as `atomic_files`.
+
+    Raises:
+        RunError: `path` holds something else; before the block unless it has a file `last`.
+    """
+    if not (path / last).is_file():
+        check_is_new(path)
+    with disk_errors(path), _workplace(path) as made:
+        yield made
+        if not _is_same(made, path):
+            check_is_new(path)
+            _move(made, path, last=last)
+
+
+def _move(made: Path, path: Path, *, last: str) -> None:
+    """Move a folder to its place at once or, where others' files are there, file by file."""
+    if path.is_dir() and any(path.iterdir()):
+        for name in sorted(_files_in(made), key=lambda name: name == last):
+            os.replace(made / name, path / name)
+        _sync(path)
+    else:
+        os.replace(made, path)
+    _sync(path.parent)
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    """True if the other folder holds the same files, hidden ones aside."""
+    names, others = (_files_in(f) for f in (folder, other))
+    return names == [name for name in others if not name.startswith(".")] and all(
+        filecmp.cmp(folder / name, other / name, shallow=False) for name in names
+    )
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder and those below it. What is being written is locked, and stays."""
+    # not rglob, which fails where a folder goes while it looks
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if name.startswith(".") and name.endswith(_PARTIAL):
+                _clear(Path(parent, name))
+
+
+def clear_partial(path: Path) -> None:
+    """The same of one path, for where it is not to be written again."""
+    if partial_path(path).parent.is_dir():
+        _clear(partial_path(path).parent)
+
+
+def _clear(path: Path) -> None:
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)  # from before temporary files had a folder
+        return
+    with suppress(RunError, FileNotFoundError):
+        descriptor = _take(path, wait=False)
+        if descriptor is not None:
+            _remove(path)
+            os.close(descriptor)
+
+
+def partial_path(path: Path) -> Path:
+    """Temporary path of what becomes `path`: in a folder beside it, with a lock."""
+    return path.with_name(f".{path.name}{_PARTIAL}") / path.name
+
+
+@contextmanager
+def _workplace(path: Path, *, wait: bool = False) -> Iterator[Path]:
+    """The temporary path of what becomes `path`, where nothing is; what it leaves there is removed after the block."""
+    place = partial_path(path).parent
+    descriptor = _take(place, wait=wait)
+    if descriptor is None and wait:
+        # where there are no locks nobody waits: processes that write the same path then have a folder each
+        _remove(place)
+        place = place.with_name(f"{place.name.removesuffix(_PARTIAL)}.{os.getpid()}{_PARTIAL}")
+        place.mkdir(exist_ok=True)
+    try:
+        _empty(place)
+        yield place / path.name
+    finally:
+        _remove(place)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _take(folder: Path, *, wait: bool) -> int | None:
+    """Make a temporary folder, or take that of a killed process; returns what locks it until it is closed, if there are locks.
+
+    Raises:
+        RunError: another process is at work in it, and is not waited for.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            names = _files_in(temporary)
-            sums = "".join(f"{sha256_of(temporary / name)}  {name}\n" for name in names)
-            (temporary / SUMS_NAME).write_text(sums)
-            for file in (*names, SUMS_NAME, "."):
-                _sync(temporary / file)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            continue  # removed as an abandoned one, before it could be locked
+        try:
+            is_locked = hold(descriptor, wait=wait)
+            if is_locked and _is_open(folder / _LOCK, descriptor):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise RunError(f"another process is writing {folder}: wait for it to finish") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if not is_locked:
+            return None
+        # else whoever held it has removed it
 
 
-def partial_folder(path: Path) -> Path:
-    """Temporary path where `atomic_folder` fills a folder."""
-    return path.with_name(f".{path.name}.partial")
+def _empty(folder: Path) -> None:
+    """Remove all from a temporary folder but its lock."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder as far as that can be done; its lock last, since who finds none begins anew."""
+    with suppress(OSError):
+        _empty(folder)
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """True if a path leads to what was opened."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
 
 
 def is_empty(folder: Path) -> bool:
@@ -90,7 +242,7 @@ def check_is_new(folder: Path) -> None:
 def folder_faults(path: Path) -> list[str]:
     """Faults of a folder that `atomic_folder` made: files that changed since; empty if there are none."""
     try:
-        lines = (path / SUMS_NAME).read_text().splitlines()
+        lines = (path / SUMS_NAME).read_bytes().decode().removesuffix("\n").split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return [f"{SUMS_NAME} is missing or damaged"]
@@ -115,6 +267,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except GraftingError:
+        raise  # it may tell of another file
     except Exception as error:
         cause = _os_error(error)
         if cause is None:
@@ -124,6 +278,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def without_links(path: str, flags: int) -> int:
+    """An opener of files that are written to where they lie, and not where a link leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_path(path) as temporary:
@@ -131,8 +290,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in their order."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write a JSON file atomically, indented, keys in their order; numbers that are not finite become null."""
+    write_bytes(path, (json.dumps(finite_json(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def finite_json(value: Any) -> Any:
+    """The value as JSON has words for it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pickle_fault(error: Exception) -> str:
@@ -169,6 +337,17 @@ def _os_error(error: Exception) -> OSError | None:
 
 def _files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _settle(path: Path) -> None:
+    """Bring a file, or a folder with all its files, to the disk, readable as new files are."""
+    clear_abandoned(path)
+    files = [path / name for name in _files_in(path)] if path.is_dir() else [path]
+    for file in files:
+        file.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+        _sync(file)
+    if path.is_dir():
+        _sync(path)
 
 
 def _umask() -> int:

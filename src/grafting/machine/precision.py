@@ -8,7 +8,7 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
@@ -74,7 +74,7 @@ def why(device: torch.device) -> str:
     """Reason for the choice of `auto` on a device."""
     if os.environ.get(VARIABLE):
         return f"{VARIABLE} says so"
-    return f"bf16 is {bf16_speedup(device):.2g} times as fast as fp32 in a linear layer, there and back"
+    return f"bf16 is {bf16_speedup(device):.2g} times as fast as fp32 in a linear layer"
 
 
 @functools.cache
@@ -147,12 +147,23 @@ def settled_as_begun(config: C, device: torch.device, *, begun: Any, where: Path
 
 
 def settled_sections(settings: S, choose: Callable[[str], Precision]) -> S:
-    """Settings with sections, as a recipe: each whose precision is `auto` has what `choose` says of its name."""
-    changed = {
-        name: section.model_copy(update={"precision": choose(name)})
-        for name, section in _undecided(settings).items()
-    }
+    """Settings with sections, as a recipe: each whose precision is `auto` has what `choose` says of its name.
+
+    Of a list of sections, each has the list's name and its number: `finetune.0`.
+    """
+    undecided = _undecided(settings)
+
+    def chosen(name: str, section: Any) -> Any:
+        if isinstance(section, tuple):
+            return tuple(chosen(f"{name}.{number}", part) for number, part in enumerate(section))
+        return section.model_copy(update={"precision": choose(name)}) if name in undecided else section
+
+    changed = {name: chosen(name, section) for name, section in settings if _is_named(name, undecided)}
     return settings.model_copy(update=changed) if changed else settings
+
+
+def _is_named(name: str, sections: Mapping[str, Any]) -> bool:
+    return any(section.partition(".")[0] == name for section in sections)
 
 
 def settled_run(recipe: S, device: torch.device, *, folder: Path | None = None) -> tuple[S, str]:
@@ -199,7 +210,7 @@ def _begun(written: Path) -> dict[str, Precision]:
         return {}
     found = {
         name: section.get("precision")
-        for name, section in (sections.items() if isinstance(sections, dict) else ())
+        for name, section in _each(sections.items() if isinstance(sections, dict) else ())
         if isinstance(section, dict)
     }
     return {name: precision for name, precision in found.items() if precision in ("fp32", "bf16")}
@@ -208,6 +219,15 @@ def _begun(written: Path) -> dict[str, Precision]:
 def _undecided(settings: BaseModel) -> dict[str, BaseModel]:
     return {
         name: section
-        for name, section in settings
+        for name, section in _each(settings)
         if isinstance(section, BaseModel) and getattr(section, "precision", None) == "auto"
     }
+
+
+def _each(sections: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The same, with lists taken apart."""
+    for name, section in sections:
+        if isinstance(section, list | tuple):
+            yield from ((f"{name}.{number}", part) for number, part in enumerate(section))
+        else:
+            yield name, section

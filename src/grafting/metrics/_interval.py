@@ -39,6 +39,19 @@ class Spread:
         reach = self.reach(confidence)
         return Estimate(value, self.error, value - reach, value + reach)
 
+    def of_share(self, share: float, confidence: float) -> Estimate:
+        """The interval around a share, within 0 to 1; of n images without a single hit it reaches to about 4 / n.
+
+        Source:
+            Wilson 1927, with the size of a plain sample that would have this standard error (Korn and Graubard 1998).
+        """
+        quantile = student_quantile((1 + confidence) / 2, self.degrees)
+        size = share * (1 - share) / self.error**2 if self.error else self.degrees + 1
+        shrunk = 1 + quantile**2 / size
+        middle = (share + quantile**2 / (2 * size)) / shrunk
+        reach = quantile / shrunk * math.sqrt(share * (1 - share) / size + quantile**2 / (4 * size**2))
+        return Estimate(share, self.error, max(middle - reach, 0.0), min(middle + reach, 1.0))
+
     def times(self, ratio: float, confidence: float) -> Estimate:
         """The interval of a ratio whose logarithm has this standard error."""
         factor = math.exp(self.reach(confidence))

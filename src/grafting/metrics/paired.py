@@ -37,6 +37,14 @@ def mean_estimate(
     return spread(scores, strata=strata, clusters=clusters).around(mean, confidence)
 
 
+def share_estimate(
+    scores: Scores, *, strata: Numbers = None, clusters: Numbers = None, confidence: float = 0.95
+) -> Estimate:
+    """The mean of scores within 0 to 1, such as whether an image is right, with an interval that stays within; as `mean_estimate`."""
+    mean = float(scores.double().nanmean())
+    return spread(scores, strata=strata, clusters=clusters).of_share(mean, confidence)
+
+
 def paired_difference(
     a: Scores, b: Scores, *, strata: Numbers = None, clusters: Numbers = None, confidence: float = 0.95
 ) -> Estimate:

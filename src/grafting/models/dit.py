@@ -118,7 +118,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own decl
         patch = self.config.patch_size
         rows, cols = x.shape[2] // patch, x.shape[3] // patch
         x = self.x_embedder(x) + self._positions(rows, cols)  # [B, L, D]
-        c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        c = self.t_embedder(t, dtype=x.dtype) + self.y_embedder(y)  # [B, D]
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c)  # type: ignore[misc]  # the same
@@ -355,12 +355,13 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: Tensor) -> Float[Tensor, "b d"]:
+    def forward(self, t: Tensor, *, dtype: torch.dtype) -> Float[Tensor, "b d"]:
         half = self.num_features // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]  # torch knows no class of a part
+        # not in that of a weight: layers may be stored in another dtype than they compute in
+        return self.mlp(features.to(dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -3,3 +3,4 @@
 from ._presets import PRESETS as PRESETS
 from ._registry import operator_configs as operator_configs
 from ._registry import parse_operator as parse_operator
+from ._registry import unknown_operator as unknown_operator

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import OperatorConfig
+from ..errors import did_you_mean
 from ._presets import PRESETS
 
 
@@ -44,10 +45,15 @@ def parse_operator(value: Any) -> OperatorConfig:
     if name in PRESETS:
         raise ValueError(f"{name!r} is a preset, which takes no settings: it stands for {PRESETS[name]}")
     if name not in configs:
-        raise ValueError(
-            f"no operator {name!r}; there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
-        )
+        raise ValueError(unknown_operator(name))
     return configs[name].model_validate(settings)
+
+
+def unknown_operator(name: object) -> str:
+    """The message that refuses a name of no operator and of no preset."""
+    configs = operator_configs()
+    near = did_you_mean(name, [*configs, *PRESETS])
+    return f"no operator {name!r}{near or ';'} there are {', '.join(configs)}, and the presets {', '.join(PRESETS)}"
 
 
 def _own_configs() -> list[type[OperatorConfig]]:

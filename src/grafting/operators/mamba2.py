@@ -145,9 +145,10 @@ class Mamba2(Mixer):
     ):
         super().__init__()
         self.state_dim, self.head_dim, self.inner_dim = state_dim, head_dim, inner_dim
-        num_heads, num_filtered = inner_dim // head_dim, inner_dim + 2 * state_dim
-        self.in_proj = nn.Linear(dim, inner_dim + num_filtered + num_heads, bias=False)
-        forward = Direction(num_filtered, num_heads, conv_size)
+        self.sizes = [inner_dim, state_dim, state_dim]  # of x, B and C
+        num_heads = inner_dim // head_dim
+        self.in_proj = nn.Linear(dim, inner_dim + sum(self.sizes) + num_heads, bias=False)
+        forward = Direction(self.sizes, num_heads, conv_size)
         # kept flat, as mamba_ssm has them
         self.conv1d, self.dt_bias, self.A_log, self.D = (
             forward.conv1d,
@@ -155,20 +156,19 @@ class Mamba2(Mixer):
             forward.A_log,
             forward.D,
         )
-        self.reverse = Direction(num_filtered, num_heads, conv_size) if separate else None
+        self.reverse = Direction(self.sizes, num_heads, conv_size) if separate else None
         self.bidirectional = bidirectional
-        self.norm = nn.RMSNorm(inner_dim, eps=_NORM_EPS)
+        self.norm = GatedNorm(inner_dim, eps=_NORM_EPS)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
         projected = self.in_proj(x)
         gate, tokens = projected.split([self.inner_dim, projected.shape[-1] - self.inner_dim], dim=-1)
-        y = self._scan(tokens, self)
+        y = _scan(self, tokens)
         if self.bidirectional:
-            back = self._scan(tokens.flip(1), self if self.reverse is None else self.reverse)
+            back = _scan(self, tokens.flip(1)) if self.reverse is None else self.reverse(tokens.flip(1))
             y = (y + back.flip(1)) / 2
-        gated = y * F.silu(gate)
-        return self.out_proj(self.norm(gated.to(self.norm.weight.dtype)))
+        return self.out_proj(self.norm(y * F.silu(gate)))
 
     @property
     def output_layer(self) -> nn.Linear:
@@ -222,31 +222,48 @@ class Mamba2(Mixer):
             direction.A_log.zero_()
             direction.D.fill_(_OWN_SHARE * state * _SILU_OF_ONE**2)
 
-    def _scan(self, tokens: Tensor, direction: "Mamba2 | Direction") -> Tensor:
-        """Filter and scan of x, B, C, dt in the order in which they stand, with one direction's parameters."""
-        inner, state = self.inner_dim, self.state_dim
-        xBC, dt = tokens.split([inner + 2 * state, inner // self.head_dim], dim=-1)
-        conv = direction.conv1d
-        xBC = F.silu(depthwise_1d(xBC, conv.weight, conv.bias, before=conv.kernel_size[0] - 1))
-        x, B, C = xBC.split([inner, state, state], dim=-1)
-        x = x.unflatten(-1, (-1, self.head_dim))  # [B, L, H, P]
-        exact = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(exact) + direction.dt_bias.to(exact))
-        y = ssd(x, dt, -direction.A_log.to(exact).exp(), B, C)
-        return (y + direction.D.to(x.dtype)[:, None] * x).flatten(2)
-
 
 class Direction(nn.Module):
-    """Parameters of one direction: the filter, and each head's step bias, rate and skip; initialised as in mamba_ssm."""
+    """One direction: the filter, and each head's step bias, rate and skip; initialised as in mamba_ssm."""
 
-    def __init__(self, num_filtered: int, num_heads: int, conv_size: int):
+    def __init__(self, sizes: list[int], num_heads: int, conv_size: int):
         super().__init__()
-        self.conv1d = nn.Conv1d(num_filtered, num_filtered, conv_size, groups=num_filtered)
+        self.sizes, num_filtered = sizes, sum(sizes)
+        self.conv1d = ShortFilter(num_filtered, num_filtered, conv_size, groups=num_filtered)
         low, high = (math.log(step) for step in _STEP_RANGE)
         steps = torch.empty(num_heads).uniform_(low, high).exp().clamp(min=_STEP_FLOOR)
         self.dt_bias = nn.Parameter(_inverse_softplus(steps))
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(*_RATE_RANGE).log())
         self.D = nn.Parameter(torch.ones(num_heads))
+
+    def forward(self, tokens: Float[Tensor, "b l xbcdt"]) -> Float[Tensor, "b l inner"]:
+        return _scan(self, tokens)
+
+
+def _scan(direction: Mamba2 | Direction, tokens: Tensor) -> Tensor:
+    """Filter and scan of x, B, C, dt in the order in which they stand, with the parameters of the module that is running."""
+    num_heads = len(direction.D)
+    xBC, dt = tokens.split([tokens.shape[-1] - num_heads, num_heads], dim=-1)
+    x, B, C = F.silu(direction.conv1d(xBC)).split(direction.sizes, dim=-1)
+    x = x.unflatten(-1, (num_heads, -1))  # [B, L, H, P]
+    exact = torch.promote_types(dt.dtype, torch.float32)
+    dt = F.softplus(dt.to(exact) + direction.dt_bias.to(exact))
+    y = ssd(x, dt, -direction.A_log.to(exact).exp(), B, C)
+    return (y + direction.D.to(x.dtype)[:, None] * x).flatten(2)
+
+
+class ShortFilter(nn.Conv1d):
+    """A causal depthwise filter over tokens, x [B, L, D] -> [B, L, D], in the dtype of x; mamba_ssm's `conv1d`."""
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        return depthwise_1d(x, self.weight, self.bias, before=self.kernel_size[0] - 1)
+
+
+class GatedNorm(nn.RMSNorm):
+    """Root-mean-square norm in the dtype of its weight: under autocast that is more exact than the input's."""
+
+    def forward(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
+        return super().forward(x.to(self.weight.dtype))
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

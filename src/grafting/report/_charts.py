@@ -80,16 +80,29 @@ def change_mark(start: float, end: float, *, scale: Scale, label: str) -> Markup
 
 
 def step_chart(
-    curves: Sequence[Curve], *, label: str, log: bool, values: Sequence[float], size: tuple[float, float]
+    curves: Sequence[Curve],
+    *,
+    label: str,
+    log: bool,
+    values: Sequence[float],
+    size: tuple[float, float],
+    ends: Sequence[float] = (),
 ) -> Markup:
-    """Curves over training steps, with a y axis that holds `values` (so that charts side by side can share it)."""
+    """Curves over training steps, with a y axis that holds `values` (so that charts side by side can share it).
+
+    Args:
+        ends: steps after which a phase ends and another begins.
+    """
     width, height = size
     left, right, top, bottom = 46.0, 8.0, 8.0, 22.0
     last = max((float(curve.steps[-1]) for curve in curves if len(curve.steps)), default=1.0)
     across = Scale(0.0, max(last, 1.0), left, width - right)
     up = Scale.around(values, start=height - bottom, end=top, log=log)
     drawn = [_draw(curve, across, up) for curve in curves]
-    return picture(*_axes(across, up, width - right), *drawn, width=width, height=height, label=label)
+    marks = [
+        element("path", d=f"M{across(end):.1f} {top}V{height - bottom}", class_="reference") for end in ends
+    ]
+    return picture(*_axes(across, up, width - right), *marks, *drawn, width=width, height=height, label=label)
 
 
 def _axes(across: Scale, up: Scale, end: float) -> list[Markup]:

@@ -39,7 +39,7 @@ def report_page(run: RunRecord) -> str:
         gallery=gallery(run.samples, asked="prompt" if (run.recipe or {}).get("conditions") else "class"),
         plan=_plan(_sites(run)),
         stage_1=stage_1(run.distill_log or [], _sites(run)),
-        stage_2=stage_2(run.finetune_log or []),
+        stage_2=stage_2(run.finetune_log or [], (run.recipe or {}).get("finetune")),
         protocol=protocol_table(run.rows or []),
         stages=_stages(run),
         machine=flatten((run.manifest or {}).get("machine") or {}),

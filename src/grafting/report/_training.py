@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..training.phases import FinetuneConfig
 from ..words import ABSENT, MINUS, is_number, number, short, shown_in
 from ._charts import Curve, change_mark, smooth, step_chart
 from ._svg import Scale, spans_decade
@@ -67,9 +68,13 @@ def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) 
     }
 
 
-def stage_2(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A chart for each value that the log speaks of; None if it is empty."""
-    charts = []
+def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> dict[str, Any] | None:
+    """A chart for each value that the log speaks of; None if it is empty.
+
+    Args:
+        settings: of stage 2, as the recipe has them: a list where there are phases.
+    """
+    charts, phases = [], _phases(log, settings)
     for figure in shown_in("curve"):
         key, title = figure.key, figure.title
         steps, values = _series(log, key)
@@ -79,7 +84,12 @@ def stage_2(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         curves = _raw_and_smooth(steps, values) if key != "lr" else [Curve(steps, values, "smooth")]
         logarithmic = spans_decade(in_view)
         picture = step_chart(
-            curves, label=f"{title} over steps", log=logarithmic, values=in_view, size=_LARGE
+            curves,
+            label=f"{title} over steps",
+            log=logarithmic,
+            values=in_view,
+            size=_LARGE,
+            ends=[float(phase["last"]) for phase in phases[:-1]],
         )
         charts.append(
             {
@@ -89,7 +99,27 @@ def stage_2(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 "picture": picture,
             }
         )
-    return {"charts": charts, "last": log[-1].get("step")} if charts else None
+    return {"charts": charts, "last": log[-1].get("step"), "phases": phases} if charts else None
+
+
+def _phases(log: Sequence[Mapping[str, Any]], settings: Any) -> list[dict[str, Any]]:
+    """First and last step of each phase that the log speaks of, and what it trains; empty where there are no phases."""
+    of_phase: dict[int, list[int]] = {}
+    for line in log:
+        if is_number(line.get("phase")) and is_number(line.get("step")):
+            of_phase.setdefault(int(line["phase"]), []).append(line["step"])
+    return [
+        {"number": number, "first": min(steps), "last": max(steps), "trained": _trained(settings, number)}
+        for number, steps in sorted(of_phase.items())
+    ]
+
+
+def _trained(settings: Any, number: int) -> str:
+    """What the recipe says that a phase trains; empty if it does not say."""
+    try:
+        return FinetuneConfig.model_validate(settings[number - 1]).trained_in_words
+    except (TypeError, LookupError, ValueError):
+        return ""
 
 
 def _end(values: np.ndarray) -> float:

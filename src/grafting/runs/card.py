@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from ..weights.card import write_card
+from ..machine.files import write_bytes
+from ..weights.card import CARD_NAME, card_of
 from ..weights.locate import CONFIG_NAME
 from .folder import stale_stages
 
@@ -14,13 +15,13 @@ def write_model_card(model: Path) -> None:
     Figures and recipe of another model are left out.
     """
     config, run = json.loads((model / CONFIG_NAME).read_text()), model.parent
-    if not (run / "manifest.json").is_file():
-        write_card(model, config)
-        return
-    stale = stale_stages(run)
-    rows = "" if "evaluate" in stale else _text(run / "metrics.json")
-    recipe = "" if "finetune" in stale else _text(run / "recipe.yaml")
-    write_card(model, config, metrics=json.loads(rows) if rows else [], recipe=recipe)
+    rows = recipe = ""
+    if (run / "manifest.json").is_file():
+        stale = stale_stages(run)
+        rows = "" if "evaluate" in stale else _text(run / "metrics.json")
+        recipe = "" if "finetune" in stale else _text(run / "recipe.yaml")
+    card = card_of(model, config, metrics=json.loads(rows) if rows else [], recipe=recipe)
+    write_bytes(model / CARD_NAME, card.encode())
 
 
 def _text(path: Path) -> str:

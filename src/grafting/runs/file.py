@@ -4,6 +4,7 @@ Paths are made absolute as each file is read (`paths`), before it is merged with
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from ..editing.plan import fault_list
-from ..errors import GraftingError, RecipeError
+from ..errors import GraftingError, RecipeError, did_you_mean
+from .keys import known_keys
 from .paths import WrittenPath, absolute, with_paths, written_in
 from .recipe import Recipe
 
@@ -142,17 +144,27 @@ def _where(location: tuple[int | str, ...]) -> str:
     elif location[:1] in (("data",), ("evaluate",)):
         # and after the word, the name of the data or suite
         location = (*location[:1], *location[2:])
-    return ".".join(map(str, location)) or "recipe"
+    # and in angle brackets, what kind of settings was read
+    return ".".join(str(part) for part in location if not str(part).startswith("<")) or "recipe"
 
 
 def _what(error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return "unknown key"
+        return "unknown key" + did_you_mean(error["loc"][-1], known_keys(error["loc"]))
     if error["type"] == "missing":
         return "missing"
     found = error["input"]
     told = f"{found.written}, which is {found}" if isinstance(found, WrittenPath) else repr(found)
-    return f"{error['msg'].removeprefix('Value error, ')}, found {told}"
+    return f"{error['msg'].removeprefix('Value error, ')}, found {told}{_nearest(error)}"
+
+
+def _nearest(error: Any) -> str:
+    """For a word that is none of a few: the one that it is nearest to."""
+    context = error.get("ctx", {})
+    allowed = context.get("expected_tags") or (
+        context["expected"] if error["type"] == "literal_error" else ""
+    )
+    return did_you_mean(context.get("tag", error["input"]), re.findall(r"'([^']+)'", allowed))
 
 
 def _no_such_setting(path: str, settings: Mapping[str, Any]) -> str:
@@ -160,4 +172,4 @@ def _no_such_setting(path: str, settings: Mapping[str, Any]) -> str:
     first, _, rest = path.partition(".")
     if first in Recipe.model_fields and settings.get(first) is None and "." not in rest:
         return f"{path}: this recipe has no `{first}`; set it as a whole, --set '{first}={{{rest}: ...}}'"
-    return f"{path}: there is no such setting"
+    return f"{path}: there is no such setting" + did_you_mean(first, Recipe.model_fields)

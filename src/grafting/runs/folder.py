@@ -8,15 +8,12 @@ are two, so that the older serves when the newer is damaged. One process at a ti
 that ends with the process, however it ends. Nothing depends on the clock or on the machine.
 """
 
-import fcntl
 import json
-import os
 import platform
 import shutil
 import signal
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +22,18 @@ from typing import Any
 
 from ..contract import FolderState, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
-from ..machine.files import disk_errors, hash_json, is_empty, sha256_of, write_bytes, write_json
+from ..machine.files import (
+    clear_abandoned,
+    disk_errors,
+    finite_json,
+    hash_json,
+    is_empty,
+    sha256_of,
+    without_links,
+    write_bytes,
+    write_json,
+)
+from ..machine.locks import Lock, Taken
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .states import newest_state, write_state
 
@@ -64,9 +72,11 @@ class RunFolder:
         self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
-            self._lock = _Lock(path)
+            self._lock = _locked(path)
             self._manifest = self._read()
-            self._clear_partial()
+            clear_abandoned(path)
+            if not self._is_run:
+                self._write()  # first of all: a folder that is left without a manifest is no run
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -93,11 +103,6 @@ class RunFolder:
         path = self.path
         if not self._is_run and path.exists() and not is_empty(path):
             raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
-
-    def _clear_partial(self) -> None:
-        """Removes what a killed run was writing."""
-        for path in [*self.path.rglob(".*.partial")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         if not self._is_run:
@@ -236,6 +241,12 @@ class Stage:
             entry = {key: value for key, value in entry.items() if key != "stale"}
             run.write_entry(name, entry)
         self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
+        if self.done and run.writes:
+            self._remove_states()
+
+    @property
+    def _owner(self) -> str:
+        return hash_json([self.name, self.inputs])
 
     def _start_anew(self) -> None:
         if self._run.writes:
@@ -264,6 +275,10 @@ class Stage:
             "outputs": outputs,
         }
         self._run.write_entry(self.name, entry)
+        self._remove_states()
+
+    def _remove_states(self) -> None:
+        """What is done needs none; a run that was killed when it was may have left some."""
         shutil.rmtree(self._states, ignore_errors=True)
 
     def load_state(self) -> Any:
@@ -271,13 +286,13 @@ class Stage:
 
         A dict as it was saved, or the folder of a state that wrote itself. Raises as `newest_state`.
         """
-        state = newest_state(self._states)
+        state = newest_state(self._states, owner=self._owner)
         self._begin(None if state is None else state.step)
         return None if state is None else state.content
 
     def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
         """Keep the state after a step; see `write_state`."""
-        write_state(self._states, state, step, is_writer=self._run.writes)
+        write_state(self._states, state, step, owner=self._owner, is_writer=self._run.writes)
 
     def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
         """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
@@ -306,8 +321,8 @@ class Stage:
 
     def _log(self, line: dict[str, Any]) -> None:
         if self._run.writes:
-            with disk_errors(self._log_path), self._log_path.open("a") as log:
-                log.write(json.dumps(line) + "\n")
+            with disk_errors(self._log_path), open(self._log_path, "a", opener=without_links) as log:
+                log.write(_line_of(line))
 
     def _begin(self, step: int | None) -> None:
         """Truncate the log to the step from which the stage resumes, or to its start."""
@@ -320,7 +335,14 @@ class Stage:
                 self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
-            write_bytes(self._log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
+
+
+def _line_of(step: dict[str, Any]) -> str:
+    """A step as a line of JSON: values that are not finite are null, and named as that."""
+    finite = finite_json(step)
+    lost = [name for name, value in finite.items() if value is None and step[name] is not None]
+    return json.dumps(finite | ({"not_finite": lost} if lost else {}), allow_nan=False) + "\n"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -339,27 +361,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-class _Lock:
-    """The right to work in a folder: an flock, which the operating system takes back when the process ends."""
-
-    def __init__(self, folder: Path):
+def _locked(folder: Path) -> Lock:
+    """The right to work in a folder."""
+    try:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self.release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            self.release()
-            raise RunError(
-                f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
-            ) from None
-        except OSError as error:
-            _warn(f"{folder} cannot be locked ({error.strerror}): make sure that no other run uses it")
-        with disk_errors(folder):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+            lock = Lock(folder / ".lock")
+    except Taken as holder:
+        raise RunError(
+            f"another run is using {folder} ({holder}): wait for it to finish, or name another folder with --out"
+        ) from None
+    if not lock.works:
+        _warn(f"{folder} cannot be locked: make sure that no other run uses it")
+    return lock
 
 
 def _warn(message: str) -> None:

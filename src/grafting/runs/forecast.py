@@ -6,42 +6,40 @@ rate that an earlier part of the same run has logged. Left out: starting up, rea
 decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
 """
 
-import fnmatch
 import json
 import math
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import nn
-
-from ..contract import Grid
-from ..cost.count import count_parameters, dry_run
-from ..cost.plan import PlanCost, plan_cost
 from ..cost.speed import DEVICES, device_at
 from ..data import LatentsConfig
-from ..editing.plan import Drop
-from ..editing.surgery import build_operators, grafted, resolve
 from ..errors import RecipeError
-from ..hosts import host_of
-from ..machine.devices import default_device, mixed_precision
+from ..machine.devices import default_device
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..training.distillation import DistillConfig
-from ..training.finetuning import FinetuneConfig
-from .job import know_host, skeleton
-from .paths import naming_paths
+from ..training.phases import FinetuneConfig
+from .memory import (
+    activations,
+    copies,
+    distill_disk,
+    distill_memory,
+    kept_activations,
+    phase_disk,
+    phase_memory,
+    weights,
+)
 from .recipe import Recipe
 from .rows import ROWS, rows_in
+from .shapes import BF16, FP32, Shapes
 from .stages import stage_flops
-from .states import NUM_STATES
+from .training import phase_flops
 
 DEFAULT_MFU = 0.3
 
-_FP32, _BF16, _ADAM = 4, 2, 8  # bytes: a float32, a bfloat16, both moments of a parameter
 _VAE_FACTOR = 8  # pixels per latent in each direction, of the autoencoders of Stable Diffusion
 _DUMP_SAMPLES = 8000  # of the published stage 1
 
@@ -58,6 +56,9 @@ class StageForecast:
     basis: str  # what the hours come from
     memory: dict[str, int]  # bytes per process on its device, by what they hold
     disk: dict[str, int]  # bytes, by what they hold
+    activations: dict[str, int] = field(
+        default_factory=dict
+    )  # bytes, with gradient checkpointing and without
 
     @property
     def memory_bytes(self) -> int:
@@ -106,7 +107,8 @@ def forecast(
         peak_tflops: the peak of one device, in place of the known one.
         processes: one per device.
         mfu: the share of the peak that is reached.
-        folder: the run's; where a stage has logged its rate there, its time is computed from that.
+        folder: the run's; where a stage has logged its rate there, on this device and with as many processes, its time is
+            computed from that.
 
     Raises:
         GraftingError: the recipe does not fit its model, or the device is not known.
@@ -121,8 +123,10 @@ def forecast(
         recipe = settled_sections(recipe, lambda _: "bf16" if faster else "fp32")
     else:
         recipe, _ = settled_run(recipe, default_device(), folder=folder)
-    clock = _Clock(known, peak_tflops, processes, mfu, folder)
-    shapes = _Shapes.of(recipe)
+    is_here = peak_tflops is None and known == device_at(default_device())
+    logs = folder if is_here and folder and _is_run_here(folder, processes) else None
+    clock = _Clock(known, peak_tflops, processes, mfu, logs)
+    shapes = Shapes.of(recipe)
     stages = [*_training(recipe, shapes, clock), *_sampling(recipe, shapes, clock)]
     return Forecast(
         recipe=recipe.name,
@@ -136,93 +140,6 @@ def forecast(
 
 
 @dataclass(frozen=True)
-class _Shapes:
-    """A recipe's model before and after its plan: all that is counted of it."""
-
-    cost: PlanCost
-    shape: tuple[int, ...]  # of an image or latent
-    num_classes: int | None  # None for a text-conditioned model
-    chosen: Mapping[Any, Any]
-    new_params: int
-    names: dict[str, int]  # parameters of the grafted model that train, by name
-    new_names: frozenset[str]
-    num_blocks: int
-    saved: dict[Precision, int]  # bytes per image kept for the backward pass of the grafted model
-    tokens: tuple[int, int]  # how many and how wide
-    num_fitted: int  # sites that stage 1 fits
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "_Shapes":
-        with naming_paths(recipe.written):
-            know_host(recipe)
-            model = skeleton(recipe.source)
-        host, chosen = host_of(model), resolve(model, recipe.edits)
-        conditions = host.conditions(model)
-        shape = (recipe.sample and recipe.sample.shape) or host.shape(model)
-        cost = plan_cost(model, recipe.edits, grid=host.grid_of(model, shape))
-        # a host of packed tokens cannot read the grid from positions without values
-        with torch.device("meta"):
-            operators = build_operators(model, recipe.edits, host=host.at_grid(cost.grid))
-        with grafted(model, operators):
-            names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-            saved = {
-                precision: _saved_an_image(model, precision, cost.grid) for precision in _precisions(recipe)
-            }
-        return cls(
-            cost=cost,
-            shape=shape,
-            num_classes=None if conditions is None else len(conditions),
-            chosen=chosen,
-            new_params=sum(count_parameters(operator) for operator in operators.values()),
-            names=names,
-            new_names=frozenset(name for name in names if name.startswith(tuple(f"{p}." for p in operators))),
-            num_blocks=len(host.blocks(model)),
-            saved=saved,
-            tokens=(cost.grid.num_tokens, host.sites(model)[0].dim),
-            num_fitted=sum(not isinstance(choice, Drop) for choice in chosen.values()),
-        )
-
-    @property
-    def sequence_bytes(self) -> int:
-        """One image's tokens between two blocks, in float32."""
-        return math.prod(self.tokens) * _FP32
-
-    def dump_bytes(self, samples: int) -> int:
-        """Each site's input and output for this many samples, in 16 bits.
-
-        Source: arXiv:2506.05340's released code stores both in fp16 (8,000 samples of DiT-XL/2: 264 GB).
-        """
-        return 2 * _BF16 * samples * math.prod(self.tokens) * self.num_fitted
-
-    def trained(self, trainable: str | tuple[str, ...]) -> int:
-        """Number of parameters that stage 2 trains."""
-        if trainable == "all":
-            return sum(self.names.values())
-        if trainable == "new":
-            return sum(self.names[name] for name in self.new_names)
-        return sum(n for name, n in self.names.items() if any(fnmatch.fnmatch(name, p) for p in trainable))
-
-
-def _precisions(recipe: Recipe) -> set[Precision]:
-    return {config.precision for config in (recipe.distill, recipe.finetune) if config is not None}
-
-
-def _saved_an_image(model: nn.Module, precision: Precision, grid: Grid) -> int:
-    """Bytes kept for the backward pass per image; bf16 copies of weights, kept once, are not among them."""
-    host = host_of(model)
-
-    def saved(batch_size: int) -> int:
-        with mixed_precision(torch.device("cpu"), precision), warnings.catch_warnings():
-            # a norm in fp32 of activations in bf16 says that it will be slower here, where nothing is computed
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames}
-            parts = dry_run(model, [], lambda: host.example(model, batch_size=batch_size, **size))
-        return parts[""].saved_bytes
-
-    return saved(2) - saved(1)
-
-
-@dataclass(frozen=True)
 class _Clock:
     """Estimated time of work on the devices."""
 
@@ -230,13 +147,15 @@ class _Clock:
     peak_tflops: float | None
     processes: int
     mfu: float
-    folder: Path | None
+    logs: Path | None  # folder of a run whose logs say how fast these devices are
 
-    def hours(self, stage: str, *, flops: int, images: int, precision: Precision) -> tuple[float | None, str]:
+    def hours(
+        self, stage: str, *, flops: int, images: int, precision: Precision, phase: int | None = None
+    ) -> tuple[float | None, str]:
         """Hours, and what they come from."""
-        rate = _logged_rate(self.folder / stage / "log.jsonl") if self.folder else None
+        rate = _logged_rate(self.logs / stage / "log.jsonl", phase) if self.logs else None
         if rate is not None:
-            return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.folder}"
+            return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.logs}"
         peak = self.peak_tflops or (self.device.tflops(precision) if self.device else None)
         if peak is None:
             return None, "unknown for this device: set --device or --peak-tflops"
@@ -244,16 +163,26 @@ class _Clock:
         return seconds / 3600, f"computed, FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
 
 
-def _logged_rate(log: Path) -> float | None:
-    """Median images per second that a stage has logged."""
+def _is_run_here(folder: Path, processes: int) -> bool:
+    """True if a run was last carried out on this machine's device by as many processes."""
+    try:
+        machine = json.loads((folder / "manifest.json").read_text())["machine"]
+        found = machine["host"], machine["device"], machine["processes"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return found == (platform.node(), str(default_device()), processes)
+
+
+def _logged_rate(log: Path, phase: int | None) -> float | None:
+    """Median images per second that a stage has logged, or that phase of it."""
     if not log.is_file():
         return None
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    rates = [line["images_per_s"] for line in lines if "images_per_s" in line and line.get("phase") == phase]
     return median(rates) if rates else None
 
 
-def _training(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForecast]:
+def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForecast]:
     flops, found = stage_flops(recipe, shapes.cost, shapes.chosen), []
     if recipe.calibrate and shapes.chosen:
         images = recipe.calibrate.samples
@@ -268,107 +197,73 @@ def _training(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
                 flops=flops["calibrate"],
                 hours=hours,
                 basis=basis,
-                memory=_weights(shapes),
-                disk={"operators": _FP32 * shapes.new_params},
+                memory=weights(shapes),
+                disk={"operators": FP32 * shapes.new_params},
             )
         )
-    stages: tuple[tuple[Literal["distill", "finetune"], Any, Any, Any], ...] = (
-        ("distill", recipe.distill if shapes.chosen else None, _distill_memory, _distill_disk),
-        ("finetune", recipe.finetune, _finetune_memory, _finetune_disk),
+    if recipe.distill and shapes.chosen:
+        memory = distill_memory(recipe.distill, shapes, clock.processes)
+        disk = distill_disk(recipe.distill, shapes)
+        found.append(_steps("distill", recipe.distill, flops["distill"], clock, memory=memory, disk=disk))
+    return [*found, *_phases(recipe, shapes, clock)]
+
+
+def _phases(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageForecast]:
+    """Stage 2, phase by phase."""
+    for number, (config, phase) in enumerate(zip(recipe.phases, shapes.phases, strict=True), start=1):
+        several = len(recipe.phases) > 1
+        yield _steps(
+            "finetune",
+            config,
+            phase_flops(config, shapes.cost),
+            clock,
+            phase=number if several else None,
+            memory=phase_memory(config, phase, shapes, clock.processes),
+            disk=phase_disk(config, phase, shapes),
+            activations={
+                f"{word} gradient checkpointing": activations(
+                    config, phase, shapes, clock.processes, checkpointed=word == "with"
+                )
+                for word in ("with", "without")
+            },
+        )
+
+
+def _steps(
+    stage: str,
+    config: DistillConfig | FinetuneConfig,
+    flops: int,
+    clock: _Clock,
+    *,
+    memory: dict[str, int],
+    disk: dict[str, int],
+    activations: dict[str, int] | None = None,
+    phase: int | None = None,
+) -> StageForecast:
+    """Forecast of a stage of steps, or of a phase of one."""
+    images = config.steps * config.batch_size
+    hours, basis = clock.hours(stage, flops=flops, images=images, precision=config.precision, phase=phase)
+    trained = ""
+    if isinstance(config, FinetuneConfig) and config.trainable != "all":
+        trained = f", {config.trained_in_words}"
+    return StageForecast(
+        name=stage if phase is None else f"{stage}, phase {phase}",
+        work=f"{config.steps:,} steps of {config.batch_size} images{trained}",
+        images=images,
+        flops=flops,
+        hours=hours,
+        basis=basis,
+        memory=memory,
+        disk=disk,
+        activations=activations or {},
     )
-    for name, config, memory, disk in stages:
-        if config is None:
-            continue
-        images = config.steps * config.batch_size
-        hours, basis = clock.hours(name, flops=flops[name], images=images, precision=config.precision)
-        found.append(
-            StageForecast(
-                name=name,
-                work=f"{config.steps:,} steps of {config.batch_size} images",
-                images=images,
-                flops=flops[name],
-                hours=hours,
-                basis=basis,
-                memory=memory(config, shapes, clock.processes),
-                disk=disk(config, shapes),
-            )
-        )
-    return found
 
 
-def _weights(shapes: _Shapes) -> dict[str, int]:
-    return {"pretrained model": _FP32 * shapes.cost.before.params, "operators": _FP32 * shapes.new_params}
+def _cached(recipe: Recipe, shapes: Shapes) -> int:
+    return kept_activations(recipe.distill, shapes) if recipe.distill else 0
 
 
-def _copies(precision: Precision, params: int) -> dict[str, int]:
-    """Bytes of weight copies that autocast keeps during a pass."""
-    return {"bf16 copies of weights": _BF16 * params} if precision == "bf16" else {}
-
-
-def _distill_memory(config: DistillConfig, shapes: _Shapes, processes: int) -> dict[str, int]:
-    """Memory of stage 1: the teacher keeps no graph, so one block's activations and the graph of the largest operator."""
-    spreads_sites = config.spread == "sites"
-    own = shapes.new_params // (processes if spreads_sites else 1)
-    batch = config.batch_size // (1 if spreads_sites else processes) // config.accumulate
-    block = shapes.saved[config.precision] // shapes.num_blocks
-    largest = max((site.saved_bytes for site in shapes.cost.after.sites if site.operator), default=block)
-    return {
-        "pretrained model": _FP32 * shapes.cost.before.params,
-        "operators": _FP32 * shapes.new_params,
-        "gradients and moments": (_FP32 + _ADAM) * own,
-        **_copies(config.precision, shapes.cost.before.params + shapes.new_params),
-        f"activations of {batch} images": batch * (block + largest),
-    }
-
-
-def _distill_disk(config: DistillConfig, shapes: _Shapes) -> dict[str, int]:
-    state = (_FP32 + _ADAM) * shapes.new_params
-    return {
-        f"states ({NUM_STATES} kept, one being written)": (NUM_STATES + 1) * state,
-        "operators": _FP32 * shapes.new_params,
-        "activations": _kept_activations(config, shapes),
-    }
-
-
-def _finetune_memory(config: FinetuneConfig, shapes: _Shapes, processes: int) -> dict[str, int]:
-    params, trained = shapes.cost.after.params, shapes.trained(config.trainable)
-    shards = processes if config.model_dump().get("shard") else 1
-    batch = config.batch_size // processes // config.accumulate
-    image = shapes.saved[config.precision]
-    if config.gradient_checkpointing:
-        # what stands between blocks, and one block at a time
-        image = image // shapes.num_blocks + shapes.num_blocks * shapes.sequence_bytes
-    average = {"moving average": _FP32 * trained // shards} if config.ema_device == "model" else {}
-    return {
-        "pretrained model": _FP32 * shapes.cost.before.params,
-        "weights": _FP32 * params // shards,
-        "gradients": _FP32 * trained // shards,
-        "moments": _ADAM * trained // shards,
-        **average,
-        **_copies(config.precision, params // shards),
-        f"activations of {batch} images": batch * image,
-    }
-
-
-def _finetune_disk(config: FinetuneConfig, shapes: _Shapes) -> dict[str, int]:
-    params, trained = shapes.cost.after.params, shapes.trained(config.trainable)
-    state = _FP32 * params + (_FP32 + _ADAM) * trained
-    return {
-        f"states ({NUM_STATES} kept, one being written)": (NUM_STATES + 1) * state,
-        "model": _FP32 * params,
-    }
-
-
-def _kept_activations(config: DistillConfig, shapes: _Shapes) -> int:
-    element = _BF16 if config.precision == "bf16" else _FP32
-    return shapes.dump_bytes(config.cache_samples or 0) * element // _BF16
-
-
-def _cached(recipe: Recipe, shapes: _Shapes) -> int:
-    return _kept_activations(recipe.distill, shapes) if recipe.distill else 0
-
-
-def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForecast]:
+def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForecast]:
     config = recipe.sample
     if config is None:
         return []
@@ -394,9 +289,9 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
                 flops=flops,
                 hours=hours,
                 basis=basis,
-                memory={"pretrained model": _FP32 * shapes.cost.before.params}
-                | ({"weights": _FP32 * cost.params} if is_edited else {})
-                | _copies(config.precision, cost.params),
+                memory={"pretrained model": FP32 * shapes.cost.before.params}
+                | ({"weights": FP32 * cost.params} if is_edited else {})
+                | copies(config.precision, cost.params),
                 disk={
                     "images (in shards, then in one file)": 2 * config.num_images * channels * math.prod(size)
                 },
@@ -405,7 +300,7 @@ def _sampling(recipe: Recipe, shapes: _Shapes, clock: _Clock) -> list[StageForec
     return found
 
 
-def _data(recipe: Recipe, shapes: _Shapes) -> dict[str, int | None]:
+def _data(recipe: Recipe, shapes: Shapes) -> dict[str, int | None]:
     """Items and bytes of the data; for missing latents, as many as the recipe names, as samples in 16 bits."""
     config = recipe.data
     if not isinstance(config, LatentsConfig):
@@ -413,4 +308,4 @@ def _data(recipe: Recipe, shapes: _Shapes) -> dict[str, int | None]:
     if config.per_class is None or shapes.num_classes is None:
         return {"items": None, "bytes": None}
     items = config.per_class * shapes.num_classes
-    return {"items": items, "bytes": items * math.prod(shapes.shape) * _BF16}
+    return {"items": items, "bytes": items * math.prod(shapes.shape) * BF16}

@@ -7,13 +7,14 @@ from huggingface_hub import HfApi
 
 from ..errors import CheckpointError, RunError
 from ..machine.huberrors import HUB_ERRORS
+from ..weights.adapter import ADAPTER_CONFIG_NAME
 from ..weights.card import CARD_NAME
 from ..weights.folder import load_model
 from ..weights.locate import CONFIG_NAME, HUB_NAME
 from .card import write_model_card
 
 # what a folder may hold besides is not uploaded
-UPLOADED = [CONFIG_NAME, CARD_NAME, "*.safetensors", "*.safetensors.index.json"]
+UPLOADED = [CONFIG_NAME, ADAPTER_CONFIG_NAME, CARD_NAME, "*.safetensors", "*.safetensors.index.json"]
 
 
 @runtime_checkable

@@ -54,7 +54,8 @@ def finetune_inputs(job: Job, folder: RunFolder) -> list[Any]:
     assert job.recipe.finetune is not None
     before = [name for name in ("distill", "calibrate") if getattr(job.recipe, name)]
     files = folder.stage_outputs(before[0]) if before and job.is_fitted else None
-    return [job.identity, result_settings(job.recipe.finetune), files]
+    phases = [result_settings(phase) for phase in job.recipe.phases]
+    return [job.identity, phases if len(phases) > 1 else phases[0], files]
 
 
 def operator_inputs(job: Job, path: str) -> list[Any]:

@@ -8,22 +8,24 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from ..contract import Denoiser, Grid, Site, TrainingData
+from ..contract import Conditions, Denoiser, Grid, Site, TrainingData
 from ..cost.count import Flops, role_flops
 from ..data import check_bound
 from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
-from ..editing.surgery import paths_after, resolve
+from ..editing.surgery import check_can_adapt, paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
 from ..hosts import Host, SdpaHost, config_of, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
-from ..machine.files import hash_json, sha256_of
+from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..sampling.chain import SamplingConfig, check_sampling
-from ..training import distillation, finetuning
+from ..training import distillation
+from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
 from ..weights.folder import load_model
-from ..weights.locate import WEIGHTS_NAME, find_model
+from ..weights.locate import find_model
+from ..weights.tensors import weights_sha256
 from .operator_cache import OperatorStore
 from .paths import naming_paths
 from .recipe import FreshModel, Recipe
@@ -93,14 +95,15 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     if recipe.sample is not None and decoder is not None:
         config = _with_shape(recipe.sample, shape, host, model)
         recipe = recipe.model_copy(update={"sample": config})
-        is_measured = _is_measured(recipe, decoder.image_shape(config.shape or shape))
+        is_measured = _is_measured(recipe, denoiser.conditions, decoder.image_shape(config.shape or shape))
         suite = recipe.suite.identity() if is_measured else None
     elif recipe.evaluate is not None:
         raise RecipeError("evaluate: there is nothing to measure; the recipe has no `sample`")
     if recipe.distill is not None:
         distillation.check_division(recipe.distill)
-    if recipe.finetune is not None:
-        finetuning.check_division(recipe.finetune)
+    check_division(recipe.phases)
+    if any(phase.lora for phase in recipe.phases):
+        check_can_adapt()
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         distillation.split(len(data), recipe.distill)
     identity: dict[str, JsonValue] = {
@@ -129,7 +132,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     )
 
 
-def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
+def _is_measured(recipe: Recipe, conditions: Conditions, image_shape: tuple[int, ...]) -> bool:
     """True if images of this shape can be measured: by the recipe's suite, else by a testbed's if it supports them.
 
     Raises:
@@ -145,6 +148,8 @@ def _is_measured(recipe: Recipe, image_shape: tuple[int, ...]) -> bool:
         faults.append(
             f"suite {suite.name} judges images by conditions {suite.asked_by}; the recipe's are {recipe.asked}"
         )
+    else:
+        faults += suite.misfits(conditions)
     if faults:
         raise RecipeError(fault_list([f"evaluate: {fault}" for fault in faults], "what the recipe samples"))
     return True
@@ -200,10 +205,11 @@ def know_host(recipe: Recipe) -> None:
 
 def with_objective(recipe: Recipe, host: Host) -> Recipe:
     """The same, with the objective of stage 2 that is the host's where the recipe names none."""
-    if recipe.finetune is None:
+    if recipe.finetune is None or not host.distilled:
         return recipe
-    config = finetuning.with_objective(recipe.finetune, distilled=host.distilled)
-    return recipe.model_copy(update={"finetune": config})
+    phases = with_objectives(phases_of(recipe.finetune), distilled=True)
+    is_one = isinstance(recipe.finetune, FinetuneConfig)
+    return recipe.model_copy(update={"finetune": phases[0] if is_one else phases})
 
 
 def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
@@ -226,7 +232,7 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
         raise RecipeError(f"source {name} is already grafted: a recipe starts from a model without a plan")
     if isinstance(source, FreshModel):
         _check_config(model, source)
-    return model, sha256_of(folder / WEIGHTS_NAME)
+    return model, weights_sha256(folder)
 
 
 def skeleton(source: str | FreshModel) -> nn.Module:

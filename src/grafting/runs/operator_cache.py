@@ -11,24 +11,26 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, FaultWarning
-from ..machine.files import hash_json
+from ..errors import CheckpointError, FaultWarning, ResumeWarning
+from ..machine.files import clear_partial, hash_json
 from ..weights.tensors import load_strictly, load_tensors, save_tensors, tensor_hash
 
 
 class OperatorStore:
-    """A folder of fitted operators, one file each, named by the hash of their key, with a checksum inside."""
+    """A folder of fitted operators, one file each, named by the hash of their key, with that hash and a checksum inside."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._has_told = False
 
     def holds(self, key: Any) -> bool:
         """True if an operator was saved under this key (JSON). A damaged one is named in a warning and does not count."""
         path = self._path(key)
+        clear_partial(path)
         if not path.is_file():
             return False
         try:
-            _read(path)
+            self._read(path)
         except CheckpointError as error:
             warnings.warn(f"{error}; fitting it again", FaultWarning, stacklevel=2)
             return False
@@ -41,28 +43,33 @@ class OperatorStore:
             CheckpointError: there is no such file, or it is damaged or holds another operator.
         """
         path = self._path(key)
-        load_strictly(operator, _read(path), source=str(path))
+        load_strictly(operator, self._read(path), source=str(path))
 
     def save(self, key: Any, operator: nn.Module) -> None:
         """Keep an operator; of two runs that save the same one the later wins, and they are equal."""
-        tensors = operator.state_dict()
-        save_tensors(self._path(key), tensors, metadata={"sha256": _digest(tensors)})
+        tensors, path = operator.state_dict(), self._path(key)
+        save_tensors(path, tensors, metadata={"key": path.stem, "sha256": _digest(tensors)})
 
     def _path(self, key: Any) -> Path:
         return self.folder / f"{hash_json(key)}.safetensors"
 
-
-def _read(path: Path) -> dict[str, Tensor]:
-    tensors = load_tensors(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("sha256")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    # an operator of before there were checksums has none
-    if recorded not in (None, _digest(tensors)):
-        raise CheckpointError(f"{path} is damaged: it does not agree with its checksum")
-    return tensors
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        tensors = load_tensors(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                recorded = file.metadata() or {}
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        # an operator of before there were checksums has none
+        if recorded.get("sha256") not in (None, _digest(tensors)):
+            raise CheckpointError(f"{path} is damaged: it does not agree with its checksum")
+        if recorded.get("key") not in (None, path.stem):
+            raise CheckpointError(f"{path} holds another operator: it was saved as {recorded['key']}")
+        if "key" not in recorded and not self._has_told:
+            self._has_told = True
+            told = f"{self.folder} holds operators of an earlier version, which did not note whose they are: taken as named"
+            warnings.warn(told, ResumeWarning, stacklevel=4)
+        return tensors
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

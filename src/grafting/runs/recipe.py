@@ -3,9 +3,20 @@
 pretrained model + plan --distill--> operators --finetune--> model --sample--> images --evaluate--> metrics --> report
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, PrivateAttr, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    PositiveInt,
+    PrivateAttr,
+    StringConstraints,
+    Tag,
+    field_validator,
+)
 
 from ..data import ConditionsConfig, DataConfig
 from ..diffusion import ProcessConfig
@@ -15,7 +26,7 @@ from ..latents.decoding import VaeConfig
 from ..sampling.chain import SamplingConfig
 from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
-from ..training.finetuning import FinetuneConfig
+from ..training.phases import FinetuneConfig, Phases, phase_faults, phases_of
 from ..words import ROW_TITLES, RowName
 from .paths import WrittenPaths
 
@@ -32,6 +43,16 @@ class FreshModel(BaseModel):
     """A model folder of this config, from which the weights come; left out, they are random."""
     seed: int = Field(default=0, ge=0)
     """Of random weights."""
+
+
+def _kind_of_finetune(value: Any) -> str:
+    return "<phases>" if isinstance(value, list | tuple) else "<phase>"
+
+
+_Finetune = Annotated[
+    Annotated[FinetuneConfig, Tag("<phase>")] | Annotated[Phases, Tag("<phases>")],
+    Discriminator(_kind_of_finetune),
+]
 
 
 class Recipe(BaseModel):
@@ -59,8 +80,8 @@ class Recipe(BaseModel):
     """Fit in closed form, before stage 1, what of the operators can be; left out, they start as they are built."""
     distill: DistillConfig | None = None
     """Stage 1; left out, operators go to stage 2 as they are built."""
-    finetune: FinetuneConfig | None = None
-    """Stage 2; left out, the distilled model is the result."""
+    finetune: _Finetune | None = None
+    """Stage 2: one phase, or a list of phases that run one after another; left out, the distilled model is the result."""
     sample: SamplingConfig | None = None
     """Sampling of images, the same for every row; if omitted, no images are sampled."""
     vae: VaeConfig | None = None
@@ -79,6 +100,23 @@ class Recipe(BaseModel):
     def written(self) -> WrittenPaths:
         """How the recipe's files write its paths, by what they resolve to."""
         return self._written
+
+    @field_validator("finetune")
+    @classmethod
+    def _check_phases(cls, finetune: FinetuneConfig | Phases | None) -> FinetuneConfig | Phases | None:
+        """The phases, which follow each other; a list of one is that one."""
+        if not isinstance(finetune, tuple):
+            return finetune
+        if not finetune:
+            raise ValueError("a list of phases has at least one; leave `finetune` out for no stage 2")
+        if faults := phase_faults(finetune):
+            raise ValueError("; ".join(faults))
+        return finetune if len(finetune) > 1 else finetune[0]
+
+    @property
+    def phases(self) -> Phases:
+        """The phases of stage 2; none where there is no stage 2."""
+        return phases_of(self.finetune)
 
     @property
     def edits(self) -> Plan:

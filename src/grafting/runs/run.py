@@ -23,7 +23,8 @@ from .folder import RunFolder
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .recipe import Recipe
-from .stages import STAGES, OnStep, carry_out
+from .stage import OnStep, carry_out
+from .stages import STAGES
 
 
 def run(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..metrics.paired import seeds_estimate
-from ..words import is_number, seeded_keys
+from ..words import FIGURES, is_number, percent, seeded_keys
 from .recipe import Recipe
 
 SEED = "seed"
@@ -20,10 +20,14 @@ _STAGES = ("calibrate", "distill", "finetune", "sample")
 
 def with_seeds_moved(recipe: Recipe, by: int) -> Recipe:
     """The recipe with its own seed and those of all its stages moved; by 0, as it is written."""
+
+    def move(config: Any) -> Any:
+        return config.model_copy(update={"seed": config.seed + by})
+
     moved: dict[str, Any] = {"seed": recipe.seed + by}
     for name in _STAGES:
         if (config := getattr(recipe, name)) is not None:
-            moved[name] = config.model_copy(update={"seed": config.seed + by})
+            moved[name] = tuple(map(move, config)) if isinstance(config, tuple) else move(config)
     return recipe.model_copy(update=moved)
 
 
@@ -61,6 +65,9 @@ def _mean(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _interval(key: str, values: Sequence[Any]) -> dict[str, float]:
     """A figure's mean over seeds and its limits."""
     of_logarithm = key.endswith("_ratio") and min(values) > 0
+    is_share = key in FIGURES and FIGURES[key].write is percent
     found = seeds_estimate([math.log(value) for value in values] if of_logarithm else values)
     value, low, high = (math.exp(v) if of_logarithm else v for v in (found.value, found.low, found.high))
+    if is_share:
+        low, high = max(low, 0.0), min(high, 1.0)
     return {key: value, f"{key}_low": low, f"{key}_high": high}

@@ -1,186 +1,38 @@
-"""The stages of a run. A new stage is a record here and its module; `carry_out` runs any of them.
+"""The stages of a run, as a table: a new stage is a record here and its module."""
 
-A stage is skipped where nothing that it depends on has changed, resumes where it was stopped, and records what it made.
-"""
-
-import copy
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..contract import Site, Step
+from ..contract import Site
 from ..cost.count import count_parameters
 from ..cost.plan import PlanCost, plan_cost
-from ..cost.speed import Work, device_at, measured
-from ..editing.placed import Operators
-from ..editing.plan import Choice, Merge
-from ..editing.surgery import build_operators, place
+from ..editing.plan import Choice
 from ..evaluation import evaluate
 from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
 from ..machine.files import write_json
-from ..machine.processes import barrier, broadcast, is_main, rank, world_size
+from ..machine.processes import barrier, is_main, rank, world_size
 from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
-from ..training.calibration import calibrate
-from ..training.distillation import distill
-from ..training.finetuning import finetune
-from ..weights.folder import save_model
-from ..weights.portable import Base
-from ..weights.tensors import save_operators
 from ..words import RowName
-from .card import write_model_card
 from .folder import RunFolder, read_log
-from .folder import Stage as OpenStage
 from .job import Job
 from .pairing import influences_path, with_pretrained
 from .recipe import Recipe
 from .record import write_report
-from .rows import ROWS, fitted_operators, rows_of, starting_operators
-
-OnStep = Callable[[str, Step], None]
-
-Tell = Callable[[Step], None]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a stage: what its folder is called, what people read meanwhile, and the row that it is of, if it is of one."""
-
-    name: str
-    title: str
-    row: RowName | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One step of a run.
-
-    Args:
-        parts: what it does for a job, each in a folder of its own; empty where the recipe has no such stage.
-        inputs: all that a part's result depends on; None for what shows what lies there, each time, and is not recorded.
-        do: does a part and returns the files that it made, on the main process.
-        flops: of training, for a recipe, what its plan costs, and what becomes of its sites; all processes together.
-        is_shared: whether all processes take part; others leave it to the main one.
-    """
-
-    name: str
-    parts: Callable[[Job], list[Part]]
-    inputs: Callable[[Job, RunFolder, Part], list[Any]] | None
-    do: Callable[["Opened"], list[Path]]
-    flops: Callable[[Recipe, PlanCost, Mapping[Site, Choice]], int] = lambda recipe, cost, chosen: 0
-    is_shared: bool = False
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A part of a stage at work."""
-
-    job: Job
-    run: RunFolder
-    part: Part
-    tell: OnStep
-    recorded: OpenStage | None = None
-
-    @property
-    def stage(self) -> OpenStage:
-        assert self.recorded is not None
-        return self.recorded
-
-    @property
-    def folder(self) -> Path:
-        return self.stage.folder
-
-    def follow(self, steps: Iterator[Step], *, save_every: int | None = None) -> None:
-        """Log each step and tell it, with the state saved now and then."""
-        for step in self.stage.follow(steps, save_every=save_every):
-            self.tell(self.part.title, step)
-
-
-def carry_out(stage: Stage, job: Job, run: RunFolder, on_step: OnStep) -> None:
-    """Run a stage's parts: skip what nothing has changed for, resume what was stopped, record what was made."""
-    for part in stage.parts(job):
-        if stage.inputs is None:
-            if is_main():
-                stage.do(Opened(job, run, part, on_step))
-            continue
-        with run.stage(part.name, stage.inputs(job, run, part)) as opened:
-            if not opened.done and (stage.is_shared or is_main()):
-                opened.outputs = stage.do(Opened(job, run, part, on_step, opened))
-
-
-def _calibrate(work: Opened) -> list[Path]:
-    job, config = work.job, work.job.recipe.calibrate
-    assert config is not None
-    operators = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
-    work.follow(calibrate(job.model, operators, job.data, config, denoiser=job.denoiser))
-    return _saved(work, operators)
-
-
-def _distill(work: Opened) -> list[Path]:
-    job, config = work.job, work.job.recipe.distill
-    assert config is not None
-    operators, state = starting_operators(job, work.run), work.stage.load_state()
-    # what another run has added to the store since this stage began is fitted here all the same
-    to_fit = broadcast(set(state["operators"]) if state else _not_in_store(job, operators))
-    fitted = {path: operator for path, operator in operators.items() if path in to_fit}
-    if job.store is not None:
-        for path in operators.keys() - to_fit:
-            job.store.load(identity.operator_inputs(job, path), operators[path])
-    if fitted:
-        how = {"denoiser": job.denoiser, "cache_folder": work.folder / "cache", "state": state}
-        steps = distill(job.model, fitted, job.data, config, **how)
-        work.follow(_timed(job, "distill", steps), save_every=job.recipe.save_every)
-    barrier()
-    if not is_main():
-        return []
-    shutil.rmtree(work.folder / "cache", ignore_errors=True)
-    if job.store is not None:
-        for path, operator in fitted.items():
-            job.store.save(identity.operator_inputs(job, path), operator)
-    return _saved(work, operators)
-
-
-def _not_in_store(job: Job, operators: Operators) -> set[str]:
-    """The sites that are left to fit."""
-    store = job.store
-    return {p for p in operators if store is None or not store.holds(identity.operator_inputs(job, p))}
-
-
-def _saved(work: Opened, operators: Operators) -> list[Path]:
-    path = work.folder / "operators.safetensors"
-    save_operators(path, operators)
-    return [path]
-
-
-def _finetune(work: Opened) -> list[Path]:
-    job, config = work.job, work.job.recipe.finetune
-    assert config is not None
-    model = copy.deepcopy(job.model)
-    record = place(model, fitted_operators(job, work.run))
-    steps = finetune(
-        model,
-        job.data,
-        config,
-        denoiser=job.denoiser,
-        blocks=[site.path for site in job.host.blocks(job.model)],
-        teacher=job.model if config.output_weight else None,
-        new_parameters=record.new_parameters,
-        state=work.stage.load_state(),
-    )
-    work.follow(_timed(job, "finetune", steps), save_every=job.recipe.save_every)
-    if not is_main():
-        return []
-    source = job.recipe.source
-    base = Base(id=source) if isinstance(source, str) else None
-    files = save_model(work.run.path / "model", model, job.recipe.edits, base=base)
-    if job.recipe.edits.edits:
-        write_model_card(work.run.path / "model")
-    return files
+from .rows import ROWS, rows_of
+from .stage import Opened, Part, Stage
+from .training import (
+    calibrate_flops,
+    calibrate_operators,
+    distill_flops,
+    distill_operators,
+    finetune_flops,
+    finetune_model,
+)
 
 
 def _sample(work: Opened) -> list[Path]:
@@ -276,35 +128,6 @@ def _report(work: Opened) -> list[Path]:
     return []
 
 
-def _new_flops(cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
-    """FLOPs of one pass through what stage 1 fits."""
-    # a merged pair is fitted whole, and pairs are not told from the rest of the model
-    if any(isinstance(choice, Merge) for choice in chosen.values()):
-        return cost.after.flops
-    return sum(site.flops.total for site in cost.after.sites if site.operator is not None)
-
-
-def _calibrate_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
-    if recipe.calibrate is None or not chosen:
-        return 0
-    # an MLP narrower than the host's takes a second pass
-    return 2 * recipe.calibrate.samples * (cost.before.flops + _new_flops(cost, chosen))
-
-
-def _distill_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
-    if recipe.distill is None or not chosen:
-        return 0
-    images = recipe.distill.steps * recipe.distill.batch_size
-    return images * (cost.before.flops + 3 * _new_flops(cost, chosen))
-
-
-def _finetune_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
-    if recipe.finetune is None:
-        return 0
-    teacher = cost.before.flops if recipe.finetune.output_weight else 0
-    return recipe.finetune.steps * recipe.finetune.batch_size * (3 * cost.after.flops + teacher)
-
-
 def _once(name: str, applies: Callable[[Job], Any]) -> Callable[[Job], list[Part]]:
     """A stage of one part, where it applies."""
     return lambda job: [Part(name, name)] if applies(job) else []
@@ -317,23 +140,23 @@ STAGES: dict[str, Stage] = {
             name="calibrate",
             parts=_once("calibrate", lambda job: job.recipe.calibrate and job.chosen),
             inputs=lambda job, run, part: identity.calibrate_inputs(job),
-            do=_calibrate,
-            flops=_calibrate_flops,
+            do=calibrate_operators,
+            flops=calibrate_flops,
         ),
         Stage(
             name="distill",
             parts=_once("distill", lambda job: job.recipe.distill and job.is_fitted),
             inputs=lambda job, run, part: identity.distill_inputs(job),
-            do=_distill,
-            flops=_distill_flops,
+            do=distill_operators,
+            flops=distill_flops,
             is_shared=True,
         ),
         Stage(
             name="finetune",
             parts=_once("finetune", lambda job: job.recipe.finetune),
             inputs=lambda job, run, part: identity.finetune_inputs(job, run),
-            do=_finetune,
-            flops=_finetune_flops,
+            do=finetune_model,
+            flops=finetune_flops,
             is_shared=True,
         ),
         Stage(
@@ -381,21 +204,3 @@ def stage_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -
         for name, stage in STAGES.items()
         if getattr(recipe, name, None)
     }
-
-
-def _timed(job: Job, name: str, steps: Iterator[Step]) -> Iterator[Step]:
-    """A stage's steps with how fast they are. FLOPs are counted where there is a peak to compare with."""
-    config, device = getattr(job.recipe, name), default_device()
-    known = device_at(device)
-    peak = job.peak_tflops or (known.tflops(config.precision) if known else None)
-    flops = 0.0
-    if peak is not None and config.steps:
-        cost = plan_cost(job.model, job.recipe.edits, grid=job.grid)
-        flops = STAGES[name].flops(job.recipe, cost, job.chosen) / config.steps
-    work = Work(
-        images=config.batch_size,
-        tokens=job.grid.num_tokens,
-        flops=flops,
-        tflops=peak and peak * world_size(),
-    )
-    return measured(steps, work, device=device)

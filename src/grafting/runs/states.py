@@ -1,6 +1,7 @@
 """The states that a stage of a run resumes from: whole or absent, with checksums, and two of them.
 
-When the newer is damaged the older takes its place, with a warning.
+When the newer is damaged the older takes its place, with a warning. A state names its owner, all that the stage depends on, as
+a hash: a state of equal shapes may be of another recipe.
 """
 
 import io
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..contract import FolderState
-from ..errors import CheckpointError, FaultWarning
-from ..machine.files import atomic_folder, folder_faults, partial_folder
+from ..errors import CheckpointError, FaultWarning, ResumeWarning
+from ..machine.files import atomic_folder, folder_faults, partial_path
 
 STATE_NAME = "state.pt"
+OWNER_NAME = "owner.txt"
 NUM_STATES = 2
 
 
@@ -27,11 +29,11 @@ class State(NamedTuple):
     content: dict[str, Any] | Path
 
 
-def newest_state(states: Path) -> State | None:
+def newest_state(states: Path, *, owner: str) -> State | None:
     """The newest whole state of a stage's folder of states; None if there is none to resume from.
 
     Raises:
-        CheckpointError: there are states, all of them damaged; says how to restart the stage.
+        CheckpointError: there are states, all of them damaged, or it is another owner's; says how to restart the stage.
     """
     faults: list[str] = []
     for folder in reversed(_folders(states)):
@@ -41,6 +43,7 @@ def newest_state(states: Path) -> State | None:
         except CheckpointError as error:
             faults.append(str(error))
             continue
+        _check_owner(folder, owner)
         if faults:
             warnings.warn(f"{'; '.join(faults)}. Resuming from step {step}", FaultWarning, stacklevel=3)
         return state
@@ -49,7 +52,9 @@ def newest_state(states: Path) -> State | None:
     return None
 
 
-def write_state(states: Path, state: dict[str, Any] | FolderState, step: int, *, is_writer: bool) -> None:
+def write_state(
+    states: Path, state: dict[str, Any] | FolderState, step: int, *, owner: str, is_writer: bool
+) -> None:
     """Keep the state after a step, and of older ones the last.
 
     A state that writes itself is asked to on every process, into the same folder; one process is the writer of the rest.
@@ -57,9 +62,10 @@ def write_state(states: Path, state: dict[str, Any] | FolderState, step: int, *,
     path = states / f"{step:010d}"
     if not is_writer:
         if isinstance(state, FolderState):
-            state.save(partial_folder(path))
+            state.save(partial_path(path))
         return
     with atomic_folder(path) as folder:
+        (folder / OWNER_NAME).write_text(f"{owner}\n")
         if isinstance(state, FolderState):
             state.save(folder)
         else:
@@ -87,6 +93,17 @@ def read_state(folder: Path) -> dict[str, Any] | Path:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _check_owner(folder: Path, owner: str) -> None:
+    path = folder / OWNER_NAME
+    if not path.is_file():
+        told = f"{folder} is a state of an earlier version, which did not note whose it is: taken for this stage's"
+        warnings.warn(told, ResumeWarning, stacklevel=4)
+    elif path.read_text().strip() != owner:
+        raise CheckpointError(
+            f"{folder} is the state of another recipe, or of another stage. Delete {folder.parent} to restart the stage"
+        )
 
 
 def _folders(states: Path) -> list[Path]:

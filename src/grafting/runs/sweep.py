@@ -5,8 +5,6 @@ operators of equal sites, and lines of the table that were measured before. The 
 killed sweep resumes where it stopped, and lines measured on another machine need not be measured again.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +16,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
 
 from ..editing.plan import fault_list
-from ..errors import GraftingError, MissingBackend, RecipeError, RunError
+from ..errors import GraftingError, MissingBackend, RecipeError
 from ..machine import processes
 from ..machine.devices import default_device
-from ..machine.files import write_bytes, write_json
 from ..machine.precision import Precision, settled_run, settled_sections
-from ..report import write_sweep_picture
 from ..words import FINETUNED, PRETRAINED, ROW_TITLES, swept, swept_pairs
 from .file import Changes, changed, faults_of, parse_recipe, read_settings
 from .identity import row_fingerprint
@@ -34,7 +30,9 @@ from .recipe import Recipe
 from .rows import ROWS, rows_of
 from .run import run
 from .seeds import SEED, over_seeds, with_seeds_moved
-from .stages import OnStep, training_flops
+from .stage import OnStep
+from .stages import training_flops
+from .table import read_table, table_locked, write_table
 
 Label = str | int | float
 
@@ -258,41 +256,6 @@ def _with_rows(recipe: Recipe, rows: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"rows": kept} | dict.fromkeys(dropped))
 
 
-def read_table(table: Path) -> list[dict[str, Any]]:
-    """The lines measured so far.
-
-    Raises:
-        RunError: the file is something else.
-    """
-    path = table.with_suffix(".json")
-    if not path.is_file():
-        return []
-    try:
-        lines = json.loads(path.read_text())
-    except ValueError:
-        lines = None
-    if not (isinstance(lines, list) and all("fingerprint" in line for line in lines)):
-        raise RunError(f"{path} is not the table of a sweep: name another with --table")
-    return lines
-
-
-def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """The lines as JSON, without their protocols as CSV and Markdown, and as a picture."""
-    write_json(table.with_suffix(".json"), lines)
-    columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
-    cells = [[_cell(line.get(column)) for column in columns] for line in lines]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *cells])
-    write_bytes(table.with_suffix(".csv"), text.getvalue().encode())
-    rule = ["---"] * len(columns)
-    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *cells])
-    write_bytes(table.with_suffix(".md"), (markdown + "\n").encode())
-    write_sweep_picture(table.with_suffix(".svg"), lines)
-
-
-_NOT_SHOWN = frozenset({"fingerprint", "protocol", "notes"})
-
-
 def _combinations(grid: SweepGrid) -> Iterator[tuple[dict[str, Label], list[Changes]]]:
     for values in product(*(axis.items() for axis in grid.axes.values())):
         labels = dict(zip(grid.axes, (label for label, _ in values), strict=True))
@@ -333,11 +296,12 @@ def _known(table: Path) -> frozenset[str]:
 
 
 def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]], folder: Path) -> None:
-    # read again: another process may have added lines of another part of the sweep
-    lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
-    write_table(table, lines)
-    if sweep.seeds > 1 and (means := over_seeds(lines)):
-        write_table(table.with_name(f"{table.name}-over-seeds"), means)
+    with table_locked(table):
+        # read again: another process may have added lines of another part of the sweep
+        lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
+        write_table(table, lines)
+        if sweep.seeds > 1 and (means := over_seeds(lines)):
+            write_table(table.with_name(f"{table.name}-over-seeds"), means)
 
 
 def _compared(sweep: Sweep, lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -395,9 +359,3 @@ def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, A
     latest = {(labels(line), line["stage"]): line for line in lines}
     order = sorted(latest, key=lambda key: (places.get(key[0], len(places)), stages.index(key[1])))
     return [latest[key] for key in order]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -106,6 +106,11 @@ class Drawing:
             raise RunError(listed(head, differences(found.get("drawing"), self.description)))
         return True
 
+    @property
+    def is_begun(self) -> bool:
+        """True until somebody has found all shards, written the samples file and removed them."""
+        return self._shards.is_begun
+
     def draw(self, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
         """Draw this process's share of what is missing, one step per shard; its `ms_per_image` is this process's own.
 
@@ -134,9 +139,9 @@ class Drawing:
         )
         started = time.perf_counter()
         for shard, batch in zip(todo, batches, strict=True):
-            if not self._shards.is_begun:
-                return  # the main process has found all shards, and removed them
             images = self._decoder(batch.x)
+            if not self.is_begun:
+                return
             seconds = time.perf_counter() - started
             self._slowest_s = max(self._slowest_s, seconds)
             # pictures first: where there is a shard, there are its pictures
@@ -155,13 +160,13 @@ class Drawing:
             yield Step(done=done, total=self.config.num_images, values=values)
 
     def wait(self) -> Iterator[Step]:
-        """Steps until every process has drawn its share.
+        """Steps until every process has drawn its share, or another command has written the samples file.
 
         Raises:
             RunError: nothing has come for long, so that some process must have ended.
         """
         left, since = len(self._missing()), time.monotonic()
-        while left:
+        while left and self.is_begun:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             now_left = len(self._missing())
             if now_left < left:
@@ -188,8 +193,6 @@ class Drawing:
             record={"drawing": self.description, "vae": self._decoder.describe()},
         )
         self.discard()
-        if self.pictures is not None:
-            self.pictures.clear_partial()
 
     def discard(self) -> None:
         """Remove the shards, all at once."""

@@ -46,8 +46,3 @@ class Pictures:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
                     temporary, format="PNG"
                 )
-
-    def clear_partial(self) -> None:
-        """Remove what processes that were killed left of pictures."""
-        for partial in self.folder.glob(".*.partial"):
-            partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FaultWarning, RunError, listed
-from ..machine.files import atomic_path, flatten, hash_json, is_empty, partial_folder, write_json
+from ..machine.files import atomic_path, disk_errors, flatten, hash_json, is_empty, partial_path, write_json
 from ..metrics.features import tensors_sha256
 
 INDEX_NAME = "drawing.json"
@@ -111,9 +111,9 @@ class Shards:
 
     def discard(self) -> None:
         """Remove the shards, all at once."""
-        going = partial_folder(self.folder)
+        going = partial_path(self.folder).parent
         shutil.rmtree(going, ignore_errors=True)
-        with suppress(FileNotFoundError):
+        with disk_errors(self.folder), suppress(FileNotFoundError):
             self.folder.rename(going)
         shutil.rmtree(going, ignore_errors=True)
 

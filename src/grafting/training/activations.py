@@ -26,6 +26,7 @@ from ..machine.files import write_json
 from ..machine.precision import Precision, resolve_precision
 from ..machine.randomness import generator, seeded
 from .batches import Batches, NoisedBatch, draw_noised
+from .loader import read_items
 
 # what happens at a site: its path, the arguments of the call, the old module's output
 Visit = Callable[[str, tuple, dict[str, Any], Any], None]
@@ -128,7 +129,7 @@ class Repeatable:
     def visit(self, step: int, visit: Visit) -> None:
         indices, entropy = self.indices[step], (self.seed, step, *self.stream)
         batch = draw_noised(
-            self.data.batch(indices),
+            read_items(self.data, indices),
             generator(*entropy),
             batch_size=len(indices),
             denoiser=self.visited.denoiser,

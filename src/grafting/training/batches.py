@@ -79,6 +79,8 @@ class Batches:
     Args:
         items: the items of `data` to train on; all when left out.
         share: the part of each batch that is this process's.
+        end: the step up to which there are batches; that of `config` when left out.
+        total: steps that are told as those in all; `end` when left out.
     """
 
     def __init__(
@@ -90,12 +92,14 @@ class Batches:
         device: torch.device,
         items: Tensor | None = None,
         share: slice = _WHOLE,
+        end: int | None = None,
+        total: int | None = None,
     ):
         self.config, self.denoiser, self.device, self.share = config, denoiser, device, share
+        self.end = config.steps if end is None else end
+        self.total = self.end if total is None else total
         size, pin = config.batch_size, device.type != "cpu"
-        self.loader = Loader(
-            data, size, seed=config.seed, items=items, steps=config.steps, share=share, pin=pin
-        )
+        self.loader = Loader(data, size, seed=config.seed, items=items, steps=self.end, share=share, pin=pin)
 
     def at(self, step: int) -> list[NoisedBatch]:
         """The noised micro-batches of a step."""
@@ -126,12 +130,12 @@ class Batches:
             snapshot: the state after so many steps.
         """
         with self.loader:
-            for step in range(first, self.config.steps):
+            for step in range(first, self.end):
                 waited = self.loader.seconds_waited
                 yield Step(
                     values=take(step),
                     done=step + 1,
-                    total=self.config.steps,
+                    total=self.total,
                     state=partial(snapshot, step + 1),
                     seconds_waited=self.loader.seconds_waited - waited,
                 )

@@ -5,6 +5,7 @@ what the replaced module gave. Before that, an MLP narrower than the host's take
 One or two passes of the teacher over noised images, no gradient, nothing on disk: each site keeps sums, not activations.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..contract import Denoiser, MlpWeights, Step, TrainingData
 from ..editing.placed import KernelAttention, MixerAdapter, Placed
+from ..errors import TrainingError
 from ..functional.ridge import (
     error_removed,
     error_without,
@@ -28,6 +30,7 @@ from ..functional.ridge import (
 from ..hosts import host_of
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from .activations import Repeatable, Visited, shuffled
+from .guard import check_weights
 
 
 class CalibrateConfig(BaseModel):
@@ -66,6 +69,7 @@ def calibrate(
     """
     config = settled(config, next(teacher.parameters()).device)
     visited = Visited(teacher, operators, denoiser or host_of(teacher).denoiser(teacher), config.precision)
+    check_weights(teacher, "calibration")
     visited.prepare("calibration")
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]
@@ -130,6 +134,11 @@ class _OutputFit:
         self.target_square += output.double().square().sum().item()
 
     def finish(self, config: CalibrateConfig) -> dict[str, float]:
+        if not math.isfinite(self.error):
+            raise TrainingError(
+                f"calibration, {self.path}: the teacher's activations, or the operator's output, are not finite: use precision: "
+                "fp32"
+            )
         variance = self.target_square - (self.target_sum.square().sum() / self.gram[-1, -1]).item()
         if self.layer.bias is None:
             # features that seem to have no mean leave nothing to a bias

@@ -38,7 +38,7 @@ from ..machine import processes
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
 from .batches import Batches, check_batch_size
-from .guard import GuardConfig
+from .guard import GuardConfig, check_weights
 from .trainee import Trainee
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
@@ -131,10 +131,13 @@ def distill(
         state: what an earlier step's `state()` returned, to resume from there.
 
     Raises:
-        TrainingError: too few images, a batch does not divide among processes, or a loss is not finite.
+        TrainingError: too few images, a batch does not divide among processes, or weights, activations or a loss are not
+            finite.
+        DataError: an image is not finite.
         CheckpointError: the state is an earlier version's.
     """
     check_division(config)
+    check_weights(teacher, "stage 1")
     config = settled(config, next(teacher.parameters()).device, together=True)
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
     fitting = _Fitting(Visited(teacher, operators, denoiser, config.precision, config.inputs), data, config)
@@ -268,6 +271,12 @@ class _Fitting:
             self.held_out.visit(number, visit)
         sums = iter(processes.total([value for site in measured.values() for value in site.sums]))
         found = {path: _Measured(*islice(sums, 4)) for path in self.sites}
+        for path, site in found.items():
+            if not math.isfinite(site.variation):
+                raise TrainingError(
+                    f"stage 1, {path}: the teacher's output for held-out images is not finite, and so nothing to fit to: use "
+                    "precision: fp32"
+                )
         losses = {f"holdout_loss/{path}": site.loss for path, site in found.items()}
         return losses | {f"r2/{path}": site.r2 for path, site in found.items()}
 

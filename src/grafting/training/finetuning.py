@@ -1,114 +1,55 @@
-"""Stage 2: train a model end to end with its diffusion loss, the teacher's outputs as targets, or both.
+"""Stage 2: train a model end to end with its diffusion loss, the teacher's outputs as targets, or both; in phases.
 
 A generator of steps: it knows no file, logger or progress bar. Every draw of step s comes from (seed, s), for the whole
-batch, so a run resumed from any step's state equals an uninterrupted one, and several processes train as one. Pretraining is
-the same loop on a fresh model.
+batch, so a run resumed from any step's state equals an uninterrupted one, and several processes train as one. Steps count
+on through the phases; each phase begins with the averaged weights of the one before. Pretraining is the same loop on a
+fresh model.
 """
 
 import copy
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..contract import Denoiser, Step, TrainingData
+from ..editing.adapters import adapters_of
+from ..editing.surgery import keep_apart, merge_adapters
 from ..errors import CheckpointError, TrainingError
 from ..hosts import host_of
 from ..machine import processes
-from ..machine.devices import default_device, half_types, mixed_precision
-from ..machine.precision import FP32_IS_ABSENT, Precision, settled
+from ..machine.devices import default_device, mixed_precision
+from ..machine.precision import settled
 from ..machine.randomness import seeded
-from ..machine.sharding import ShardedState, copy_whole, read_facts, read_tensors, shard
+from ..machine.sharding import ShardedState, read_facts, read_tensors
 from .average import Average
-from .batches import Batches, NoisedBatch, check_batch_size
-from .guard import GuardConfig
+from .batches import Batches, NoisedBatch
+from .guard import check_weights
+from .phases import FinetuneConfig as FinetuneConfig
+from .phases import check_phases, phases_of, with_objectives
+from .student import Student, block_linears, held_in_bf16
+from .trained import Trained, mark, names_of, operator_parameters, selection
 from .trainee import Trainee
 
-if TYPE_CHECKING:
-    from diffusers.models.modeling_utils import ModelMixin
-
-
-class FinetuneConfig(BaseModel):
-    """Settings of stage 2. The defaults are the paper's (arXiv:2506.05340, section 5)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    hashed_as_absent: ClassVar = FP32_IS_ABSENT
-    how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "ema_device"})
-    """Fields that change no result beyond rounding: a run may be resumed with others."""
-
-    steps: NonNegativeInt = 50_000
-    batch_size: PositiveInt = 256
-    """Images per step, over all processes and micro-batches."""
-    accumulate: PositiveInt = 1
-    """Micro-batches into which each process cuts its share of a step, to need less memory."""
-    lr: PositiveFloat = 1e-4
-    warmup_steps: NonNegativeInt = 1000
-    cooldown_steps: NonNegativeInt = 0
-    """Last steps, in which the learning rate falls linearly to zero."""
-    halve_at: tuple[PositiveInt, ...] = ()
-    """Steps from which on the learning rate is half of what it was."""
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: PositiveFloat = 10.0
-    """Largest norm of the gradient of all trained parameters."""
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    ema_device: Literal["model", "cpu"] = "model"
-    """Device of the averaged weights; on the CPU they cost a copy of the weights at every step."""
-    diffusion_weight: NonNegativeFloat = 1.0
-    """Weight of the host's diffusion loss; if omitted for a distilled model, 0."""
-    output_weight: NonNegativeFloat = 0.0
-    """Weight of the squared distance to the teacher's prediction (noise and variance); 1 if both are omitted for a distilled
-    model."""
-    trainable: Literal["all", "new"] | tuple[str, ...] = "all"
-    """All parameters, only those of new operators, or those whose names match one of these patterns."""
-    precision: Precision = "auto"
-    """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    """Compile each block, once for all blocks of a kind."""
-    shard: bool = False
-    """Spread weights, gradients, optimizer and averaged weights over the processes (FSDP2), block by block. States are then
-    folders from which any number of processes can resume."""
-    guard: GuardConfig | None = None
-    """Handling of bad steps; if omitted, a non-finite loss or gradient is an error."""
-    seed: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> "FinetuneConfig":
-        if self.shard and self.ema_device == "cpu":
-            raise ValueError(
-                "ema_device: cpu cannot be combined with shard, which spreads averaged weights as it does weights"
-            )
-        return self
+State = Mapping[str, Any] | Path
+"""What a step's `state()` returned, or the folder that it wrote."""
 
 
 def finetune(
     model: nn.Module,
     data: TrainingData,
-    config: FinetuneConfig,
+    config: FinetuneConfig | Sequence[FinetuneConfig],
     *,
+    trainable: Any = None,
     denoiser: Denoiser | None = None,
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
-    new_parameters: frozenset[str] = frozenset(),
-    state: dict[str, Any] | Path | None = None,
+    new_parameters: frozenset[str] | None = None,
+    state: State | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place; when the iterator ends the model holds the averaged (EMA) weights.
 
@@ -118,120 +59,195 @@ def finetune(
     Args:
         model: the grafted model.
         data: images or latents with the numbers of their conditions.
+        config: of the one phase, or of each phase in turn.
+        trainable: what is trained, in the place of what a config of one phase says, such as `{"lora": {"rank": 16}}`.
         denoiser: how a model is called, its process and loss, and its conditions, which are dropped in their share;
             by default the host's.
-        blocks: paths of the model's blocks, which `compile` and `shard` treat one by one.
-        teacher: the pretrained model, needed when `output_weight` is positive.
-        new_parameters: names of the parameters of new operators, for `trainable: new`.
+        blocks: paths of the model's blocks, which `compile`, `shard` and `frozen: bf16` treat one by one.
+        teacher: the pretrained model, needed when `output_weight` is positive. The model may share memory with it: what is
+            trained gets memory of its own first.
+        new_parameters: names of the parameters of new operators, for `trainable: new`; by default of all that stand in the
+            model.
         state: what an earlier step's `state()` returned, or the folder that it wrote, to resume from there.
 
     Raises:
         CheckpointError: the state is of another model, or of another way to train.
         TrainingError: nothing to train, no objective, a teacher is missing, a batch does not divide among processes, or
-            the loss is not finite.
+            weights or the loss are not finite.
+        DataError: an image is not finite.
+        MissingBackend: adapters are to be trained, and peft is not installed.
     """
-    denoiser, device = denoiser or host_of(model).denoiser(model), default_device()
-    config = with_objective(config, distilled=denoiser.distilled)
-    _check(config, teacher, blocks)
-    config = settled(config, device, together=True)
-    _select_parameters(model, config.trainable, new_parameters)
-    student = _Student(model, blocks, config, denoiser)
-    batches = Batches(data, config, denoiser=denoiser, device=device, share=processes.share())
-    training = _Training(student, batches, config, teacher.to(device).eval() if teacher is not None else None)
-    first = training.load(state) if state is not None else 0
-    yield from batches.steps(first, training.step, training.snapshot)
-    training.finish()
+    denoiser = denoiser or host_of(model).denoiser(model)
+    given = phases_of(config if trainable is None else _with_trainable(config, trainable))
+    phases = with_objectives(given, distilled=denoiser.distilled)
+    check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks))
+    for weights in (model, *([] if teacher is None else [teacher])):
+        check_weights(weights, "stage 2")
+    device = default_device()
+    if adapters_of(model):
+        raise TrainingError(
+            "the model holds adapters that no weights have taken up: merge_adapters(model) first"
+        )
+    phases = tuple(settled(phase, device, together=True) for phase in phases)
+    if any(phase.frozen == "bf16" and phase.precision == "fp32" for phase in phases):
+        raise TrainingError("stage 2: frozen: bf16 requires precision: bf16, and auto is fp32 on this device")
+    teacher = teacher.to(device).eval() if teacher is not None else None
+    new = operator_parameters(model) if new_parameters is None else new_parameters
+    candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    selections = [selection(model, candidates, phase, new) for phase in phases]
+    run = _Run(model, data, denoiser, blocks, teacher, total=sum(phase.steps for phase in phases))
+    resumed, first = _step_of(state), 0
+    for number, (phase, selected) in enumerate(zip(phases, selections, strict=True), start=1):
+        last = first + phase.steps
+        if resumed <= last:  # else the state is a later phase's, and holds what this one made
+            trained = mark(model, candidates, selected, phase, first=first)
+            named = number if len(phases) > 1 else None
+            yield from run.phase(phase, trained, first=first, number=named, state=state)
+            state = None
+        run.changed += selected.changed
+        first = last
+    for parameter in candidates.values():
+        parameter.requires_grad_()
 
 
-class _Student:
-    """The model as it is trained: compiled block by block, and by several processes, together or each a part of it."""
-
-    def __init__(self, model: nn.Module, blocks: Sequence[str], config: FinetuneConfig, denoiser: Denoiser):
-        self.model = self.result = model
-        device = default_device()
-        if config.shard and processes.connect():
-            # the copy is spread; what it was copied from waits for the result
-            self.model = copy.deepcopy(model).to(device)
-            model.to("cpu")
-        self.model.to(device).train()
-        if config.gradient_checkpointing:
-            cast("ModelMixin", self.model).enable_gradient_checkpointing()
-        modules = [self.model.get_submodule(path) for path in blocks]
-        self.compiled = modules if config.compile else []
-        for block in self.compiled:
-            block.compile()
-        self.call: nn.Module = _Call(self.model, denoiser)
-        if self.model is not model:
-            shard(self.call, modules, device)
-        elif processes.connect():
-            # every process begins with the main one's weights
-            devices = None if device.type == "cpu" else [device]
-            self.call = DistributedDataParallel(self.call, device_ids=devices)
-
-    def __call__(self, batch: NoisedBatch) -> Tensor:
-        return self.call(batch.x_t, batch.t, batch.numbers)
-
-    def gradients_averaged(self, averaged: bool) -> AbstractContextManager:
-        """Inside, whether a backward pass averages gradients over processes; those that do not are added up here."""
-        if isinstance(self.call, DistributedDataParallel) and not averaged:
-            return self.call.no_sync()
-        return nullcontext()
-
-    def finish(self) -> None:
-        """Leave the weights in the model that was given."""
-        for block in self.compiled:
-            block._compiled_call_impl = None
-        if self.model is not self.result:
-            copy_whole(self.model, self.result.to(default_device()))
-        self.result.eval()
+def _with_trainable(config: FinetuneConfig | Sequence[FinetuneConfig], trainable: Any) -> FinetuneConfig:
+    if not isinstance(config, FinetuneConfig):
+        raise TrainingError("trainable goes with one config; of several phases each says its own")
+    return FinetuneConfig.model_validate(config.model_dump(exclude_unset=True) | {"trainable": trainable})
 
 
-class _Call(nn.Module):
-    """A model as its host calls it, so that what averages gradients over processes stands outside of that call."""
+def _step_of(state: State | None) -> int:
+    """Steps taken before a state; 0 where there is none."""
+    if state is None:
+        return 0
+    return (read_facts(state) if isinstance(state, Path) else state)["step"]
 
-    def __init__(self, model: nn.Module, denoiser: Denoiser):
-        super().__init__()
-        self.model, self.denoiser = model, denoiser
 
-    def forward(self, x_t: Tensor, t: Tensor, numbers: Tensor) -> Tensor:
-        prediction = self.denoiser(self.model, x_t, t, numbers)
-        # FSDP wants no view as the result: an operation in place on it would lose its hook
-        return prediction.clone() if prediction._is_view() else prediction
+class _Run:
+    """What all phases have in common, and the parameters that those before have changed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        denoiser: Denoiser,
+        blocks: Sequence[str],
+        teacher: nn.Module | None,
+        *,
+        total: int,
+    ):
+        self.model, self.data, self.denoiser, self.blocks, self.teacher = (
+            model,
+            data,
+            denoiser,
+            blocks,
+            teacher,
+        )
+        self.total = total
+        self.changed: list[nn.Parameter] = []
+
+    def phase(
+        self,
+        config: FinetuneConfig,
+        trained: Sequence[nn.Parameter],
+        *,
+        first: int,
+        number: int | None,
+        state: State | None,
+    ) -> Iterator[Step]:
+        """Carry out one phase, from its start or from a state of it.
+
+        Args:
+            first: steps before it.
+            number: of the phase, where there are several.
+        """
+        model, device = self.model, default_device()
+        kept = [*self.changed, *trained]
+        if self.teacher is not None:
+            keep_apart(kept, self.teacher)
+        with held_in_bf16(self._held(kept) if config.frozen == "bf16" else []):
+            student = Student(model, self.blocks, config, self.denoiser)
+            batches = Batches(
+                self.data,
+                config,
+                denoiser=self.denoiser,
+                device=device,
+                share=processes.share(),
+                end=first + config.steps,
+                total=self.total,
+            )
+            names = names_of(kept, model)
+            training = _Training(student, batches, config, self.teacher, names, first=first, number=number)
+            at = first if state is None else training.load(state)
+            yield from batches.steps(at, training.step, training.snapshot)
+            training.finish()
+        if config.lora is not None and config.lora.adapter == "merged":
+            merge_adapters(model)
+
+    def _held(self, kept: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Linear layers that no phase has trained so far, and so no state holds; and all of the teacher's."""
+        own = {id(parameter) for parameter in kept}
+        held = [p for p in block_linears(self.model, self.blocks) if id(p) not in own]
+        return held + (block_linears(self.teacher, self.blocks) if self.teacher is not None else [])
 
 
 class _Training:
-    """A student in training, its averaged weights, and the teacher that it is compared with."""
+    """A student in training, its averaged weights, and the teacher that it is compared with.
+
+    Args:
+        names: of the parameters that this phase trains or an earlier one has changed.
+        first: steps before this phase; its own steps are counted from there by schedules and the guard.
+        number: of the phase, where there are several.
+    """
 
     def __init__(
-        self, student: _Student, batches: Batches, config: FinetuneConfig, teacher: nn.Module | None
+        self,
+        student: Student,
+        batches: Batches,
+        config: FinetuneConfig,
+        teacher: nn.Module | None,
+        names: Sequence[str],
+        *,
+        first: int,
+        number: int | None,
     ):
         self.student, self.batches, self.config, self.teacher = student, batches, config, teacher
+        self.first, self.number = first, number
         parameters = [p for p in student.model.parameters() if p.requires_grad]
         on_cpu = torch.device("cpu") if config.ema_device == "cpu" else None
         self.average = Average(parameters, decay=config.ema_decay, device=on_cpu)
-        parts = {"model": student.model, "ema": self.average}
+        kept = Trained({name: student.model.get_parameter(name) for name in names})
+        parts = {"model": kept, "ema": self.average}
         self.trainee = Trainee(parts, parameters, config, betas=config.betas, halve_at=config.halve_at)
         if config.shard and self.trainee.optimizer is not None:
             _fill(self.trainee.optimizer)
 
     def step(self, step: int) -> dict[str, float]:
         """Take a step, or do what the guard says; returns its figures."""
-        trainee, lr = self.trainee, self.trainee.learning_rate(step)
-        trainee.keep(step)
+        trainee, own = self.trainee, step - self.first
+        lr = trainee.learning_rate(own)
+        trainee.keep(own)
         losses = self._gradients(step)
         figures = {"loss": losses.pop("loss"), "lr": lr, "grad_norm": trainee.clip().item()} | losses
         finding = trainee.guard.judge({name: figures[name] for name in ("loss", "grad_norm")})
         if finding and trainee.guard.stops:
             raise TrainingError(
-                f"stage 2, step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; the model is as it "
+                f"stage 2{self._name}, step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; the model is as it "
                 f"was after step {step - 1}. Lower lr (now {lr:g}) or use precision: fp32{trainee.guard.why()}"
             )
-        told = trainee.settle(step, finding)
+        told = trainee.settle(own, finding)
         if not finding:
             self.average.step()
         # JSON has no words for the others
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        return finite | {f"guard/{name}": value for name, value in told.items()}
+        if "rolled_back_to" in told:
+            told["rolled_back_to"] += self.first
+        phase = {} if self.number is None else {"phase": float(self.number)}
+        return finite | {f"guard/{name}": value for name, value in told.items()} | phase
+
+    @property
+    def _name(self) -> str:
+        return "" if self.number is None else f", phase {self.number}"
 
     def _gradients(self, step: int) -> dict[str, float]:
         """Take the gradients of a step; its losses, as means over processes."""
@@ -267,16 +283,16 @@ class _Training:
 
     def snapshot(self, step: int) -> dict[str, Any] | ShardedState:
         """State needed to resume after `step` steps."""
-        guard = self.trainee.guard
-        state = {"step": step, **self.trainee.state(step), "guard": guard.state()}
+        guard, own = self.trainee.guard, step - self.first
+        state = {"step": step, **self.trainee.state(own), "guard": guard.state()}
         if "kept" in state:
-            state["kept"] = state["kept"] | {"step": guard.returns_to(step)}
+            state["kept"] = state["kept"] | {"step": self.first + guard.returns_to(own)}
         if not self.config.shard:
             return state
         kept = {"kept": _numbers(state["kept"])} if "kept" in state else {}
         return ShardedState(state, _numbers(state) | {"guard": state["guard"]} | kept)
 
-    def load(self, state: Mapping[str, Any] | Path) -> int:
+    def load(self, state: State) -> int:
         """Take up a snapshot; returns its step."""
         if isinstance(state, Path) != self.config.shard:
             raise CheckpointError(
@@ -327,53 +343,3 @@ def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
 
 def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
     state["step"], state["ema"]["optimization_step"] = numbers["step"], numbers["ema_steps"]
-
-
-def with_objective(config: FinetuneConfig, *, distilled: bool) -> FinetuneConfig:
-    """The same, with a distilled model's objective where it does not name the process's loss: the teacher's output alone."""
-    if not distilled or "diffusion_weight" in config.model_fields_set:
-        return config
-    return config.model_copy(update={"diffusion_weight": 0.0, "output_weight": config.output_weight or 1.0})
-
-
-def check_division(config: FinetuneConfig) -> None:
-    """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
-    check_batch_size(
-        "stage 2", config.batch_size, processes=processes.world_size(), accumulate=config.accumulate
-    )
-
-
-def _check(config: FinetuneConfig, teacher: nn.Module | None, blocks: Sequence[str]) -> None:
-    check_division(config)
-    for name in ("compile", "shard"):
-        if getattr(config, name) and not blocks:
-            raise TrainingError(f"stage 2 is to {name} block by block, but no blocks are named")
-    if not (config.diffusion_weight or config.output_weight):
-        raise TrainingError("stage 2 has no objective: diffusion_weight and output_weight are both 0")
-    if config.output_weight and teacher is None:
-        raise TrainingError("output_weight is positive, but there is no teacher to take outputs from")
-
-
-def _select_parameters(
-    model: nn.Module, trainable: str | tuple[str, ...], new_parameters: frozenset[str]
-) -> None:
-    """Marks what is trained; fixed parameters (such as positions) stay fixed."""
-    candidates = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if trainable == "all":
-        chosen = set(candidates)
-    elif trainable == "new":
-        chosen = set(candidates) & new_parameters
-    else:
-        chosen = {n for n in candidates if any(fnmatch.fnmatch(n, pattern) for pattern in trainable)}
-    if not chosen:
-        raise TrainingError(
-            f"trainable: {trainable!r} selects none of the model's {len(candidates)} parameters, "
-            f"such as {next(iter(candidates), 'none')}"
-        )
-    if half := half_types(candidates[name] for name in chosen):
-        raise TrainingError(
-            f"stage 2: the weights to train are {half}, in which most of an optimizer's steps round "
-            "away: call model.float() first; with precision: bf16 it is computed in bf16 all the same"
-        )
-    for name, parameter in candidates.items():
-        parameter.requires_grad_(name in chosen)

@@ -10,6 +10,10 @@ from statistics import median
 from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..machine.sharding import whole
 
 # figures that a median is first taken of
 _FEWEST = 10
@@ -110,3 +114,18 @@ class Guard:
         history = self._history.get(name, ())
         enough = len(history) >= min(_FEWEST, self.config.window)
         return max(median(history), 1e-12) if enough else math.inf
+
+
+def check_weights(model: nn.Module, stage: str) -> None:
+    """Raise a TrainingError if a model's weights are not finite, which no learning rate would mend; names the first."""
+    for name, tensor in model.state_dict().items():
+        values = whole(tensor.detach())
+        if type(values) is not Tensor or values.is_meta or not values.is_floating_point():
+            continue  # quantised or offloaded
+        finite = (values.float() if values.itemsize == 1 else values).isfinite()
+        if not finite.all():
+            row = int((~finite).nonzero()[0, 0]) if finite.ndim else 0
+            raise TrainingError(
+                f"{stage}: the model's own weights are not finite: {name}, row {row} ({int((~finite).sum())} of "
+                f"{finite.numel()} values); load a sound checkpoint"
+            )

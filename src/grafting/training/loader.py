@@ -110,5 +110,21 @@ class Loader:
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         indices = batch_indices(self._count, self._batch_size, step, self._seed)[self._share]
-        x, labels = self._data.batch(indices if self._items is None else self._items[indices])
+        x, labels = read_items(self._data, indices if self._items is None else self._items[indices])
         return (x.pin_memory(), labels.pin_memory()) if self._pin else (x, labels)
+
+
+def read_items(data: TrainingData, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """These items, and their labels.
+
+    Raises:
+        DataError: one holds values that are not finite, with which nothing can be fitted.
+    """
+    x, labels = data.batch(indices)
+    bad = (~x.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(
+            f"item {int(indices[bad[0]])} of the training data ({type(data).__name__}, {len(data)} items) holds values that "
+            "are not finite: mend it, or leave it out"
+        )
+    return x, labels

@@ -11,25 +11,22 @@ from typing import Any
 
 import yaml
 
-from ..machine.files import write_bytes
-from ..words import FIGURES
+from ..words import FIGURES, fenced, in_markdown, markdown_table
 
 CARD_NAME = "README.md"
 
 
-def write_card(
+def card_of(
     folder: Path, config: Mapping[str, Any], *, metrics: Sequence[Mapping[str, Any]] = (), recipe: str = ""
-) -> Path:
-    """Write the card of a folder whose config this is; returns it. `metrics` and `recipe` are for a folder without its own."""
+) -> str:
+    """The card of a folder whose config this is, as Markdown. `metrics` and `recipe` are for a folder without its own."""
     own_metrics, own_recipe = _text(folder / "metrics.json"), _text(folder / "recipe.yaml")
-    card = model_card(
+    return model_card(
         config,
         name=folder.parent.name if folder.name == "model" else folder.name,
         metrics=json.loads(own_metrics) if own_metrics else metrics,
         recipe=own_recipe or recipe,
     )
-    write_bytes(folder / CARD_NAME, card.encode())
-    return folder / CARD_NAME
 
 
 def model_card(
@@ -46,13 +43,13 @@ def model_card(
     grafting = config["grafting"]
     sections = [
         _header(grafting),
-        f"# {name}\n\nA `{config['_class_name']}`: a pretrained diffusion transformer, edited "
+        f"# {in_markdown(name)}\n\nA `{in_markdown(config['_class_name'])}`: a pretrained diffusion transformer, edited "
         "with [grafting](https://arxiv.org/abs/2506.05340).",
         f"## Plan\n\n{_plan(grafting)}",
         f"## Base\n\n{_base(grafting)}",
         f"## Load\n\n{_usage(grafting)}",
         f"## Figures\n\n{_metrics(metrics)}" if metrics else "",
-        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```" if recipe else "",
+        f"## Recipe\n\n{fenced(recipe, 'yaml')}" if recipe else "",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -88,7 +85,7 @@ def _plan(grafting: Mapping[str, Any]) -> str:
                 ", ".join(f"{k}: {_written(v)}" for k, v in settings.items() if v is not None),
             ]
         )
-    return _table(["edit", "role", "blocks, from 0", "operator", "settings"], rows)
+    return markdown_table(["edit", "role", "blocks, from 0", "operator", "settings"], rows)
 
 
 def _base(grafting: Mapping[str, Any]) -> str:
@@ -99,11 +96,16 @@ def _base(grafting: Mapping[str, Any]) -> str:
     licence = (
         f"licence of its weights: {base['licence']}" if base["licence"] else "its licence is not recorded"
     )
-    return ", ".join(filter(None, [*facts, licence])) + "."
+    return in_markdown(", ".join(filter(None, [*facts, licence]))) + "."
 
 
 def _usage(grafting: Mapping[str, Any]) -> str:
     code = '```python\nimport grafting\n\nmodel = grafting.load("this folder, or owner/name on the Hub")\n```'
+    if "adapter_sha256" in grafting:
+        code += (
+            "\n\nA low-rank adapter (LoRA) lies beside the weights, in peft's format; `grafting.load` adds it to them. "
+            "`PeftModel.from_pretrained` takes it too, on a model without it."
+        )
     if "delta" in grafting:
         return f"{code}\n\nThis is a delta: its base is loaded too, and checked. `grafting merge` makes it whole."
     return (
@@ -114,12 +116,12 @@ def _usage(grafting: Mapping[str, Any]) -> str:
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     figures = [f for f in FIGURES.values() if f.judges and any(row.get(f.key) is not None for row in rows)]
     cells = [[str(row["name"]), *(_number(row.get(figure.key)) for figure in figures)] for row in rows]
-    parts = [_table(["model", *(figure.name(rows) for figure in figures)], cells)]
+    parts = [markdown_table(["model", *(figure.name(rows) for figure in figures)], cells)]
     protocols = {json.dumps(_protocol(row), sort_keys=True): _protocol(row) for row in rows}
     for protocol in protocols.values():
         measured = ", ".join(str(row["name"]) for row in rows if _protocol(row) == protocol)
         facts = [[key, _written(value)] for key, value in protocol.items()]
-        parts.append(f"Measured so ({measured}):\n\n{_table(['protocol', ''], facts)}")
+        parts.append(f"Measured so ({in_markdown(measured)}):\n\n{markdown_table(['protocol', ''], facts)}")
     return "\n\n".join(parts)
 
 
@@ -133,8 +135,3 @@ def _number(value: Any) -> str:
 
 def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed
-from ..machine.files import write_json
+from ..machine.files import atomic_files, write_json
 from ..models.dit import DiT, sincos_2d
-from .locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from .locate import CONFIG_NAME
 from .portable import settings_of
-from .tensors import load_strictly, read_pickle, read_weights
+from .tensors import load_strictly, read_weights
 
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
 
@@ -65,8 +65,6 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     exported = to_diffusers(model)
-    exported.save_pretrained(folder)
-    path = folder / CONFIG_NAME
     note = {
         "converted_from": "the native DiT of grafting, whose outputs are those of facebookresearch/DiT",
         "norm_eps": "1e-6, as in the original; this config sets it",
@@ -76,7 +74,10 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
             "every block (grafting.original_embeddings)"
         ),
     }
-    write_json(path, json.loads(path.read_text()) | {"_grafting": note})
+    with atomic_files(folder, last=CONFIG_NAME) as made:
+        exported.save_pretrained(made)
+        path = made / CONFIG_NAME
+        write_json(path, json.loads(path.read_text()) | {"_grafting": note})
     return folder
 
 
@@ -143,9 +144,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dic
     ]
     if faults:
         raise CheckpointError(listed(f"{folder} is not the DiT that was published:", faults))
-    pickled = folder / "diffusion_pytorch_model.bin"
-    whole = any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
-    tensors = read_pickle(pickled) if pickled.is_file() and not whole else read_weights(folder)
+    tensors = read_weights(folder)
     channels, patch = settings.get("in_channels", 4), settings.get("patch_size", 2)
     config = {
         "input_size": settings.get("sample_size", 32),

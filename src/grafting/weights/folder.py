@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..editing.adapters import without_adapters
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import Host, host_of, hosts, unknown_class
-from ..machine.files import hash_json, sha256_of, write_json
-from .card import write_card
+from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
+from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
+from .card import CARD_NAME, card_of
 from .delta import borrow, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model
+from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-from .tensors import load_strictly, load_tensors, read_weights, save_tensors
+from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
+
+# what a folder may hold of one model and not of the next
+_WEIGHTS = (WEIGHTS_NAME, GRAFTED_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
 
 
 def load(
@@ -69,7 +74,8 @@ def save_model(
 ) -> list[Path]:
     """Write a model, whole, and the plan that it was grafted with (an empty plan for none); returns the files.
 
-    The config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
+    Adapters that stand in it are written beside it, for `load` to add. A new folder is whole or absent; in one that is there
+    the config is written last: a folder with a config is complete. A grafted model gets a card, `README.md`.
 
     Args:
         base: the pretrained model that it was made from, for the record.
@@ -78,14 +84,17 @@ def save_model(
 
     Raises:
         CheckpointError: the model could not be loaded again: its host is not known, or its graft is not in the plan.
-        RunError: the folder cannot be written; a half-written folder has no config.
+        RunError: the folder cannot be written; what was there is unchanged.
     """
     folder = Path(folder)
-    weights = folder / (GRAFTED_NAME if plan.edits else WEIGHTS_NAME)
     record = _record(model, plan, base)
-    _clear(folder)
-    save_tensors(weights, model.state_dict(), metadata={"format": "pt", **(metadata or {})})
-    return [_write_config(folder, model, record, weights=weights, origin=origin), weights]
+    adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
+        weights = made / (GRAFTED_NAME if plan.edits else WEIGHTS_NAME)
+        save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
+        files = [weights, *adapter.write(made)]
+        _write_config(made, folder, model, record, weights=weights, origin=origin)
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def save_delta(
@@ -98,20 +107,22 @@ def save_delta(
 
     Raises:
         CheckpointError: the base cannot be loaded, or is in this folder; or as `save_model`.
-        RunError: the folder cannot be written; a half-written folder has no config.
+        RunError: the folder cannot be written; what was there is unchanged.
     """
     folder = Path(folder)
     dtype = next(model.parameters()).dtype
     found = base if source is None else Base(id=str(source))
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
-    record = _record(model, plan, base)
-    own, borrowed = less_base(model.state_dict(), _base_tensors(found, dtype=dtype, host=record.described))
-    weights = folder / DELTA_NAME
-    _clear(folder)
-    save_tensors(weights, own, metadata={"format": "pt"})
+    record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
+    own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype, host=record.described))
     delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
-    return [_write_config(folder, model, record, weights=weights, delta=delta), weights]
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
+        weights = made / DELTA_NAME
+        save_tensors(weights, own, metadata={"format": "pt"})
+        files = [weights, *adapter.write(made)]
+        _write_config(made, folder, model, record, weights=weights, delta=delta)
+    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -145,12 +156,12 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    folder = Path(folder)
+    folder = model_in(Path(folder))
     config = _read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
         model = _build(folder, _model_class(folder, config, host), config)
-        load_strictly(model, read_weights(folder), source=str(folder))
+        load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
     model_class = grafted_class(_grafted_model_class(folder, config, record))
@@ -162,7 +173,7 @@ def load_model(
     if "delta" in grafting:
         tensors |= _borrowed(folder, record, grafting["delta"], base=base)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
-    load_strictly(model, tensors, source=str(weights))
+    load_strictly(model, with_adapter(folder, tensors), source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
@@ -232,16 +243,17 @@ def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
         raise CheckpointError(
             "the model is grafted, and the plan to save with it is empty: it could not be loaded"
         )
+    check_can_be_saved(model)
     return Record.of(model, plan, base=base)
 
 
-def _clear(folder: Path) -> None:
-    """Make a folder half-written, whatever it held: no config, and neither kind of weights."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME, GRAFTED_NAME, DELTA_NAME):
-        (folder / name).unlink(missing_ok=True)
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors, without its adapters."""
+    return without_adapters(model.state_dict())
 
 
 def _write_config(
+    made: Path,
     folder: Path,
     model: nn.Module,
     record: Record,
@@ -249,8 +261,8 @@ def _write_config(
     weights: Path,
     delta: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the card, and last the config, whose hashes cover the weights and the config itself."""
+) -> None:
+    """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
     name, settings = host_of(model).class_name, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
@@ -264,12 +276,17 @@ def _write_config(
                 **record.model_dump(mode="json"),
                 **({} if delta is None else {"delta": delta}),
                 "weights_sha256": sha256_of(weights),
+                **_adapter_hash(made),
             },
         }
         described["grafting"]["config_sha256"] = hash_json(described)
-        write_card(folder, described)
-    write_json(folder / CONFIG_NAME, described)
-    return folder / CONFIG_NAME
+        write_bytes(made / CARD_NAME, card_of(folder, described).encode())
+    write_json(made / CONFIG_NAME, described)
+
+
+def _adapter_hash(folder: Path) -> dict[str, str]:
+    path = folder / ADAPTER_NAME
+    return {"adapter_sha256": sha256_of(path)} if path.is_file() else {}
 
 
 def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
@@ -287,6 +304,11 @@ def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any]
         raise CheckpointError(
             f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
             f"recorded is {recorded}"
+        )
+    recorded = grafting.get("adapter_sha256")
+    if recorded != _adapter_hash(folder).get("adapter_sha256"):
+        raise CheckpointError(
+            f"{folder / ADAPTER_NAME} is missing, or not the adapter that {CONFIG_NAME} describes"
         )
 
 

@@ -19,15 +19,34 @@ GRAFTED_NAME = "model.safetensors"
 GRAFTED_INDEX_NAME = "model.safetensors.index.json"
 DELTA_NAME = "delta.safetensors"
 
-MODEL_FILES = ("*.json", "*.safetensors", "README.md")
+PIPELINE_NAME = "model_index.json"
+
+# of a pipeline on the Hub the transformer alone
+MODEL_FILES = ("*.json", "diffusion_pytorch_model*", GRAFTED_NAME, "transformer/*", DELTA_NAME, "README.md")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find_model(
-    source: str | Path, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES
-) -> Path:
-    """The folder of the model that a name stands for, downloaded if it is on the Hub. Raises as `load`.
+def find_model(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of the model that a name stands for; a pipeline's is its transformer. Raises as `load`."""
+    return model_in(find_folder(source, revision=revision, patterns=MODEL_FILES))
+
+
+def model_in(folder: Path) -> Path:
+    """The folder of the transformer of a pipeline; of anything else the folder itself."""
+    if not (folder / PIPELINE_NAME).is_file():
+        return folder
+    found = folder / "transformer"
+    if not (found / CONFIG_NAME).is_file():
+        parts = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))) or "none"
+        raise CheckpointError(
+            f"{folder} is a pipeline without `transformer/{CONFIG_NAME}`; its models are {parts}: name one of these folders"
+        )
+    return found
+
+
+def find_folder(source: str | Path, *, revision: str | None = None, patterns: Sequence[str]) -> Path:
+    """The folder that a name stands for, downloaded if it is on the Hub. Raises as `load`.
 
     Args:
         patterns: the files that are downloaded.

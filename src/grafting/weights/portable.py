@@ -27,10 +27,11 @@ from torch import nn
 
 from ..contract import OperatorConfig
 from ..editing.plan import Plan, Replace
-from ..editing.surgery import build_operators, edits_of, place
+from ..editing.surgery import edits_of, graft
 from ..errors import CheckpointError
 from ..hosts import Host, SdpaHost, SdpaSpec, config_of, host_of, hosts
 from ..operators import operator_configs
+from .adapter import holds_adapter, with_adapter
 from .locate import (
     CONFIG_NAME,
     DELTA_NAME,
@@ -39,7 +40,7 @@ from .locate import (
     INDEX_NAME,
     MODEL_FILES,
     WEIGHTS_NAME,
-    find_model,
+    find_folder,
 )
 
 PREFIX = "Grafted"
@@ -160,7 +161,7 @@ def _folder_of(path: str | PathLike, options: dict[str, Any]) -> Path:
     """The folder that arguments of `from_pretrained` name; downloaded where it is on the Hub."""
     subfolder = options.get("subfolder") or ""
     patterns = (f"{subfolder}/*",) if subfolder else MODEL_FILES
-    return Path(find_model(Path(path), revision=options.get("revision"), patterns=patterns)) / subfolder
+    return Path(find_folder(Path(path), revision=options.get("revision"), patterns=patterns)) / subfolder
 
 
 @cache
@@ -171,7 +172,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         base.__init__(self, *args, **settings)
         record = Record.read(grafting, source=f"the config of this {type(self).__name__}")
         self.register_to_config(grafting=record.model_dump(mode="json"))
-        place(self, build_operators(self, record.plan, host=record.described, inherit=False))
+        graft(self, record.plan, host=record.described, inherit=False)
 
     # diffusers reads the settings' names from here
     signature = inspect.signature(base.__init__)
@@ -190,6 +191,8 @@ def grafted_class(base: type[Any]) -> type[Any]:
         if faults:
             raise CheckpointError("\n  ".join([f"{path} does not fit {cls.__name__}", *faults]))
         model.register_to_config(_name_or_path=str(path))
+        if "adapter_sha256" in model.config.get("grafting", {}):
+            _add_adapter(model, folder)
         return (model, found) if options.get("output_loading_info") else model
 
     def save_pretrained(self: Any, folder: str | PathLike, *args: Any, **options: Any) -> None:
@@ -209,6 +212,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
         "__module__": _HOME,
         "__doc__": f"`{base.__name__}` with operators of a plan in place.",
         "from_pretrained": classmethod(from_pretrained),
+        "ungrafted": base,
     }
     return type(f"{PREFIX}{base.__name__}", (base,), members)
 
@@ -219,6 +223,14 @@ def _load_delta(folder: Path, options: Mapping[str, Any]) -> Any:
     dtype = options.get("torch_dtype") or options.get("dtype") or torch.float32
     model, _ = load_model(folder, dtype=dtype)
     return (model, {}) if options.get("output_loading_info") else model
+
+
+def _add_adapter(model: nn.Module, folder: Path) -> None:
+    if not holds_adapter(folder):
+        raise CheckpointError(
+            f"{folder} is not on this machine, and its adapter is needed: use grafting.load"
+        )
+    model.load_state_dict(with_adapter(folder, model.state_dict()))
 
 
 def with_plan(model: nn.Module, plan: Plan, *, base: Base | None = None) -> nn.Module:

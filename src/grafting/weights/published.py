@@ -1,7 +1,7 @@
 """Published DiT weights, recognised by what they hold: which tensors each block has, and their shapes, never by a file's name.
 
 Read are facebookresearch/DiT files, the grafted models of arXiv:2506.05340 (the same layout, with operators in some
-blocks) and diffusers folders of `DiTTransformer2DModel` (`diffusersfolder.py`); written are folders that `load` opens.
+blocks), diffusers folders of `DiTTransformer2DModel` (`diffusers.py`) and pipelines; written are folders that `load` opens.
 """
 
 import json
@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
-from ..editing.surgery import build_operators, place
+from ..editing.surgery import graft
 from ..errors import CheckpointError, PlanError, listed
 from ..machine.files import sha256_of
 from ..models.dit import DIT_PRESETS, DiT
+from .checkpoints import state_dict_of
 from .diffusers import diffusers_folder, read_diffusers
-from .folder import save_model
-from .locate import CONFIG_NAME, find_model
+from .folder import load_model, save_model
+from .locate import CONFIG_NAME, find_folder, model_in
 from .portable import Base
 from .tensors import load_strictly, load_tensors, read_pickle
 
@@ -35,11 +36,11 @@ PUBLISHED_WINDOW = 4
 PUBLISHED_NUM_CLASSES = 1000
 
 # what is downloaded of a repository: a torch file, or diffusers' transformer alone
-PUBLISHED_FILES = ("*.pt", "config.json", "diffusion_pytorch_model*", "transformer/*")
+PUBLISHED_FILES = ("*.pt", "config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*")
 
 _PUBLISHED_HEADS = {preset["hidden_size"]: preset["num_heads"] for preset in DIT_PRESETS.values()}
 _MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": "mlp"}
-_PLACE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(.+)")
+_PLACE = re.compile(r"blocks\.([0-9]{1,12})\.(attn|mlp)\.(.+)")
 
 
 class PublishedFacts(BaseModel):
@@ -101,7 +102,7 @@ def convert_weights(
     """
     folder = Path(folder)
     facts = facts or PublishedFacts()
-    found = find_model(source, revision=revision, patterns=PUBLISHED_FILES)
+    found = find_folder(source, revision=revision, patterns=PUBLISHED_FILES)
     model, plan, origin = read_published(found, facts)
     if not Path(source).exists():
         origin |= {"hub": str(source), "revision": found.name}
@@ -115,6 +116,9 @@ def read_published(source: Path, facts: PublishedFacts) -> Published:
     if folder is not None:
         tensors, config, origin = read_diffusers(folder)
         plan, renamed = Plan(), tensors
+    elif (component := model_in(source)) != source:
+        model, plan = load_model(component)
+        return Published(model, plan, {"format": f"diffusers {type(model).__name__}"})
     else:
         path = _weights_file(source)
         tensors, key = read_file(path)
@@ -122,7 +126,7 @@ def read_published(source: Path, facts: PublishedFacts) -> Published:
         origin = {"format": "facebookresearch/DiT", "file": path.name, "key": key, "sha256": sha256_of(path)}
     try:
         model = DiT(**config)
-        place(model, build_operators(model, plan))
+        graft(model, plan, inherit=False)
     except (PlanError, ValueError) as error:
         raise CheckpointError(f"{source} was recognised as DiT {config}, which cannot be: {error}") from error
     load_strictly(model, renamed, source=str(source))
@@ -130,17 +134,13 @@ def read_published(source: Path, facts: PublishedFacts) -> Published:
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a torch or safetensors file, and the key that they were under: `ema` before `model`, or none.
+    """The tensors of a torch or safetensors file without a common prefix, and the key that they were under: `ema` first, or none.
 
     Raises:
         CheckpointError: there is no such file, it holds other objects than tensors, or no state dict.
     """
     content = load_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    key = next((key for key in ("ema", "model") if isinstance(content.get(key), dict)), None)
-    tensors = content if key is None else content[key]
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds no state dict, at the top level or under `ema` or `model`")
-    return dict(tensors), key
+    return state_dict_of(content, source=path)
 
 
 def recognise(
@@ -209,6 +209,10 @@ def _sizes(
     }
     shapes = {name: tuple(tensors[name].shape) for name in ranks if name in tensors}
     blocks = {int(match[1]) for match in map(_PLACE.fullmatch, tensors) if match}
+    if blocks and max(blocks) >= len(blocks):
+        raise CheckpointError(
+            f"{source} is not a DiT: it has block {max(blocks)}, and tensors of {len(blocks)} blocks alone"
+        )
     if {name: len(shape) for name, shape in shapes.items()} != ranks or not blocks:
         raise CheckpointError(
             f"{source} is not a DiT: expected {', '.join(ranks)} and blocks.0.attn..., "

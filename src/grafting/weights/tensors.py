@@ -1,6 +1,5 @@
 """Tensors in files: safetensors, written atomically and loaded strictly, and torch files from which no code is run."""
 
-import argparse
 import hashlib
 import json
 import pickle
@@ -14,8 +13,11 @@ from torch import Tensor, nn
 
 from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
-from ..machine.files import atomic_path, pickle_fault
-from .locate import CONFIG_NAME, GRAFTED_INDEX_NAME, GRAFTED_NAME, INDEX_NAME, WEIGHTS_NAME
+from ..machine.files import atomic_path, hash_json, pickle_fault, sha256_of
+from .checkpoints import check_is_weights, harmless_globals, weight_file
+from .locate import CONFIG_NAME, WEIGHTS_NAME
+
+_QUANTISED = frozenset({torch.int8, torch.uint8})
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -24,14 +26,47 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none, or a file is missing or truncated.
     """
-    whole = next((folder / n for n in (GRAFTED_NAME, WEIGHTS_NAME) if (folder / n).is_file()), None)
-    if whole is not None:
-        return load_tensors(whole)
-    index = next((folder / n for n in (GRAFTED_INDEX_NAME, INDEX_NAME) if (folder / n).is_file()), None)
-    if index is None:
+    return {name: t for path in weight_files(folder) for name, t in _read(path).items()}
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of a folder's weights, or of those of its files where there are several."""
+    digests = [sha256_of(path) for path in weight_files(folder)]
+    return digests[0] if len(digests) == 1 else hash_json(digests)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, of whatever variant. Raises as `read_weights`."""
+    found = weight_file(folder)
+    if found is None:
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
-    shards = set(json.loads(index.read_text())["weight_map"].values())
-    return {name: t for shard in sorted(shards) for name, t in load_tensors(folder / shard).items()}
+    if found.suffix != ".json":
+        return [found]
+    return [folder / shard for shard in sorted(set(json.loads(found.read_text())["weight_map"].values()))]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return load_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raise a CheckpointError unless a model's weights are its class's own: no adapters', none that are quantised or elsewhere."""
+    adapted = sorted(name for name, part in model.named_modules() if hasattr(part, "base_layer"))
+    if adapted:
+        raise CheckpointError(
+            f"{len(adapted)} layers have adapters (LoRA), such as {adapted[0]}, and a model saved with them could not be loaded: "
+            "merge them into the weights or unload them first"
+        )
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise CheckpointError(
+                f"{name} has no values here, as its layer is offloaded: bring the model back first"
+            )
+        if type(tensor).__module__.partition(".")[0] != "torch" or tensor.dtype in _QUANTISED:
+            raise CheckpointError(
+                f"{name} is quantised ({type(tensor).__name__} of {tensor.dtype}), and a model saved with it could not be "
+                "loaded: save it before it is quantised"
+            )
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
@@ -49,28 +84,30 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
+    check_is_weights(path)
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[Any, Any]:
     """Load a torch file of tensors and plain values; no code in it is run.
 
     Raises:
         CheckpointError: no such file, it is truncated, or it holds other objects.
     """
+    if path.is_file():
+        check_is_weights(path)
     try:
-        # DiT's training script keeps its arguments beside the weights, as a plain bag of settings
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(harmless_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no file {path}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = pickle_fault(error)
         raise CheckpointError(
-            f"{path} is truncated, or not a torch file of plain tensors: {reason}"
+            f"{path} is truncated, or not a torch file of plain tensors: {reason}; of a pickled model save the state dict alone"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")

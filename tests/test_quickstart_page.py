@@ -1,4 +1,4 @@
-"""README's example in Python runs as it is written, but for the number of steps, and is as short as it is said to be."""
+"""The example in Python of docs/quickstart.md runs as it is written, but for the number of steps, and is as short as it is said to be."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 import grafting
 from grafting.hosts import hosts
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLE = re.search(r"## In Python\n\n```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+PAGE = (Path(__file__).parents[1] / "docs" / "quickstart.md").read_text()
+EXAMPLE = re.search(r"## In Python\n\n```python\n(.*?)```", PAGE, flags=re.DOTALL).group(1)
 
 
 def test_it_is_at_most_eight_lines_of_calls():

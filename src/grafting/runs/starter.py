@@ -1,0 +1,172 @@
+"""A first recipe for a model at hand, and a short one that shows in a minute that everything fits together.
+
+Lengths and rates are those of the quickstart for the bundled testbed, and the published ones of arXiv:2506.05340 for any other model.
+Written as text, because a person goes on from here: each choice has its reason beside it.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from ..data.bundled import bundled_model_folder
+from ..diffusion import Diffusion
+from ..errors import CheckpointError, HostError, RecipeError
+from ..hosts import Host, hosts
+from ..latents.decoding import makes_pixels
+from ..machine.files import write_bytes
+from ..operators import parse_operator
+from ..weights.locate import CONFIG_NAME, find_model
+from .file import load_recipe, parse_recipe
+from .job import skeleton
+from .recipe import FreshModel
+
+_TESTBED = """\
+data: {name: testbed-subset}
+distill: {steps: 200, batch_size: 64, lr: 2.0e-3, cooldown_steps: 100, holdout_every: 50}
+finetune: {steps: 500, batch_size: 64, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 250, ema_decay: 0.99, clip_norm: 1.0}
+sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 2000, batch_size: 250}
+"""
+_SMOKE = """\
+# A minute: two steps of each stage, few images. Its figures mean nothing.
+#     grafting run {smoke}
+base: {base}
+name: {name}-smoke
+distill: {{steps: 2, batch_size: 4, holdout: 4{cooldown}}}
+finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}}}
+"""
+_SMOKE_SAMPLES = """\
+sample: {num_images: 12, batch_size: 4, steps: 2}
+rows: [pretrained, finetuned]
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a first recipe is made from."""
+
+    source: str = "testbed"
+    """`testbed`, or the folder of a model, a run or a pipeline."""
+    operator: str | None = None
+    """By default Hyena-X where the host takes mixers, else a window over rows and columns."""
+    blocks: str = "odd"
+    data: Path = Path("latents")
+    """Folder of latents, or of images for a model of pixels."""
+    prompts: Path = Path("prompts")
+    """Folder of encoded prompts, for a model that is asked by them."""
+
+
+def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
+    """Write a recipe, and a short one beside it, which are valid; returns both files. Neither may exist.
+
+    Raises:
+        RecipeError: a file is there already, its name does not end in .yaml, or there is no such operator or block.
+        CheckpointError, HostError: there is no model, or it is of no known host.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"a recipe's file ends in .yaml, found {path}")
+    smoke = path.with_name(f"{path.stem}-smoke{path.suffix}")
+    if there := [str(file) for file in (path, smoke) if file.exists()]:
+        raise RecipeError(f"{' and '.join(there)}: there already; name another file, or remove it")
+    folder, host, model = _open(start.source)
+    text = _recipe(path, start, folder, host, model)
+    cooldown = ", cooldown_steps: 0" if start.source == "testbed" else ""
+    short = _SMOKE.format(smoke=smoke.name, base=path.name, name=path.stem, cooldown=cooldown)
+    short += _SMOKE_SAMPLES if "\nsample:" in text else ""
+    parse_recipe(yaml.safe_load(text), source=f"the recipe for {path}")
+    for file, content in ((path, text), (smoke, short)):
+        write_bytes(file, content.encode())
+    return path, smoke
+
+
+def missing_parts(path: Path) -> list[str]:
+    """Folders that a first recipe names and that have to be made, each with what makes it."""
+    recipe = load_recipe(path)
+    ways = {
+        "data": "`grafting data latents` encodes images",
+        "conditions": "`grafting.write_prompts` fills it, see docs/text-to-image.md",
+    }
+    folders = {key: getattr(getattr(recipe, key), "folder", None) for key in ways}
+    return [
+        f"{folder}: {ways[key]}" for key, folder in folders.items() if folder and not Path(folder).exists()
+    ]
+
+
+def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
+    """The folder of a model (None of a bundled one), its host, and the model without values."""
+    bundled = bundled_model_folder(source)
+    folder = bundled or find_model(Path(source))
+    if (folder / "transformer" / CONFIG_NAME).is_file():
+        folder = folder / "transformer"
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"no model in {source}: give testbed, or the folder of a model, of a run, or of a pipeline with `transformer`"
+        )
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    name = str(config.get("_class_name")).removeprefix("Grafted")
+    host = next((host for host in hosts().values() if host.class_name == name), None)
+    if host is None:
+        known = ", ".join(host.class_name for host in hosts().values())
+        raise HostError(f"{folder} holds a {name}, and a recipe needs a known host: {known}")
+    settings = {key: value for key, value in config.items() if key[0] != "_" and key != "grafting"}
+    return (None if bundled else folder), host, skeleton(FreshModel(host=host.name, config=settings))
+
+
+def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], model: nn.Module) -> str:
+    def near(target: Path) -> str:
+        """A path as the recipe's file says it."""
+        relative = os.path.relpath(target, path.parent)
+        return relative if relative.startswith("../") else f"./{relative}"
+
+    operator = _operator(start.operator, host, model)
+    lines = [
+        f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
+        f"name: {path.stem}",
+        f"source: {start.source if folder is None else near(folder)}",
+        f"plan:\n  - {{role: {operator[0]}, blocks: {start.blocks!r}, operator: {operator[1]}}}",
+    ]
+    if start.source == "testbed":
+        return "\n".join([*lines, _TESTBED])
+    kind = "image-folder" if makes_pixels(host.shape(model)) else "latents"
+    size = (
+        f", size: {host.shape(model)[-1]}, channels: {host.shape(model)[0]}" if kind == "image-folder" else ""
+    )
+    lines.append(f"data: {{name: {kind}, folder: {near(start.data)}{size}}}")
+    if host.conditions(model) is None:
+        lines.append(f"conditions: {{name: prompts, folder: {near(start.prompts)}}}")
+    vae = folder.parent / "vae" if folder is not None else None
+    lines += _stages(host, model, vae=near(vae) if vae and vae.is_dir() else None, kind=kind)
+    return "\n".join(lines) + "\n"
+
+
+def _operator(name: str | None, host: Host[Any], model: nn.Module) -> tuple[str, str]:
+    """Role and name of an operator: as asked, else one that the host takes."""
+    takes_mixers = any(site.module for site in host.sites(model) if site.role == "attention")
+    chosen = name or ("hyena-x" if takes_mixers else "window-2d")
+    try:
+        return sorted(parse_operator(chosen).roles)[0], chosen
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _stages(host: Host[Any], model: nn.Module, *, vae: str | None, kind: str) -> Iterator[str]:
+    yield "# as published for DiT-XL/2 (arXiv:2506.05340, section 5); other models may want other rates"
+    yield "distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}"
+    # a distilled model's own loss would break it
+    follow = ", diffusion_weight: 0, output_weight: 1" if host.distilled else ""
+    yield f"finetune: {{steps: 50000, batch_size: 256, lr: 1.0e-4, warmup_steps: 1000, ema_decay: 0.9999{follow}}}"
+    yield "save_every: 1000"
+    is_video = len(host.shape(model)) == 4
+    if kind == "latents" and (vae is None or is_video):
+        yield "# to draw images, name an autoencoder: `vae: {source: ...}`, and `sample: {steps: 20, num_images: 1000}`"
+        return
+    if kind == "latents":
+        yield f"vae: {{source: {vae}}}"
+    sampler = "dpm-solver++" if isinstance(host.process(model), Diffusion) else "euler"
+    guidance = 1.0 if host.distilled else 4.5 if host.conditions(model) is None else 1.5
+    yield f"sample: {{sampler: {sampler}, steps: 20, cfg_scale: {guidance}, num_images: 1000}}"

@@ -1,0 +1,78 @@
+"""The table of a sweep in files: JSON, which is read again, and CSV, Markdown and a picture, which are shown.
+
+Several processes may add to one table. What is shown may be opened by a spreadsheet or a browser: a cell is text and
+nothing else.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+from ..machine.files import disk_errors, write_bytes, write_json
+from ..machine.locks import Lock
+from ..report import write_sweep_picture
+from ..words import markdown_table
+
+_NOT_SHOWN = frozenset({"fingerprint", "protocol", "notes"})
+
+# how spreadsheets know a formula; a number may begin so too
+_FORMULA, _NUMBER = re.compile(r"[=+\-@\t\r]"), re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@contextmanager
+def table_locked(table: Path) -> Iterator[None]:
+    """Inside, no other process reads the table to add to it."""
+    with disk_errors(table):
+        table.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(table.with_name(f".{table.name}.lock"), wait=True)
+    with lock:
+        yield
+
+
+def read_table(table: Path) -> list[dict[str, Any]]:
+    """The lines measured so far.
+
+    Raises:
+        RunError: the file is something else.
+    """
+    path = table.with_suffix(".json")
+    if not path.is_file():
+        return []
+    try:
+        lines = json.loads(path.read_text())
+    except ValueError:
+        lines = None
+    if not (isinstance(lines, list) and all("fingerprint" in line for line in lines)):
+        raise RunError(f"{path} is not the table of a sweep: name another with --table")
+    return lines
+
+
+def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The lines as JSON, without their protocols as CSV and Markdown, and as a picture."""
+    write_json(table.with_suffix(".json"), lines)
+    columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
+    cells = [[_cell(line.get(column)) for column in columns] for line in lines]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [[_plain(cell) for cell in row] for row in [columns, *cells]]
+    )
+    write_bytes(table.with_suffix(".csv"), text.getvalue().encode())
+    write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n".encode())
+    write_sweep_picture(table.with_suffix(".svg"), lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(cell: str) -> str:
+    """A cell that a spreadsheet takes for text, where it is one."""
+    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell

@@ -1,0 +1,81 @@
+"""`grafting init`: recipes for a model at hand are valid, and say what they need."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import tinypipeline
+from grafting.cli import app
+from grafting.hosts import hosts
+from grafting.runs.file import load_recipe
+
+
+def init(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["init", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_for_the_testbed_it_is_the_quickstart_and_a_short_one():
+    result = init("mine.yaml")
+    assert result.exit_code == 0, result.output
+    assert "Next: grafting check mine.yaml, grafting run mine-smoke.yaml" in result.stdout
+    quickstart = load_recipe(Path(__file__).parents[2] / "recipes/testbed/quickstart.yaml")
+    mine, smoke = load_recipe("mine.yaml"), load_recipe("mine-smoke.yaml")
+    assert (mine.plan, mine.distill, mine.finetune) == (
+        quickstart.plan,
+        quickstart.distill,
+        quickstart.finetune,
+    )
+    assert mine.sample == quickstart.sample
+    assert smoke.name == "mine-smoke"
+    assert smoke.plan == mine.plan
+    assert smoke.distill.steps == smoke.finetune.steps == 2
+
+
+def test_for_a_pipeline_it_takes_the_transformer_the_autoencoder_and_prompts():
+    tinypipeline.of(hosts()["pixart"].tiny()).save_pretrained("pipe")
+    result = init("recipes/mine.yaml", "--source", "pipe", "--operator", "swa", "--data", "data/latents")
+    assert result.exit_code == 0, result.output
+    here = Path.cwd()
+    recipe = load_recipe("recipes/mine.yaml")
+    assert recipe.source == str(here / "pipe/transformer")
+    assert recipe.vae.source == str(here / "pipe/vae")
+    assert recipe.data.folder == here / "data/latents"
+    assert recipe.conditions.folder == here / "prompts"
+    assert recipe.plan[0].operator.name == "window-1d"
+    assert recipe.sample.sampler == "dpm-solver++"
+    for folder in ("data/latents", "prompts"):
+        assert f"To be made: {here / folder}" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "pixart", "sd3", "wan"])
+def test_it_is_valid_for_every_host(name: str):
+    hosts()[name].tiny().save_pretrained("model")
+    result = init("mine.yaml", "--source", "model")
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe("mine-smoke.yaml")
+    assert recipe.source == str(Path("model").resolve())
+    assert recipe.finetune.diffusion_weight == (0 if name == "flux" else 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mine.txt",), "a recipe's file ends in .yaml, found mine.txt"),
+        (("there.yaml",), "there.yaml: there already; name another file"),
+        (("mine.yaml", "--source", "nowhere"), "no model in nowhere: give testbed, or the folder"),
+        (("mine.yaml", "--operator", "hyena"), "no operator 'hyena'; did you mean 'hyena-"),
+        (("mine.yaml", "--blocks", "ood"), "'ood' names no blocks"),
+    ],
+)
+def test_it_refuses_and_writes_nothing(arguments: tuple[str, ...], message: str):
+    Path("there.yaml").write_text("name: there\n")
+    result = init(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert [path.name for path in Path.cwd().iterdir()] == ["there.yaml"]

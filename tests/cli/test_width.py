@@ -1,0 +1,32 @@
+"""Nothing that is read first is wrapped at 80 columns: the list of commands, and their examples."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from grafting.cli import app
+
+
+def paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from paths(inner, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(paths(get_command(app))), ids=" ".join)
+def test_help_fits_80_columns(path: tuple[str, ...]):
+    runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    lines = [line.rstrip() for line in runner.invoke(app, [*path, "--help"]).output.splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    for line, following in pairwise(lines):
+        if line.startswith((" $ ", "   --")):
+            is_whole = not following or following.startswith((" $ ", "╭")) or line.endswith("\\")
+            assert is_whole, f"this example is wrapped: {line} / {following}"
+    commands = (
+        lines[lines.index(next(x for x in lines if "─ Commands" in x)) :] if path in ((), ("data",)) else []
+    )
+    assert not [line for line in commands if line.startswith("│      ")]
