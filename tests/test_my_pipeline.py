@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grafting.contract import Grid
 from grafting.hosts import load_spec
 from hosts import pipelines
 
@@ -32,8 +33,8 @@ def test_the_page_names_these_families():
 def test_the_code_of_the_page_runs(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe, call = FAMILIES[family]()
-    draw = {"num_inference_steps": 1, "output_type": "latent"}
-    names = {"pipe": pipe, "call": call, "draw": draw, "torch": torch}
+    draw = {"num_inference_steps": 2, "output_type": "latent"}
+    names = {"pipe": pipe, "call": call, "draw": draw, "torch": torch, "grid": Grid(64, 64)}
     for block in CODE:
         draw["generator"] = torch.Generator().manual_seed(0)
         exec(block, names)

@@ -8,12 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 from torch import Generator, Tensor, nn
+
+from .machine.settings import Settings
+
+Kwargs: TypeAlias = dict[str, Any]
+"""Keyword arguments of a call of a model or its modules, of which each model has its own."""
 
 Role = Literal["attention", "mlp", "block"]
 Honoured = Literal["key mask", "image queries"]
@@ -246,13 +251,11 @@ _CALLS: Mapping[Honoured, str] = {
 }
 
 
-class OperatorConfig(BaseModel, ABC):
+class OperatorConfig(Settings, ABC):
     """An operator as data: its name and settings, no facts of a host; it builds itself for a site.
 
     Subclass `KernelConfig` or `MixerConfig` in a file of `operators/`, with `name: Literal["my-operator"]`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     roles: ClassVar[frozenset[Role]]
     honours: ClassVar[frozenset[Honoured]] = frozenset()
@@ -475,6 +478,10 @@ class TrainingData(Protocol):
         ...
 
 
+State: TypeAlias = dict[str, Any]
+"""What a stage saves to resume from: tensors, numbers and the states of its parts, by name."""
+
+
 @runtime_checkable
 class FolderState(Protocol):
     """A state that writes itself into a folder, such as one whose tensors lie on several processes."""
@@ -489,5 +496,5 @@ class Step:
     done: int
     total: int
     values: dict[str, float] = field(default_factory=dict)
-    state: Callable[[], dict[str, Any] | FolderState] = dict
+    state: Callable[[], State | FolderState] = dict
     seconds_waited: float | None = None  # for data; None where the stage does not count it

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat
+from pydantic import Field, JsonValue, PositiveFloat
 from torch import Generator, Tensor
 
+from .machine.settings import Settings
 from .samplers import Chain, ddim, ddpm, dpm_solver, dpm_solver_flow, euler, heun
 
 NUM_STEPS = 1000
@@ -201,11 +202,7 @@ class FlowMatching:
         return method(steps=steps, shift=self.shift, scale=self.scale)
 
 
-class _ProcessConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class DiffusionConfig(_ProcessConfig):
+class DiffusionConfig(Settings):
     """Predicted noise over 1,000 steps (DiT, PixArt)."""
 
     name: Literal["diffusion"] = "diffusion"
@@ -214,7 +211,7 @@ class DiffusionConfig(_ProcessConfig):
         return Diffusion()
 
 
-class FlowConfig(_ProcessConfig):
+class FlowConfig(Settings):
     """A predicted velocity along straight paths (SD3, Flux, Wan)."""
 
     name: Literal["flow"] = "flow"

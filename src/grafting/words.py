@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NotRequired, TypeGuard
+
+from typing_extensions import TypedDict
 
 INCEPTION_NAME = "inception-2015-12-05"
 """Network of features whose distances are called FID: TensorFlow's, with the published weights."""
@@ -41,6 +43,18 @@ _ACTIVE = re.compile(r"[\\|]|(?<=\])(?=\()")
 
 ABSENT = "\u2013"
 MINUS, TIMES, THIN_SPACE = "\u2212", "\u00d7", "\u202f"
+
+
+class Row(TypedDict):
+    """A row of metrics.json: its name, and figures of many names."""
+
+    name: str
+    protocol: NotRequired[dict[str, object] | None]
+    paired: NotRequired[dict[str, object] | None]
+
+
+Row.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]  # what pydantic reads
+
 
 Measured = Mapping[str, Any]
 """A row of metrics.json, an evaluation as JSON, or a line of a sweep's table."""

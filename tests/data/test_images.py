@@ -162,7 +162,7 @@ def test_a_broken_image_is_named(tmp_path):
     _write_image_folder(tmp_path)
     whole = (tmp_path / "a" / "1.png").read_bytes()
     (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"cannot read the image .*1\.png"):
+    with pytest.raises(DataError, match=r"1\.png is not a picture"):
         read_image_folder(tmp_path, size=8)
 
 

@@ -122,7 +122,7 @@ def test_a_tar_in_which_tensors_swell_is_refused(tmp_path: Path, monkeypatch: py
             packed.writestr(info.filename, plain.read(info))
     assert len(swollen.getvalue()) < 10_000
     imagefiles.write_tar(tmp_path / "a" / "t.tar", item(0) | {"00000000.latent.pth": swollen.getvalue()})
-    with pytest.raises(DataError, match="latent.pth would take 6.... bytes of memory"):
+    with pytest.raises(DataError, match="latent.pth .*compressed"):
         run(tmp_path / "a", tmp_path / "out")
     imagefiles.write_tar(tmp_path / "b" / "t.tar", item(0) | {"00000000.latent.pth": bytes(10_001)})
     with pytest.raises(DataError, match="t.tar: 00000000.latent.pth has 10001 bytes; no part .* than 10000"):

@@ -106,7 +106,7 @@ def _changed(content: dict, **changes) -> str:
     [
         (lambda c: "{", "is not a subset file"),
         (lambda c: "[1, 2]", "is not a subset file"),
-        (lambda c: json.dumps({"ids": [1]}), "is not a subset file .*'source'"),
+        (lambda c: json.dumps({"ids": [1]}), "is not a subset file .*source: missing"),
         (lambda c: _changed(c, ids=[1, "a"]), "is not a subset file"),
         (lambda c: _changed(c, ids=[9, 1, 5]), "was changed: it says sha256 .* its 3 ids have"),
         (lambda c: _changed(c, ids=[]), "names no items"),

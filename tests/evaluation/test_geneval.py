@@ -147,11 +147,11 @@ def prompts(tmp_path: Path) -> PromptFile:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ({**LINES[0], "tag": "poetry"}, "line 1: tag"),
+        ({**LINES[0], "tag": "poetry"}, "line 1 is not a prompt: tag"),
         ({**LINES[0], "include": [{"class": "unicorn", "count": 1}]}, "line 1: no class 'unicorn'"),
         ({**LINES[4], "include": [{"class": "cup", "count": 1, "color": "mauve"}]}, "no colour 'mauve'"),
         ({**LINES[5], "include": LINES[5]["include"][1:]}, "position names object 0"),
-        ("not JSON", "line 1: line"),
+        ("not JSON", "line 1 is not a prompt: Invalid JSON"),
     ],
 )
 def test_a_file_of_other_prompts_is_refused(tmp_path, line, fault):

@@ -372,7 +372,7 @@ def page(rows: list[dict[str, Any]], version: str) -> str:
         "",
         f"Measured on tiny random instances of every transformer class of diffusers {version}, traced from example inputs "
         "with `grafting.trace` ([your own pipeline](my-pipeline.md)). Made by `make hosts`; the figures are in "
-        "[results/hosts.json](../results/hosts.json).",
+        "`results/hosts.json`.",
         "",
         *(f"- **{column}**: {WORDS[column]}" for column in COLUMNS),
         "",

@@ -286,7 +286,7 @@ def test_settings_that_are_refused():
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         HyenaXConfig(kernel_size=0)
     with pytest.raises(ValueError, match="centred"):
-        parse_operator({"name": "hyena-x", "geometry": "3d"})
+        parse_operator({"name": "hyena-x", "geometry": "4d"})
     with pytest.raises(ValueError, match="Extra inputs"):
         parse_operator({"name": "hyena-x", "d_model": 1152})
 

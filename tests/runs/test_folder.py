@@ -260,7 +260,7 @@ def test_pickle_with_code_is_not_executed(tmp_path):
     with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
         stage.done = True
         stage.save_state({"step": 1, "model": Evil()}, 1)
-    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"state\.pt is not a whole state"):
         _resumed(tmp_path)
     assert not (tmp_path / "executed").exists()
 

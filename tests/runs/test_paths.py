@@ -204,5 +204,5 @@ def test_settings_keep_their_paths_when_pickled(place):
 
 def test_a_value_that_holds_itself(place):
     (place / "recipes" / "r.yaml").write_text("name: &a [*a]\n")
-    with pytest.raises(RecipeError, match="r.yaml: a value holds itself"):
+    with pytest.raises(RecipeError, match="r.yaml is not YAML: a value holds itself"):
         load_recipe(place / "recipes" / "r.yaml")

@@ -165,7 +165,7 @@ class Loud:
         ({"labels": np.zeros(3, int)}, "arr_0 is not a file in the archive"),
         ({"arr_0": np.zeros((3, 4, 4, 1), np.float32)}, r"found float32 \[3, 4, 4, 1\] and no labels"),
         ({"arr_0": np.zeros((3, 4, 4), np.uint8)}, r"found uint8 \[3, 4, 4\]"),
-        ({"arr_0": np.array([Loud()] * 3)}, "it holds objects"),
+        ({"arr_0": np.array([Loud()] * 3)}, "holds objects"),
         ({"arr_0": np.zeros((3, 4, 4, 2), np.uint8, order="F")}, "Fortran order"),
         ({"arr_0": np.zeros((3, 4, 4, 1), np.uint8), "labels": np.zeros(3)}, r"float64 \[3\]"),
     ],
@@ -200,7 +200,7 @@ def test_samples_of_older_runs_have_the_origin_of_the_runs_recipe(tmp_path: Path
     with pytest.raises(ProtocolError, match=r"holds 3 images, .*recipe.yaml says 4"):
         open_samples(path)
     recipe.write_text(yaml.safe_dump({"sample": {"num_pictures": 4}}))
-    with pytest.raises(DataError, match="its `sample` cannot be read"):
+    with pytest.raises(DataError, match="is not a recipe whose `sample` can be read: num_pictures"):
         open_samples(path)
 
 

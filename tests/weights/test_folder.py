@@ -110,7 +110,7 @@ def test_truncated(folder):
     config = json.loads((folder / CONFIG_NAME).read_text())
     del config["grafting"]
     (folder / CONFIG_NAME).write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         load_model(folder)
 
 

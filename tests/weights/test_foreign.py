@@ -125,7 +125,7 @@ def test_an_unknown_class_is_loaded_with_its_spec(tmp_path):
 
 def test_faults_of_a_spec_are_one_error(tmp_path):
     spec = tmp_path / "spec.yaml"
-    with pytest.raises(HostError, match="cannot be read as a spec"):
+    with pytest.raises(HostError, match="is missing"):
         load_spec(spec)
     spec.write_text("name: x\nblocks: []\norder: [rest]\nwidth: 3\n")
     with pytest.raises(HostError) as caught:

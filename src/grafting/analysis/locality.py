@@ -8,7 +8,7 @@ for as long as one watches; then the model is what it was. It is measured on wha
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from ..contract import (
     Grid,
     Kernel,
     KernelConfig,
+    Kwargs,
     Site,
     TokenLayout,
     TrainingData,
@@ -80,9 +81,7 @@ class Locality:
         """The `num` blocks with the least attention inside the band, by number; of equals, those that come first."""
         return self._first(num, lambda site: (site.band(band), site.block))
 
-    def to_json(
-        self, *, bands: tuple[int, ...] | None = None, radii: tuple[int, ...] = (1,)
-    ) -> dict[str, Any]:
+    def to_json(self, *, bands: tuple[int, ...] | None = None, radii: tuple[int, ...] = (1,)) -> Kwargs:
         """Shares inside these bands and squares, of every site and, to compare, of attention that is uniform."""
         bands, grid = bands or self.default_bands, self.grid
         image = (grid.rows, grid.cols)

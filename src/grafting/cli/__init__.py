@@ -40,6 +40,11 @@ class _Commands(TyperGroup):
             raise typer.Exit(128 + signum) from None
         except GraftingError as error:
             _fail(str(error), debug=ctx.params["debug"])
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough
+        except OSError as error:
+            named = "" if error.filename is None else f"{str(error.filename)[:200]}: "
+            _fail(f"{named}{error.strerror or error}", debug=ctx.params["debug"])
         except ValueError as error:
             from pydantic import ValidationError
 
@@ -136,10 +141,9 @@ def _faults_in_a_line() -> Iterator[None]:
 
 def _faults_of(error: Any) -> str:
     """List every fault in a pydantic error, one per line."""
-    lines = [
-        f"{'.'.join(map(str, e['loc'])) or error.title}: {e['msg'].removeprefix('Value error, ')}, found {e['input']!r}"
-        for e in error.errors()
-    ]
+    from ..machine.reading import fault_of
+
+    lines = [f"{'.'.join(map(str, e['loc'])) or error.title}: {fault_of(e)}" for e in error.errors()]
     return listed(f"these settings cannot be used ({error.title}):", lines)
 
 

@@ -143,15 +143,12 @@ def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """Split KEY=VALUE into the key and its value, parsed as YAML."""
-    import yaml
+    from ..machine.reading import cut, parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals:
         raise DataError(f"--set is KEY=VALUE, found {text}")
-    try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise DataError(f"--set {key}: its value is not YAML: {value!r}") from error
+    return key, parse_yaml(value, name=f"--set {key}: its value {cut(value)!r}", error=DataError)
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -91,7 +90,7 @@ class Diagnosis:
         """Problems that keep the quickstart from running; empty if there are none."""
         return [f"{name}: {state}" for name, state in self.assets.items() if state != "intact"]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self) | {"problems": self.problems}
 
 

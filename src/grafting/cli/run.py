@@ -1,6 +1,5 @@
 """Commands that run recipes: one run, a part of it, or a sweep of many."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -235,6 +234,7 @@ def _carry_out(
     from ..machine.devices import default_device
     from ..machine.precision import settled_run
     from ..runs.run import run as run_recipe
+    from ..weights.card import rows_of
 
     folder = folder or Path("runs") / recipe.name
     told = err if as_json else out
@@ -249,7 +249,7 @@ def _carry_out(
         run_recipe(recipe, folder, until=until, on_step=in_turn(show, note), peak_tflops=peak_tflops)
     metrics = folder / "metrics.json"
     has_figures = until in ("evaluate", "report") and metrics.is_file()
-    rows = json.loads(metrics.read_text()) if has_figures else []
+    rows = list(rows_of(folder)) if has_figures else []
     results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
     result = folder / results.get(until, "report.html")
     if as_json:

@@ -1,10 +1,10 @@
 """`grafting sites --trace`: the proposed spec of a transformer, as a table, as JSON, and in a file."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HostError
+from ..machine.reading import JsonObject, read_json
 from ._shared import out, parse_setting, print_json
 from .display import plain_table, say
 
@@ -67,7 +67,7 @@ def _traced(name: str, call: list[str], example: Path | None) -> "Trace":
 
 def _left_out(index: Path) -> dict[str, None]:
     """Parts that a pipeline was saved without, such as text encoders; diffusers wants them named."""
-    parts = json.loads(index.read_text()) if index.is_file() else {}
+    parts = read_json(index, JsonObject) if index.is_file() else {}
     return {name: None for name, part in parts.items() if part == [None, None]}
 
 

@@ -6,14 +6,13 @@ The counted part needs shapes only: a model on the `meta` device, no weights and
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import torch
 from pydantic import JsonValue
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..contract import Grid, OperatorConfig, Site
+from ..contract import Grid, Kwargs, OperatorConfig, Site
 from ..editing.plan import Drop, Merge, Plan, fault_list
 from ..editing.surgery import build_operators, grafted, holds_operators, leaving_no_hook, resolve
 from ..errors import PlanError
@@ -86,7 +85,7 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
     dropped = {site.block for site, edit in edits.items() if isinstance(edit, Drop)}
     kept = [site for site in sites if site.block not in dropped]
 
-    def inputs() -> dict[str, Any]:
+    def inputs() -> Kwargs:
         return _example(model, grid)
 
     with leaving_no_hook(model):
@@ -131,7 +130,7 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
     )
 
 
-def _example(model: nn.Module, grid: Grid) -> dict[str, Any]:
+def _example(model: nn.Module, grid: Grid) -> Kwargs:
     """Arguments of a forward pass of one image of this grid, with as much text as sites declare, in the model's dtype."""
     host, dtype = host_of(model), next(model.parameters()).dtype
     num_text = host.sites(model)[0].num_text

@@ -4,18 +4,17 @@
 file is checked against `checksums.json`, so a half-installed package says so instead of giving odd figures.
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import DataError
 from ..machine.files import sha256_of
+from ..machine.reading import NpzFile, read_json
 from ..models.classifier import Classifier, load_classifier
 from .images import ImageSet, ImageSource
 from .subset import Listing, read_subset
@@ -51,8 +50,8 @@ def bundled_subset() -> ImageSet:
     Raises:
         DataError: the file is missing or damaged.
     """
-    with np.load(_asset("subset.npz"), allow_pickle=False) as arrays:
-        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    file = NpzFile(_asset("subset.npz"))
+    images, labels = torch.from_numpy(file.array("images")), torch.from_numpy(file.array("labels"))
     return ImageSet(images[:, None], labels.long(), num_classes=10, size=32)
 
 
@@ -152,4 +151,4 @@ def _asset(name: str, bundle: str = "testbed") -> Path:
 def _checksums(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"the bundled file {path} is missing: reinstall grafting")
-    return json.loads(path.read_text())
+    return read_json(path, dict[str, str], error=DataError)

@@ -3,13 +3,14 @@
 Each source is also a config, so that a recipe can name it. Latents of large data sets are not for this file.
 """
 
-import gzip
 import hashlib
-import zlib
+import math
+import os
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from ..errors import DataError
+from ..machine.reading import PICTURE_SUFFIXES, JsonObject, damage, read_gzip, read_picture
 from .subset import Listing, PartialData
 
 FASHION_MNIST_CLASSES = (
@@ -28,8 +30,6 @@ FASHION_MNIST_CLASSES = (
 
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ImageSource(PartialData):
         """
         return self.read(self._places(seed=0))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Identity of the data in a run's manifest: the content's hash, not its location.
 
         Raises:
@@ -119,7 +119,7 @@ class FashionMnistConfig(ImageSource):
 
 
 class ImageFolderConfig(ImageSource):
-    """A folder with one subfolder of PNG or JPEG files per class; classes are numbered in the order of their names."""
+    """A folder with one subfolder of PNG, JPEG or WebP files per class; classes are numbered in the order of their names."""
 
     name: Literal["image-folder"] = "image-folder"
     folder: Path
@@ -157,7 +157,7 @@ def read_fashion_mnist(folder: Path = FASHION_MNIST_FOLDER, *, train: bool = Tru
 def read_image_folder(
     folder: Path, *, size: int, channels: int = 3, places: Int[Tensor, " m"] | None = None
 ) -> ImageSet:
-    """The images of `folder`/CLASS/*.png and *.jpg, cropped to their central square and resized to `size`.
+    """The images of `folder`/CLASS/*, cropped to their central square and resized to `size`.
 
     Args:
         places: of the images to read, in the order of `list_image_folder`; all when left out.
@@ -184,42 +184,59 @@ def list_image_folder(folder: Path) -> Listing:
     Raises:
         DataError: no folder, no class subfolder, or a class without images.
     """
-    classes = _class_folders(folder)
-    files = [_image_files(path) for path in classes]
-    counts = torch.tensor([len(each) for each in files])
+    found = class_images(folder)
+    counts = torch.tensor([len(names) for names in found.values()])
     return Listing(
         source="/".join(folder.resolve().parts[-2:]),
-        num_classes=len(classes),
-        ids=[f"{path.parent.name}/{path.name}" for each in files for path in each],
-        read_labels=lambda: torch.arange(len(classes)).repeat_interleave(counts),
+        num_classes=len(found),
+        ids=[f"{class_name}/{name}" for class_name, names in found.items() for name in names],
+        read_labels=lambda: torch.arange(len(found)).repeat_interleave(counts),
     )
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def class_images(folder: Path) -> dict[str, list[str]]:
+    """The classes of a folder with a subfolder for each, by name, and the names of each one's images, by name.
+
+    What is hidden, as macOS and notebooks leave it, is passed over.
+
+    Raises:
+        DataError: no folder, no class subfolder, a class without images, or a name that is not UTF-8.
+    """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: give a folder with one subfolder of images per class")
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    classes = _visible(folder, lambda entry: entry.is_dir())
     if not classes:
         raise DataError(f"{folder} has no subfolder: put each class's images in a subfolder of its own")
-    return classes
+    return {name: _images_in(folder / name) for name in classes}
 
 
-def _image_files(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(
-            f"{folder} has no image; files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read"
-        )
-    return files
+def is_image(name: str) -> bool:
+    """By the name's end; hidden files, such as macOS leaves beside each file, are none."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not os.path.basename(name).startswith(
+        "."
+    )
+
+
+def _images_in(folder: Path) -> list[str]:
+    found = _visible(folder, lambda entry: is_image(entry.name))
+    if not found:
+        endings = ", ".join(sorted(PICTURE_SUFFIXES))
+        raise DataError(f"{folder} has no image; files that end in {endings} are read")
+    return found
+
+
+def _visible(folder: Path, is_asked: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    """Sorted names of what is asked for in a folder and not hidden."""
+    with damage(folder, "a folder that can be read", error=DataError), os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and is_asked(e))
+    if odd := [name for name in names if not name.isprintable() and "\udc80" <= max(name) <= "\udcff"]:
+        raise DataError(f"{folder} holds {odd[0]!a}, a name that is not UTF-8: rename it")
+    return names
 
 
 def _read_image(path: Path, size: int, mode: str) -> np.ndarray:
     """[size, size, C]; reduced with antialiasing, since aliased training images change every metric."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert(mode)
-    except OSError as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+    image = read_picture(path, mode=mode)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
@@ -233,17 +250,14 @@ def _read_idx(path: Path) -> np.ndarray:
             f"no file {path}: install Debian's package dataset-fashion-mnist, or give the folder of the "
             f"idx .gz files of Fashion-MNIST"
         )
-    try:
-        raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a complete gzip file: {error}") from error
+    raw = read_gzip(path)
     if raw[:3] != b"\0\0\x08":
         raise DataError(f"{path} is not an idx file of bytes: it starts with {raw[:4].hex()}")
     ndim = raw[3]
     if len(raw) < 4 + 4 * ndim:
         raise DataError(f"{path} is cut short: its header ends after {len(raw)} bytes")
-    shape = tuple(np.frombuffer(raw, ">i4", count=ndim, offset=4).tolist())
+    shape = tuple(np.frombuffer(raw, ">u4", count=ndim, offset=4).tolist())
     data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
-    if data.size != np.prod(shape):
+    if data.size != math.prod(shape):
         raise DataError(f"{path} is cut short: its header says {shape}, it holds {data.size} bytes")
     return data.reshape(shape).copy()

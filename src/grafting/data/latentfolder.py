@@ -5,7 +5,6 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +33,8 @@ from ..machine.files import (
     write_json,
 )
 from ..machine.locks import Lock, Taken
-from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard
+from ..machine.reading import JsonObject, read_json, shown
+from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype
 from .shards import facts_of
 
 FORMAT = 1
@@ -73,8 +73,8 @@ class _Records:
     def read(self, number: int) -> Record | None:
         """Record of a shard; None if it is missing, damaged or another shard's, and the shard has to be encoded again."""
         try:
-            record = Record.model_validate_json(self.path(number).read_text())
-        except (FileNotFoundError, ValidationError, ValueError):
+            record = read_json(self.path(number), Record, error=DataError)
+        except DataError:
             return None
         if record.owner is None and not self._has_told:
             self._has_told = True
@@ -242,7 +242,7 @@ class LatentFolder:
         names = self.folder / NAMES_NAME
         write_bytes(names, "".join(f"{_line(name)}\n" for r in records for name in r.names).encode())
         index = LatentIndex(
-            dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
+            dtype=cast(StoredDtype, str(DTYPES[self.dtype]).removeprefix("torch.")),
             shape=self.shape,
             num_classes=self.num_classes,
             shards=shards,
@@ -282,14 +282,13 @@ def _check_work(folder: Path, facts: Mapping[str, Any]) -> None:
         )
     if not path.is_file():
         return
-    try:
-        found = flatten(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged: {error}. Name another folder, or empty this one") from error
+    found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
     asked = flatten(facts)
     differing = [key for key in asked | found if asked.get(key) != found.get(key)]
     if differing:
-        lines = [f"{key}: asked {asked.get(key)!r}, found {found.get(key)!r}" for key in sorted(differing)]
+        lines = [
+            f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in sorted(differing)
+        ]
         head = f"{folder} holds latents of another work; name another folder, or empty it:"
         raise RunError(listed(head, lines))
 

@@ -5,11 +5,11 @@ log variances [n, 2C, ...]; of images [C, h, w], of videos [C, F, h, w]) as the 
 or numbers of prompts; the scale and shift of the diffusion model are in the index and are applied as they are read.
 """
 
-import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_serializer,
+    model_validator,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,12 +31,14 @@ from torch import Tensor
 from ..errors import DataError, listed
 from ..machine.files import atomic_path, hash_json, sha256_of, write_json
 from ..machine.randomness import item_noise
+from ..machine.reading import Inside, JsonObject, read_json, read_text, shown
 from .shards import ShardFile, StoredFile, by_shard, facts_of
 from .subset import Listing, PartialData, subset_sha256
 
 INDEX_NAME = "latents.json"
 
 Stored = Literal["samples", "moments"]
+StoredDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 class Shard(StoredFile):
@@ -55,7 +57,7 @@ class ItemNames(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str
+    file: Inside
     sha256: str
 
 
@@ -69,10 +71,10 @@ class LatentIndex(BaseModel):
     scale: PositiveFloat  # multiplies a latent, less the shift, before the diffusion model sees it
     shift: FiniteFloat = 0.0
     stored: Stored
-    dtype: str
-    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3)]  # of an item as it is stored
+    dtype: StoredDtype
+    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)]  # of an item as it is stored
     num_classes: PositiveInt  # of prompts, where labels are their numbers
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     vae_revision: str | None = None  # the commit on the Hub
     vae_sha256: str | None = None  # of its config and weights
     crop_size: PositiveInt | None = None  # of the images, in pixels
@@ -83,6 +85,13 @@ class LatentIndex(BaseModel):
     notes: str = ""
     items: ItemNames | None = None
     conditions_sha256: str | None = None  # of the prompts whose numbers the labels are
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LatentIndex":
+        item = math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        if small := [shard.file for shard in self.shards if shard.bytes < shard.count * item]:
+            raise ValueError(f"{small[0]} has not the bytes for as many {self.dtype} {shown(self.shape)}")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_absent(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -140,7 +149,7 @@ class LatentsConfig(PartialData):
         index = read_index(self.folder)
         return LatentSet(self.folder, index, torch.arange(index.count), seed=self.seed)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Identity of the data in a run's manifest: hashes of the index and of the chosen items, not their location."""
         latents = self.model_copy(update={"verify": False}).load()  # the index names the hashes that count
         return {
@@ -165,7 +174,13 @@ class LatentSet:
         self.folder, self.index, self.items, self.seed = folder, index, items, seed
         self._ends = torch.tensor([shard.count for shard in index.shards]).cumsum(0)
         self._shards = [
-            ShardFile(folder / shard.file, count=shard.count, dtype=index.dtype, shape=index.shape)
+            ShardFile(
+                folder / shard.file,
+                count=shard.count,
+                dtype=index.dtype,
+                shape=index.shape,
+                num_classes=index.num_classes,
+            )
             for shard in index.shards
         ]
 
@@ -256,10 +271,7 @@ def read_index(folder: Path) -> LatentIndex:
         raise DataError(
             f"no latents in {folder}: {INDEX_NAME}, which `write_latents` writes last, is missing"
         )
-    try:
-        return LatentIndex.model_validate(json.loads(path.read_text()))
-    except (ValidationError, ValueError) as error:
-        raise DataError(f"{path} is not an index of latents: {error}") from error
+    return read_json(path, LatentIndex, kind="an index of latents", error=DataError)
 
 
 def read_item_names(folder: Path, index: LatentIndex) -> list[str]:
@@ -273,7 +285,7 @@ def read_item_names(folder: Path, index: LatentIndex) -> list[str]:
     path = folder / index.items.file
     if not path.is_file() or sha256_of(path) != index.items.sha256:
         raise DataError(f"{path}, the names of the items, is missing or damaged")
-    return path.read_text().split("\n")[:-1]
+    return read_text(path).split("\n")[:-1]
 
 
 def write_latents(
@@ -324,7 +336,7 @@ def write_latents(
         scale=scale,
         shift=shift,
         stored=stored,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=cast(StoredDtype, str(dtype).removeprefix("torch.")),
         shape=shape,
         num_classes=num_classes,
         shards=tuple(shards),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError, RunError, listed
 from ..machine.files import atomic_path, write_bytes, write_json
+from ..machine.reading import JsonObject, damage, parse_json
 from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
 from .shards import LENGTHS, StoredFile, facts_of
 
@@ -181,16 +182,26 @@ def _write_shard(path: Path, rows: list[dict[str, Tensor]], columns: Mapping[str
     return PromptShard(**facts_of(path), count=len(rows), lengths=lengths)
 
 
-def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dict[str, Any]:
+class _Shared(TypedDict):
+    """What the index says of tensors and values that all prompts share."""
+
+    shared: dict[str, Literal["common", "constant"]]
+    values: JsonObject
+    common: NotRequired[StoredFile]
+
+
+def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> _Shared:
     """Writes the tensors that are the same for all prompts; gives what the index says of them and of other constants."""
     constant = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
-    kinds = dict.fromkeys(common, "common") | dict.fromkeys(constant, "constant")
+    kinds: dict[str, Literal["common", "constant"]] = {
+        **dict.fromkeys(common, "common"),
+        **dict.fromkeys(constant, "constant"),
+    }
     if odd := odd_names([*common, *constants]):
         raise DataError(f"arguments without names of their own: {', '.join(odd)}")
-    try:
-        values = json.loads(json.dumps({n: value for n, value in constants.items() if n not in constant}))
-    except TypeError as error:
-        raise DataError(f"constants are tensors or JSON values: {error}") from error
+    with damage("a constant", "a tensor or a JSON value", error=DataError):
+        text = json.dumps({name: value for name, value in constants.items() if name not in constant})
+    values = parse_json(text, JsonObject, name="the constants", error=DataError)
     if not kinds:
         return {"shared": kinds, "values": values}
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in {**common, **constant}.items()}

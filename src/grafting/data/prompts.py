@@ -9,7 +9,6 @@ a folder. Nothing here runs a text encoder.
 
 import copy
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +24,15 @@ from pydantic import (
     JsonValue,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from ..contract import TrainingData
+from ..contract import Kwargs, TrainingData
 from ..errors import DataError, listed
 from ..machine.files import hash_json
+from ..machine.reading import parse_json, read_bytes, read_json, read_safetensors
+from ..machine.settings import Settings
 from .latents import LatentSet, Shard
 from .scenes import Captions, Scenes
 from .shards import DTYPES, RaggedFile, StoredFile, by_shard
@@ -109,10 +107,8 @@ class PromptIndex(BaseModel):
         return self
 
 
-class PromptsConfig(BaseModel):
+class PromptsConfig(Settings):
     """Prompts in a folder that `write_prompts` filled."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["prompts"] = "prompts"
     folder: Path
@@ -188,7 +184,7 @@ class Prompts:
 
     def at(
         self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         """Keyword arguments for these prompts and nulls, each tensor [B, ...] but constants.
 
         Prompts of unequal length are padded with zeros, and so are their masks, to the longest of the batch. Floating-point
@@ -236,11 +232,12 @@ class Prompts:
         """The tensors that are the same for all prompts."""
         if self.index.common is None:
             return {}
-        try:
-            tensors = load(self._content(self.index.common))
-            return {name: tensors[name] for name in self.index.shared}
-        except (SafetensorError, KeyError) as error:
-            raise DataError(f"{self.folder / self.index.common.file} is damaged: {error}") from error
+        path = self.folder / self.index.common.file
+        self._content(self.index.common)
+        tensors, _ = read_safetensors(path, error=DataError)
+        if missing := self.index.shared.keys() - tensors.keys():
+            raise DataError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+        return {name: tensors[name] for name in self.index.shared}
 
     @cached_property
     def _lines(self) -> list[bytes]:
@@ -253,19 +250,14 @@ class Prompts:
         return lines
 
     def _line(self, number: int) -> PromptLine:
-        try:
-            return PromptLine.model_validate(json.loads(self._lines[number]))
-        except ValueError as error:
-            path = self.folder / self.index.words.file
-            raise DataError(f"{path}: line {number + 1} is damaged: {error}") from error
+        path = self.folder / self.index.words.file
+        line = f"{path}: line {number + 1}"
+        return parse_json(self._lines[number], PromptLine, name=line, kind="words", error=DataError)
 
     def _content(self, file: StoredFile) -> bytes:
         """A file's bytes, which are those that the index names."""
         path = self.folder / file.file
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} is missing or damaged: {error.strerror}") from error
+        content = read_bytes(path, kind="complete", most=file.bytes)
         if hashlib.sha256(content).hexdigest() != file.sha256:
             raise DataError(f"{path} is damaged: its sha256 is not {file.sha256[:12]}")
         return content
@@ -317,10 +309,7 @@ def read_index(folder: Path) -> PromptIndex:
         raise DataError(
             f"no prompts in {folder}: {INDEX_NAME}, which `write_prompts` writes last, is missing"
         )
-    try:
-        return PromptIndex.model_validate(json.loads(path.read_text()))
-    except (ValidationError, ValueError, OSError) as error:
-        raise DataError(f"{path} is not an index of prompts: {error}") from error
+    return read_json(path, PromptIndex, kind="an index of prompts", error=DataError)
 
 
 def odd_names(names: Collection[str]) -> list[str]:
@@ -349,9 +338,9 @@ def _moved(value: Tensor | list[Tensor], device: torch.device, dtype: torch.dtyp
     return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(flat: Mapping[str, Any]) -> Kwargs:
     """Keyword arguments by name, those of dotted names in mappings."""
-    arguments: dict[str, Any] = {}
+    arguments: Kwargs = {}
     for name, value in flat.items():
         *parents, last = name.removesuffix("[]").split(".")
         place = arguments

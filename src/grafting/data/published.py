@@ -8,21 +8,20 @@ Source: keshik6/grafting `src/datasets/extract_vae_features.py` at 85bd9e1, whic
 """
 
 import hashlib
-import io
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ..contract import Step
 from ..errors import DataError
+from ..machine.reading import read_torch
+from ..machine.settings import Settings
 from .latentfolder import FORMAT, Dtype, LatentFolder
 from .tars import Member, members, tar_files
 
@@ -86,10 +85,8 @@ def open_published(source: Path) -> Published:
     return found
 
 
-class ImportConfig(BaseModel):
+class ImportConfig(Settings):
     """Settings for importing published latents."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dtype: Dtype = "fp16"
     """Of the stored latents."""
@@ -253,29 +250,13 @@ def _check_whole(source: str, has_parts: dict[str, tuple[bool, bool]]) -> None:
 def _contents(member: Member, name: str) -> bytes:
     try:
         return member.read()
-    except OSError as error:
+    except DataError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
 
 
 def _tensor(content: bytes, name: str) -> Tensor:
     """The tensor that `torch.save` wrote; anything else than tensors and plain values is refused unread."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            size = sum(info.file_size for info in archive.infolist())
-        if size > 2 * _LARGEST:
-            raise DataError(f"{name} would take {size} bytes of memory")
-        value = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise DataError(
-            f"{name} is not a tensor that torch.save wrote: {str(error).splitlines()[0]}"
-        ) from error
+    value = read_torch(content, name=name, kind="a tensor that torch.save wrote", error=DataError)
     if not isinstance(value, Tensor):
         raise DataError(f"{name} holds a {type(value).__name__}, not a tensor")
     return value

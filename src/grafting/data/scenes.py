@@ -9,16 +9,18 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue
 from torch import Tensor
 
 from ..errors import DataError
 from ..machine.files import hash_json
+from ..machine.reading import JsonObject
+from ..machine.settings import Settings
 
 SIDE, CELL, CELLS = 32, 8, 4
 _SUPERSAMPLED = 4  # samples per pixel and axis, for edges
@@ -147,10 +149,8 @@ def _stride(count: int) -> int:
     return stride
 
 
-class CaptionsConfig(BaseModel):
+class CaptionsConfig(Settings):
     """Captions of scenes, by number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["scenes"] = "scenes"
     dropout: float = Field(default=0.1, ge=0, le=1)
@@ -319,10 +319,8 @@ def _range_of_seeds(text: str) -> str:
     return text
 
 
-class ScenesConfig(BaseModel):
+class ScenesConfig(Settings):
     """Scenes of a range of seeds, drawn as they are asked for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["scenes"] = "scenes"
     seeds: Annotated[str, AfterValidator(_range_of_seeds)] = "0-999999"
@@ -335,7 +333,7 @@ class ScenesConfig(BaseModel):
         """The same: a range of seeds says all."""
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Identity of the data in a run's manifest."""
         return {"name": self.name, "version": _DRAWING_VERSION, "seeds": self.seeds}
 

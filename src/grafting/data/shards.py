@@ -5,29 +5,25 @@ or the disk failed, ends the process with a bus error, where a read gives an err
 and threads that read do not hold Python's lock.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Int, Int32, UInt8
-from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from ..errors import DataError
 from ..machine.files import sha256_of
+from ..machine.reading import Inside, read_header, read_stretches
 
 # before a column's name: the lengths of its rows
 LENGTHS = "lengths:"
-# safetensors' own limit
-_LONGEST_HEADER = 100_000_000
 # torch's names of dtypes, and safetensors'
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -35,11 +31,12 @@ DTYPES = {
 }  # fmt: skip
 
 
-def _inside(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name} leads out of the folder")
-    return name
+class FileFacts(TypedDict):
+    """Fields of a `StoredFile`."""
+
+    file: str
+    bytes: int
+    sha256: str
 
 
 class StoredFile(BaseModel):
@@ -47,7 +44,7 @@ class StoredFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Annotated[str, AfterValidator(_inside)]
+    file: Inside
     bytes: PositiveInt
     sha256: str
 
@@ -63,7 +60,7 @@ class StoredFile(BaseModel):
         return None
 
 
-def facts_of(path: Path) -> dict[str, Any]:
+def facts_of(path: Path) -> FileFacts:
     """Entry of a folder's index for one of its files."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
@@ -104,13 +101,7 @@ class TensorFile:
             DataError: the file is missing or damaged.
         """
         start = self._starts[name]
-        with _faults_named(self.path):
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                for target, offset in pieces:
-                    _read_at(descriptor, target, start + offset)
-            finally:
-                os.close(descriptor)
+        read_stretches(self.path, ((target, start + offset) for target, offset in pieces))
 
     def integers(self, name: str) -> Int32[np.ndarray, " n"]:
         """A tensor [n] of int32, whole."""
@@ -121,33 +112,36 @@ class TensorFile:
     @cached_property
     def _starts(self) -> dict[str, int]:
         """Offset of each tensor's bytes in the file, after checking its header against the index."""
-        with _faults_named(self.path), self.path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, _LONGEST_HEADER)))
-            found = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in self.tensors}
-            starts = {name: 8 + size + header[name]["data_offsets"][0] for name in found}
+        places = read_header(self.path)
+        found = {name: (place.dtype, place.shape) for name, place in places.items() if name in self.tensors}
         expected = {name: (DTYPES.get(dtype, dtype), shape) for name, (dtype, shape) in self.tensors.items()}
         if found != expected:
             raise DataError(f"the shard {self.path} holds {_said(found)}; its index says {_said(expected)}")
         if self.sha256 is not None and sha256_of(self.path) != self.sha256:
             raise DataError(f"the shard {self.path} is damaged: its sha256 is not {self.sha256[:12]}")
-        return starts
+        return {name: places[name].start for name in found}
 
 
 class ShardFile(TensorFile):
     """A safetensors file of `latents` [count, *shape] and int32 `labels` [count]."""
 
-    def __init__(self, path: Path, *, count: int, dtype: str, shape: tuple[int, ...]):
+    def __init__(self, path: Path, *, count: int, dtype: str, shape: tuple[int, ...], num_classes: int):
         super().__init__(path, {"latents": (dtype, (count, *shape)), "labels": ("int32", (count,))})
+        self._num_classes = num_classes
 
     @cached_property
     def labels(self) -> Int32[np.ndarray, " n"]:
         """The class of every row.
 
         Raises:
-            DataError: the shard is missing or damaged.
+            DataError: the shard is missing or damaged, or a label is no class.
         """
-        return self.integers("labels")
+        labels = self.integers("labels")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self._num_classes:
+            raise DataError(
+                f"the shard {self.path} has labels {labels.min()}..{labels.max()}; classes are 0..{self._num_classes - 1}"
+            )
+        return labels
 
     def read_rows(self, rows: list[int], into: UInt8[np.ndarray, "b n"], places: list[int]) -> None:
         """Copies the bytes of latents `rows` to `places` of `into`.
@@ -213,25 +207,6 @@ class RaggedFile(TensorFile):
         size = getattr(torch, dtype).itemsize * math.prod(shape)
         targets = (into[place, : lengths[row] * size] for place, row in zip(places, rows, strict=True))
         self.read(name, zip(targets, (int(starts[row]) * size for row in rows), strict=True))
-
-
-def _read_at(descriptor: int, target: np.ndarray, start: int) -> None:
-    """Fills `target`, bytes in one piece, from an offset of a file."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:].data], start + done)
-        if count == 0:
-            raise OSError(f"it ends {len(target) - done} bytes too early")
-        done += count
-
-
-@contextmanager
-def _faults_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"the shard {path} is missing or damaged: {reason}") from error
 
 
 def _said(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:

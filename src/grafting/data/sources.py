@@ -5,13 +5,9 @@ process can start anywhere. Nothing is unpacked. `centre_crop` is what ADM and D
 """
 
 import hashlib
-import io
-import json
 import os
 import re
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,18 +21,14 @@ from PIL import Image
 
 from ..errors import DataError, MissingBackend
 from ..machine.huberrors import HUB_ERRORS
-from .images import IMAGE_SUFFIXES
+from ..machine.reading import PICTURE_SUFFIXES, JsonObject, damage, parse_json, read_bytes, read_picture
+from .images import class_images
 from .tars import Member, members, tar_files
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # what a WebDataset calls an item's class
 _LABEL_SUFFIXES = frozenset({".cls", ".json"})
-# what Pillow's readers raise besides OSError when they meet bytes that make no sense
-_NOT_AN_IMAGE = (
-    ValueError, TypeError, LookupError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 _MOST_PIXELS = 1 << 28
 _LONGEST_LABEL = 1 << 20  # bytes; a class is a number, and the JSON beside an image some facts
 
@@ -65,7 +57,7 @@ class ImageStream:
         """The image of a number, cropped.
 
         Raises:
-            OSError: it cannot be read, or is not an image; the message says why.
+            DataError: it cannot be read, or is not an image; the message says why.
         """
         return centre_crop(decode(self.read(number)), size)
 
@@ -74,22 +66,16 @@ def decode(content: bytes) -> Image.Image:
     """An image in RGB; grey, palette and CMYK files are converted, an orientation in EXIF is not applied.
 
     Raises:
-        OSError: not an image, cut short, or too large to be one.
-
-    Source: facebookresearch/DiT `train.py`, which reads with torchvision's `ImageFolder`; it does both in this way.
+        DataError: not an image, cut short, or too large to be one.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as file:
-            return file.convert("RGB")
-    except _NOT_AN_IMAGE as error:
-        raise OSError(f"not an image: {error}") from error
+    return read_picture(content, name="it")
 
 
 def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The central square of an image, scaled: halved while the short side is twice `size` or more, then made to fit.
 
     Raises:
-        OSError: so long and narrow that what is cut away would fill the memory.
+        DataError: so long and narrow that what is cut away would fill the memory.
 
     Source: openai/guided-diffusion `image_datasets.py::center_crop_arr`, which DiT took over.
     """
@@ -98,7 +84,7 @@ def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3
     scale = size / min(image.size)
     shape = (round(image.width * scale), round(image.height * scale))
     if shape[0] * shape[1] > _MOST_PIXELS:
-        raise OSError(f"{image.width} x {image.height} pixels are too long and narrow to crop to {size}")
+        raise DataError(f"{image.width} x {image.height} pixels are too long and narrow to crop to {size}")
     image = image.resize(shape, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -113,11 +99,10 @@ def image_folder(folder: Path, *, name: str | None = None) -> ImageStream:
     Raises:
         DataError: no folder, no class subfolder, or a class without images.
     """
-    classes = _subfolders(folder)
+    classes = class_images(folder)
     ids: list[str] = []
     labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        files = _images_in(folder / class_name)
+    for label, (class_name, files) in enumerate(classes.items()):
         ids += [f"{class_name}/{file}" for file in files]
         labels += [label] * len(files)
     return ImageStream(
@@ -125,7 +110,7 @@ def image_folder(folder: Path, *, name: str | None = None) -> ImageStream:
         ids=ids,
         labels=labels,
         num_classes=len(classes),
-        read=lambda number: (folder / ids[number]).read_bytes(),
+        read=lambda number: read_bytes(folder / ids[number]),
     )
 
 
@@ -151,7 +136,7 @@ def image_tars(source: Path, *, num_classes: int | None = None, name: str | None
             places.append(image)
     if not ids:
         raise DataError(
-            f"no image in the tars of {source}: members that end in {_listed(IMAGE_SUFFIXES)} are read"
+            f"no image in the tars of {source}: members that end in {_listed(PICTURE_SUFFIXES)} are read"
         )
     return ImageStream(
         name=name or _name_of(source),
@@ -193,7 +178,7 @@ def image_dataset(
     def read(number: int) -> bytes:
         with lock:
             cell = rows[number][image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        return cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
 
     return ImageStream(
         name=name or f"{source if on_hub else _name_of(Path(source))} {split}",
@@ -205,29 +190,6 @@ def image_dataset(
     )
 
 
-def _subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}: give a folder with one subfolder of images per class")
-    with os.scandir(folder) as entries:
-        found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    if not found:
-        raise DataError(f"{folder} has no subfolder: put each class's images in a subfolder of its own")
-    return found
-
-
-def _images_in(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        found = sorted(e.name for e in entries if _is_image(e.name))
-    if not found:
-        raise DataError(f"{folder} has no image; files that end in {_listed(IMAGE_SUFFIXES)} are read")
-    return found
-
-
-def _is_image(name: str) -> bool:
-    """By the name's end; hidden files, such as macOS leaves beside each file, are none."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
-
-
 def _tar_items(tar: Path) -> Iterator[tuple[str, Member, int]]:
     """Key, image and class of every item of a tar, in its order."""
     images: dict[str, Member] = {}
@@ -237,7 +199,7 @@ def _tar_items(tar: Path) -> Iterator[tuple[str, Member, int]]:
         base = os.path.basename(path)
         suffix = base[base.find(".") :].lower() if "." in base[1:] else ""
         key = path.removesuffix(base) + base[: len(base) - len(suffix)]
-        if suffix in IMAGE_SUFFIXES and not base.startswith("."):
+        if suffix in PICTURE_SUFFIXES and not base.startswith("."):
             if key in images:
                 raise DataError(f"{tar} holds two images of the key {key}")
             images[key] = member
@@ -260,14 +222,12 @@ def _label_in(member: Member, suffix: str, *, tar: Path, key: str) -> int | None
     if member.size > _LONGEST_LABEL:
         raise DataError(f"{tar}: {key}{suffix} has {member.size} bytes, too many for a class")
     text = member.read().decode("utf-8", errors="replace").strip()
-    try:
+    with damage(f"{tar}: {key}{suffix}", f"a class number, {text[:40]!r}", error=DataError):
         if suffix == ".cls":
             return int(text)
-        facts = json.loads(text)
+        facts = parse_json(text, JsonObject, name=f"{tar}: {key}{suffix}", error=DataError)
         label = next((facts[name] for name in ("cls", "label") if name in facts), None)
-        return None if label is None else int(label)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{tar}: {key}{suffix} holds no class number: {text[:40]!r}") from error
+        return None if label is None else int(str(label))
 
 
 def _commit_of(source: str, revision: str | None) -> str:
@@ -293,15 +253,14 @@ def _open_dataset(source: str | Path, *, split: str, revision: str | None) -> An
             f"the data set {source} is read with `datasets`: pip install 'grafting[data]'"
         ) from error
     folder = Path(source)
-    try:
+    # whatever a foreign package raises
+    with damage(source, f"a data set whose split {split!r} can be opened", error=DataError):
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(str(folder))
             if isinstance(table, datasets.DatasetDict):
                 table = table[split]
         else:
             table = datasets.load_dataset(str(source), split=split, revision=revision)
-    except (OSError, ValueError, KeyError, ConnectionError, RuntimeError) as error:
-        raise DataError(f"cannot open split {split!r} of the data set {source}: {error}") from error
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))

@@ -5,7 +5,6 @@ takes such a file, or draws a subset itself.
 """
 
 import hashlib
-import json
 import pickletools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,12 +15,14 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Int
-from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints
+from pydantic import BaseModel, PositiveInt, StringConstraints
 from torch import Tensor
 
 from ..errors import DataError, listed
 from ..machine.files import write_json
 from ..machine.randomness import generator
+from ..machine.reading import cut, damage, read_bytes, read_json
+from ..machine.settings import Settings
 
 # classes that an error names one by one
 _NAMED = 20
@@ -163,10 +164,8 @@ class Listing:
         return wanted
 
 
-class PartialData(BaseModel, ABC):
+class PartialData(Settings, ABC):
     """A data set of a recipe, or a part of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     subset: Path | None = None
     """A file of `grafting data subset`: only what it names; all when left out."""
@@ -252,6 +251,16 @@ def write_subset(path: Path, subset: Subset) -> None:
     write_json(path, {"source": fields.pop("source"), "sha256": subset.sha256, **drawn, **fields})
 
 
+class _SubsetFile(BaseModel):
+    """Content of a subset file."""
+
+    source: str
+    sha256: str
+    num_classes: PositiveInt
+    ids: tuple[int, ...] | tuple[str, ...]
+    drawn: str = ""
+
+
 def read_subset(path: Path) -> Subset:
     """The subset in a file that `write_subset` wrote.
 
@@ -260,26 +269,18 @@ def read_subset(path: Path) -> Subset:
     """
     if not path.is_file():
         raise DataError(f"no subset file {path}")
-    try:
-        fields = json.loads(path.read_text())
-        subset = Subset(
-            source=fields["source"],
-            num_classes=fields["num_classes"],
-            ids=tuple(fields["ids"]),
-            drawn=fields.get("drawn", ""),
-        )
-        claimed, found = fields["sha256"], subset.sha256
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is not a subset file (JSON with source, sha256, num_classes, ids): {error!r}"
-        ) from error
+    kind = "a subset file (JSON with source, sha256, num_classes, ids)"
+    fields = read_json(path, _SubsetFile, kind=kind, error=DataError)
+    subset = Subset(source=fields.source, num_classes=fields.num_classes, ids=fields.ids, drawn=fields.drawn)
+    with damage(path, kind, error=DataError):
+        claimed, found = fields.sha256, subset.sha256
     if not subset.ids:
         raise DataError(f"{path} names no items")
     if len(set(subset.ids)) < len(subset.ids):
         raise DataError(f"{path} names {len(subset.ids) - len(set(subset.ids))} ids more than once")
     if claimed != found:
         raise DataError(
-            f"{path} was changed: it says sha256 {claimed}, its {len(subset.ids)} ids have {found}"
+            f"{path} was changed: it says sha256 {cut(claimed)}, its {len(subset.ids)} ids have {found}"
         )
     return subset
 
@@ -294,11 +295,10 @@ def read_paths(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise DataError(f"no file of paths {path}")
-    content = path.read_bytes()
-    try:
+    kind = "a list of paths, one per line or pickled"
+    content = read_bytes(path, kind=kind)
+    with damage(path, kind, error=DataError):
         found = _pickled_texts(content) if content[:1] == b"\x80" else content.decode().splitlines()
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is no list of paths, one per line or pickled: {error}") from error
     paths = [line.strip() for line in found if line.strip()]
     if not paths or len(set(paths)) < len(paths):
         raise DataError(

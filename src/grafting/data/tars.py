@@ -1,12 +1,13 @@
 """Members of tar files by position, read where they lie: nothing is unpacked, so no member can leave the archive."""
 
-import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import DataError
+from ..machine.reading import read_stretches, tar_members
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,11 @@ class Member:
         """Its bytes; threads may read at once.
 
         Raises:
-            OSError: the file is missing, or ends too early.
+            DataError: the file is missing, or ends too early.
         """
-        with self.path.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), self.size, self.offset)
-        if len(content) != self.size:
-            raise OSError(f"{self.path} ends {self.size - len(content)} bytes too early")
-        return content
+        content = np.empty(self.size, np.uint8)
+        read_stretches(self.path, [(content, self.offset)])
+        return content.tobytes()
 
 
 def tar_files(source: Path) -> list[Path]:
@@ -50,19 +49,9 @@ def members(tar: Path) -> Iterator[tuple[str, Member]]:
     Raises:
         DataError: not a tar, a compressed one, or one that was cut short.
     """
-    size = tar.stat().st_size
-    _check_end(tar, size)
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for info in archive:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all that it saw; an attribute without a type
-                if not info.isreg() or info.issparse():
-                    continue
-                if info.offset_data + info.size > size:
-                    raise DataError(f"{tar} was cut short: {info.name} ends after the end of the file")
-                yield info.name, Member(tar, info.offset_data, info.size)
-    except tarfile.TarError as error:
-        raise DataError(f"{tar} is not an uncompressed tar file, or is damaged: {error}") from error
+    _check_end(tar, tar.stat().st_size)
+    for name, offset, size in tar_members(tar):
+        yield name, Member(tar, offset, size)
 
 
 def _check_end(tar: Path, size: int) -> None:

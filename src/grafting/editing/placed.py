@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..contract import BlockCall, Kernel, Mixer, OperatorConfig, Site, TokenLayout
+from ..contract import BlockCall, Kernel, Kwargs, Mixer, OperatorConfig, Site, TokenLayout
 from ..errors import HostError
 from ..hosts import LayoutTracker
 from .masks import key_mask_of, with_images_last
@@ -39,7 +39,7 @@ class Placed(nn.Module):
         """Paths of the modules in whose place it stands, in the order in which they run."""
         return (self.site.path,)
 
-    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: Kwargs) -> Any:
         """Output of the replaced modules for the arguments of a call."""
         (module,) = old
         return module(*args, **kwargs)
@@ -192,7 +192,7 @@ class MergedBlocks(Placed):
     def replaces(self) -> tuple[str, ...]:
         return tuple(site.path for site in self.sites)
 
-    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def replaced_output(self, old: Sequence[nn.Module], args: tuple, kwargs: Kwargs) -> Tensor:
         return sequence(old, self.call, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -225,7 +225,7 @@ class Passage(Placed):
         return tokens if len(tokens) > 1 else tokens[0]
 
 
-def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def sequence(blocks: Sequence[nn.Module], call: BlockCall, args: tuple, kwargs: Kwargs) -> Tensor:
     """Run blocks in sequence, each with these arguments except for the tokens."""
     (name,) = call.returns
     place = call.arguments.index(name)

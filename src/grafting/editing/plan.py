@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -23,14 +22,18 @@ from pydantic.json_schema import JsonSchemaValue
 
 from ..contract import KernelConfig, OperatorConfig, Site
 from ..errors import PlanError, listed
+from ..machine.reading import JsonObject, shown
+from ..machine.settings import Settings
 from ..operators import PRESETS, operator_configs, parse_operator
 
-_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*([1-9]\d*))?)?")
-_EVERY = re.compile(r"every\s+(\d+)\s+of\s+(\d+)")
+_RANGE = re.compile(r"([0-9]{1,12})(?:\s*-\s*([0-9]{1,12})(?:\s*:\s*([1-9][0-9]{0,11}))?)?")
+_EVERY = re.compile(r"every\s+([0-9]{1,12})\s+of\s+([0-9]{1,12})")
 
 
 def resolve_blocks(blocks: "str | int | Sequence[int]", num_blocks: int) -> list[int]:
     """The block numbers that `blocks` names in a model of `num_blocks`, in their order; not checked for range.
+
+    A range that leads out of the model ends with the first number that does.
 
     Raises:
         ValueError: not in the language; says what is.
@@ -50,12 +53,18 @@ def resolve_blocks(blocks: "str | int | Sequence[int]", num_blocks: int) -> list
     matches = [_RANGE.fullmatch(part.strip()) for part in blocks.split(",")]
     if None in matches:
         raise ValueError(
-            f"{blocks!r} names no blocks: write all, odd, even, [1, 3], '8-18:2', '1, 8-10' or 'every 3 of 4'"
+            f"{shown(blocks)} names no blocks: write all, odd, even, [1, 3], '8-18:2', '1, 8-10' or 'every 3 of 4'"
         )
     bounds = [(int(a), int(b or a), int(step or 1)) for a, b, step in (m.groups() for m in matches if m)]
     if any(last < first for first, last, _ in bounds):
-        raise ValueError(f"{blocks!r}: a range ends before it begins")
-    return [i for first, last, step in bounds for i in range(first, last + 1, step)]
+        raise ValueError(f"{shown(blocks)}: a range ends before it begins")
+    ranges = [range(first, last + 1, step) for first, last, step in bounds]
+    return [i for numbers in ranges for i in numbers[: _num_until(numbers, num_blocks)]]
+
+
+def _num_until(numbers: range, num_blocks: int) -> int:
+    """How many of some numbers come up to the first that is no block's, with it."""
+    return 1 + len(range(numbers.start, min(numbers.stop, num_blocks), numbers.step))
 
 
 def _check_blocks(blocks: "str | int | tuple[int, ...]") -> "str | int | tuple[int, ...]":
@@ -84,10 +93,8 @@ Blocks = Annotated[str | int | tuple[int, ...], AfterValidator(_check_blocks)]
 Operator = Annotated[SerializeAsAny[OperatorConfig], BeforeValidator(parse_operator), _OperatorSchema]
 
 
-class Replace(BaseModel):
+class Replace(Settings):
     """Put an operator in place of one role in some blocks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     edit: Literal["replace"] = "replace"
     role: Literal["attention", "mlp"]
@@ -101,7 +108,7 @@ class Replace(BaseModel):
         return f"Replace(role={self.role!r}, blocks={self.blocks!r}, operator={self.operator.name!r})"
 
 
-class Merge(BaseModel):
+class Merge(Settings):
     """Run pairs of sequential blocks side by side on one input, and merge what they add by one linear layer.
 
     With branches b1, b2 on tokens x [B, L, D]: x + W [b1(x) - x; b2(x) - x] + bias, W [D, 2D]. A layer on the outputs,
@@ -112,9 +119,7 @@ class Merge(BaseModel):
         arXiv:2506.05340, section on depth to width: 28 -> 14 deep, one linear layer 2D -> D a pair.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra={"required": ["edit"]}
-    )
+    model_config = ConfigDict(json_schema_extra={"required": ["edit"]})
 
     edit: Literal["merge"] = "merge"
     blocks: Blocks = "all"
@@ -134,15 +139,10 @@ class Merge(BaseModel):
         return f"Merge(blocks={self.blocks!r})"
 
 
-class Drop(BaseModel):
+class Drop(Settings):
     """Remove some blocks and pass their input to the next block."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        json_schema_extra={"required": ["edit", "blocks"]},
-    )
+    model_config = ConfigDict(json_schema_extra={"required": ["edit", "blocks"]})
 
     edit: Literal["drop"] = "drop"
     blocks: Blocks
@@ -164,14 +164,12 @@ Choice = OperatorConfig | Merge | Drop
 """The edit of a site: an operator, or for a whole block the edit that merges or drops it."""
 
 
-class Plan(BaseModel):
+class Plan(Settings):
     """The edits of a model, in any mixture; every site is edited at most once.
 
     Block numbers are those of the model as it was, whatever is merged or dropped. Operators of a merged block stand
     inside its branch.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     edits: tuple[Edit, ...] = ()
 
@@ -233,7 +231,7 @@ def operators_of(chosen: Mapping[Site, Choice]) -> dict[Site, OperatorConfig]:
     return {site: choice for site, choice in chosen.items() if isinstance(choice, OperatorConfig)}
 
 
-def describe_choice(choice: Choice | None) -> dict[str, Any] | None:
+def describe_choice(choice: Choice | None) -> JsonObject | None:
     """Describe a site's edit as JSON with a `name`: an operator's, `merge` or `drop`."""
     if choice is None:
         return None

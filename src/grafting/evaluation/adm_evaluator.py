@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ProtocolError, listed
 from ..machine.devices import default_device
+from ..machine.settings import Settings
 from ..metrics.adm import adm_inception_score, adm_precision_recall
 from ..metrics.features import FeatureNetwork
 from ..metrics.frechet import FeatureStatistics, FrechetInfluences, frechet_distance
@@ -15,7 +16,7 @@ from ..words import INCEPTION_NAME
 from ._gathered import Gathered, check_width, spatial_features
 from .adm_reference import AdmReference
 from .per_image import PerImage, dealt_in_turn
-from .protocol import Data, Metrics, Protocol
+from .protocol import Metrics, Protocol
 from .reference import check_made_by
 from .suite import PairedEvaluator
 
@@ -39,7 +40,7 @@ class AdmConfig(Metrics):
         return self.neighbours + 1
 
 
-class AdmEvaluation(Data):
+class AdmEvaluation(Settings):
     """The figures of ADM's suite. On the published weights of Inception they are FID, sFID and the Inception score.
 
     The interval is 95 %, over other draws of as many images; the reference is taken as fixed.

@@ -1,21 +1,24 @@
 """What ADM's suite measures against: ADM's own .npz, images alone, or what `AdmReference.save` wrote."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, UInt8
 from pydantic import JsonValue
 from torch import Tensor
 
 from ..contract import Step
 from ..errors import CheckpointError, DataError
 from ..machine.files import sha256_of, write_bytes
+from ..machine.reading import NpzFile, damage
 from ..metrics.features import FeatureNetwork, tensors_sha256
 from ..metrics.frechet import Gaussian, frechet_distance
 from ._gathered import Gathered, check_width, spatial_features
-from ._npz import NpzFile
 from .protocol import Identity
 from .reference import check_made_by, read_reference
 from .suite import OnStep
@@ -71,15 +74,15 @@ class AdmReference:
         file = NpzFile(path)
         gathered = Gathered()
         if _IMAGES in file.names:
-            total = file.shape(_IMAGES)[0]
-            for images in file.images(_IMAGES, batch_size):
+            total = file.header(_IMAGES)[0][0]
+            for images in _images(file, batch_size):
                 gathered.add(spatial_features(network, images))
                 if on_step is not None:
                     on_step(Step(done=gathered.count, total=total))
         given = set(_STATISTICS) <= file.names
         if given:
             pooled, spatial = (
-                Gaussian(file.matrix(mean), file.matrix(covariance))
+                Gaussian(_matrix(file, mean), _matrix(file, covariance))
                 for mean, covariance in (_STATISTICS[:2], _STATISTICS[2:])
             )
         else:
@@ -126,23 +129,24 @@ class AdmReference:
             ProtocolError: another feature network made it.
         """
         words, tensors = read_reference(path, _REFERENCE_FORMAT)
-        if tensors_sha256(tensors) != words["sha256"]:
+        if tensors_sha256(tensors) != words.get("sha256"):
             raise CheckpointError(f"{path} is damaged: its content does not have the hash written in it")
-        maker = Identity(name=words["network_name"], sha256=words["network_sha256"])
-        check_made_by(words["name"], maker, network)
-        pooled, spatial = (
-            (float(number) for number in words["spread"].split()) if words["spread"] else (0.0, 0.0)
-        )
-        return cls(
-            name=words["name"],
-            sha256=words["source_sha256"],
-            network=maker,
-            pooled=Gaussian(tensors["pooled.mean"], tensors["pooled.covariance"]),
-            spatial=Gaussian(tensors["spatial.mean"], tensors["spatial.covariance"]),
-            features=tensors.get("features"),
-            statistics="given" if words["statistics"] == "given" else "computed",
-            spread=(pooled, spatial) if words["spread"] else None,
-        )
+        with damage(path, "a complete reference"):
+            maker = Identity(name=words["network_name"], sha256=words["network_sha256"])
+            check_made_by(words["name"], maker, network)
+            pooled, spatial = (
+                (float(number) for number in words["spread"].split()) if words["spread"] else (0.0, 0.0)
+            )
+            return cls(
+                name=words["name"],
+                sha256=words["source_sha256"],
+                network=maker,
+                pooled=Gaussian(tensors["pooled.mean"], tensors["pooled.covariance"]),
+                spatial=Gaussian(tensors["spatial.mean"], tensors["spatial.covariance"]),
+                features=tensors.get("features"),
+                statistics="given" if words["statistics"] == "given" else "computed",
+                spread=(pooled, spatial) if words["spread"] else None,
+            )
 
     @property
     def num_images(self) -> int:
@@ -193,6 +197,24 @@ def open_adm_reference(
     return AdmReference.load(path, network)
 
 
+def _matrix(file: NpzFile, name: str) -> Tensor:
+    """An array of floats as float64."""
+    values = file.array(name)
+    if values.dtype.kind != "f":
+        raise DataError(f"{file.path}: {name} is {values.dtype}, statistics are floats")
+    return torch.from_numpy(values.astype(np.float64))
+
+
+def _images(file: NpzFile, batch_size: int) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    """The images of a file, some at a time, in their order."""
+    shape, dtype, by_columns = file.header(_IMAGES)
+    if dtype != np.uint8 or len(shape) != 4 or by_columns:
+        found = "an array stored by columns" if by_columns else f"{dtype} {list(shape)}"
+        raise DataError(f"{file.path}: {_IMAGES} must be images, uint8 [N, H, W, C]; found {found}")
+    for rows in file.rows(_IMAGES, batch_size):
+        yield torch.from_numpy(rows).permute(0, 3, 1, 2)
+
+
 def check_adm_reference(path: Path) -> None:
     """Looks at what a reference's file has, without reading much of it.
 
@@ -213,13 +235,13 @@ def check_adm_reference(path: Path) -> None:
     elif 0 < len(missing) < len(_STATISTICS):
         faults.append(f"its statistics lack {', '.join(missing)}")
     if not missing:
-        shapes = {name: file.shape(name) for name in _STATISTICS}
+        shapes = {name: file.header(name)[0] for name in _STATISTICS}
         faults += [
             f"{mean} is {list(shapes[mean])} and {covariance} {list(shapes[covariance])}; expected [F] and [F, F]"
             for mean, covariance in (_STATISTICS[:2], _STATISTICS[2:])
             if len(shapes[mean]) != 1 or shapes[covariance] != shapes[mean] * 2
         ]
-    elif _IMAGES in file.names and (shape := file.shape(_IMAGES))[:1] < (2,):
+    elif _IMAGES in file.names and (shape := file.header(_IMAGES)[0])[:1] < (2,):
         faults.append(f"{_IMAGES} is {list(shape)}; statistics need at least 2 images")
     if faults:
         raise DataError(f"{path} cannot be a reference:" + "".join(f"\n  {fault}" for fault in faults))

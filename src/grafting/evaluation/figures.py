@@ -1,11 +1,12 @@
 """The figures that an `Evaluator` makes, with the protocol under which they hold, and their ratio under one protocol."""
 
 from ..errors import ProtocolError
-from .protocol import Data, Protocol
+from ..machine.settings import Settings
+from .protocol import Protocol
 from .suite import Result
 
 
-class Evaluation(Data):
+class Evaluation(Settings):
     """The figures of one model's images, and the protocol under which they hold.
 
     Intervals are 95 %, over other draws of as many images; the reference is taken as fixed.

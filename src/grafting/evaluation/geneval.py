@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..contract import Conditions
 from ..errors import DataError, ProtocolError
+from ..machine.settings import Settings
 from ..metrics._interval import spread
 from .geneval_rules import Detection, Prompt, PromptFile, Tag, Verdict, judge
 from .geneval_vision import ColourReader, Detector
 from .per_image import PerImage
-from .protocol import Data, Identity, Metrics, Protocol
+from .protocol import Identity, Metrics, Protocol
 from .suite import OnStep, PairedEvaluator, Suite, SuiteEvaluator
 
 TAGS: tuple[Tag, ...] = get_args(Tag)
@@ -40,7 +41,7 @@ class GenevalMetrics(Metrics):
         return 2
 
 
-class GenevalEvaluation(Data):
+class GenevalEvaluation(Settings):
     """The figures of one model's images, with 95 % intervals over other prompts of the same tasks."""
 
     geneval: float | None

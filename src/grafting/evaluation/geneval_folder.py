@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..machine.files import atomic_folder, hash_json, sha256_of
+from ..machine.reading import picture_size, read_picture
 from ..sampling.files import SampleFile
 from .geneval_rules import PromptFile
 
@@ -66,7 +67,7 @@ def open_folder(folder: Path) -> SampleFile:
             f"{folder} has no images in GenEval's layout, such as 00000/samples/0000.png; other samples are one file"
         )
     paths = [path for _, path in found]
-    sizes = Counter(_size(path) for path in paths)
+    sizes = Counter(picture_size(path) for path in paths)
     if len(sizes) > 1:
         (first, many), (other, few) = sizes.most_common(2)
         raise DataError(f"{folder} has images of unlike sizes: {many} of {first}, {few} of {other} ...")
@@ -89,25 +90,13 @@ def open_folder(folder: Path) -> SampleFile:
 
 def names_of(samples: SampleFile) -> list[str]:
     """A name for each image: its file, or the file of all with its number."""
-    return samples.record.get("files") or [f"{samples.path}:{number}" for number in range(samples.num_images)]
-
-
-def _size(path: Path) -> tuple[int, int]:
-    with _picture(path) as image:
-        return image.size
+    files = samples.record.get("files")
+    if isinstance(files, list) and len(files) == samples.num_images:
+        return list(map(str, files))
+    return [f"{samples.path}:{number}" for number in range(samples.num_images)]
 
 
 def _read(paths: list[Path], size: int) -> Iterator[Tensor]:
     for first in range(0, len(paths), size):
-        rows = []
-        for path in paths[first : first + size]:
-            with _picture(path) as image:
-                rows.append(torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0))
-        yield torch.stack(rows)
-
-
-def _picture(path: Path) -> Image.Image:
-    try:
-        return Image.open(path, formats=["PNG"])
-    except OSError as error:
-        raise DataError(f"{path} cannot be read as a PNG: {error}") from error
+        pictures = [read_picture(path) for path in paths[first : first + size]]
+        yield torch.stack([torch.from_numpy(np.asarray(p).copy()).movedim(-1, 0) for p in pictures])

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from jaxtyping import Bool
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from ..errors import DataError, listed
 from ..machine.files import sha256_of
+from ..machine.reading import parse_json, read_text
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Relation = Literal["left of", "right of", "above", "below"]
@@ -108,13 +109,13 @@ class PromptFile:
                 f"no prompts file {path}: GenEval's is prompts/evaluation_metadata.jsonl in its repository"
             )
         prompts, faults = [], []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            name = f"line {number}"
             try:
-                prompts.append(Prompt.model_validate_json(line))
-                found = prompts[-1].faults()
-            except ValidationError as error:
-                found = [f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors()]
-            faults += [f"line {number}: {fault}" for fault in found]
+                prompts.append(parse_json(line, Prompt, name=name, kind="a prompt", error=DataError))
+                faults += [f"{name}: {fault}" for fault in prompts[-1].faults()]
+            except DataError as error:
+                faults.append(str(error))
         if faults or not prompts:
             raise DataError(listed(f"{path} is not GenEval's prompts:", faults[:20] or ["it is empty"]))
         return cls(path, tuple(prompts), sha256_of(path))

@@ -3,16 +3,17 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from ..errors import DataError
 from ..machine.files import atomic_path, hash_json
+from ..machine.reading import NpzFile, damage, parse_json
 from ..metrics.frechet import FrechetInfluences
-from ._npz import NpzFile, damage
 from .per_image import PerImage
 
 _FORMAT = "grafting-influences-1"
@@ -22,6 +23,23 @@ _MOST_FEATURES = 4 * 2**20
 _OWN = ("labels", "strata", "clusters", "features", "point_groups")
 _KINDS = ("scores", "influences", "points")
 _FRECHET = ("influence", "corrected_influence", "curvature", "strata")
+
+
+class _FrechetFacts(BaseModel):
+    """The numbers of `FrechetInfluences`."""
+
+    num_features: int
+    value: float
+    corrected: float | None
+
+
+class _Words(BaseModel):
+    """What the file says of itself."""
+
+    format: Literal["grafting-influences-1"]
+    of: str  # hash of the figures
+    names: list[str] = Field(alias="keys")  # of the figures
+    frechet: _FrechetFacts | None
 
 
 def save_influences(path: Path, per_image: PerImage, *, figures: Mapping[str, Any]) -> None:
@@ -47,19 +65,18 @@ def load_influences(path: Path, *, figures: Mapping[str, Any]) -> PerImage:
     Raises:
         DataError: no such file, or it is damaged, something else, or of other figures.
     """
-    names = NpzFile(path).names
-    with damage(path), np.load(path, allow_pickle=False) as file:
-        words = json.loads(str(file["words"])) if "words" in names else {}
-        tensors = {name: torch.from_numpy(file[name]) for name in names - {"words"}}
-    if words.get("format") != _FORMAT:
-        raise DataError(f"{path} is not a file of influences of this library")
-    if words["of"] != hash_json({key: figures.get(key) for key in words["keys"]}):
+    file = NpzFile(path)
+    kind = "a file of influences of this library"
+    words = parse_json(file.text("words"), _Words, name=path, kind=kind, error=DataError)
+    if words.of != hash_json({key: figures.get(key) for key in words.names}):
         raise DataError(f"{path} is of other figures than those beside it: measure the images again")
-    kinds: dict[str, Any] = {kind: _under(tensors, kind) for kind in _KINDS}
-    own: dict[str, Any] = {name: tensors.get(name) for name in _OWN}
-    of_frechet: dict[str, Any] = (words["frechet"] or {}) | _under(tensors, "frechet")
-    frechet = FrechetInfluences(**of_frechet) if of_frechet else None
-    return PerImage(**own, **kinds, frechet=frechet)
+    with damage(path, kind, error=DataError):
+        tensors = {name: torch.from_numpy(file.array(name)) for name in file.names - {"words"}}
+        own: Any = {name: tensors.get(name) for name in _OWN}
+        kinds: Any = {each: _under(tensors, each) for each in _KINDS}
+        facts: Any = {} if words.frechet is None else words.frechet.model_dump()
+        facts |= _under(tensors, "frechet")
+        return PerImage(**own, **kinds, frechet=FrechetInfluences(**facts) if facts else None)
 
 
 def _tensors(per_image: PerImage) -> Iterator[tuple[str, Tensor]]:

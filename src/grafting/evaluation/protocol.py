@@ -8,9 +8,7 @@ from typing import Protocol as Interface
 
 import torch
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     PositiveInt,
@@ -19,16 +17,13 @@ from pydantic import (
 
 from ..errors import ProtocolError
 from ..functional.pixels import UINT8_RULE
+from ..machine.settings import Settings
 
 # settings of sampling that say where and how fast it ran, not what came out
 _CIRCUMSTANCES = frozenset({"batch_size", "compile", "device", "num_processes"})
 
 
-class Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Identity(Data):
+class Identity(Settings):
     """A network or reference by name and by content."""
 
     name: str
@@ -46,7 +41,7 @@ class Identified(Interface):
     def sha256(self) -> str: ...
 
 
-class Metrics(Data, ABC):
+class Metrics(Settings, ABC):
     """Settings of a suite's figures, with a field `suite: Literal[...]` that says whose they are."""
 
     @property
@@ -84,7 +79,7 @@ def _metrics_of(value: Any) -> Any:
     raise ValueError(f"no suite {value.get('suite')!r} measures here")
 
 
-class Protocol(Data):
+class Protocol(Settings):
     """Everything a figure depends on except the model: equal protocols, comparable figures."""
 
     sampling: dict[str, JsonValue]

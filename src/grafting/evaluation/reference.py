@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError, DataError, ProtocolError
 from ..machine.files import write_bytes
 from ..machine.randomness import generator
+from ..machine.reading import damage, read_safetensors, shown
 from ..metrics.features import FeatureNetwork, extract, tensors_sha256
 from ..metrics.frechet import FeatureStatistics
 from .protocol import Identified, Identity
@@ -94,13 +94,14 @@ class Reference:
             ProtocolError: another feature network made it.
         """
         metadata, tensors = read_reference(path, _REFERENCE_FORMAT)
-        reference = cls(
-            metadata["name"],
-            Identity(name=metadata["network_name"], sha256=metadata["network_sha256"]),
-            FeatureStatistics.from_tensors(tensors),
-            tensors["features"],
-        )
-        if reference.sha256 != metadata["sha256"]:
+        with damage(path, "a complete reference"):
+            reference = cls(
+                metadata["name"],
+                Identity(name=metadata["network_name"], sha256=metadata["network_sha256"]),
+                FeatureStatistics.from_tensors(tensors),
+                tensors["features"],
+            )
+        if reference.sha256 != metadata.get("sha256"):
             raise CheckpointError(f"{path} is damaged: its content does not have the hash written in it")
         if network is not None:
             reference.check_network(network)
@@ -160,13 +161,9 @@ def read_reference(path: Path, form: str) -> tuple[dict[str, str], dict[str, Ten
     """
     if not path.is_file():
         raise CheckpointError(f"no reference file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            words, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+    tensors, words = read_safetensors(path)
     if words.get("format") != form:
         raise CheckpointError(
-            f"{path} is not a reference of this library: its format is {words.get('format')!r}, not {form!r}"
+            f"{path} is not a reference of this library: its format is {shown(words.get('format'))}, not {form!r}"
         )
     return words, tensors

@@ -19,9 +19,10 @@ from ..data import scenes
 from ..data.scenes import CELL, CELLS, SIDE, TASKS, Caption, caption_of
 from ..errors import DataError, ProtocolError
 from ..machine.files import hash_json
+from ..machine.settings import Settings
 from ..metrics.paired import mean_estimate, share_estimate
 from .per_image import PerImage
-from .protocol import Data, Identity, Metrics, Protocol
+from .protocol import Identity, Metrics, Protocol
 from .suite import OnStep, PairedEvaluator, Remark, Suite, SuiteEvaluator
 
 NOTHING, NO_OBJECT = -1, -2
@@ -172,7 +173,7 @@ class ScenesMetrics(Metrics):
         return 2 * len(TASKS)
 
 
-class ScenesEvaluation(Data):
+class ScenesEvaluation(Settings):
     """The figures of one model's scenes, with 95 % intervals over other draws of as many images of the same tasks."""
 
     exact: float

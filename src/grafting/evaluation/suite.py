@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..contract import Conditions, Step
 from ..errors import DataError
+from ..machine.settings import Settings
 from .per_image import PerImage
-from .protocol import Data, Protocol
+from .protocol import Protocol
 
 OnStep = Callable[[Step], None]
 
@@ -127,7 +128,7 @@ class KeptReference(NamedTuple):
     words: list[str]
 
 
-class Suite(Data, ABC):
+class Suite(Settings, ABC):
     """A suite's settings, as a recipe's `evaluate` has them."""
 
     name: str

@@ -1,5 +1,6 @@
 """The open set of hosts: a Python file or a spec (`specs/`) each, found by `_registry`. Add a file to add a host."""
 
+from ._construct import constructed as constructed
 from ._host import Host as Host
 from ._host import LayoutTracker as LayoutTracker
 from ._host import config_of as config_of

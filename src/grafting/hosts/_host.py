@@ -17,6 +17,7 @@ from ..contract import (
     Conditions,
     Denoiser,
     Grid,
+    Kwargs,
     MlpWeights,
     NoiseProcess,
     Site,
@@ -100,7 +101,7 @@ class LayoutTracker:
                 "not model.forward(...)"
             )
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: Kwargs) -> None:
         names = inspect.signature(model.forward).parameters
         arguments = dict(zip(names, args, strict=False)) | kwargs
         self._grid, self._lengths = (
@@ -174,7 +175,7 @@ class Host(ABC, Generic[Model]):
     @abstractmethod
     def example(
         self, model: Model, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         """Random keyword arguments of a forward pass whose image tokens form this grid.
 
         Args:

@@ -8,11 +8,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from torch import nn
 
 from ..errors import HostError, listed
+from ..machine.reading import read_yaml
 from ._host import Host, LayoutTracker
 from ._sdpa import SdpaHost
 from ._spec import SdpaSpec
@@ -93,9 +93,7 @@ def load_spec(path: str | Path) -> SdpaSpec:
         HostError: the file is missing or describes no spec; lists what is wrong with it.
     """
     try:
-        return SdpaSpec.model_validate(yaml.safe_load(Path(path).read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise HostError(f"{path} cannot be read as a spec of a host: {error}") from error
+        return SdpaSpec.model_validate(read_yaml(Path(path), error=HostError))
     except ValidationError as error:
         raise HostError(listed(f"{path} is no spec of a host:", spec_faults(error))) from error
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, NoiseProcess, Site
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, NoiseProcess, Site
 from ..errors import HostError
 from ._grids import (
     as_argument,
@@ -108,7 +108,11 @@ class SdpaHost(Host[nn.Module]):
         if blocks.mlp is not None:
             module = model.get_submodule(f"{path}.{blocks.mlp}")
             layers = self.spec.mlp
-            width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
+            placed = getattr(module, "site", None)  # where an operator stands already, it knows its site
+            if placed is not None:
+                width = placed.hidden_dim
+            else:
+                width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
             yield Site(
                 role="mlp", path=f"{path}.{blocks.mlp}", hidden_dim=width, module=blocks.mlp_call, **facts
             )
@@ -280,7 +284,7 @@ class SdpaHost(Host[nn.Module]):
 
     def example(
         self, model: nn.Module, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         if not self.spec.inputs:
             self._refuse("its other arguments (`inputs`)")
         host = self.at_grid(Grid(rows, cols, frames))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditions import ClassLabels
-from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, ModuleCall, Site
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, ModuleCall, Site
 from ..models.dit import Attention, DiT, Mlp, ParallelBlocks
 from ._host import Host, linear_weights, randomise
 
@@ -90,7 +90,7 @@ class DiTHost(Host[DiT]):
 
     def example(
         self, model: DiT, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         patch = model.config.patch_size
         return {
             "x": torch.randn(batch_size, model.config.in_channels, rows * patch, cols * patch),

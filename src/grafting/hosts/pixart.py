@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, Grid, MlpWeights, ModuleCall, Site
+from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, ModuleCall, Site
 from ..errors import HostError
 from ._host import Host, linear_weights, randomise
 
@@ -120,7 +120,7 @@ class PixArtHost(Host[PixArt]):
 
     def example(
         self, model: PixArt, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         config = model.config
         mask = torch.ones(batch_size, num_text)
         mask[0, -2:] = 0
@@ -134,7 +134,7 @@ class PixArtHost(Host[PixArt]):
             **self._sizes(model, torch.zeros(batch_size, 1, rows, cols)),
         }
 
-    def _sizes(self, model: PixArt, x: Tensor) -> dict[str, Any]:
+    def _sizes(self, model: PixArt, x: Tensor) -> Kwargs:
         """The size in pixels of latents x, and its height over width, for models that are told.
 
         Source: diffusers `PixArtAlphaPipeline.__call__`; the autoencoder of PixArt divides sizes by 8.

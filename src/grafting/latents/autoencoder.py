@@ -5,30 +5,29 @@ log variance and not a sample, decoding takes what a diffusion model makes.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from diffusers.models import AutoencoderKL
 from jaxtyping import Float, UInt8
 from pydantic import JsonValue
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError, listed
 from ..machine.files import sha256_of
 from ..machine.precision import Precision, resolve_precision
+from ..machine.reading import JsonObject, damage, read_json
 from ..weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_folder
 
 # of a folder of an autoencoder alone, and of one of a whole pipeline
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "diffusion_pytorch_model-*.safetensors")
 VAE_FILES = (*_FILES, *(f"vae/{name}" for name in _FILES))
 
+_CLASS = "AutoencoderKL"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -36,7 +35,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class Autoencoder:
     """An `AutoencoderKL` in eval mode, in float32, and what identifies it."""
 
-    module: AutoencoderKL
+    module: Any  # diffusers' class, which takes seconds to import
     name: str  # `owner/name` on the Hub, or the name of its folder
     revision: str | None  # the commit on the Hub; None of a local folder
     sha256: str  # of its config and weights
@@ -65,7 +64,7 @@ class Autoencoder:
 
     def to(self, device: torch.device) -> "Autoencoder":
         """This autoencoder, moved to a device."""
-        cast(nn.Module, self.module).to(device)  # diffusers' own `to` is typed wrongly
+        self.module.to(device)
         return self
 
     def encode(
@@ -135,12 +134,9 @@ def _check_config(folder: Path) -> None:
             f"no autoencoder in {folder}: it has no {CONFIG_NAME}; give the folder of a diffusers AutoencoderKL or of "
             f"a pipeline that has one, or owner/name on the Hub"
         )
-    try:
-        config = json.loads(path.read_text())
-        name = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a config of diffusers: {error}") from error
-    if name != AutoencoderKL.__name__:
+    config = read_json(path, JsonObject, kind="a config of diffusers")
+    name = config.get("_class_name")
+    if name != _CLASS:
         raise CheckpointError(f"{folder} holds a {name or 'model without a class'}, not an AutoencoderKL")
     if config.get("latents_mean") or config.get("latents_std"):
         raise CheckpointError(
@@ -149,8 +145,11 @@ def _check_config(folder: Path) -> None:
         )
 
 
-def _load(folder: Path) -> AutoencoderKL:
-    try:
+def _load(folder: Path) -> Any:
+    from diffusers.models import AutoencoderKL
+
+    # diffusers opens the files: whatever it raises
+    with damage(folder, "an autoencoder that can be read"):
         module, info = AutoencoderKL.from_pretrained(
             folder,
             use_safetensors=True,
@@ -158,8 +157,6 @@ def _load(folder: Path) -> AutoencoderKL:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"the autoencoder in {folder} cannot be read: {error}") from error
     faults = [f"{key} is missing" for key in info["missing_keys"]]
     faults += [f"{key} is unknown" for key in info["unexpected_keys"]]
     if faults:

@@ -2,22 +2,21 @@
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt
+from pydantic import JsonValue, PositiveInt
 from torch import Tensor
 
 from ..errors import ProtocolError
 from ..functional.pixels import to_uint8
 from ..machine.precision import Precision, settled
+from ..machine.settings import Settings
 from .autoencoder import Autoencoder, load_autoencoder
 
 # channels of images: grey and colour; anything else is a latent
 _PIXEL_CHANNELS = (1, 3)
 
 
-class VaeConfig(BaseModel):
+class VaeConfig(Settings):
     """The autoencoder that makes pixels of a model's latents."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str
     """Autoencoder that decodes latents: a folder of diffusers' AutoencoderKL, or of a pipeline that has one in `vae`; or

@@ -5,7 +5,6 @@ threads while the autoencoder works. With `mirrored`, each image is encoded a se
 its own: DiT mirrors half of its images at random, and an epoch over these items is two over the images, each seen both ways.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
+from pydantic import BaseModel, Field, JsonValue, PositiveInt
 from torch import Tensor
 
 from ..contract import Step
@@ -27,16 +26,16 @@ from ..data.latentfolder import FORMAT, WORK_NAME, Dtype, LatentFolder
 from ..data.sources import ImageStream
 from ..errors import DataError
 from ..machine.precision import Precision, settled_as_begun
+from ..machine.reading import read_json
+from ..machine.settings import Settings
 from .autoencoder import Autoencoder
 
 # batches that are decoded while one is encoded
 _BATCHES_AHEAD = 3
 
 
-class EncodingConfig(BaseModel):
+class EncodingConfig(Settings):
     """Encoding of images into latents. The defaults are DiT's for 256x256, without the mirrored half."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     size: PositiveInt = 256
     """Side of the central crop, in pixels."""
@@ -167,9 +166,19 @@ def forecast(
 def _settled(config: EncodingConfig, vae: Autoencoder, folder: Path) -> EncodingConfig:
     """With the precision that the folder's latents were begun in; `LatentFolder.check` says what is wrong with its record."""
     begun = None
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        begun = json.loads((folder / WORK_NAME).read_text())["encoding"]["precision"]
+    with suppress(DataError):
+        begun = read_json(folder / WORK_NAME, _Work, error=DataError).encoding.precision
     return settled_as_begun(config, vae.device, begun=begun, where=folder)
+
+
+class _Encoded(BaseModel):
+    precision: JsonValue = None
+
+
+class _Work(BaseModel):
+    """The part of a folder's record that says in which precision it was begun."""
+
+    encoding: _Encoded
 
 
 def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folder: Path) -> LatentFolder:
@@ -260,7 +269,7 @@ def _is_mended(stream: ImageStream, target: LatentFolder, number: int, *, size: 
             try:
                 stream.crop(image, size=size)
                 return True
-            except OSError:
+            except DataError:
                 pass
     return False
 
@@ -301,7 +310,7 @@ def _collect(
     for number, crop in zip(numbers, crops, strict=True):
         try:
             found[number] = crop.result()
-        except OSError as error:
+        except DataError as error:
             unreadable[stream.ids[number]] = str(error)
     images = torch.empty(0, 3, config.size, config.size, dtype=torch.uint8)
     if found:

@@ -15,11 +15,11 @@ from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-import yaml
 from pydantic import BaseModel
 
 from ..errors import FaultWarning, ResumeWarning, RunError
 from .processes import broadcast, is_main
+from .reading import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -202,18 +202,16 @@ def _begun(written: Path) -> dict[str, Precision]:
     if not written.is_file():
         return {}
     try:
-        sections = yaml.safe_load(written.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fault = " ".join(str(error).split())
-        message = f"{written} is not YAML: {fault}. What precision the run began in is not known, and is chosen again"
+        sections = read_yaml(written, error=RunError)
+    except RunError as error:
+        message = f"{error}. What precision the run began in is not known, and is chosen again"
         warnings.warn(message, FaultWarning, stacklevel=2)
         return {}
-    found = {
-        name: section.get("precision")
-        for name, section in _each(sections.items() if isinstance(sections, dict) else ())
-        if isinstance(section, dict)
-    }
-    return {name: precision for name, precision in found.items() if precision in ("fp32", "bf16")}
+    begun: dict[str, Precision] = {}
+    for name, section in _each(sections.items() if isinstance(sections, dict) else ()):
+        if isinstance(section, dict) and section.get("precision") in ("fp32", "bf16"):
+            begun[name] = cast(Precision, section["precision"])
+    return begun
 
 
 def _undecided(settings: BaseModel) -> dict[str, BaseModel]:

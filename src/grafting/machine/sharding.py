@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,6 +24,9 @@ from torch.utils import _pytree
 
 from ..errors import CheckpointError
 from ..machine import processes
+from .reading import Form, cut, opened, read_json
+
+T = TypeVar("T")
 
 FACTS_NAME = "facts.json"
 
@@ -89,16 +92,13 @@ class ShardedState:
             (folder / FACTS_NAME).write_text(json.dumps(self.facts))
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Contents of a state's folder other than tensors.
+def read_facts(folder: Path, form: Form[T]) -> T:
+    """Contents of a state's folder other than tensors, in a form.
 
     Raises:
         CheckpointError: it is not such a folder.
     """
-    try:
-        return json.loads((folder / FACTS_NAME).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a state of a sharded run: {error}") from error
+    return read_json(folder / FACTS_NAME, form, kind="what a state of a sharded run says of itself")
 
 
 def read_tensors(folder: Path, tree: Any) -> None:
@@ -110,11 +110,11 @@ def read_tensors(folder: Path, tree: Any) -> None:
     try:
         with _also_alone():
             dcp.load(tensors_of(tree), storage_reader=_Reader(folder))
-    except (CheckpointException, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever torch raises at a damaged file
         # torch tells of every process, with tracebacks
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
-            f"the state in {folder} is damaged or another model's: {cause} Delete it to restart the stage"
+            f"the state in {folder} is damaged or another model's: {cut(str(cause))} Delete it to restart the stage"
         ) from error
 
 
@@ -136,7 +136,7 @@ class _Reader(dcp.FileSystemReader):
     """Reads a distributed checkpoint without running what a pickle may hold."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with opened(Path(self.path) / ".metadata") as file:
             metadata = _IndexReader(file).load()
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id

@@ -8,7 +8,6 @@ Source: arXiv:1512.00567 (blocks); the names and where they stand in TensorFlow'
 utils/util_convert_inception_weights.py; what is read from the graph: openai/guided-diffusion, evaluations/evaluator.py.
 """
 
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, DataError
-from ..machine.files import pickle_fault
+from ..machine.reading import read_torch
 
 # how the published file's SHA-256 begins, as its name says
 PUBLISHED_SHA256_PREFIX = "6726825d"
@@ -121,10 +120,7 @@ def load_inception(path: Path) -> Inception:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"no weights file {path}")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a complete file of tensors: {pickle_fault(error)}") from error
+    weights = read_torch(path, kind="a complete file of tensors")
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise CheckpointError(f"{path} holds {type(weights).__name__}, not tensors by name")
     # counts batches of training; files that PyTorch wrote may have it, nothing reads it

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from pydantic import BaseModel, PositiveInt
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..machine.files import write_bytes
+from ..machine.reading import damage, parse_json, read_safetensors
 
 
 class ClassifierOutput(NamedTuple):
@@ -97,6 +98,14 @@ def save_classifier(path: Path, model: Classifier) -> None:
     write_bytes(path, safetensors.torch.save(tensors, {"config": json.dumps(model.config)}))
 
 
+class _Config(BaseModel):
+    """Arguments of `Classifier` in its file."""
+
+    widths: list[PositiveInt]
+    feature_dim: PositiveInt
+    num_classes: PositiveInt
+
+
 def load_classifier(path: Path) -> Classifier:
     """The classifier that `save_classifier` wrote, in eval mode; it computes in float32 with the stored values.
 
@@ -105,10 +114,10 @@ def load_classifier(path: Path) -> Classifier:
     """
     if not path.is_file():
         raise CheckpointError(f"no classifier file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            model = Classifier(**json.loads((file.metadata() or {})["config"]))
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a complete classifier file: {error}") from error
+    kind = "a complete classifier file"
+    tensors, words = read_safetensors(path)
+    config = parse_json(words.get("config", ""), _Config, name=path, kind=kind)
+    with damage(path, kind):
+        model = Classifier(config.widths, config.feature_dim, config.num_classes)
+        model.load_state_dict(tensors)
     return model.eval()

@@ -83,6 +83,21 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own decl
         learn_sigma: bool = True,
     ):
         super().__init__()
+        sizes = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+        }
+        if wrong := [f"{name} is {size!r}" for name, size in sizes.items() if not _is_size(size)]:
+            raise ValueError(f"{', '.join(wrong)}; sizes are whole numbers above 0")
+        if not (0 <= class_dropout_prob <= 1 and 0 < mlp_ratio <= 256):
+            raise ValueError(
+                f"class_dropout_prob is {class_dropout_prob}, from 0 to 1; mlp_ratio is {mlp_ratio}, above 0 and at most 256"
+            )
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
@@ -148,6 +163,10 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own decl
         for linear in (*(m[-1] for m in modulations), self.final_layer.linear):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
 
 class DiTBlock(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..contract import OperatorConfig
 from ..errors import did_you_mean
+from ..machine.reading import shown
 from ._presets import PRESETS
 
 
@@ -39,8 +40,8 @@ def parse_operator(value: Any) -> OperatorConfig:
     if isinstance(value, OperatorConfig):
         return value
     settings = PRESETS.get(value, {"name": value}) if isinstance(value, str) else value
-    if not isinstance(settings, dict) or "name" not in settings:
-        raise ValueError(f"an operator is a name, or a mapping with a name; found {value!r}")
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"an operator is a name, or a mapping with a name; found {shown(value)}")
     configs, name = operator_configs(), settings["name"]
     if name in PRESETS:
         raise ValueError(f"{name!r} is a preset, which takes no settings: it stands for {PRESETS[name]}")

@@ -25,7 +25,7 @@ class _HyenaConfig(MixerConfig):
     has_short_filter: ClassVar[bool]
     has_inner_filter: ClassVar[bool]
 
-    kernel_size: int = Field(default=4, ge=1)
+    kernel_size: int = Field(default=4, ge=1, le=4096)
     """Taps of each filter; along each axis for `geometry: 2d` and `3d`, where 3 is a good choice."""
     geometry: Geometry = "centred"
     """Position of the taps.

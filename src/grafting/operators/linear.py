@@ -21,7 +21,7 @@ class LinearConfig(KernelConfig):
     name: Literal["linear"] = "linear"
     feature_map: FeatureMap = "elu"
     """phi: `elu` is elu(x) + 1, `relu` is relu(x), `softmax` is a softmax over the features of each token of q and k."""
-    conv: int | None = Field(default=None, gt=0)
+    conv: int | None = Field(default=None, gt=0, le=4096)
     """Side (odd) of a depthwise 2-D filter of v over the image, added to the output; none by default."""
 
     def faults(self, site: Site) -> list[str]:

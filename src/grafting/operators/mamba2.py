@@ -42,13 +42,13 @@ class Mamba2Config(MixerConfig):
 
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
     name: Literal["mamba2"] = "mamba2"
-    state_dim: int = Field(default=64, ge=1)
+    state_dim: int = Field(default=64, ge=1, le=4096)
     """Size of the state of each channel, N."""
-    head_dim: int = Field(default=16, ge=1)
+    head_dim: int = Field(default=16, ge=1, le=4096)
     """Channels of a head, which decay at one rate."""
-    expand: int = Field(default=2, ge=1)
+    expand: int = Field(default=2, ge=1, le=64)
     """Inner channels for each channel of the model."""
-    conv_size: int = Field(default=4, ge=1)
+    conv_size: int = Field(default=4, ge=1, le=4096)
     """Taps of the short filter before the scan: the token and those before it in the direction of the scan."""
     direction: Literal["bidirectional", "causal"] = "bidirectional"
     """Filter and scan over the raster order and back, averaged; or only forward, as in the published weights."""

@@ -25,7 +25,7 @@ class MHAConfig(MixerConfig):
 
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
     name: Literal["mha"] = "mha"
-    num_heads: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1, le=4096)
     """Attention heads; by default as many as the site's attention has."""
 
     def faults(self, site: Site) -> list[str]:

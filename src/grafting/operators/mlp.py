@@ -16,7 +16,7 @@ class MLPConfig(MixerConfig):
 
     roles: ClassVar[frozenset[Role]] = frozenset({"mlp"})
     name: Literal["mlp"] = "mlp"
-    ratio: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    ratio: float = Field(default=4.0, gt=0, le=256)
     """Hidden width over D, the expansion ratio r; the width is rounded down."""
 
     def faults(self, site: Site) -> list[str]:

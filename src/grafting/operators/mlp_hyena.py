@@ -34,7 +34,7 @@ class MLPHyenaXConfig(MixerConfig):
 
     roles: ClassVar[frozenset[Role]] = frozenset({"mlp"})
     name: Literal["mlp-hyena-x"] = "mlp-hyena-x"
-    kernel_size: int = Field(default=4, ge=1)
+    kernel_size: int = Field(default=4, ge=1, le=4096)
     """Taps of a filter, over a channel and those before it."""
     filters: Literal["per-token", "shared"] = "shared"
     """One filter for each place in the sequence, as published, which fixes the number of tokens; or one for all."""

@@ -24,7 +24,7 @@ class TTTConfig(KernelConfig):
 
     honours = ANY_CALL
     name: Literal["ttt"] = "ttt"
-    window: int | None = Field(default=None, gt=0)
+    window: int | None = Field(default=None, gt=0, le=65536)
     """Radius of a `window-2d` that is added to it with learned weights, as in `hybrid`; none by default."""
 
     def parts(self) -> tuple[OperatorConfig, ...]:

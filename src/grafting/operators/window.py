@@ -22,7 +22,7 @@ class Window1dConfig(KernelConfig):
 
     honours = ANY_CALL
     name: Literal["window-1d"] = "window-1d"
-    window: int = Field(default=4, gt=0)
+    window: int = Field(default=4, gt=0, le=65536)
     """Image tokens seen on each side, so 2 * window + 1 in all."""
 
     def faults(self, site: Site) -> list[str]:
@@ -72,7 +72,7 @@ class Window2dConfig(KernelConfig):
 
     honours = ANY_CALL
     name: Literal["window-2d"] = "window-2d"
-    radius: int = Field(default=1, gt=0)
+    radius: int = Field(default=1, gt=0, le=4096)
     """Rows and columns seen on each side, so a square of side 2 * radius + 1."""
     border: Border = "clipped"
     """At the image's edge: `clipped` cuts the square, `shifted` moves it inside (NATTEN's rule)."""

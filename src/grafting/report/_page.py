@@ -14,7 +14,7 @@ from ..words import duration
 from ._gallery import gallery
 from ._plan_picture import operator_keys, plan_picture, plan_width
 from ._protocols import alike, protocol_table
-from ._record import RunRecord
+from ._record import PlannedSite, RunRecord
 from ._results import baseline, further, notes, results
 from ._training import stage_1, stage_2
 from ._words import last_measured, replaced, summary
@@ -47,8 +47,8 @@ def report_page(run: RunRecord) -> str:
     )
 
 
-def _sites(run: RunRecord) -> list[dict[str, Any]]:
-    return (run.plan or {}).get("sites") or []
+def _sites(run: RunRecord) -> list[PlannedSite]:
+    return run.plan["sites"] if run.plan else []
 
 
 def _summary(run: RunRecord) -> str:
@@ -89,6 +89,7 @@ def _state(entry: Mapping[str, Any]) -> str:
 
 def _library(run: RunRecord) -> str | None:
     """The library's version, from the manifest or else from what the figures' protocols recorded."""
-    recorded = [(row.get("protocol") or {}).get("recorded") or {} for row in run.rows or []]
+    rows: Sequence[Mapping[str, Any]] = run.rows or []
+    recorded = [(row.get("protocol") or {}).get("recorded") or {} for row in rows]
     versions = [(run.manifest or {}).get("library"), *(r.get("grafting") for r in recorded)]
     return next((str(version) for version in versions if version), None)

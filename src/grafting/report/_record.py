@@ -2,15 +2,47 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from pydantic import ConfigDict, Field, JsonValue, with_config
+from typing_extensions import TypedDict
 
+from ..contract import Role
 from ..evaluation import Remark
+from ..words import Row
 
 # more than any picture in the report shows
 MAX_IMAGES = 100
+
+
+Line: TypeAlias = dict[str, JsonValue]
+"""A line of a stage's log, by the names of its figures."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class PlannedOperator(TypedDict):
+    """An operator with its settings, or what becomes of a block."""
+
+    name: str
+
+
+class PlannedSite(TypedDict):
+    """A site of the model, and what the plan puts there."""
+
+    block: Annotated[int, Field(ge=0, lt=10_000)]
+    role: Role
+    path: str
+    operator: PlannedOperator | None
+
+
+class WrittenPlan(TypedDict):
+    """A run's `plan.json`."""
+
+    host: str
+    plan: dict[str, JsonValue]
+    sites: list[PlannedSite]
 
 
 class Samples(NamedTuple):
@@ -33,11 +65,11 @@ class RunRecord:
     name: str
     recipe: Mapping[str, Any] | None
     recipe_text: str | None
-    plan: Mapping[str, Any] | None
-    distill_log: list[dict[str, Any]] | None
-    finetune_log: list[dict[str, Any]] | None
+    plan: WrittenPlan | None
+    distill_log: list[Line] | None
+    finetune_log: list[Line] | None
     samples: dict[str, Samples]
-    rows: list[dict[str, Any]] | None
+    rows: list[Row] | None
     manifest: Mapping[str, Any] | None
     missing: list[str]
 

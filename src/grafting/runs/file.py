@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ..editing.plan import fault_list
 from ..errors import GraftingError, RecipeError, did_you_mean
+from ..machine.reading import cut, fault_of, read_yaml, shown
 from .keys import known_keys
 from .paths import WrittenPath, absolute, with_paths, written_in
 from .recipe import Recipe
+
+_MOST_BASES = 32
 
 Changes = dict[str, Any]
 """Changes to settings; keys may be dotted paths: `plan.0.blocks`."""
@@ -57,7 +59,7 @@ def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
 
 def faults_of(error: ValidationError) -> list[str]:
     """Each fault with its path in the file."""
-    return [f"{_where(e['loc'])}: {_what(e)}" for e in error.errors()]
+    return [f"{cut(_where(e['loc']))}: {_what(e)}" for e in error.errors()]
 
 
 def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -66,41 +68,24 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"no recipe file {path}" + ": it is a folder" * path.is_dir())
     if path.resolve() in seen:
         raise RecipeError(f"{path} is its own base: {' -> '.join(map(str, seen))}")
-    try:
-        settings = _Loader(path.read_text()).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if len(seen) > _MOST_BASES:
+        raise RecipeError(f"{path}: more than {_MOST_BASES} files are the base of one another")
+    settings = read_yaml(path, error=RecipeError)
     if not isinstance(settings, dict):
         found = "is empty" if settings is None else f"holds a {type(settings).__name__}"
         raise RecipeError(f"{path} {found}; a recipe is a mapping such as `name: my-run`")
+    if odd := [key for key in settings if not isinstance(key, str)]:
+        raise RecipeError(f"{path}: the key {shown(odd[0])} is no name of a setting")
     has_base, base = "base" in settings, settings.pop("base", None)
-    try:
-        settings = with_paths(settings, file=path)
-    except RecursionError:
-        raise RecipeError(f"{path}: a value holds itself") from None
+    settings = with_paths(settings, file=path)
     if not has_base:
         return settings
     if not isinstance(base, str):
-        raise RecipeError(f"{path}: base names one file, found {base!r}")
+        raise RecipeError(f"{path}: base names one file, found {shown(base)}")
     below = Path(absolute(base, path.parent.resolve()))
-    if not below.exists():
-        raise RecipeError(f"no recipe file {below}, which {path} names by `base: {base}`")
+    if not below.is_file():
+        raise RecipeError(f"no recipe file {cut(str(below))}, which {path} names by `base: {cut(base)}`")
     return merge(read_settings(below, (*seen, path.resolve())), settings)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML, in which a key that is given twice is a fault: the first would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            line, name = key.start_mark.line + 1, (key.tag, key.value)
-            if name in seen:
-                raise yaml.YAMLError(f"{key.value} is given twice, in lines {seen[name]} and {line}")
-            seen[name] = line
-        return super().construct_mapping(node, deep=deep)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +136,11 @@ def _where(location: tuple[int | str, ...]) -> str:
 def _what(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown key" + did_you_mean(error["loc"][-1], known_keys(error["loc"]))
-    if error["type"] == "missing":
-        return "missing"
     found = error["input"]
-    told = f"{found.written}, which is {found}" if isinstance(found, WrittenPath) else repr(found)
-    return f"{error['msg'].removeprefix('Value error, ')}, found {told}{_nearest(error)}"
+    if isinstance(found, WrittenPath):
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{message}, found {cut(found.written)}, which is {cut(found)}{_nearest(error)}"
+    return fault_of(error) + _nearest(error)
 
 
 def _nearest(error: Any) -> str:

@@ -14,13 +14,13 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..contract import FolderState, Step
+from ..contract import FolderState, State, Step
 from ..errors import FaultWarning, ResumeWarning, RunError
 from ..machine.files import (
     clear_abandoned,
@@ -34,10 +34,15 @@ from ..machine.files import (
     write_json,
 )
 from ..machine.locks import Lock, Taken
+from ..machine.reading import JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
+from .manifest import FORMAT, Entry, Manifest, new_manifest, parse_manifest, read_manifest
 from .states import newest_state, write_state
 
-FORMAT = 1
+_LONGEST_LOG = 1 << 30
+
+Line: TypeAlias = JsonObject
+"""A line of a stage's log: `step`, `seconds` and the step's figures."""
 
 
 class RunFolder:
@@ -68,7 +73,7 @@ class RunFolder:
         self.anyone = anyone
         self._recipe_name = recipe_name
         self._manifest_path = path / "manifest.json"
-        self._manifest: dict[str, Any] = {}
+        self._manifest = new_manifest(recipe_name)
         self._to_tell: list[str] = []
         if writes:
             self._refuse_strangers()
@@ -104,24 +109,24 @@ class RunFolder:
         if not self._is_run and path.exists() and not is_empty(path):
             raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Manifest:
         if not self._is_run:
-            return {"format": FORMAT, "recipe": self._recipe_name, "stages": {}}
+            return new_manifest(self._recipe_name)
         manifest = self._newest_manifest()
-        if manifest.get("recipe") != self._recipe_name:
+        if manifest.recipe != self._recipe_name:
             raise RunError(
-                f"{self.path} belongs to recipe {manifest.get('recipe')!r}, not {self._recipe_name!r}: "
+                f"{self.path} belongs to recipe {shown(manifest.recipe)}, not {self._recipe_name!r}: "
                 "name another folder with --out"
             )
-        if manifest.get("format") != FORMAT:
-            raise RunError(f"{self.path} is a run of format {manifest.get('format')}, this is {FORMAT}")
+        if manifest.format != FORMAT:
+            raise RunError(f"{self.path} is a run of format {manifest.format}, this is {FORMAT}")
         return manifest
 
-    def _newest_manifest(self) -> dict[str, Any]:
+    def _newest_manifest(self) -> Manifest:
         faults = []
         for path in (self._manifest_path, self._previous_path):
             try:
-                manifest = _read_manifest(path)
+                manifest = read_manifest(path)
             except RunError as error:
                 faults.append(str(error))
                 continue
@@ -155,22 +160,22 @@ class RunFolder:
         if self.anyone(caught_signal() is not None):
             raise Interrupted(caught_signal() or signal.SIGTERM)
 
-    def entry(self, name: str) -> dict[str, Any]:
-        """Record of a stage; empty if there is none."""
+    def entry(self, name: str) -> Entry | None:
+        """Record of a stage, if there is one."""
         if not self.writes:
             self._manifest = self._read()
-        return self._manifest["stages"].get(name, {})
+        return self._manifest.stages.get(name)
 
     def stage_outputs(self, name: str) -> dict[str, str]:
         """The hashes of a finished stage's outputs: what later stages depend on."""
         entry = self.entry(name)
-        if not entry.get("done"):
+        if entry is None or not entry.done or entry.outputs is None:
             raise RunError(f"stage {name} of {self.path} has not finished: run it first")
-        return entry["outputs"]
+        return entry.outputs
 
-    def describe_machine(self, facts: dict[str, Any]) -> None:
+    def describe_machine(self, facts: JsonObject) -> None:
         """Keep facts of the machine beside the stages' times, and those of earlier machines; nothing depends on them."""
-        before = self._manifest.get("machine", {}).get("threads")
+        before = self._manifest.machine.get("threads")
         now = facts.get("threads")
         if facts.get("device") == "cpu" and before not in (None, now):
             self.tell(
@@ -178,8 +183,8 @@ class RunFolder:
                 f"from those of a run that had {before} throughout"
             )
         facts = {"host": platform.node(), **facts}
-        machines = [m for m in self._manifest.get("machines", []) if m != facts]
-        self._manifest |= {"machine": facts, "machines": [*machines, facts]}
+        machines = [m for m in self._manifest.machines if m != facts]
+        self._manifest = self._manifest.model_copy(update={"machine": facts, "machines": [*machines, facts]})
         self._write()
 
     def tell(self, what: str) -> None:
@@ -193,20 +198,27 @@ class RunFolder:
 
     def mark_stale(self, *, after: str | None = None) -> None:
         """Note that what stages made may be of an earlier recipe, until they are opened again; `after` one, or all."""
-        names = list(self._manifest["stages"])
+        stages = self._manifest.stages
+        names = list(stages)
         for name in names if after is None else names[names.index(after) + 1 :]:
-            self.write_entry(name, self._manifest["stages"][name] | {"stale": True})
+            self.write_entry(name, stages[name].model_copy(update={"stale": True}))
 
-    def write_entry(self, name: str, entry: dict[str, Any]) -> None:
-        self._manifest["stages"][name] = entry
+    def write_entry(self, name: str, entry: Entry) -> None:
+        self._manifest.stages[name] = entry
         self._write()
 
     def _write(self) -> None:
         if not self.writes:
             return
-        if self._manifest_path.is_file() and not _damage_of(self._manifest_path):
-            write_bytes(self._previous_path, self._manifest_path.read_bytes())
-        write_json(self._manifest_path, self._manifest | {"sha256": hash_json(self._manifest)})
+        try:
+            content = read_bytes(self._manifest_path, error=RunError)
+            parse_manifest(content, self._manifest_path)
+        except RunError:
+            pass  # there is none, or it is damaged and the one before it stays
+        else:
+            write_bytes(self._previous_path, content)
+        record = self._manifest.on_record()
+        write_json(self._manifest_path, record | {"sha256": hash_json(record)})
 
 
 def stale_stages(folder: Path) -> frozenset[str]:
@@ -216,8 +228,8 @@ def stale_stages(folder: Path) -> frozenset[str]:
         RunError: the manifest is damaged.
     """
     path = folder / "manifest.json"
-    stages = _read_manifest(path).get("stages", {}) if path.is_file() else {}
-    return frozenset(name for name, entry in stages.items() if entry.get("stale"))
+    stages = read_manifest(path).stages if path.is_file() else {}
+    return frozenset(name for name, entry in stages.items() if entry.stale)
 
 
 class Stage:
@@ -235,12 +247,14 @@ class Stage:
         self.patience = ExitStack()
         """Once steps have been followed signals wait in here: no work after the last saved state is lost to them."""
         entry = run.entry(name)
-        if entry.get("inputs") != inputs:
+        self.done = False
+        if entry is None or entry.inputs != inputs:
             self._start_anew()
-        elif "stale" in entry:
-            entry = {key: value for key, value in entry.items() if key != "stale"}
+            return
+        if entry.stale:
+            entry = Entry(**entry.model_dump(exclude_unset=True, exclude={"stale"}))
             run.write_entry(name, entry)
-        self.done = entry.get("inputs") == inputs and entry.get("done", False) and self._intact(entry)
+        self.done = entry.done and self._intact(entry.outputs or {})
         if self.done and run.writes:
             self._remove_states()
 
@@ -251,11 +265,11 @@ class Stage:
     def _start_anew(self) -> None:
         if self._run.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._run.write_entry(self.name, {"inputs": self.inputs, "done": False})
+            self._run.write_entry(self.name, Entry(inputs=self.inputs, done=False))
             self._run.mark_stale(after=self.name)
 
-    def _intact(self, entry: dict[str, Any]) -> bool:
-        files = {self._run.path / name: digest for name, digest in entry["outputs"].items()}
+    def _intact(self, outputs: Mapping[str, str]) -> bool:
+        files = {self._run.path / name: digest for name, digest in outputs.items()}
         damaged = [
             path for path, digest in files.items() if not (path.is_file() and sha256_of(path) == digest)
         ]
@@ -266,14 +280,10 @@ class Stage:
 
     def record(self, *, seconds: float) -> None:
         """Note in the manifest that the stage is done; its states are no longer needed."""
-        previous = self._run.entry(self.name).get("seconds", 0.0)
+        before = self._run.entry(self.name)
+        total = seconds + (before.seconds if before else 0.0)
         outputs = {str(path.relative_to(self._run.path)): sha256_of(path) for path in self.outputs}
-        entry = {
-            "inputs": self.inputs,
-            "done": True,
-            "seconds": round(previous + seconds, 1),
-            "outputs": outputs,
-        }
+        entry = Entry(inputs=self.inputs, done=True, seconds=round(total, 1), outputs=outputs)
         self._run.write_entry(self.name, entry)
         self._remove_states()
 
@@ -290,7 +300,7 @@ class Stage:
         self._begin(None if state is None else state.step)
         return None if state is None else state.content
 
-    def save_state(self, state: dict[str, Any] | FolderState, step: int) -> None:
+    def save_state(self, state: State | FolderState, step: int) -> None:
         """Keep the state after a step; see `write_state`."""
         write_state(self._states, state, step, owner=self._owner, is_writer=self._run.writes)
 
@@ -319,7 +329,7 @@ class Stage:
                 raise Interrupted(signum or signal.SIGTERM)
             yield step
 
-    def _log(self, line: dict[str, Any]) -> None:
+    def _log(self, line: Mapping[str, object]) -> None:
         if self._run.writes:
             with disk_errors(self._log_path), open(self._log_path, "a", opener=without_links) as log:
                 log.write(_line_of(line))
@@ -334,31 +344,38 @@ class Stage:
             if step is None:
                 self._log_path.unlink(missing_ok=True)
         if self._log_path.is_file():
-            kept = [line for line in read_log(self._log_path) if line["step"] <= self._first_step]
+            kept = [line for line in read_log(self._log_path) if step_of(line) <= self._first_step]
             write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
 
 
-def _line_of(step: dict[str, Any]) -> str:
+def _line_of(step: Mapping[str, Any]) -> str:
     """A step as a line of JSON: values that are not finite are null, and named as that."""
     finite = finite_json(step)
     lost = [name for name, value in finite.items() if value is None and step[name] is not None]
     return json.dumps(finite | ({"not_finite": lost} if lost else {}), allow_nan=False) + "\n"
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Line]:
     """The steps of a log; lines that are damaged are left out with a warning, and one cut off at the end without."""
-    *whole, _ = path.read_text(errors="replace").split("\n")
+    *whole, _ = read_bytes(path, error=RunError, most=_LONGEST_LOG).split(b"\n")
     steps = []
-    for number, line in enumerate(whole, start=1):
+    for number, content in enumerate(whole, start=1):
         try:
-            step = json.loads(line)
-        except ValueError:
-            step = None
-        if isinstance(step, dict) and isinstance(step.get("step"), int):
-            steps.append(step)
-        else:
+            line = parse_json(content, JsonObject, name=path, error=RunError)
+            step_of(line)
+        except RunError:
             _warn(f"{path}, line {number} is damaged and skipped")
+        else:
+            steps.append(line)
     return steps
+
+
+def step_of(line: Line) -> int:
+    """The step of a line of a log. Raises a RunError if it has none."""
+    step = line.get("step")
+    if not isinstance(step, int):
+        raise RunError(f"a line of a log has no step: {shown(line)}")
+    return step
 
 
 def _locked(folder: Path) -> Lock:
@@ -378,26 +395,3 @@ def _locked(folder: Path) -> Lock:
 
 def _warn(message: str) -> None:
     warnings.warn(message, FaultWarning, stacklevel=3)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    fault = _damage_of(path)
-    if fault:
-        raise RunError(fault)
-    manifest = json.loads(path.read_text())
-    return {key: value for key, value in manifest.items() if key != "sha256"}
-
-
-def _damage_of(path: Path) -> str:
-    """Faults of a manifest file; empty if it is intact."""
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except ValueError as error:
-        return f"{path} is not JSON: {error}"
-    if not isinstance(manifest, dict):
-        return f"{path} is not a manifest"
-    digest = manifest.pop("sha256", None)
-    # a manifest of before there were checksums has none
-    return "" if digest in (None, hash_json(manifest)) else f"{path} does not agree with its checksum"

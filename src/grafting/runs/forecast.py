@@ -6,7 +6,6 @@ rate that an earlier part of the same run has logged. Left out: starting up, rea
 decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
 """
 
-import json
 import math
 import platform
 from collections.abc import Iterator
@@ -17,11 +16,13 @@ from typing import Any
 
 from ..cost.speed import DEVICES, device_at
 from ..data import LatentsConfig
-from ..errors import RecipeError
+from ..errors import RecipeError, RunError
 from ..machine.devices import default_device
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..training.distillation import DistillConfig
 from ..training.phases import FinetuneConfig
+from .folder import read_log
+from .manifest import read_manifest
 from .memory import (
     activations,
     copies,
@@ -83,7 +84,7 @@ class Forecast:
         str, int
     ]  # bytes of activations that stage 1 would keep by the published way, and that it keeps here
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         stages = [
             asdict(stage) | {"memory_bytes": stage.memory_bytes, "disk_bytes": stage.disk_bytes}
             for stage in self.stages
@@ -166,19 +167,19 @@ class _Clock:
 def _is_run_here(folder: Path, processes: int) -> bool:
     """True if a run was last carried out on this machine's device by as many processes."""
     try:
-        machine = json.loads((folder / "manifest.json").read_text())["machine"]
-        found = machine["host"], machine["device"], machine["processes"]
-    except (OSError, ValueError, LookupError, TypeError):
+        machine = read_manifest(folder / "manifest.json").machine
+    except RunError:
         return False
-    return found == (platform.node(), str(default_device()), processes)
+    found = [machine.get(key) for key in ("host", "device", "processes")]
+    return found == [platform.node(), str(default_device()), processes]
 
 
 def _logged_rate(log: Path, phase: int | None) -> float | None:
     """Median images per second that a stage has logged, or that phase of it."""
     if not log.is_file():
         return None
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    rates = [line["images_per_s"] for line in lines if "images_per_s" in line and line.get("phase") == phase]
+    said = [line.get("images_per_s") for line in read_log(log) if line.get("phase") == phase]
+    rates = [rate for rate in said if isinstance(rate, int | float)]
     return median(rates) if rates else None
 
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from ..contract import OperatorConfig
 from ..editing.plan import Merge
 from ..machine.files import hash_json
+from ..machine.reading import JsonObject
 from ..words import RowName
 from .folder import RunFolder
 from .job import Job
@@ -31,7 +32,7 @@ def _names(key: str, value: Any) -> bool:
     return key == "name" or (key == "edit" and value != "replace")
 
 
-def result_settings(config: BaseModel) -> dict[str, Any]:
+def result_settings(config: BaseModel) -> JsonObject:
     """The settings of a training stage that change its result; `how_it_runs` names the others."""
     left_out: frozenset[str] = getattr(type(config), "how_it_runs", frozenset())
     return {name: value for name, value in essence(config).items() if name not in left_out}

@@ -15,11 +15,12 @@ from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import check_can_adapt, paths_after, resolve
 from ..errors import DataError, HostError, RecipeError
-from ..hosts import Host, SdpaHost, config_of, host_of, hosts, use_spec
+from ..hosts import Host, SdpaHost, config_of, constructed, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled_run
+from ..machine.reading import reason_of
 from ..sampling.chain import SamplingConfig, check_sampling
 from ..training import distillation
 from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
@@ -250,9 +251,11 @@ def _construct(source: FreshModel) -> nn.Module:
     if source.host not in hosts():
         raise HostError(f"no host {source.host!r}; there are {', '.join(hosts())}")
     try:
-        return hosts()[source.host].model_class(**source.config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise HostError(f"source: {source.host} cannot be made from this config: {error}") from error
+        return constructed(hosts()[source.host].model_class, source.config)
+    except Exception as error:  # whatever a class raises at settings of another kind
+        raise HostError(
+            f"source: {source.host} cannot be made from this config: {reason_of(error)}"
+        ) from error
 
 
 def _check_config(model: nn.Module, source: FreshModel) -> None:

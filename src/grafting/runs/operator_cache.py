@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FaultWarning, ResumeWarning
 from ..machine.files import clear_partial, hash_json
-from ..weights.tensors import load_strictly, load_tensors, save_tensors, tensor_hash
+from ..machine.reading import cut, read_safetensors
+from ..weights.tensors import load_strictly, save_tensors, tensor_hash
 
 
 class OperatorStore:
@@ -54,17 +54,12 @@ class OperatorStore:
         return self.folder / f"{hash_json(key)}.safetensors"
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        tensors = load_tensors(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                recorded = file.metadata() or {}
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+        tensors, recorded = read_safetensors(path)
         # an operator of before there were checksums has none
         if recorded.get("sha256") not in (None, _digest(tensors)):
             raise CheckpointError(f"{path} is damaged: it does not agree with its checksum")
         if recorded.get("key") not in (None, path.stem):
-            raise CheckpointError(f"{path} holds another operator: it was saved as {recorded['key']}")
+            raise CheckpointError(f"{path} holds another operator: it was saved as {cut(recorded['key'])}")
         if "key" not in recorded and not self._has_told:
             self._has_told = True
             told = f"{self.folder} holds operators of an earlier version, which did not note whose they are: taken as named"

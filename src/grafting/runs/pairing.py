@@ -1,6 +1,5 @@
 """Rows of runs compared image by image: every row of a run with its pretrained one, and any two rows of any two runs."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +11,10 @@ from torch import Tensor
 from ..errors import DataError, GraftingError, RunError
 from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances
 from ..evaluation.influences import load_influences
+from ..machine.reading import read_json
 from ..metrics.paired import Estimate
 from ..sampling.files import open_samples
-from ..words import PRETRAINED, swept, swept_pairs
+from ..words import PRETRAINED, Row, swept, swept_pairs
 from .folder import stale_stages
 
 _BATCH = 500
@@ -144,7 +144,7 @@ def _run_row(folder: Path, figures: Mapping[str, Any], *, name: str) -> RunRow:
     return RunRow(folder, row, MeasuredRow(name, figures, per_image))
 
 
-def _read_figures(folder: Path) -> list[dict[str, Any]]:
+def _read_figures(folder: Path) -> list[Row]:
     path = folder / "metrics.json"
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}: a run, or RUN:ROW, is compared with another")
@@ -152,10 +152,7 @@ def _read_figures(folder: Path) -> list[dict[str, Any]]:
         raise RunError(f"{folder} has no metrics.json: a run is compared once its images are measured")
     if "evaluate" in stale_stages(folder):
         raise RunError(f"{path} is of an earlier recipe: run the recipe again")
-    try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not (isinstance(rows, list) and rows and all(isinstance(r, dict) and "name" in r for r in rows)):
-        raise DataError(f"{path} is no list of rows, each with a name")
+    rows = read_json(path, list[Row], kind="a list of rows, each with a name", error=DataError)
+    if not rows:
+        raise DataError(f"{path} has no rows")
     return rows

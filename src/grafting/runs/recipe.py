@@ -6,8 +6,7 @@ pretrained model + plan --distill--> operators --finetune--> model --sample--> i
 from typing import Annotated, Any
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    AfterValidator,
     Discriminator,
     Field,
     JsonValue,
@@ -23,6 +22,7 @@ from ..diffusion import ProcessConfig
 from ..editing.plan import Edit, Plan
 from ..evaluation import Suite, SuiteConfig, suite_of
 from ..latents.decoding import VaeConfig
+from ..machine.settings import Settings
 from ..sampling.chain import SamplingConfig
 from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
@@ -30,11 +30,12 @@ from ..training.phases import FinetuneConfig, Phases, phase_faults, phases_of
 from ..words import ROW_TITLES, RowName
 from .paths import WrittenPaths
 
+Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]*[\w-][\w.-]*$", max_length=200)]
+"""Name of a run's folder: not one that leads elsewhere, `..`, nor too long for one."""
 
-class FreshModel(BaseModel):
+
+class FreshModel(Settings):
     """A model described by its config: with the weights of a folder, or at random for pretraining and for trials."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     host: str
     config: dict[str, JsonValue]
@@ -55,12 +56,16 @@ _Finetune = Annotated[
 ]
 
 
-class Recipe(BaseModel):
+def _check_rows(rows: tuple[RowName, ...]) -> tuple[RowName, ...]:
+    if not rows or len(set(rows)) < len(rows):
+        raise ValueError("name at least one row, and none twice")
+    return rows
+
+
+class Recipe(Settings):
     """A complete run as data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    name: Name
     """Names the run's folder."""
     description: str = ""
     source: str | FreshModel = "testbed"
@@ -88,7 +93,7 @@ class Recipe(BaseModel):
     """Autoencoder that decodes samples, if the model makes latents."""
     evaluate: SuiteConfig | None = None
     """The suite that measures samples; left out, that of the bundled testbed which fits them, if one does."""
-    rows: tuple[RowName, ...] = tuple(ROW_TITLES)
+    rows: Annotated[tuple[RowName, ...], AfterValidator(_check_rows)] = tuple(ROW_TITLES)
     """Models to sample and measure."""
     seed: int = Field(default=0, ge=0)
     """Of the operators' random weights."""

@@ -3,25 +3,24 @@
 What stages made by an earlier recipe is left out. Nothing is computed here: `report` says what is made of it.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..contract import Conditions
 from ..data import ConditionsConfig
-from ..errors import DataError, RunError
+from ..errors import GraftingError, RunError
 from ..evaluation import Suite, SuiteConfig, suite_of
 from ..machine.files import write_bytes
-from ..report import MAX_IMAGES, RunRecord, Samples, report_page
-from ..words import ROW_TITLES
+from ..machine.reading import JsonObject, open_safetensors, read_json, read_text, read_yaml
+from ..report import MAX_IMAGES, RunRecord, Samples, WrittenPlan, report_page
+from ..words import ROW_TITLES, Row
 from .folder import read_log, stale_stages
+from .manifest import read_manifest
 
 
 def write_report(folder: str | Path) -> Path:
@@ -42,8 +41,8 @@ def read_run(folder: Path) -> RunRecord:
         RunError: there is no such folder, it holds no part of a run, or a part is damaged.
     """
     stale = stale_stages(folder)
-    parts: dict[str, Any] = {
-        name: None if _STAGE_OF.get(name) in stale else _read_part(folder / name, read)
+    parts = {
+        name: read(folder / name) if _STAGE_OF.get(name) not in stale and (folder / name).is_file() else None
         for name, read in _READERS.items()
     }
     told = _tellers(parts["recipe.yaml"])
@@ -58,7 +57,7 @@ def read_run(folder: Path) -> RunRecord:
     run = RunRecord(
         name=str((recipe or {}).get("name") or (manifest or {}).get("recipe") or folder.resolve().name),
         recipe=recipe,
-        recipe_text=(folder / "recipe.yaml").read_text() if recipe is not None else None,
+        recipe_text=read_text(folder / "recipe.yaml", error=RunError) if recipe is not None else None,
         plan=parts["plan.json"],
         distill_log=parts["distill/log.jsonl"],
         finetune_log=parts["finetune/log.jsonl"],
@@ -72,36 +71,32 @@ def read_run(folder: Path) -> RunRecord:
     return run
 
 
-def _read_part(path: Path, read: Callable[[Path], Any]) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return read(path)
-    except (ValueError, yaml.YAMLError, OSError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    value = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
+def _read_recipe(path: Path) -> JsonObject:
+    value = read_yaml(path, error=RunError)
     if not isinstance(value, dict):
-        raise ValueError(f"it should be a mapping, and is a {type(value).__name__}")
+        raise RunError(f"{path} is not a recipe: it is a {type(value).__name__}")
     return value
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = json.loads(path.read_text())
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise ValueError("it should be a list of rows, each with a name")
-    return rows
+def _read_plan(path: Path) -> WrittenPlan:
+    return read_json(path, WrittenPlan, kind="a plan", error=RunError)
+
+
+def _read_manifest(path: Path) -> JsonObject:
+    return read_manifest(path).on_record()
+
+
+def _read_rows(path: Path) -> list[Row]:
+    return read_json(path, list[Row], kind="a list of rows, each with a name", error=RunError)
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
-    "recipe.yaml": _read_mapping,
-    "plan.json": _read_mapping,
+    "recipe.yaml": _read_recipe,
+    "plan.json": _read_plan,
     "distill/log.jsonl": read_log,
     "finetune/log.jsonl": read_log,
     "metrics.json": _read_rows,
-    "manifest.json": _read_mapping,
+    "manifest.json": _read_manifest,
 }
 
 _STAGE_OF = {"distill/log.jsonl": "distill", "finetune/log.jsonl": "finetune", "metrics.json": "evaluate"}
@@ -114,13 +109,13 @@ def _sample_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
 
 
-def _tellers(recipe: dict[str, Any] | None) -> tuple[Conditions | None, Suite | None]:
+def _tellers(recipe: JsonObject | None) -> tuple[Conditions | None, Suite | None]:
     """What has words for conditions and remarks on images, as far as the recipe names them and they can still be read."""
     asked = {name: value for name, value in (recipe or {}).items() if name in ("conditions", "evaluate")}
     try:
         known = _Asked.model_validate(asked)
         conditions = known.conditions.load() if known.conditions else None
-    except (DataError, ValidationError):
+    except (GraftingError, ValidationError):
         return None, None
     name = known.conditions.name if known.conditions else "classes"
     return conditions, known.evaluate or suite_of(name)
@@ -134,13 +129,10 @@ class _Asked(BaseModel):
 
 
 def _read_samples(path: Path, conditions: Conditions | None, suite: Suite | None) -> Samples:
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            images = _pictures(_first(file.get_slice("images")))
-            labels = _first(file.get_slice("labels")).astype(np.int64)
-            count = file.get_slice("images").get_shape()[0]
-    except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"{path} is not a complete samples file: {error}") from error
+    with open_safetensors(path, framework="np", error=RunError) as file:
+        images = _pictures(_first(file.get_slice("images")))
+        labels = _first(file.get_slice("labels")).astype(np.int64)
+        count = file.get_slice("images").get_shape()[0]
     words = None if conditions is None else [conditions.words(number) for number in labels.tolist()]
     remarks = None if suite is None else suite.remarks(torch.from_numpy(images), torch.from_numpy(labels))
     return Samples(images, labels, count, words, remarks)

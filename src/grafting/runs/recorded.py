@@ -5,12 +5,12 @@ A model folder holds weights and settings of its class, which say neither.
 
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ..data import CaptionsConfig, ConditionsConfig
 from ..diffusion import FlowConfig, ProcessConfig
 from ..errors import CheckpointError
+from ..machine.reading import damage, read_yaml
 
 
 class Recorded(BaseModel):
@@ -40,7 +40,6 @@ def recorded(source: str | Path) -> Recorded:
 
 
 def _of_run(path: Path) -> Recorded:
-    try:
-        return Recorded.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
-        raise CheckpointError(f"{path} does not say how its model is asked and noised: {error}") from error
+    content = read_yaml(path, error=CheckpointError)
+    with damage(path, "a recipe that says how its model is asked and noised"):
+        return Recorded.model_validate(content)

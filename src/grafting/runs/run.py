@@ -19,6 +19,7 @@ from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
+from ..machine.reading import read_bytes, read_yaml
 from .folder import RunFolder
 from .job import Job, prepare
 from .operator_cache import OperatorStore
@@ -80,8 +81,11 @@ def _check_subset(recipe: Recipe, written: Path) -> None:
         return
     if data.subset is None or not written.is_file():
         return
-    before = yaml.safe_load(written.read_text()).get("data", {})
+    recipe_before = read_yaml(written, error=RunError)
+    before = recipe_before.get("data") if isinstance(recipe_before, dict) else None
     found = data.pinned().subset_sha256
+    if not isinstance(before, dict):
+        return
     if before.get("subset") == str(data.subset) and before.get("subset_sha256") not in (None, found):
         raise RunError(
             f"{data.subset} has sha256 {found}, the run in {written.parent} began with "
@@ -106,7 +110,7 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
     plan = job.recipe.edits.model_dump(mode="json")
     recipe = job.recipe.model_copy(update={"data": job.recipe.data.pinned()})
     described = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).encode()
-    if (folder / "recipe.yaml").is_file() and (folder / "recipe.yaml").read_bytes() != described:
+    if (folder / "recipe.yaml").is_file() and read_bytes(folder / "recipe.yaml", error=RunError) != described:
         run_folder.mark_stale()
     write_bytes(folder / "recipe.yaml", described)
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})

@@ -1,19 +1,23 @@
 """The stages of a run, as a table: a new stage is a record here and its module."""
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, NonNegativeInt
 
 from ..contract import Site
 from ..cost.count import count_parameters
 from ..cost.plan import PlanCost, plan_cost
 from ..editing.plan import Choice
+from ..errors import RunError
 from ..evaluation import evaluate
 from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
 from ..machine.files import write_json
 from ..machine.processes import barrier, is_main, rank, world_size
+from ..machine.reading import read_json
 from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
@@ -110,16 +114,25 @@ def _origin(job: Job) -> dict[str, Any]:
     return origin | {"num_images": job.recipe.sample.num_images}
 
 
+class _Facts(BaseModel):
+    """What is kept of the model that drew a row's images."""
+
+    params: NonNegativeInt
+
+
 def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, Any]:
     """Cost of a row's model: parameters, attention FLOPs per image and forward pass, measured sampling time."""
     folder = run.path / "samples" / row
-    times = sorted(line["ms_per_image"] for line in read_log(folder / "log.jsonl"))
+    log = folder / "log.jsonl"
+    said = [line.get("ms_per_image") for line in (read_log(log) if log.is_file() else ())]
+    times = sorted(value for value in said if isinstance(value, float) and math.isfinite(value))
     flops = job.attention_flops(is_edited=ROWS[row].is_edited)
     return {
-        "params": json.loads((folder / "model.json").read_text())["params"],
+        "params": read_json(folder / "model.json", _Facts, error=RunError).params,
         "attention_flops": flops.total,
         "attention_mixing_flops": flops.mixing,
-        "ms_per_image": round(times[len(times) // 2], 3),
+        # a log may be lost: the images are not drawn again for it
+        "ms_per_image": round(times[len(times) // 2], 3) if times else None,
     }
 
 

@@ -4,14 +4,12 @@ Lengths and rates are those of the quickstart for the bundled testbed, and the p
 Written as text, because a person goes on from here: each choice has its reason beside it.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from ..data.bundled import bundled_model_folder
@@ -20,7 +18,9 @@ from ..errors import CheckpointError, HostError, RecipeError
 from ..hosts import Host, hosts
 from ..latents.decoding import makes_pixels
 from ..machine.files import write_bytes
+from ..machine.reading import JsonObject, parse_yaml
 from ..operators import parse_operator
+from ..weights.folder import read_config
 from ..weights.locate import CONFIG_NAME, find_model
 from .file import load_recipe, parse_recipe
 from .job import skeleton
@@ -78,10 +78,16 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
     cooldown = ", cooldown_steps: 0" if start.source == "testbed" else ""
     short = _SMOKE.format(smoke=smoke.name, base=path.name, name=path.stem, cooldown=cooldown)
     short += _SMOKE_SAMPLES if "\nsample:" in text else ""
-    parse_recipe(yaml.safe_load(text), source=f"the recipe for {path}")
+    parse_recipe(_settings(text), source=f"the recipe for {path}")
     for file, content in ((path, text), (smoke, short)):
         write_bytes(file, content.encode())
     return path, smoke
+
+
+def _settings(text: str) -> JsonObject:
+    settings = parse_yaml(text, name="the recipe", error=RecipeError)
+    assert isinstance(settings, dict)
+    return settings
 
 
 def missing_parts(path: Path) -> list[str]:
@@ -107,7 +113,7 @@ def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
         raise CheckpointError(
             f"no model in {source}: give testbed, or the folder of a model, of a run, or of a pipeline with `transformer`"
         )
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = read_config(folder)
     name = str(config.get("_class_name")).removeprefix("Grafted")
     host = next((host for host in hosts().values() if host.class_name == name), None)
     if host is None:

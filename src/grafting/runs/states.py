@@ -5,7 +5,6 @@ a hash: a state of equal shapes may be of another recipe.
 """
 
 import io
-import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -13,23 +12,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..contract import FolderState
+from ..contract import FolderState, State
 from ..errors import CheckpointError, FaultWarning, ResumeWarning
 from ..machine.files import atomic_folder, folder_faults, partial_path
+from ..machine.reading import read_text, read_torch
 
 STATE_NAME = "state.pt"
 OWNER_NAME = "owner.txt"
 NUM_STATES = 2
 
 
-class State(NamedTuple):
+class SavedState(NamedTuple):
     """What was saved after a step: a dict, or the folder of a state that wrote itself."""
 
     step: int
-    content: dict[str, Any] | Path
+    content: State | Path
 
 
-def newest_state(states: Path, *, owner: str) -> State | None:
+def newest_state(states: Path, *, owner: str) -> SavedState | None:
     """The newest whole state of a stage's folder of states; None if there is none to resume from.
 
     Raises:
@@ -39,7 +39,7 @@ def newest_state(states: Path, *, owner: str) -> State | None:
     for folder in reversed(_folders(states)):
         step = int(folder.name)
         try:
-            state = State(step, read_state(folder))
+            state = SavedState(step, read_state(folder))
         except CheckpointError as error:
             faults.append(str(error))
             continue
@@ -52,9 +52,7 @@ def newest_state(states: Path, *, owner: str) -> State | None:
     return None
 
 
-def write_state(
-    states: Path, state: dict[str, Any] | FolderState, step: int, *, owner: str, is_writer: bool
-) -> None:
+def write_state(states: Path, state: State | FolderState, step: int, *, owner: str, is_writer: bool) -> None:
     """Keep the state after a step, and of older ones the last.
 
     A state that writes itself is asked to on every process, into the same folder; one process is the writer of the rest.
@@ -77,7 +75,7 @@ def write_state(
             shutil.rmtree(folder)
 
 
-def read_state(folder: Path) -> dict[str, Any] | Path:
+def read_state(folder: Path) -> State | Path:
     """A state as it was saved, or its folder.
 
     Raises:
@@ -89,10 +87,10 @@ def read_state(folder: Path) -> dict[str, Any] | Path:
     path = folder / STATE_NAME
     if not path.is_file():
         return folder
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    content = read_torch(path, kind="a whole state")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def _check_owner(folder: Path, owner: str) -> None:
@@ -100,7 +98,7 @@ def _check_owner(folder: Path, owner: str) -> None:
     if not path.is_file():
         told = f"{folder} is a state of an earlier version, which did not note whose it is: taken for this stage's"
         warnings.warn(told, ResumeWarning, stacklevel=4)
-    elif path.read_text().strip() != owner:
+    elif read_text(path, error=CheckpointError).strip() != owner:
         raise CheckpointError(
             f"{folder} is the state of another recipe, or of another stage. Delete {folder.parent} to restart the stage"
         )
@@ -125,7 +123,7 @@ class _Watched(io.BufferedWriter):
             raise
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
+def _save(state: State, path: Path) -> None:
     file = _Watched(path)
     try:
         torch.save(state, file)

@@ -5,7 +5,7 @@ operators of equal sites, and lines of the table that were measured before. The 
 killed sweep resumes where it stopped, and lines measured on another machine need not be measured again.
 """
 
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,34 +13,35 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from ..editing.plan import fault_list
-from ..errors import GraftingError, MissingBackend, RecipeError
+from ..errors import GraftingError, MissingBackend, RecipeError, RunError
 from ..machine import processes
 from ..machine.devices import default_device
 from ..machine.precision import Precision, settled_run, settled_sections
-from ..words import FINETUNED, PRETRAINED, ROW_TITLES, swept, swept_pairs
+from ..machine.reading import read_json
+from ..machine.settings import Settings
+from ..words import FINETUNED, PRETRAINED, ROW_TITLES, Row, swept, swept_pairs
 from .file import Changes, changed, faults_of, parse_recipe, read_settings
 from .identity import row_fingerprint
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .pairing import columns_against, pretrained_rows
-from .recipe import Recipe
+from .recipe import Name, Recipe
 from .rows import ROWS, rows_of
 from .run import run
 from .seeds import SEED, over_seeds, with_seeds_moved
 from .stage import OnStep
 from .stages import training_flops
-from .table import read_table, table_locked, write_table
+from .table import TableLine, read_table, table_locked, write_table
 
 Label = str | int | float
+_MOST_POINTS = 10_000
 
 
-class SweepGrid(BaseModel):
+class SweepGrid(Settings):
     """All combinations of some axes; each value of an axis is a label of the table and changes to the settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     labels: dict[str, Label] = {}
     """Columns of the table that are the same for the whole grid."""
@@ -50,12 +51,10 @@ class SweepGrid(BaseModel):
     """Column -> label -> changes; the first axis varies slowest, and its changes are made first."""
 
 
-class Sweep(BaseModel):
+class Sweep(Settings):
     """Many recipes as data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    name: Name
     description: str = ""
     settings: dict[str, Any]
     """Settings shared by all recipes, as in a recipe file; `base:` is already merged in."""
@@ -101,6 +100,9 @@ def points(sweep: Sweep) -> list[Point]:
     Raises:
         RecipeError: lists the faults of all recipes, or labels that name two of them.
     """
+    number = sweep.seeds * sum(math.prod(map(len, grid.axes.values())) for grid in sweep.grids)
+    if number > _MOST_POINTS:
+        raise RecipeError(f"sweep {sweep.name} has {number} recipes; at most {_MOST_POINTS} are carried out")
     found, faults = [], []
     for grid in sweep.grids:
         for labels, changes in _combinations(grid):
@@ -109,6 +111,8 @@ def points(sweep: Sweep) -> list[Point]:
                 for change in changes:
                     settings = changed(settings, change)
                 name = "-".join(map(str, labels.values()))
+                if name and not set(name) - {"."}:
+                    raise RecipeError(f"{name}: no name of a folder")
                 recipe = parse_recipe(settings | {"name": f"{sweep.name}-{name}"}, source=name)
             except RecipeError as error:
                 faults.append(str(error))
@@ -196,7 +200,7 @@ def run_sweep_on_ray(
     _check(chosen)
     known = _known(table)
 
-    def task(point: Point) -> list[dict[str, Any]]:
+    def task(point: Point) -> list[TableLine]:
         return measure(sweep, point, folder.absolute(), known=known, rows=rows)
 
     ray.init(ignore_reinit_error=True)
@@ -216,7 +220,7 @@ def measure(
     known: frozenset[str] = frozenset(),
     rows: Sequence[str] | None = None,
     on_step: OnStep | None = None,
-) -> list[dict[str, Any]]:
+) -> list[TableLine]:
     """Carry out one recipe of a sweep, unless the fingerprints of its lines are all `known`; returns its lines.
 
     Where the recipe leaves the precision to the device, lines of either precision are those that it asks for.
@@ -230,7 +234,7 @@ def measure(
     run(asked, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
     if recipe.sample is None:
         return []
-    measured = json.loads((folder / point.name / "metrics.json").read_text())
+    measured = read_json(folder / point.name / "metrics.json", list[Row], error=RunError)
     return [_line(sweep, point, job, row) for row in measured]
 
 
@@ -292,10 +296,10 @@ def _check(chosen: Sequence[Point]) -> None:
 
 
 def _known(table: Path) -> frozenset[str]:
-    return frozenset(line["fingerprint"] for line in read_table(table))
+    return frozenset(str(line["fingerprint"]) for line in read_table(table))
 
 
-def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]], folder: Path) -> None:
+def _add(sweep: Sweep, table: Path, lines: Sequence[TableLine], folder: Path) -> None:
     with table_locked(table):
         # read again: another process may have added lines of another part of the sweep
         lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
@@ -304,14 +308,14 @@ def _add(sweep: Sweep, table: Path, lines: Sequence[dict[str, Any]], folder: Pat
             write_table(table.with_name(f"{table.name}-over-seeds"), means)
 
 
-def _compared(sweep: Sweep, lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def _compared(sweep: Sweep, lines: Sequence[TableLine], folder: Path) -> list[TableLine]:
     """Lines with their comparison to the pretrained row that another run of the sweep has measured, where theirs has none."""
     runs = {frozenset(map(str, point.labels.items())): folder / point.name for point in points(sweep)}
     bases = list(pretrained_rows(runs.values()))
     return [
         line
         if line["stage"] == PRETRAINED or any(key.endswith(("_ratio", "_difference")) for key in line)
-        else _with_columns(line, columns_against(bases, runs.get(_labels(line)), line["stage"]))
+        else _with_columns(line, columns_against(bases, runs.get(_labels(line)), str(line["stage"])))
         for line in lines
     ]
 
@@ -322,13 +326,13 @@ def _labels(line: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(map(str, [(key, line[key]) for key in keys[: keys.index("stage")]]))
 
 
-def _with_columns(line: dict[str, Any], columns: Mapping[str, float]) -> dict[str, Any]:
+def _with_columns(line: TableLine, columns: Mapping[str, float]) -> TableLine:
     """A line with more figures, before its costs."""
     first = {key: line[key] for key in list(line)[: list(line).index("params")]}
     return {**first, **columns, **{key: value for key, value in line.items() if key not in first}}
 
 
-def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> TableLine:
     """A line of the table: labels, row, figures, costs, and the protocol."""
     row = measured["name"]
     flops = training_flops(job, row)
@@ -347,7 +351,7 @@ def _line(sweep: Sweep, point: Point, job: Job, measured: Mapping[str, Any]) -> 
     }
 
 
-def _in_order(sweep: Sweep, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_order(sweep: Sweep, lines: Sequence[TableLine]) -> list[TableLine]:
     """Lines in the sweep's order, the later of two with the same labels and stage; strangers come last."""
     columns = {column for point in points(sweep) for column in point.labels}
 

@@ -6,18 +6,24 @@ nothing else.
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from ..errors import RunError
 from ..machine.files import disk_errors, write_bytes, write_json
 from ..machine.locks import Lock
+from ..machine.reading import JsonObject, parse_json, read_bytes
 from ..report import write_sweep_picture
-from ..words import markdown_table
+from ..words import RowName, markdown_table
+
+TableLine: TypeAlias = JsonObject
+"""A line of a sweep's table: labels, the stage, figures, costs and a fingerprint, by column."""
 
 _NOT_SHOWN = frozenset({"fingerprint", "protocol", "notes"})
 
@@ -35,7 +41,15 @@ def table_locked(table: Path) -> Iterator[None]:
         yield
 
 
-def read_table(table: Path) -> list[dict[str, Any]]:
+@with_config(ConfigDict(extra="allow"))
+class _Line(TypedDict):
+    """What every line has, beside its labels and figures."""
+
+    fingerprint: str
+    stage: RowName
+
+
+def read_table(table: Path) -> list[TableLine]:
     """The lines measured so far.
 
     Raises:
@@ -45,12 +59,11 @@ def read_table(table: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        lines = json.loads(path.read_text())
-    except ValueError:
-        lines = None
-    if not (isinstance(lines, list) and all("fingerprint" in line for line in lines)):
-        raise RunError(f"{path} is not the table of a sweep: name another with --table")
-    return lines
+        content = read_bytes(path, error=RunError)
+        parse_json(content, list[_Line], name=path, kind="the table of a sweep", error=RunError)
+        return parse_json(content, list[TableLine], name=path, error=RunError)
+    except RunError as error:
+        raise RunError(f"{error}; name another with --table") from error
 
 
 def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:

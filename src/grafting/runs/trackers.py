@@ -5,7 +5,6 @@ the same figures. All of them write into the run's folder and send nothing away,
 (WANDB_MODE=online). A resumed run keeps its tracker id. Nothing of the environment is recorded.
 """
 
-import json
 import math
 import os
 import secrets
@@ -13,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, Field
 
 from ..contract import Step
 from ..errors import MissingBackend, RunError
 from ..machine import processes
 from ..machine.files import write_json
+from ..machine.reading import read_json
 
 FOLDER_NAME = "tracking"
 
@@ -172,13 +174,19 @@ def tracking(
         yield on_step
 
 
+class _Tracked(BaseModel):
+    """What is kept of a tracked run."""
+
+    id: Annotated[str, Field(max_length=300)]
+
+
 def run_id_of(folder: Path, name: str) -> str:
     """The id under which trackers know the run in `folder`: made once, kept in `run.json`."""
     path = folder / "run.json"
     if path.is_file():
         try:
-            return json.loads(path.read_text())["id"]
-        except (ValueError, KeyError, TypeError) as error:
+            return read_json(path, _Tracked, error=RunError).id
+        except RunError as error:
             raise RunError(f"{path} is damaged: delete it to continue tracking under a new id") from error
     run_id = f"{name}-{secrets.token_hex(4)}"
     write_json(path, {"id": run_id})

@@ -12,8 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeInt,
@@ -29,15 +27,15 @@ from ..functional.pixels import to_uint8
 from ..hosts import host_of
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import generator
+from ..machine.settings import Settings
 from .guidance import Guidance
 
 _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
 
 
-class SamplingConfig(BaseModel):
+class SamplingConfig(Settings):
     """Settings for sampling images. The defaults are DiT's, except for the number of images."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
     _absent_by_default: ClassVar[frozenset[str]] = frozenset({"cfg_rescale", "negative", "shape"})
     """Fields that protocols and records leave out at their defaults: those written before had none of them."""

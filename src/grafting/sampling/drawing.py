@@ -5,7 +5,6 @@ others; the main one writes the samples file when all shards are there. A proces
 at, and the same call resumes from there. This file does not know recipes.
 """
 
-import json
 import math
 import shutil
 import time
@@ -18,14 +17,15 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ..contract import Denoiser, Step
-from ..errors import DataError, RunError, listed
+from ..errors import GraftingError, RunError, listed
 from ..latents.decoding import Decoder
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled, settled_as_begun
+from ..machine.reading import Json, JsonObject, read_json
 from ..metrics.features import tensors_sha256
 from .chain import SamplingConfig, sample
-from .files import open_samples, origin_of, write_samples
+from .files import Origin, open_samples, origin_of, write_samples
 from .pictures import Pictures
 from .shards import INDEX_NAME, Shards, differences
 
@@ -68,7 +68,7 @@ class Drawing:
         self.config = config = settled(config, default_device())
         self._denoiser, self._sample_shape, self._decoder = denoiser, config.shape or shape, decoder
         sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in _CIRCUMSTANCES}
-        self.description: dict[str, Any] = {
+        self.description: JsonObject = {
             "sampling": sampling,
             "vae": decoder.identity,
             **denoiser.identity,
@@ -76,6 +76,7 @@ class Drawing:
         }
         self.shape = decoder.image_shape(self._sample_shape)
         self.pictures = None if pictures is None else Pictures(pictures, shape=self.shape)
+        _check_disk(folder, self.shape, num_images=config.num_images)
         self._shards = Shards(
             folder,
             num_images=config.num_images,
@@ -99,7 +100,7 @@ class Drawing:
             return False
         try:
             found = open_samples(path).record
-        except DataError as error:
+        except GraftingError as error:
             raise RunError(f"{path} exists and will not be overwritten: {error}") from error
         if found.get("drawing") != self.description:
             head = f"{path} exists and holds other images: name another file, or remove it"
@@ -207,9 +208,9 @@ class Drawing:
                     self._write_pictures(shard, images)
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> Origin:
         """Sampling part of the images' protocol."""
-        dtype = self.description.get("weights_dtype", "float32")
+        dtype = str(self.description.get("weights_dtype", "float32"))
         vae = self._decoder.identity
         return origin_of(self.config, weights_dtype=dtype, denoiser=self._denoiser, vae=vae)
 
@@ -242,6 +243,16 @@ def _check_space(folder: Path, shape: tuple[int, ...], *, num_images: int, num_d
         )
 
 
+def _check_disk(folder: Path, shape: tuple[int, ...], *, num_images: int) -> None:
+    """Refuses more images than the whole disk holds, before they are counted one by one."""
+    there = next(path for path in folder.absolute().parents if path.exists())
+    needed, whole = math.prod(shape) * num_images, shutil.disk_usage(there).total
+    if needed > whole:
+        raise RunError(
+            f"{num_images} images of {list(shape)} need {needed / 1e9:.3g} GB, and the disk of {there} has {whole / 1e9:.3g} GB"
+        )
+
+
 def settled_as_drawn(config: SamplingConfig, folder: Path, path: Path) -> SamplingConfig:
     """With the precision of images that are drawn already, into a file of samples or shards, where the config says `auto`.
 
@@ -249,16 +260,23 @@ def settled_as_drawn(config: SamplingConfig, folder: Path, path: Path) -> Sampli
     """
     begun, device = None, default_device()
     if path.exists():
-        with suppress(DataError, LookupError, TypeError):
-            begun = open_samples(path).record["drawing"]["sampling"]["precision"]
+        with suppress(GraftingError):
+            begun = _precision_in(open_samples(path).record)
     if begun is not None and config.precision == "auto":
         return config.model_copy(update={"precision": begun})
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        begun = json.loads((folder / INDEX_NAME).read_text())["drawing"]["sampling"]["precision"]
+    with suppress(GraftingError):
+        begun = _precision_in(read_json(folder / INDEX_NAME, JsonObject))
     return settled_as_begun(config, device, begun=begun, where=folder)
 
 
-def describe_model(model: nn.Module, *, settings: Any) -> dict[str, Any]:
+def _precision_in(record: Json) -> Json:
+    """The precision that images were drawn in, of what says what drew them; None if that does not."""
+    for key in ("drawing", "sampling", "precision"):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def describe_model(model: nn.Module, *, settings: Any) -> JsonObject:
     """Identity of a model by content, as JSON: its settings, tensors and their type.
 
     Args:

@@ -8,27 +8,25 @@ measuring them later knows the protocol, and what drew them.
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
-import yaml
 from jaxtyping import Int, UInt8
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ..contract import Denoiser
 from ..errors import CheckpointError, DataError, ProtocolError
 from ..machine.devices import default_device
 from ..machine.files import atomic_path, sha256_of
 from ..machine.precision import settled
+from ..machine.reading import Json, JsonObject, NpzFile, cut, damage, open_safetensors, parse_json, read_yaml
 from .chain import SamplingConfig
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -37,12 +35,21 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 _IMAGES = "arr_0"
 
 
+@with_config(ConfigDict(extra="allow"))
+class Origin(TypedDict):
+    """How images came about, as their protocol says it."""
+
+    sampling: JsonObject
+    labels: Json
+    weights_dtype: str
+
+
 class Samples(NamedTuple):
     """Images, labels, and how they came about: `sampling`, `labels` and `weights_dtype` of their protocol."""
 
     images: UInt8[Tensor, "n c *size"]
     labels: Int[Tensor, " n"]
-    origin: dict[str, Any]
+    origin: Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +68,8 @@ class SampleFile:
     num_images: int
     shape: tuple[int, ...]
     labels: Int[Tensor, " n"] | None
-    origin: dict[str, Any]
-    record: dict[str, Any]
+    origin: Origin
+    record: JsonObject
     read: Callable[[int], Iterator[Tensor]]
 
     def images(self, size: int = 500) -> Iterator[UInt8[Tensor, "b c *size"]]:
@@ -88,7 +95,7 @@ def origin_of(
     weights_dtype: str = "float32",
     denoiser: Denoiser | None = None,
     vae: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Origin:
     """Sampling part of a protocol; noise process, conditions and autoencoder belong to it."""
     sampling = settled(config, default_device()).model_dump(mode="json")
     sampling |= denoiser.identity if denoiser else {}
@@ -229,18 +236,14 @@ def _write_safetensors(
 
 
 def _open_npz(path: Path) -> SampleFile:
-    with _whole_npz(path):
-        # without pickles: a file of arrays has no code to run
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if _IMAGES not in arrays:
-                raise DataError(
-                    f"{path}: arr_0 is not a file in the archive; samples are arr_0 [N, H, W, C] and labels [N]"
-                )
-            labels = arrays.get("labels")
-            origin = json.loads(str(arrays["origin"])) if "origin" in arrays else _unrecorded(path)
-            record = json.loads(str(arrays["record"])) if "record" in arrays else {}
-        with ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
-            shape, is_fortran, dtype = _read_header(member)
+    file = NpzFile(path)
+    if _IMAGES not in file.names:
+        raise DataError(
+            f"{path}: arr_0 is not a file in the archive; samples are arr_0 [N, H, W, C] and labels [N]"
+        )
+    labels = file.array("labels") if "labels" in file.names else None
+    origin, record = _told(path, {n: file.text(n) for n in ("origin", "record") if n in file.names})
+    shape, dtype, is_fortran = file.header(_IMAGES)
     is_batch = dtype == np.uint8 and len(shape) in (4, 5)
     if labels is not None:
         is_batch = is_batch and labels.shape == shape[:1] and np.issubdtype(labels.dtype, np.integer)
@@ -258,75 +261,35 @@ def _open_npz(path: Path) -> SampleFile:
         num_images=num_images,
         shape=(channels, *size),
         labels=None if labels is None else torch.from_numpy(labels).long(),
-        origin=origin,
+        origin=_unrecorded(path) if origin is None else origin,
         record=record,
-        read=lambda size: _read_npz(path, shape, size),
+        read=lambda size: (torch.from_numpy(rows).movedim(-1, 1) for rows in file.rows(_IMAGES, size)),
     )
 
 
-def _read_npz(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Tensor]:
-    num_images, *image = shape
-    with _whole_npz(path), ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as member:
-        assert isinstance(member, BufferedIOBase)
-        _read_header(member)
-        for first in range(0, num_images, size):
-            rows = np.empty((min(size, num_images - first), *image), np.uint8)
-            if member.readinto(rows.reshape(-1).data) != rows.size:
-                raise EOFError(f"{_IMAGES} ends before its {num_images} images do")
-            yield torch.from_numpy(rows).movedim(-1, 1)
-        # the archive's checksum is compared at the end of the member only
-        member.read(1)
-
-
-@contextmanager
-def _whole_npz(path: Path) -> Iterator[None]:
-    """Turns what a damaged archive raises into one DataError."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise DataError(f"{path} is not a complete .npz file of arrays: {error}") from error
-
-
-def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ValueError(f"{_IMAGES} is an .npy of version {version}")
-    shape, is_fortran, dtype = read(member)
-    if dtype.hasobject:
-        raise ValueError("it holds objects, which are not read")
-    return shape, is_fortran, dtype
-
-
 def _open_safetensors(path: Path) -> SampleFile:
-    try:
-        with safe_open(path, "pt") as file:
-            names, words = set(file.keys()), file.metadata() or {}
-            if not {"images", "labels"} <= names:
-                raise CheckpointError(
-                    f"{path} holds {', '.join(sorted(names)) or 'nothing'}; samples are images and labels"
-                )
-            labels = file.get_tensor("labels").long()
-            shape = tuple(file.get_slice("images").get_shape())
-            dtype = file.get_slice("images").get_dtype()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    with open_safetensors(path) as file:
+        names, words = set(file.keys()), file.metadata() or {}
+        if not {"images", "labels"} <= names:
+            held = cut(", ".join(sorted(names)) or "nothing")
+            raise CheckpointError(f"{path} holds {held}; samples are images and labels")
+        labels = file.get_tensor("labels").long()
+        shape = tuple(file.get_slice("images").get_shape())
+        dtype = file.get_slice("images").get_dtype()
     if dtype != "U8" or len(shape) not in (4, 5) or labels.shape != shape[:1]:
         raise CheckpointError(
             f"{path}: images must be uint8 [N, C, H, W] and labels [N]; "
             f"found {dtype} {list(shape)} and {list(labels.shape)}"
         )
     num_images, *image = shape
+    origin, record = _told(path, words)
     return SampleFile(
         path=path,
         num_images=num_images,
         shape=tuple(image),
         labels=labels,
-        origin=json.loads(words["origin"]) if "origin" in words else _origin_in_run(path, num_images),
-        record=json.loads(words.get("record", "{}")),
+        origin=_origin_in_run(path, num_images) if origin is None else origin,
+        record=record,
         read=lambda size: _read_safetensors(path, num_images, size),
     )
 
@@ -334,25 +297,36 @@ def _open_safetensors(path: Path) -> SampleFile:
 def _read_safetensors(path: Path, num_images: int, size: int) -> Iterator[Tensor]:
     for first in range(0, num_images, size):
         # reopened for each batch: pages of a file that stays mapped would count as memory in use
-        with safe_open(path, "pt") as file:
-            yield file.get_slice("images")[first : min(first + size, num_images)]
+        with open_safetensors(path) as file:
+            part = file.get_slice("images")[first : min(first + size, num_images)]
+        yield part
 
 
-def _origin_in_run(path: Path, num_images: int) -> dict[str, Any]:
+def _origin_in_run(path: Path, num_images: int) -> Origin:
     """The origin of samples that do not say it themselves, from the recipe in the folder of their run."""
     recipe_path = path.parent.parent / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.is_file() else None
-    if not isinstance(recipe, dict) or not recipe.get("sample"):
+    recipe = read_yaml(recipe_path, error=DataError) if recipe_path.is_file() else None
+    sample = recipe.get("sample") if isinstance(recipe, dict) else None
+    if not isinstance(sample, dict) or not sample:
         return _unrecorded(path)
-    try:
-        config = SamplingConfig.model_validate({"precision": "fp32"} | recipe["sample"])
-    except ValidationError as error:
-        raise DataError(f"{recipe_path}: its `sample` cannot be read: {error}") from error
+    with damage(recipe_path, "a recipe whose `sample` can be read", error=DataError):
+        config = SamplingConfig.model_validate({"precision": "fp32"} | sample)
     if num_images != config.num_images:
         raise ProtocolError(f"{path} holds {num_images} images, {recipe_path} says {config.num_images}")
     return origin_of(config)
 
 
-def _unrecorded(path: Path) -> dict[str, Any]:
-    sampling = {"source": "file", "sha256": sha256_of(path)}
+def _told(path: Path, words: Mapping[str, str]) -> tuple[Origin | None, JsonObject]:
+    """What a file says of how its images came about, if it does, and of what drew them."""
+    kind = "a file of samples that says how they came about"
+    origin = (
+        parse_json(words["origin"], Origin, name=path, kind=kind, error=DataError)
+        if "origin" in words
+        else None
+    )
+    return origin, parse_json(words.get("record", "{}"), JsonObject, name=path, kind=kind, error=DataError)
+
+
+def _unrecorded(path: Path) -> Origin:
+    sampling: JsonObject = {"source": "file", "sha256": sha256_of(path)}
     return {"sampling": sampling, "labels": "as in the file", "weights_dtype": "unknown"}

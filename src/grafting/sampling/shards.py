@@ -4,7 +4,6 @@ A shard is a batch: number b holds the images from b times the batch size on, wh
 they are, so that two sets are never mixed. This file does not know what makes the images.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int, UInt8
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import FaultWarning, RunError, listed
+from ..errors import CheckpointError, FaultWarning, RunError, listed
 from ..machine.files import atomic_path, disk_errors, flatten, hash_json, is_empty, partial_path, write_json
+from ..machine.reading import JsonObject, cut, open_safetensors, read_json, read_safetensors
 from ..metrics.features import tensors_sha256
 
 INDEX_NAME = "drawing.json"
@@ -79,11 +78,10 @@ class Shards:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                recorded = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError):
-            tensors, recorded = {}, None
+            tensors, words = read_safetensors(path)
+        except CheckpointError:
+            tensors, words = {}, {}
+        recorded = words.get("sha256")
         if recorded == tensors_sha256(tensors, self._key, str(shard)):
             return tensors["images"], tensors["labels"]
         warnings.warn(f"{path} is damaged and will be drawn again", FaultWarning, stacklevel=2)
@@ -91,7 +89,7 @@ class Shards:
 
     def ms_per_image(self, shard: int) -> float:
         """Time per image that a shard took."""
-        with safe_open(self._path(shard), "pt") as file:
+        with open_safetensors(self._path(shard), error=RunError) as file:
             return float(file.metadata()["ms_per_image"])
 
     def batches(self) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, " b"]]]:
@@ -128,11 +126,9 @@ class Shards:
                 raise RunError(f"{self.folder} exists and holds no shards of images: move it away")
             return
         try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(
-                f"{path} does not say which images are drawn: {error}. Remove {self.folder} to start over"
-            ) from error
+            found = read_json(path, JsonObject, kind="a record of which images are drawn", error=RunError)
+        except RunError as error:
+            raise RunError(f"{error}. Remove {self.folder} to start over") from error
         if found != self._index:
             head = (
                 f"{self.folder} holds part of a different set of images: use the settings they were drawn with, "
@@ -150,7 +146,7 @@ def differences(found: Any, asked: Mapping[str, Any]) -> list[str]:
         return ["what drew them is not recorded"]
     mine, its = flatten(asked), flatten(found)
     return [
-        f"{name}: {its.get(name, 'nothing')} there, {mine.get(name, 'nothing')} asked"
+        f"{name}: {cut(str(its.get(name, 'nothing')))} there, {cut(str(mine.get(name, 'nothing')))} asked"
         for name in {**its, **mine}
         if (name in its, its.get(name)) != (name in mine, mine.get(name))
     ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..contract import Denoiser, TrainingData
+from ..contract import Denoiser, Kwargs, TrainingData
 from ..editing.placed import Placed
 from ..editing.surgery import grafted
 from ..errors import TrainingError
@@ -29,7 +29,7 @@ from .batches import Batches, NoisedBatch, draw_noised
 from .loader import read_items
 
 # what happens at a site: its path, the arguments of the call, the old module's output
-Visit = Callable[[str, tuple, dict[str, Any], Any], None]
+Visit = Callable[[str, tuple, Kwargs, Any], None]
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ class Visited:
                 yield
             return
 
-        def visit_student(path: str, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+        def visit_student(path: str, args: tuple, kwargs: Kwargs, _: Any) -> None:
             visit(path, args, kwargs, fitted[path].replaced_output(old[path], args, kwargs))
 
         with grafted(self.teacher, self.operators, cast=False), visiting(fitted, visit_student):
@@ -180,9 +180,7 @@ class ActivationCache:
         leaves = (leaf for leaves, _ in self._calls.values() for leaf in leaves)
         return sum(leaf.num_bytes for leaf in leaves if isinstance(leaf, _OnDisk))
 
-    def _record(
-        self, start: int, write: bool, path: str, args: tuple, kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _record(self, start: int, write: bool, path: str, args: tuple, kwargs: Kwargs, output: Any) -> None:
         values, tree = _pytree.tree_flatten((args, kwargs, output))
         size = len(_pytree.tree_leaves(output)[0])
         if path not in self._calls:
@@ -247,9 +245,9 @@ def visiting(
 
 def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:
     """Return two hooks: one keeps a call's arguments, the other visits them with the output."""
-    calls: list[tuple[tuple, dict[str, Any]]] = []
+    calls: list[tuple[tuple, Kwargs]] = []
 
-    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(_: nn.Module, args: tuple, kwargs: Kwargs) -> None:
         calls.append((args, kwargs))
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> None:

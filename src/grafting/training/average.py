@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..contract import State
+
 
 class Average:
     """An exponential moving average of parameters, faster at the start: the decay of step s is at most (1 + s) / (10 + s).
@@ -36,7 +38,7 @@ class Average:
         for shadow, parameter in zip(self.shadows, self.parameters, strict=True):
             parameter.copy_(shadow)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"optimization_step": self.num_steps, "shadow_params": self.shadows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,12 +6,12 @@ and in however many parts each of them takes its share.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..contract import Denoiser, FolderState, Step, TrainingData
+from ..contract import Denoiser, FolderState, State, Step, TrainingData
 from ..errors import TrainingError
 from ..machine.randomness import batch_indices, generator
 from .loader import Loader
@@ -121,7 +121,7 @@ class Batches:
         self,
         first: int,
         take: Callable[[int], dict[str, float]],
-        snapshot: Callable[[int], dict[str, Any] | FolderState],
+        snapshot: Callable[[int], State | FolderState],
     ) -> Iterator[Step]:
         """Take step `first` and those after it, one each time that the iterator is asked.
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ..contract import Denoiser, MlpWeights, Step, TrainingData
+from ..contract import Denoiser, Kwargs, MlpWeights, Step, TrainingData
 from ..editing.placed import KernelAttention, MixerAdapter, Placed
 from ..errors import TrainingError
 from ..functional.ridge import (
@@ -29,14 +29,14 @@ from ..functional.ridge import (
 )
 from ..hosts import host_of
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
+from ..machine.settings import Settings
 from .activations import Repeatable, Visited, shuffled
 from .guard import check_weights
 
 
-class CalibrateConfig(BaseModel):
+class CalibrateConfig(Settings):
     """Settings of the closed-form start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
 
     samples: PositiveInt = 1024
@@ -94,7 +94,7 @@ class _NeuronChoice:
         self.operator, self.weights = operator, weights
         self.gram = torch.zeros(())
 
-    def add(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    def add(self, args: tuple, kwargs: Kwargs, output: Tensor) -> None:
         x = args[0] if args else kwargs[self.operator.call.tokens]
         rows = with_ones(self.weights.activation(F.linear(x, *self.weights.up)).flatten(0, -2))
         self.gram = self.gram.to(rows) + rows.T @ rows
@@ -118,7 +118,7 @@ class _OutputFit:
         self.target_sum = torch.zeros(())
         self.target_square = self.error = 0.0
 
-    def add(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    def add(self, args: tuple, kwargs: Kwargs, output: Tensor) -> None:
         given: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
         try:
@@ -186,7 +186,7 @@ def _batches(num_items: int, config: CalibrateConfig) -> tuple[Tensor, ...]:
     return order[torch.arange(config.samples) % num_items].split(config.batch_size)
 
 
-def _add(sites: _Sites, path: str, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _add(sites: _Sites, path: str, args: tuple, kwargs: Kwargs, output: Any) -> None:
     sites[path].add(args, kwargs, output)
 
 

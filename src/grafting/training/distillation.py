@@ -19,8 +19,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -29,13 +27,14 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from ..contract import Denoiser, Role, Step, TrainingData
+from ..contract import Denoiser, Kwargs, Role, State, Step, TrainingData
 from ..editing.placed import Placed
 from ..errors import CheckpointError, TrainingError
 from ..functional.losses import Regression, regression_loss
 from ..hosts import host_of
 from ..machine import processes
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
+from ..machine.settings import Settings
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
 from .batches import Batches, check_batch_size
 from .guard import GuardConfig, check_weights
@@ -45,10 +44,9 @@ from .trainee import Trainee
 LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
 
 
-class DistillConfig(BaseModel):
+class DistillConfig(Settings):
     """Settings of stage 1. The defaults are the paper's amount of training: 8k samples x 200 epochs, batch 64."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
     how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "spread", "compile"})
     """Fields that change no result beyond rounding: a run may be resumed with others."""
@@ -114,7 +112,7 @@ def distill(
     *,
     denoiser: Denoiser | None = None,
     cache_folder: Path | None = None,
-    state: dict[str, Any] | None = None,
+    state: State | None = None,
 ) -> Iterator[Step]:
     """Fit `operators` (by site path, built for `teacher`) in place. The teacher is unchanged.
 
@@ -225,7 +223,7 @@ class _Fitting:
         """Take the gradients of a step, site by site; the losses of this process's sites."""
         sums = {path: torch.zeros((), device=self.visited.device) for path in self.mine}
 
-        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+        def visit(path: str, args: tuple, kwargs: Kwargs, target: Any) -> None:
             site = self.sites[path]
             with torch.enable_grad():
                 loss = site.loss(site.forward(*args, **kwargs), target) / self.config.accumulate
@@ -262,7 +260,7 @@ class _Fitting:
         """Loss and R^2 of every site on held-out images, always with the same noise."""
         measured = {path: _Measured() for path in self.sites}
 
-        def visit(path: str, args: tuple, kwargs: dict[str, Any], target: Any) -> None:
+        def visit(path: str, args: tuple, kwargs: Kwargs, target: Any) -> None:
             output = self.sites[path].forward(*args, **kwargs)
             measured[path].update(self.sites[path].loss(output, target), output, target)
 
@@ -280,7 +278,7 @@ class _Fitting:
         losses = {f"holdout_loss/{path}": site.loss for path, site in found.items()}
         return losses | {f"r2/{path}": site.r2 for path, site in found.items()}
 
-    def snapshot(self, step: int) -> dict[str, Any]:
+    def snapshot(self, step: int) -> State:
         """State needed to resume after `step` steps."""
         here = {path: self.sites[path].state(step) for path in self.mine}
         if self.config.spread == "sites":
@@ -292,7 +290,7 @@ class _Fitting:
             "guards": {path: site.guard.state() for path, site in self.sites.items()},
         }
 
-    def load(self, state: dict[str, Any]) -> int:
+    def load(self, state: State) -> int:
         """Take up a snapshot; returns its step."""
         if "sites" not in state:
             raise CheckpointError(

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from ..contract import Denoiser, Step, TrainingData
+from ..contract import Denoiser, State, Step, TrainingData
 from ..editing.adapters import adapters_of
 from ..editing.surgery import keep_apart, merge_adapters
 from ..errors import CheckpointError, TrainingError
@@ -28,15 +29,12 @@ from ..machine.randomness import seeded
 from ..machine.sharding import ShardedState, read_facts, read_tensors
 from .average import Average
 from .batches import Batches, NoisedBatch
-from .guard import check_weights
+from .guard import GuardState, check_weights
 from .phases import FinetuneConfig as FinetuneConfig
 from .phases import check_phases, phases_of, with_objectives
 from .student import Student, block_linears, held_in_bf16
 from .trained import Trained, mark, names_of, operator_parameters, selection
 from .trainee import Trainee
-
-State = Mapping[str, Any] | Path
-"""What a step's `state()` returned, or the folder that it wrote."""
 
 
 def finetune(
@@ -49,7 +47,7 @@ def finetune(
     blocks: Sequence[str] = (),
     teacher: nn.Module | None = None,
     new_parameters: frozenset[str] | None = None,
-    state: State | None = None,
+    state: State | Path | None = None,
 ) -> Iterator[Step]:
     """Train `model` in place; when the iterator ends the model holds the averaged (EMA) weights.
 
@@ -116,11 +114,11 @@ def _with_trainable(config: FinetuneConfig | Sequence[FinetuneConfig], trainable
     return FinetuneConfig.model_validate(config.model_dump(exclude_unset=True) | {"trainable": trainable})
 
 
-def _step_of(state: State | None) -> int:
+def _step_of(state: State | Path | None) -> int:
     """Steps taken before a state; 0 where there is none."""
     if state is None:
         return 0
-    return (read_facts(state) if isinstance(state, Path) else state)["step"]
+    return read_facts(state, _Facts)["step"] if isinstance(state, Path) else state["step"]
 
 
 class _Run:
@@ -153,7 +151,7 @@ class _Run:
         *,
         first: int,
         number: int | None,
-        state: State | None,
+        state: State | Path | None,
     ) -> Iterator[Step]:
         """Carry out one phase, from its start or from a state of it.
 
@@ -281,7 +279,7 @@ class _Training:
         weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
         return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
 
-    def snapshot(self, step: int) -> dict[str, Any] | ShardedState:
+    def snapshot(self, step: int) -> State | ShardedState:
         """State needed to resume after `step` steps."""
         guard, own = self.trainee.guard, step - self.first
         state = {"step": step, **self.trainee.state(own), "guard": guard.state()}
@@ -292,7 +290,7 @@ class _Training:
         kept = {"kept": _numbers(state["kept"])} if "kept" in state else {}
         return ShardedState(state, _numbers(state) | {"guard": state["guard"]} | kept)
 
-    def load(self, state: State) -> int:
+    def load(self, state: State | Path) -> int:
         """Take up a snapshot; returns its step."""
         if isinstance(state, Path) != self.config.shard:
             raise CheckpointError(
@@ -306,9 +304,9 @@ class _Training:
             self.trainee.guard.load(state["guard"])
         return state["step"]
 
-    def _read(self, folder: Path) -> dict[str, Any]:
+    def _read(self, folder: Path) -> State:
         """A sharded state, in tensors that are spread as this run's are."""
-        facts = read_facts(folder)
+        facts = read_facts(folder, _Facts)
         state = self.trainee.weights()
         if "kept" in facts:
             state["kept"] = copy.deepcopy(state)
@@ -324,6 +322,20 @@ class _Training:
         self.student.finish()
 
 
+class _Numbers(TypedDict):
+    """Parts of a state that are no tensors."""
+
+    step: int
+    ema_steps: int
+
+
+class _Facts(_Numbers):
+    """What a sharded state keeps beside its tensors."""
+
+    guard: GuardState
+    kept: NotRequired[_Numbers]
+
+
 def _fill(optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer its tensors, which it makes at its first step, so that a state can be read into them."""
     for group in optimizer.param_groups:
@@ -336,10 +348,9 @@ def _fill(optimizer: torch.optim.Optimizer) -> None:
         moments["step"].zero_()
 
 
-def _numbers(state: Mapping[str, Any]) -> dict[str, int]:
-    """Parts of a state that are not tensors."""
+def _numbers(state: Mapping[str, Any]) -> _Numbers:
     return {"step": state["step"], "ema_steps": state["ema"]["optimization_step"]}
 
 
-def _set_numbers(state: dict[str, Any], numbers: Mapping[str, int]) -> None:
+def _set_numbers(state: State, numbers: _Numbers) -> None:
     state["step"], state["ema"]["optimization_step"] = numbers["step"], numbers["ema_steps"]

@@ -7,16 +7,21 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
-from typing import Literal, TypedDict
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from ..errors import TrainingError
+from ..machine.settings import Settings
 from ..machine.sharding import whole
 
 # figures that a median is first taken of
 _FEWEST = 10
+
+# times the median: as good as none
+_NEVER = 2.0**62
 
 
 class GuardState(TypedDict):
@@ -27,10 +32,8 @@ class GuardState(TypedDict):
     history: dict[str, list[float]]
 
 
-class GuardConfig(BaseModel):
+class GuardConfig(Settings):
     """Criteria for a bad step, and its handling."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     spike: float = Field(default=10.0, gt=1)
     """A loss or gradient norm above this many times its running median is bad, as is one that is not finite."""
@@ -49,7 +52,7 @@ class Guard:
     """Judges steps by their figures. Without a config, a figure that is not finite stops."""
 
     def __init__(self, config: GuardConfig | None):
-        self.config = config or GuardConfig(spike=math.inf, policy="stop")
+        self.config = config or GuardConfig(spike=_NEVER, policy="stop")
         self.lr_factor = 1.0
         self._events = 0
         self._history: dict[str, deque[float]] = {}

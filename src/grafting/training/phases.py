@@ -1,11 +1,11 @@
 """Settings of stage 2: one phase of training, or several that run one after another on the same model."""
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    AfterValidator,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -19,16 +19,23 @@ from pydantic import (
 from ..errors import TrainingError
 from ..machine import processes
 from ..machine.precision import FP32_IS_ABSENT, Precision
+from ..machine.settings import Settings
 from .batches import check_batch_size
 from .guard import GuardConfig
 
-Targets = tuple[str, ...]
+
+def _check_pattern(pattern: str) -> str:
+    if "\\[" in fnmatch.translate(pattern):
+        raise ValueError("a bracket is not closed: * and ? stand for any characters, [ab] for one of them")
+    return pattern
 
 
-class LoraSettings(BaseModel):
+Pattern = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_check_pattern)]
+Targets = tuple[Pattern, ...]
+
+
+class LoraSettings(Settings):
     """Low-rank adapters of linear layers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     rank: PositiveInt = 16
     alpha: PositiveFloat | None = None
@@ -45,10 +52,8 @@ class LoraSettings(BaseModel):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-class Lora(BaseModel):
+class Lora(Settings):
     """Training of low-rank adapters: `lora: {rank: 16}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     lora: LoraSettings = LoraSettings()
 
@@ -65,7 +70,7 @@ def _kind_of_part(value: Any) -> str:
 
 # a kind of settings is chosen by its look, so that a fault is told of that kind alone; recipes' faults leave <kinds> out
 _Part = Annotated[
-    Annotated[str, Tag("<name>")] | Annotated[Lora, Tag("<lora>")], Discriminator(_kind_of_part)
+    Annotated[Pattern, Tag("<name>")] | Annotated[Lora, Tag("<lora>")], Discriminator(_kind_of_part)
 ]
 Trainable = Annotated[
     Annotated[Literal["all", "new"], Tag("<word>")]
@@ -77,19 +82,16 @@ Trainable = Annotated[
 `lora` too."""
 
 
-class Objective(BaseModel):
+class Objective(Settings):
     """Weights of both objectives."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     process: NonNegativeFloat = 0.0
     output: NonNegativeFloat = 0.0
 
 
-class FinetuneConfig(BaseModel):
+class FinetuneConfig(Settings):
     """Settings of stage 2, or of one phase of it. The defaults are the paper's (arXiv:2506.05340, section 5)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
     how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "ema_device"})
     """Fields that change no result beyond rounding: a run may be resumed with others."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..contract import State
 from ..functional.schedule import learning_rate_factor
 from ..machine.sharding import kept_copy, whole
 from .guard import Guard, GuardConfig
@@ -50,7 +51,7 @@ class Trainee:
         adam = partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         self.optimizer = adam(parameters) if parameters else None
         self.guard = Guard(config.guard)
-        self.kept: dict[str, Any] | None = None
+        self.kept: State | None = None
 
     def keep(self, step: int) -> None:
         """Remember this moment before a step, if it is one to return to."""
@@ -85,11 +86,11 @@ class Trainee:
             self.optimizer.zero_grad(set_to_none=True)
         return dict(finding) | self.guard.done(step) if finding else {}
 
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> State:
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else {}
         return {name: part.state_dict() for name, part in self.parts.items()} | {"optimizer": optimizer}
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> State:
         """State to resume from after `step` steps; with the rollback state, if that is not this state itself."""
         kept = {} if self.kept is None or self.guard.keeps_at(step) else {"kept": self.kept}
         return self.weights() | kept

@@ -3,17 +3,17 @@
 Whoever loads the folder gets the adapter added to the weights. `PeftModel.from_pretrained` takes it by itself.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
 
 from ..editing.adapters import adapters_of, merged_weight
 from ..errors import CheckpointError, listed
 from ..machine.files import write_json
+from ..machine.reading import read_json
 from .tensors import load_tensors, save_tensors
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -90,10 +90,7 @@ def with_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     if not holds_adapter(folder):
         return dict(tensors)
     path = folder / ADAPTER_CONFIG_NAME
-    try:
-        config = _AdapterConfig.model_validate(json.loads(path.read_text()))
-    except (OSError, ValueError, ValidationError) as error:
-        raise CheckpointError(f"{path} does not describe a low-rank adapter of peft: {error}") from error
+    config = read_json(path, _AdapterConfig, kind="the config of a low-rank adapter of peft")
     saved = {name.removeprefix(_PREFIX): t for name, t in load_tensors(folder / ADAPTER_NAME).items()}
     adapted, faults = dict(tensors), []
     for name in [name for name in saved if name.endswith(".lora_A.weight")]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..words import FIGURES, fenced, in_markdown, markdown_table
+from ..machine.reading import read_json, read_text
+from ..words import FIGURES, Row, fenced, in_markdown, markdown_table
 
 CARD_NAME = "README.md"
 
@@ -20,12 +21,11 @@ def card_of(
     folder: Path, config: Mapping[str, Any], *, metrics: Sequence[Mapping[str, Any]] = (), recipe: str = ""
 ) -> str:
     """The card of a folder whose config this is, as Markdown. `metrics` and `recipe` are for a folder without its own."""
-    own_metrics, own_recipe = _text(folder / "metrics.json"), _text(folder / "recipe.yaml")
     return model_card(
         config,
         name=folder.parent.name if folder.name == "model" else folder.name,
-        metrics=json.loads(own_metrics) if own_metrics else metrics,
-        recipe=own_recipe or recipe,
+        metrics=rows_of(folder) or metrics,
+        recipe=recipe_of(folder) or recipe,
     )
 
 
@@ -54,9 +54,16 @@ def model_card(
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _text(path: Path) -> str:
-    """A file's text; empty if there is none."""
-    return path.read_text() if path.is_file() else ""
+def rows_of(folder: Path) -> list[Row]:
+    """The rows of figures in a folder; none if it has none."""
+    path = folder / "metrics.json"
+    return read_json(path, list[Row], kind="a list of rows, each with a name") if path.is_file() else []
+
+
+def recipe_of(folder: Path) -> str:
+    """The recipe in a folder, as YAML; empty if it has none."""
+    path = folder / "recipe.yaml"
+    return read_text(path) if path.is_file() else ""
 
 
 def _header(grafting: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, listed
+from ..machine.reading import damage, opened
 from .locate import GRAFTED_INDEX_NAME, GRAFTED_NAME
 
 # what training scripts keep their weights under, the averaged ones first
@@ -54,7 +55,7 @@ def harmless_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
 
 def check_is_weights(path: Path) -> None:
     """Raise a CheckpointError that says what a file is, where its first bytes show that it holds no weights."""
-    with path.open("rb") as file:
+    with damage(path, "a file of weights"), opened(path) as file:
         start = file.read(64).lstrip().lower()
     if start.startswith(_POINTER):
         raise CheckpointError(

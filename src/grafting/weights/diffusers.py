@@ -10,16 +10,17 @@ Measured on the recorded outputs of the original (`tests/golden`), relative erro
 here, and what is written here with `original_embeddings`, at most 3e-7; diffusers' class as it is 1e-6, 0.12, 0.17, 0.26.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed
 from ..machine.files import atomic_files, write_json
+from ..machine.reading import JsonObject, read_json, shown
 from ..models.dit import DiT, sincos_2d
 from .locate import CONFIG_NAME
 from .portable import settings_of
@@ -77,7 +78,7 @@ def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
     with atomic_files(folder, last=CONFIG_NAME) as made:
         exported.save_pretrained(made)
         path = made / CONFIG_NAME
-        write_json(path, json.loads(path.read_text()) | {"_grafting": note})
+        write_json(path, read_json(path, JsonObject) | {"_grafting": note})
     return folder
 
 
@@ -129,42 +130,59 @@ def diffusers_folder(source: Path) -> Path | None:
     """The folder of diffusers' DiT, if that or a pipeline with one is what `source` is."""
     for folder in (source, source / "transformer"):
         config = folder / CONFIG_NAME
-        if config.is_file() and json.loads(config.read_text()).get("_class_name") == _DIFFUSERS_CLASS:
+        if config.is_file() and read_json(config, JsonObject).get("_class_name") == _DIFFUSERS_CLASS:
             return folder
     return None
 
 
+class _Config(BaseModel):
+    """Settings of diffusers' class, with its defaults."""
+
+    model_config = ConfigDict(extra="allow")
+
+    in_channels: PositiveInt = 4
+    out_channels: PositiveInt | None = None
+    patch_size: PositiveInt = 2
+    sample_size: PositiveInt = 32
+    num_attention_heads: PositiveInt = 16
+    attention_head_dim: PositiveInt = 72
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 28
+    num_embeds_ada_norm: PositiveInt = 1000
+    norm_eps: float = 1e-5
+
+
 def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """The tensors under native names, DiT's settings, and the origin."""
-    settings = json.loads((folder / CONFIG_NAME).read_text())
+    described = read_json(folder / CONFIG_NAME, _Config, kind=f"a config of {_DIFFUSERS_CLASS}")
+    settings = described.model_extra or {}
     faults = [
-        f"{name} is {settings[name]!r}, expected {value!r}"
+        f"{name} is {shown(settings[name])}, expected {value!r}"
         for name, value in _BUILT_IN.items()
         if settings.get(name, value) != value
     ]
     if faults:
         raise CheckpointError(listed(f"{folder} is not the DiT that was published:", faults))
     tensors = read_weights(folder)
-    channels, patch = settings.get("in_channels", 4), settings.get("patch_size", 2)
+    hidden_size = described.num_attention_heads * described.attention_head_dim
     config = {
-        "input_size": settings.get("sample_size", 32),
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": settings.get("num_attention_heads", 16) * settings.get("attention_head_dim", 72),
-        "depth": settings.get("num_layers", 28),
-        "num_heads": settings.get("num_attention_heads", 16),
+        "input_size": described.sample_size,
+        "patch_size": described.patch_size,
+        "in_channels": described.in_channels,
+        "hidden_size": hidden_size,
+        "depth": described.num_layers,
+        "num_heads": described.num_attention_heads,
         "mlp_ratio": 4.0,
         "class_dropout_prob": 0.1,
-        "num_classes": settings.get("num_embeds_ada_norm", 1000),
-        "learn_sigma": settings.get("out_channels") == 2 * channels,
+        "num_classes": described.num_embeds_ada_norm,
+        "learn_sigma": described.out_channels == 2 * described.in_channels,
     }
-    native = _from_diffusers_names(tensors, config["depth"], source=str(folder))
-    side = config["input_size"] // patch
-    native["pos_embed"] = sincos_2d(config["hidden_size"], side, side)
+    native = _from_diffusers_names(tensors, described.num_layers, source=str(folder))
+    side = described.sample_size // described.patch_size
+    native["pos_embed"] = sincos_2d(hidden_size, side, side)
     origin = {
         "format": f"diffusers {_DIFFUSERS_CLASS}",
         "time_embedding": "read as the original's frequencies, 10000^(-i/128); diffusers computes 10000^(-i/127)",
-        "norm_eps": f"read as the original's 1e-6; diffusers' config has {settings.get('norm_eps', 1e-5):g}",
+        "norm_eps": f"read as the original's 1e-6; diffusers' config has {described.norm_eps:g}",
     }
     return native, config, origin
 

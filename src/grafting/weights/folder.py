@@ -6,23 +6,24 @@ diffusers folder. What is missing, unexpected, misshapen, truncated, edited, mad
 of an operator is an error that names it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from ..editing.adapters import without_adapters
 from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
-from ..hosts import Host, host_of, hosts, unknown_class
+from ..hosts import Host, constructed, host_of, hosts, unknown_class
 from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
+from ..machine.reading import Json, JsonObject, cut, damage, read_json
 from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
 from .card import CARD_NAME, card_of
-from .delta import borrow, less_base
+from .delta import Delta, borrow, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
@@ -115,8 +116,8 @@ def save_delta(
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
     record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
-    own, borrowed = less_base(_own_tensors(model), _base_tensors(found, dtype=dtype, host=record.described))
-    delta = {"dtype": str(dtype).removeprefix("torch."), **borrowed}
+    base_tensors = _base_tensors(found, dtype=dtype, host=record.described)
+    own, delta = less_base(_own_tensors(model), base_tensors, dtype=dtype)
     with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
         weights = made / DELTA_NAME
         save_tensors(weights, own, metadata={"format": "pt"})
@@ -131,11 +132,11 @@ def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | Non
     Raises as `load_model`.
     """
     delta, folder = Path(delta), Path(folder)
-    config = _read_config(delta)
-    if "delta" not in config.get("grafting", {}):
+    grafting = read_config(delta).get("grafting")
+    if not isinstance(grafting, dict) or "delta" not in grafting:
         raise CheckpointError(f"{delta} is not a delta: it is already a standalone model")
     model, plan = load_model(delta, base=base)
-    return save_model(folder, model, plan, base=Record.read(config["grafting"], source=str(delta)).base)
+    return save_model(folder, model, plan, base=Record.read(grafting, source=str(delta)).base)
 
 
 def load_model(
@@ -156,28 +157,64 @@ def load_model(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of an unknown class; says what was expected.
     """
-    folder = model_in(Path(folder))
-    config = _read_config(folder)
+    return _load(Path(folder), dtype=dtype, base=base, host=host, above=())
+
+
+def _load(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    base: str | Path | None,
+    host: Host | None,
+    above: tuple[Path, ...],
+) -> tuple[nn.Module, Plan]:
+    """As `load_model`; `above` are the deltas whose base, or base's base, the folder is."""
+    folder = model_in(folder)
+    if folder.resolve() in above:
+        raise CheckpointError(f"the delta in {folder} is its own base: name the right one")
+    config = read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
         model = _build(folder, _model_class(folder, config, host), config)
         load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
+    if not isinstance(grafting, dict):
+        raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a graft: `grafting` is no mapping")
+    signed = _signed(folder, grafting)
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
     model_class = grafted_class(_grafted_model_class(folder, config, record))
     # before grafts had a name of their own for their weights, they had diffusers'
     whole = GRAFTED_NAME if (folder / GRAFTED_NAME).is_file() else WEIGHTS_NAME
-    weights = folder / (DELTA_NAME if "delta" in grafting else whole)
+    weights = folder / (whole if signed.delta is None else DELTA_NAME)
     _check_hashes(folder, config, grafting, weights=weights)
-    tensors = load_tensors(weights) if "delta" in grafting else read_weights(folder)
-    if "delta" in grafting:
-        tensors |= _borrowed(folder, record, grafting["delta"], base=base)
+    tensors = read_weights(folder) if signed.delta is None else load_tensors(weights)
+    if signed.delta is not None:
+        tensors |= _borrowed(folder, record, signed.delta, base=base, above=above)
     model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
     load_strictly(model, with_adapter(folder, tensors), source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+class _Signed(BaseModel):
+    """What a graft's config says beside its `Record`: hashes, which diffusers does not write, and of a delta what it borrows."""
+
+    delta: Delta | None = None
+    weights_sha256: str | None = None
+    adapter_sha256: str | None = None
+    config_sha256: str | None = None
+
+
+def _signed(folder: Path, grafting: Json) -> _Signed:
+    with damage(folder / CONFIG_NAME, "the config of a graft"):
+        return _Signed.model_validate(grafting, strict=True)
+
+
+def read_config(folder: Path) -> JsonObject:
+    """The config of a model's folder.
+
+    Raises:
+        CheckpointError: there is none, or it does not say the model's class.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         if folder.is_file():
@@ -192,26 +229,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         else:
             found = "it does not exist; a model is `testbed`, a folder of a model or of a run, or owner/name on the Hub"
         raise CheckpointError(f"no model in {folder}: {found}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not {"_class_name", "auto_map"} & config.keys():
+    config = read_json(path, JsonObject)
+    if not isinstance(config.get("_class_name"), str) and "auto_map" not in config:
         raise CheckpointError(f"{path} does not say the model's class (_class_name)")
     return config
 
 
-def _grafted_model_class(folder: Path, config: dict[str, Any], record: Record) -> Any:
+def _grafted_model_class(folder: Path, config: JsonObject, record: Record) -> Any:
     """The class of a folder's model before its graft, which has a spec of its own or a known host."""
-    name, host = config["_class_name"].removeprefix(PREFIX), record.described
+    name, host = str(config.get("_class_name")).removeprefix(PREFIX), record.described
     if host.class_name != name:
         raise CheckpointError(
-            f"{folder} holds a {name}, and its graft was made with a host of {host.class_name}"
+            f"{folder} holds a {cut(name)}, and its graft was made with a host of {host.class_name}"
         )
     return host.model_class
 
 
-def _model_class(folder: Path, config: dict[str, Any], host: Host | None) -> Any:
+def _model_class(folder: Path, config: JsonObject, host: Host | None) -> Any:
     """The class of a folder's model, which holds no operators."""
     name = config.get("_class_name")
     if "auto_map" in config or not isinstance(name, str):
@@ -224,18 +258,14 @@ def _model_class(folder: Path, config: dict[str, Any], host: Host | None) -> Any
     model_class = next((host.model_class for host in among if host.class_name == name), None)
     if model_class is None:
         hint = "; `grafting convert` reads it" if name == "DiTTransformer2DModel" else ""
-        raise HostError(f"{folder} holds a {name}; {unknown_class(name)}{hint}")
+        raise HostError(f"{folder} holds a {cut(name)}; {unknown_class(cut(name))}{hint}")
     return model_class
 
 
-def _build(folder: Path, model_class: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+def _build(folder: Path, model_class: type[nn.Module], config: JsonObject) -> nn.Module:
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    try:
-        return model_class(**settings)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} does not describe a {model_class.__name__}: {error}"
-        ) from error
+    with damage(folder / CONFIG_NAME, f"the config of a {model_class.__name__}"):
+        return constructed(model_class, settings)
 
 
 def _record(model: nn.Module, plan: Plan, base: Base | None) -> Record:
@@ -259,27 +289,23 @@ def _write_config(
     record: Record,
     *,
     weights: Path,
-    delta: Mapping[str, Any] | None = None,
+    delta: Delta | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
     name, settings = host_of(model).class_name, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
-    described: dict[str, Any] = {"_class_name": name, **noted, **settings}
+    described: JsonObject = {"_class_name": name, **noted, **settings}
     if record.plan.edits:
-        described = {
-            "_class_name": PREFIX + name,
-            **noted,
-            **settings,
-            "grafting": {
-                **record.model_dump(mode="json"),
-                **({} if delta is None else {"delta": delta}),
-                "weights_sha256": sha256_of(weights),
-                **_adapter_hash(made),
-            },
+        grafting: JsonObject = {
+            **record.model_dump(mode="json"),
+            **({} if delta is None else {"delta": delta.model_dump(mode="json")}),
+            "weights_sha256": sha256_of(weights),
+            **_adapter_hash(made),
         }
-        described["grafting"]["config_sha256"] = hash_json(described)
+        described = {"_class_name": PREFIX + name, **noted, **settings, "grafting": grafting}
+        grafting["config_sha256"] = hash_json(described)
         write_bytes(made / CARD_NAME, card_of(folder, described).encode())
     write_json(made / CONFIG_NAME, described)
 
@@ -289,15 +315,20 @@ def _adapter_hash(folder: Path) -> dict[str, str]:
     return {"adapter_sha256": sha256_of(path)} if path.is_file() else {}
 
 
-def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any], *, weights: Path) -> None:
-    """Compare with the hashes that `save_model` and `save_delta` write; diffusers writes none."""
-    recorded = grafting.get("config_sha256")
+def _check_hashes(folder: Path, config: JsonObject, grafting: JsonObject, *, weights: Path) -> None:
+    """Compare with the hashes that `save_model` and `save_delta` write; diffusers and early versions wrote none of a whole model."""
+    signed = _signed(folder, grafting)
+    if signed.delta is not None and None in (signed.config_sha256, signed.weights_sha256):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} was edited after it was saved: it has no SHA-256 of itself and the weights"
+        )
+    recorded = signed.config_sha256
     unsigned = {k: v for k, v in grafting.items() if k != "config_sha256"}
     if recorded and hash_json({**config, "grafting": unsigned}) != recorded:
         raise CheckpointError(
             f"{folder / CONFIG_NAME} was edited after it was saved: it does not agree with its own SHA-256"
         )
-    recorded = grafting.get("weights_sha256")
+    recorded = signed.weights_sha256
     if recorded and not weights.is_file():
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {weights.name}: it is half-written")
     if recorded and sha256_of(weights) != recorded:
@@ -305,15 +336,14 @@ def _check_hashes(folder: Path, config: dict[str, Any], grafting: dict[str, Any]
             f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
             f"recorded is {recorded}"
         )
-    recorded = grafting.get("adapter_sha256")
-    if recorded != _adapter_hash(folder).get("adapter_sha256"):
+    if signed.adapter_sha256 != _adapter_hash(folder).get("adapter_sha256"):
         raise CheckpointError(
             f"{folder / ADAPTER_NAME} is missing, or not the adapter that {CONFIG_NAME} describes"
         )
 
 
 def _borrowed(
-    folder: Path, record: Record, delta: dict[str, Any], *, base: str | Path | None
+    folder: Path, record: Record, delta: Delta, *, base: str | Path | None, above: tuple[Path, ...]
 ) -> dict[str, Tensor]:
     """The tensors of a delta that are its base's."""
     if record.base is None:
@@ -322,11 +352,15 @@ def _borrowed(
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
     return borrow(
         delta,
-        _base_tensors(where, dtype=getattr(torch, delta["dtype"]), host=record.described),
+        _base_tensors(
+            where, dtype=getattr(torch, delta.dtype), host=record.described, above=(*above, folder.resolve())
+        ),
         otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
     )
 
 
-def _base_tensors(base: Base, *, dtype: torch.dtype, host: Host) -> dict[str, Tensor]:
-    folder = find_model(base.id, revision=base.revision)
-    return load_model(folder, dtype=dtype, host=host)[0].state_dict()
+def _base_tensors(
+    base: Base, *, dtype: torch.dtype, host: Host, above: tuple[Path, ...] = ()
+) -> dict[str, Tensor]:
+    found = find_model(base.id, revision=base.revision)
+    return _load(found, dtype=dtype, base=None, host=host, above=above)[0].state_dict()

@@ -61,7 +61,7 @@ def find_folder(source: str | Path, *, revision: str | None = None, patterns: Se
     """
     if bundled := bundled_model_folder(str(source)):
         return bundled
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.exists() or not HUB_NAME.fullmatch(str(source)):
         return folder / "model" if (folder / "manifest.json").is_file() else folder
     try:

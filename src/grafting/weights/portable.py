@@ -9,7 +9,6 @@ Its weights lie under a name of their own (`locate.GRAFTED_NAME`): loaded as an 
 """
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -30,6 +29,8 @@ from ..editing.plan import Plan, Replace
 from ..editing.surgery import edits_of, graft
 from ..errors import CheckpointError
 from ..hosts import Host, SdpaHost, SdpaSpec, config_of, host_of, hosts
+from ..machine.reading import Json, JsonObject, faults_of, read_json
+from ..machine.settings import Settings
 from ..operators import operator_configs
 from .adapter import holds_adapter, with_adapter
 from .locate import (
@@ -49,10 +50,8 @@ PREFIX = "Grafted"
 _HOME = "grafting.portable"
 
 
-class Base(BaseModel):
+class Base(Settings):
     """The pretrained model that a grafted one was made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     id: str
     """`testbed`, a model folder, or `owner/name` on the Hub."""
@@ -114,7 +113,7 @@ class Record(BaseModel):
         try:
             record = cls.model_validate(dict(settings))
         except ValidationError as error:
-            faults = "\n  ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            faults = "\n  ".join(faults_of(error))
             raise CheckpointError(f"{source} does not describe a graft:\n  {faults}") from error
         if record.spec is None and record.host not in hosts():
             raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")
@@ -277,7 +276,8 @@ def _class_in_folder(name: str) -> type[Any]:
 
     def from_pretrained(cls: Any, path: str | PathLike, **options: Any) -> Any:
         config = _folder_of(path, options) / CONFIG_NAME
-        record = Record.read(json.loads(config.read_text()).get("grafting", {}), source=str(config))
+        settings = read_json(config, dict[str, JsonObject | Json]).get("grafting")
+        record = Record.read(settings if isinstance(settings, dict) else {}, source=str(config))
         model_class: Any = record.described.model_class
         return grafted_class(model_class).from_pretrained(path, **options)
 

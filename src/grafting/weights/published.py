@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import graft
 from ..errors import CheckpointError, PlanError, listed
 from ..machine.files import sha256_of
+from ..machine.reading import JsonObject, read_json
+from ..machine.settings import Settings
 from ..models.dit import DIT_PRESETS, DiT
 from .checkpoints import state_dict_of
 from .diffusers import diffusers_folder, read_diffusers
@@ -43,10 +45,8 @@ _MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": 
 _PLACE = re.compile(r"blocks\.([0-9]{1,12})\.(attn|mlp)\.(.+)")
 
 
-class PublishedFacts(BaseModel):
+class PublishedFacts(Settings):
     """Facts that tensors do not reveal. Those left out are known for published widths, and required for others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_heads: int | None = Field(default=None, ge=1)
     """Attention heads; known for the widths of DiT-S, -B, -L and -XL."""
@@ -141,6 +141,10 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     content = load_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     return state_dict_of(content, source=path)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(tensor.isfinite().all())
 
 
 def recognise(
@@ -367,7 +371,7 @@ def _weights_file(source: Path) -> Path:
             f"{source} should hold one weights file (.pt, .pth, .safetensors); found {listed}"
         )
     config = source / CONFIG_NAME
-    if config.is_file() and "_class_name" in config.read_text():
+    if config.is_file() and "_class_name" in read_json(config, JsonObject):
         raise CheckpointError(
             f"{source} is a model folder already, not published weights; `--to diffusers` writes it in diffusers' form"
         )

@@ -1,24 +1,29 @@
 """Tensors in files: safetensors, written atomically and loaded strictly, and torch files from which no code is run."""
 
 import hashlib
-import json
-import pickle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..editing.adapters import adapters_of
 from ..editing.surgery import Operators
 from ..errors import CheckpointError, listed
-from ..machine.files import atomic_path, hash_json, pickle_fault, sha256_of
+from ..machine.files import atomic_path, hash_json, sha256_of
+from ..machine.reading import Inside, read_json, read_safetensors, read_torch
 from .checkpoints import check_is_weights, harmless_globals, weight_file
 from .locate import CONFIG_NAME, GRAFTED_INDEX_NAME, GRAFTED_NAME, WEIGHTS_NAME
 
 _QUANTISED = frozenset({torch.int8, torch.uint8})
+
+
+class _WeightIndex(BaseModel):
+    """Index of weights in several files, as diffusers writes it."""
+
+    weight_map: Annotated[dict[str, Inside], Field(min_length=1)]  # of each tensor its file
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -44,7 +49,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: it is half-written")
     if found.suffix != ".json":
         return [found]
-    return [folder / shard for shard in sorted(set(json.loads(found.read_text())["weight_map"].values()))]
+    index = read_json(found, _WeightIndex, kind="an index of weights")
+    return [folder / shard for shard in sorted(set(index.weight_map.values()))]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -91,10 +97,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     check_is_weights(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    return read_safetensors(path)[0]
 
 
 def read_pickle(path: Path) -> dict[Any, Any]:
@@ -103,18 +106,11 @@ def read_pickle(path: Path) -> dict[Any, Any]:
     Raises:
         CheckpointError: no such file, it is truncated, or it holds other objects.
     """
-    if path.is_file():
-        check_is_weights(path)
-    try:
-        with torch.serialization.safe_globals(harmless_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no file {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = pickle_fault(error)
-        raise CheckpointError(
-            f"{path} is truncated, or not a torch file of plain tensors: {reason}; of a pickled model save the state dict alone"
-        ) from error
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    check_is_weights(path)
+    advice = "; of a pickled model save the state dict alone"
+    content = read_torch(path, allowed=harmless_globals(), any_kind=True, advice=advice)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return content

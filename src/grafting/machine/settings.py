@@ -1,0 +1,80 @@
+"""What all settings of recipes have in common: they are frozen, know their keys, and take no number that is none."""
+
+import os
+from functools import cache
+from pathlib import Path
+from types import EllipsisType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+_LARGEST = 2.0**63
+_LONGEST_NAME = 255  # bytes, as file systems have it
+_TEXTS = {"description", "notes", "licence"}
+
+
+class Settings(BaseModel):
+    """Base of all that a recipe or a plan can say. A boolean is no number, and numbers are finite and below 2^63."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, values: Any) -> Any:
+        fields = cls.model_fields
+        wrong = [
+            f"{name} is {str(value).lower() if isinstance(value, bool) else 'a list with a boolean'}"
+            for name, value in (values.items() if isinstance(values, dict) else ())
+            if name in fields and _holds_boolean(value) and not _may_hold(fields[name])
+        ]
+        if wrong:
+            said = "true and false, in YAML also yes, no, on and off, are no numbers and no names"
+            raise ValueError(f"{', '.join(wrong)}: {said}")
+        return values
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_huge_values(cls, value: Any, info: Any) -> Any:
+        for part in _parts(value):
+            if isinstance(part, int | float) and abs(part) >= _LARGEST:
+                raise ValueError("a number is too large: they are below 2^63")
+        # mappings hold what others say: of a model's class, of how images were sampled
+        names = [] if isinstance(value, dict) or info.field_name in _TEXTS else _parts(value)
+        if any(isinstance(name, str | Path) and _is_no_name(str(name)) for name in names):
+            raise ValueError("a name is too long, or has a zero byte in it")
+        return value
+
+
+def _is_no_name(text: str) -> bool:
+    """True of what no file could be called."""
+    return "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/"))
+
+
+def _may_hold(field: Any) -> bool:
+    return _may_hold_booleans(field.annotation)
+
+
+def _holds_boolean(value: object) -> bool:
+    return any(isinstance(part, bool) for part in _parts(value))
+
+
+def _parts(value: object) -> list[object]:
+    """A value, or what nested lists and mappings hold."""
+    if isinstance(value, dict):
+        return [part for pair in value.items() for item in pair for part in _parts(item)]
+    return [part for item in value for part in _parts(item)] if isinstance(value, list | tuple) else [value]
+
+
+@cache
+def _may_hold_booleans(annotation: Any) -> bool:
+    """True for types with booleans, and for those that say what they hold themselves."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _may_hold_booleans(parts[0])
+    if get_origin(annotation) is Literal:
+        return any(isinstance(part, bool) for part in parts)
+    if parts:
+        return any(map(_may_hold_booleans, parts))
+    if isinstance(annotation, type):
+        return annotation in (bool, object) or issubclass(annotation, BaseModel)
+    return not isinstance(annotation, EllipsisType)
