@@ -366,9 +366,7 @@ def test_attention_that_is_not_sdpa_is_an_error(host, model, inputs, monkeypatch
     graft(model, plan("softmax", blocks=0))
     path = host.sites(model)[0].path
     monkeypatch.setattr(model.get_submodule(f"{path}.attention"), "forward", lambda *args, **kwargs: args)
-    with pytest.raises(
-        HostError, match=r"called scaled_dot_product_attention 0 times"
-    ):
+    with pytest.raises(HostError, match=r"called scaled_dot_product_attention 0 times"):
         run(model, inputs)
 
 
