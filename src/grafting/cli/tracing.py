@@ -1,5 +1,6 @@
 """`grafting sites --trace`: the proposed spec of a transformer, as a table, as JSON, and in a file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def _traced(name: str, call: list[str], example: Path | None) -> "Trace":
     from ..weights.tensors import load_tensors
 
     given = dict(map(parse_setting, call))
-    tensors: dict[str, Any] = {**load_tensors(example)} if example else {}
+    tensors: Mapping[str, Any] = {**load_tensors(example)} if example else {}
     index = Path(name) / "model_index.json"
     if index.is_file() or not Path(name).exists():
         return trace(_load("DiffusionPipeline", name, **_left_out(index)), **tensors, **given)
@@ -99,7 +100,7 @@ def _is_exact(traced: "Trace") -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _facts(traced: "Trace", exact: bool) -> dict[str, Any]:
+def _facts(traced: "Trace", exact: bool) -> dict[str, object]:
     return {
         "class": type(traced.model).__name__,
         "seen": [vars(row) for row in traced.seen],

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..contract import Kwargs
 from ..errors import HostError
 from ..machine.randomness import generator
 
@@ -226,16 +227,14 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
             handle.remove()
 
 
-def perturbed(
-    inputs: Inputs, name: str, *, axis: int | None = None, chosen: Sequence[int] = ()
-) -> dict[str, Any]:
+def perturbed(inputs: Inputs, name: str, *, axis: int | None = None, chosen: Sequence[int] = ()) -> Kwargs:
     """Copies of inputs, of which one argument has changed: whole, or at the `chosen` places along an axis of its tensors."""
     new = {key: copied(value) for key, value in inputs.items()}
     new[name] = _mapped(new[name], lambda tensor: _moved(tensor, axis, chosen))
     return new
 
 
-def cut_short(inputs: Inputs) -> dict[str, Any]:
+def cut_short(inputs: Inputs) -> Kwargs:
     """Copies of inputs in which every mask [B, T] of ones hides its last place of the first sample, as where a prompt is padded."""
 
     def cut(tensor: Tensor) -> Tensor:
@@ -312,10 +311,10 @@ class Execution:
     """One call of a module: its arguments and its output, as they were."""
 
     args: tuple
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     output: Any
 
-    def arguments(self, module: nn.Module) -> dict[str, Any]:
+    def arguments(self, module: nn.Module) -> Kwargs:
         """By name; those that were left out have their default."""
         signature = inspect.signature(module.forward)
         try:
@@ -349,7 +348,7 @@ def _recording(modules: Mapping[str, nn.Module], found: dict[str, list[Execution
 
 
 def _adding(found: list[Execution]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def hook(_: nn.Module, args: tuple, kwargs: Kwargs, output: Any) -> None:
         found.append(Execution(copied(args), copied(kwargs), copied(output)))
 
     return hook

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract import Grid
+from ..contract import Grid, Kwargs
 from ..errors import HostError
 from ._spec import Fact, LatentTokens, PackedTokens
 
@@ -121,7 +121,7 @@ def unpack(tokens: Tensor, grid: Grid, side: int, *, is_video: bool) -> Tensor:
     return x if is_video else x.squeeze(2)
 
 
-def sizes_of(image: PackedTokens, grid: Grid, batch_size: int) -> dict[str, Any]:
+def sizes_of(image: PackedTokens, grid: Grid, batch_size: int) -> Kwargs:
     """The arguments that say the grid by numbers."""
     numbers = (grid.frames, grid.rows, grid.cols)
     if isinstance(image.sizes, str):

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..contract import Kwargs
 from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig
 from ..errors import HostError
 from ._arguments import Knowledge
@@ -37,7 +38,7 @@ class Caught:
     """A model and an example of its keyword arguments, with what its pipeline told beside."""
 
     model: nn.Module
-    inputs: dict[str, Any]
+    inputs: Kwargs
     known: Knowledge
 
 
@@ -49,12 +50,12 @@ class _Enough(Exception):  # no error: it ends a pipeline's call
 class _Spy:
     """What a transformer was called with and returned, and what the scheduler was given."""
 
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Kwargs] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     stepped: list[Tensor] = field(default_factory=list)
     calls_at_step: int = 0
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple, kwargs: Kwargs) -> None:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
         given = {k: v for k, v in bound.arguments.items() if v is not None and k != "return_dict"}
         self.calls.append(copied(given))
@@ -108,7 +109,7 @@ def transformer_of(pipeline: Any) -> nn.Module:
 
     if not isinstance(pipeline, cast(Any, DiffusionPipeline)):
         raise HostError(f"a diffusers pipeline or a model is traced; found a {type(pipeline).__name__}")
-    parts: dict[str, Any] = pipeline.components
+    parts: Mapping[str, Any] = pipeline.components
     for name in ("transformer", "transformer_2", "prior"):
         if isinstance(parts.get(name), nn.Module):
             return parts[name]
@@ -120,7 +121,7 @@ def transformer_of(pipeline: Any) -> nn.Module:
     raise HostError(f"{type(pipeline).__name__} has no transformer; it has {', '.join(sorted(parts))}")
 
 
-def _arguments(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(pipeline: Any, call: Mapping[str, Any]) -> Kwargs:
     """A pipeline's call, with the defaults that it takes and its caller leaves out."""
     takes = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in call if name not in takes]:

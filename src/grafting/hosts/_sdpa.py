@@ -217,7 +217,7 @@ class SdpaHost(Host[nn.Module]):
         *frames, rows, cols = x.shape[2:]
         return Grid(rows // sides[1], cols // sides[2], *(n // sides[0] for n in frames))
 
-    def _image_arguments(self, x: Tensor, grid: Grid) -> dict[str, Any]:
+    def _image_arguments(self, x: Tensor, grid: Grid) -> Kwargs:
         """The image as the model takes it, and what says its grid."""
         image = self.spec.image
         if isinstance(image, LatentTokens):
@@ -227,7 +227,7 @@ class SdpaHost(Host[nn.Module]):
 
     def _constants(
         self, model: nn.Module, grid: Grid, batch_size: int, condition: Mapping[str, Any], *, like: Tensor
-    ) -> dict[str, Any]:
+    ) -> Kwargs:
         """The arguments with one value that a condition leaves out."""
         inputs = self._inputs(model)
         lengths = {
