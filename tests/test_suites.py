@@ -30,8 +30,8 @@ from grafting.evaluation import (
     TestbedSuite,
     ratio,
 )
-from grafting.evaluation.protocol import Data
 from grafting.machine.files import hash_json
+from grafting.machine.settings import Settings
 from grafting.report import write_sweep_picture
 from grafting.runs.identity import row_fingerprint
 from grafting.runs.job import prepare
@@ -51,7 +51,7 @@ class TrialMetrics(Metrics):
         return 2
 
 
-class TrialResult(Data):
+class TrialResult(Settings):
     brightness: float
     brightness_low: float
     brightness_high: float

@@ -218,7 +218,7 @@ def test_every_setting_of_an_operator_is_shown(name: str):
 
 def test_unknown_operator():
     said = fails("operators", "hyena-z")
-    assert "there are hybrid, hyena-se, hyena-x" in said
+    assert "there are gated-conv-se, gated-conv-x" in said
     assert "the presets hyena-se-published" in said
 
 
@@ -456,7 +456,7 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
     ("setting", "message"),
     [
         ("distill.steps", "--set is KEY=VALUE, found distill.steps"),
-        ("distill.steps=[", "--set distill.steps: its value is not YAML: '['"),
+        ("distill.steps=[", "--set distill.steps: its value '[' is not YAML"),
         ("distill.steps=many", "distill.steps: Input should be a valid integer"),
         ("distil.steps=3", "distil.steps: there is no such setting"),
         (

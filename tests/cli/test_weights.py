@@ -92,7 +92,7 @@ def test_push(published, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "HfApi", Stub)
     call("convert", published, tmp_path / "run" / "model", "--num-heads", 2, "--num-classes", 10)
-    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "manifest.json").write_text('{"recipe": ""}')
     assert "Uploaded: https://huggingface.co/me/mine" in call("push", tmp_path / "run", "me/mine")
     assert calls == [("me/mine", True), ("me/mine", str(tmp_path / "run" / "model"))]
     call("push", tmp_path / "run", "me/mine", "--public")

@@ -326,8 +326,8 @@ def test_command_takes_the_paths_of_a_file(folder: Path, tmp_path: Path, pickled
         (b"a/00.png\n\na/00.png", "names 1 paths twice"),
         (b"\n", "names no path"),
         (pickle.dumps([print]), "its pickle holds more than a list of texts"),
-        (pickle.dumps(["a/00.png"])[:-3], "is no list of paths"),
-        (b"\xff\xfe", "is no list of paths"),
+        (pickle.dumps(["a/00.png"])[:-3], "is not a list of paths"),
+        (b"\xff\xfe", "is not a list of paths"),
     ],
 )
 def test_command_refuses_paths_that_are_none(folder: Path, tmp_path: Path, content: bytes, message: str):

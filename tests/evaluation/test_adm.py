@@ -415,7 +415,7 @@ def test_what_the_command_line_refuses(tiny_inception, npz, tmp_path):
             (grey, "--suite", "adm", *known),
             "8 images of 1 channels; ADM's suite measures 4 or more images of 3",
         ),
-        ((ours, "--suite", "adm", "--reference", "no.npz", "--weights", tiny_inception), "no file no.npz"),
+        ((ours, "--suite", "adm", "--reference", "no.npz", "--weights", tiny_inception), "no.npz is missing"),
     ):
         result = call("evaluate", *arguments)
         assert result.exit_code == 1, result.output

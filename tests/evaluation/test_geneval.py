@@ -246,7 +246,7 @@ def test_official_folders_hold_the_same_images(tmp_path, prompts):
     images = torch.randint(0, 256, (6, 3, 8, 12), dtype=torch.uint8)
     labels = torch.tensor([3, 0, 3, 6, 0, 0])
     path = tmp_path / "samples.npz"
-    write_samples(path, [(images, labels)], num_images=6, shape=(3, 8, 12), origin={"sampling": {}})
+    write_samples(path, [(images, labels)], num_images=6, shape=(3, 8, 12), origin=ORIGIN)
     write_folder(tmp_path / "images", open_samples(path), prompts)
     assert json.loads((tmp_path / "images/00003/metadata.jsonl").read_text()) == LINES[3]
     assert len(list((tmp_path / "images/00000/samples").iterdir())) == 3
@@ -257,7 +257,7 @@ def test_official_folders_hold_the_same_images(tmp_path, prompts):
     assert torch.equal(numbers, labels[order])
     with pytest.raises(DataError, match="exists"):
         write_folder(tmp_path / "images", open_samples(path), prompts)
-    write_samples(path, [(images, labels + 1)], num_images=6, shape=(3, 8, 12), origin={"sampling": {}})
+    write_samples(path, [(images, labels + 1)], num_images=6, shape=(3, 8, 12), origin=ORIGIN)
     with pytest.raises(DataError, match="prompts 0 to 6"):
         write_folder(tmp_path / "others", open_samples(path), prompts)
     assert not (tmp_path / "others").exists()

@@ -124,8 +124,11 @@ def _configure(**changes):
     [
         (lambda folder: (folder / "config.json").unlink(), "no autoencoder in .*toy: it has no config.json"),
         (lambda folder: (folder / "config.json").write_text("["), "config.json is not a config of diffusers"),
-        (lambda folder: (folder / WEIGHTS).unlink(), "toy cannot be read"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b"short"), "toy cannot be read"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "toy is not an autoencoder that can be read"),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes(b"short"),
+            "toy is not an autoencoder that can be read",
+        ),
         (_drop_tensor, "not those of its config:\n  quant_conv.bias is missing"),
         (_configure(_class_name="DiT"), "toy holds a DiT, not an AutoencoderKL"),
         (_configure(latents_mean=[0.0] * 4), "has a mean and scale for each channel"),

@@ -278,7 +278,7 @@ def test_unreadable_images_are_left_out_and_listed(stream: ImageStream, vae: Aut
         "Dress/Dress_002.png",
         "Dress/Dress_003.png",
     ]
-    assert "cannot identify image file" in listed[0]
+    assert "it is not a picture that can be read" in listed[0]
 
 
 def test_mended_images_are_taken_in_when_it_is_started_again(

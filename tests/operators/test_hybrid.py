@@ -55,7 +55,7 @@ def test_with_one_gate_shut_it_is_the_other_part():
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("hyena-x", "hyena-x is a mixer; the parts of a hybrid are kernels: linear, softmax"),
+        ("hyena-x", "hyena-x is a mixer; the parts of a hybrid are kernels: gated-conv-se"),
         ("hybrid", "parts of a hybrid cannot be hybrids themselves"),
         (
             {"name": "linear", "projections": "random"},

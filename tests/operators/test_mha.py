@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from closeness import assert_close
-from grafting.contract import AttentionWeights, Grid, Site
+from grafting.contract import AttentionWeights, Grid, Site, TokenLayout
 from grafting.models.dit import Attention
 from grafting.operators import parse_operator
 from grafting.operators.mha import MHAConfig
@@ -23,7 +23,7 @@ def test_inherited_it_is_the_hosts_attention():
     host, mixer = Attention(24, 4), MHAConfig().build(site())
     mixer.inherit(weights_of(host))
     x = torch.randn(3, 15, 24, requires_grad=True)
-    got, want = mixer(x, site().layout), host(x)
+    got, want = mixer(x, TokenLayout(site().grid)), host(x)
     assert_close("output", got, want, 1e-6)
     assert_close(
         "gradient",
@@ -35,9 +35,9 @@ def test_inherited_it_is_the_hosts_attention():
 def test_inheriting_copies_the_weights():
     host, mixer = Attention(24, 4), MHAConfig().build(site())
     mixer.inherit(weights_of(host))
-    before = mixer(torch.ones(1, 2, 24), site().layout)
+    before = mixer(torch.ones(1, 2, 24), TokenLayout(site().grid))
     host.qkv.weight.data.zero_()
-    assert torch.equal(mixer(torch.ones(1, 2, 24), site().layout), before)
+    assert torch.equal(mixer(torch.ones(1, 2, 24), TokenLayout(site().grid)), before)
 
 
 def test_inheriting_from_a_host_without_biases():

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from closeness import assert_close
-from grafting.contract import Grid, MlpWeights, Site
+from grafting.contract import Grid, MlpWeights, Site, TokenLayout
 from grafting.models.dit import Mlp
 from grafting.operators import parse_operator
 from grafting.operators.mlp import MLPConfig, strongest
 
 SITE = Site(role="mlp", block=0, path="mlp", dim=12, hidden_dim=48, grid=Grid(3, 5))
-LAYOUT = SITE.layout
+LAYOUT = TokenLayout(SITE.grid)
 
 
 def weights_of(mlp):

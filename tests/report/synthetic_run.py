@@ -154,7 +154,10 @@ def write_run(folder: Path, *, name: str = "quickstart") -> Path:
         "format": 1,
         "recipe": name,
         "library": "0.1.0",
-        "stages": {stage: {"done": True, "seconds": seconds} for stage, seconds in stages.items()},
+        "stages": {
+            stage: {"inputs": "0", "done": True, "seconds": seconds, "outputs": {}}
+            for stage, seconds in stages.items()
+        },
         "machine": {"device": "cpu", "threads": 1, "torch": "2.13.0"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))

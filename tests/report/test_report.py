@@ -136,7 +136,12 @@ def test_nothing_of_a_run_is_read_as_html(tmp_path):
     (folder / "distill/log.jsonl").write_text(
         json.dumps({"step": 1, f"loss/{bad}": 1.0, f"r2/{bad}": 0.5}) + "\n"
     )
-    manifest = {"recipe": bad, "library": bad, "stages": {bad: {"done": True}}, "machine": {bad: bad}}
+    manifest = {
+        "recipe": bad,
+        "library": bad,
+        "stages": {bad: {"inputs": bad, "done": True, "outputs": {}}},
+        "machine": {bad: bad},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     write_samples(folder, '"><b>', garments(1.0, 4))
     page = page_of(folder)

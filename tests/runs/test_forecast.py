@@ -228,7 +228,7 @@ def test_phases_are_timed_by_their_own_lines(tmp_path):
     lines = [{"step": step, "phase": phase, "images_per_s": rate} for step, (phase, rate) in rates]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     machine = {"host": platform.node(), "device": "cpu", "processes": 1}
-    (tmp_path / "manifest.json").write_text(json.dumps({"machine": machine}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": "", "machine": machine}))
     phases = [{"steps": 3, "batch_size": 100, "trainable": "new"}, {"steps": 1, "batch_size": 100}]
     found = forecast(tiny(finetune=phases), folder=tmp_path)
     assert stage(found, "finetune, phase 1").hours == pytest.approx(300 / 50 / 3600)

@@ -37,7 +37,7 @@ def run(tmp_path):
     model = hosts()["dit"].tiny()
     graft(model, PLAN)
     save_model(tmp_path / "my-run" / "model", model, PLAN)
-    (tmp_path / "my-run" / "manifest.json").write_text("{}")
+    (tmp_path / "my-run" / "manifest.json").write_text('{"recipe": ""}')
     (tmp_path / "my-run" / "recipe.yaml").write_text("name: my-run\nsource: testbed\n")
     figures = {"name": "finetuned", "frechet": 0.25, "protocol": {"num_images": 2000}}
     (tmp_path / "my-run" / "metrics.json").write_text(json.dumps([figures]))

@@ -153,7 +153,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     assert read.frechet.ratio(per_image(seed=1).frechet) == written.frechet.ratio(per_image(seed=1).frechet)
     assert path.stat().st_size < 20_000
     np.savez(path, x=np.zeros(3))
-    with pytest.raises(DataError, match="is not a file of influences"):
+    with pytest.raises(DataError, match="is not a complete .npz file of arrays"):
         load_influences(path, figures=figures())
 
 

@@ -174,9 +174,9 @@ def test_rates_are_those_of_the_clock():
         time.sleep(0.05)
         yield Step(done=1, total=2, values={"loss": 0.5}, seconds_waited=0.02)
 
-    work = Work(images=8, tokens=256, flops=1e9, tflops=0.1)
+    work = Work(steps=2, images=8, tokens=256, flops=1e9, tflops=0.1)
     before = time.perf_counter()
-    first, second = measured(steps(), work, device=torch.device("cpu"))
+    first, second = measured(steps(), [work], device=torch.device("cpu"))
     elapsed = time.perf_counter() - before
     assert set(first.values) == {"loss", "memory_gib"}
     assert first.values["memory_gib"] > 0.05
@@ -189,8 +189,8 @@ def test_rates_are_those_of_the_clock():
 
 
 def test_without_a_known_peak_there_is_no_share_of_it():
-    work = Work(images=8, tokens=256, flops=1e9)
-    (step,) = measured(iter([Step(done=1, total=1)]), work, device=torch.device("cpu"))
+    work = Work(steps=2, images=8, tokens=256, flops=1e9)
+    (step,) = measured(iter([Step(done=1, total=1)]), [work], device=torch.device("cpu"))
     assert "mfu" not in step.values
 
 

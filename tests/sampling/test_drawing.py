@@ -285,7 +285,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path, model):
     with pytest.raises(RunError, match="exists and holds no shards of images"):
         new(tmp_path, model)
     (tmp_path / "shards" / "drawing.json").write_text("{")
-    with pytest.raises(RunError, match="does not say which images are drawn.*Remove"):
+    with pytest.raises(RunError, match="is not a record of which images are drawn.*Remove"):
         new(tmp_path, model)
 
 
@@ -347,7 +347,9 @@ def test_a_process_that_has_ended_is_not_waited_for_for_ever(tmp_path, model, mo
 
 
 def test_a_full_disk_is_seen_before_any_work(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(drawing_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(
+        drawing_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=10**9)
+    )
     predict, calls = counted()
     with pytest.raises(RunError, match=r"21 images of \[1, 16, 16\] need 1.08e-05 GB.*1e-05 GB are free"):
         draw(new(tmp_path, model, predict=predict), model)

@@ -120,9 +120,9 @@ def test_a_pipeline_loads_its_model_with_the_adapter(adapted, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"peft_type": "LOHA"}, "does not describe a low-rank adapter of peft"),
-        ({"r": 0}, "does not describe a low-rank adapter of peft"),
-        ("not json", "does not describe a low-rank adapter of peft"),
+        ({"peft_type": "LOHA"}, "is not the config of a low-rank adapter of peft"),
+        ({"r": 0}, "is not the config of a low-rank adapter of peft"),
+        ("not json", "is not the config of a low-rank adapter of peft"),
     ],
 )
 def test_a_damaged_description_is_an_error(adapted, tmp_path, damage, message):

@@ -76,5 +76,5 @@ def _may_hold_booleans(annotation: Any) -> bool:
     if parts:
         return any(map(_may_hold_booleans, parts))
     if isinstance(annotation, type):
-        return annotation in (bool, object) or issubclass(annotation, BaseModel)
+        return annotation in (bool, object, Any) or issubclass(annotation, BaseModel)
     return not isinstance(annotation, EllipsisType)

@@ -110,7 +110,8 @@ def read_tensors(folder: Path, tree: Any) -> None:
     try:
         with _also_alone():
             dcp.load(tensors_of(tree), storage_reader=_Reader(folder))
-    except Exception as error:  # whatever torch raises at a damaged file
+    # whatever torch raises at a damaged file; its own is no Exception
+    except (Exception, CheckpointException) as error:
         # torch tells of every process, with tracebacks
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
