@@ -222,7 +222,7 @@ MODELS = [
     calls("merge of a whole model", "merge {w}/grafted {w}/out", "{w}/grafted is not a delta: it is already a standalone model"),
     calls("pickle with code", "convert {w}/evil.pt {w}/out", "evil.pt is not a torch file of plain tensors"),
     calls("half a checkpoint", "convert {w}/half.pt {w}/out", "half.pt is not a torch file"),
-    calls("convert over a model", "convert {w}/dit/diffusion_pytorch_model.safetensors {w}/grafted", "{w}/grafted exists and holds .*: name a new folder"),
+    calls("convert over a model", "convert {w}/dit/diffusion_pytorch_model.safetensors {w}/grafted --num-heads 2 --num-classes 10", "{w}/grafted exists and holds .*: name a new folder"),
     calls("convert to a file", "convert {w}/half.pt {w}/other.json", "{w}/other.json is a file: name a new folder"),
     calls("list for weights", "convert {w}/list.pt {w}/out", "list.pt holds a list, expected a state dict"),
     calls("weights of no DiT", "convert {w}/foreign.safetensors {w}/out", "is not a DiT: expected .*found 1 tensors: layer"),
@@ -374,7 +374,7 @@ def _write_models(folder: Path) -> None:
         save_model(folder / name, model, plan)
     path = folder / "edited" / "config.json"
     path.write_text(path.read_text().replace('"num_heads": 2', '"num_heads": 4', 1))
-    (folder / "swapped" / weights).write_bytes((folder / "dit" / weights).read_bytes())
+    (folder / "swapped" / "model.safetensors").write_bytes((folder / "dit" / weights).read_bytes())
     diverged = DiT(**CONFIG)
     torch.nn.init.constant_(diverged.final_layer.linear.bias, float("nan"))
     save_model(folder / "diverged", diverged, Plan())

@@ -298,11 +298,12 @@ def test_a_damaged_operator_of_a_store_is_named_and_fitted_anew(tmp_path):
     store = OperatorStore(tmp_path / "store")
     run(RECIPE, tmp_path / "first", until="distill", store=store)
     path = sorted(store.folder.iterdir())[0]
+    kept = {name: tensor.clone() for name, tensor in load_tensors(path).items()}
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.warns(FaultWarning, match=rf"{path.name} is damaged: .* its checksum; fitting it again"):
         run(RECIPE, tmp_path / "second", until="distill", store=store)
-    assert path.read_bytes() == content
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in load_tensors(path).items())
     wants, gots = (
         load_tensors(tmp_path / n / "distill" / "operators.safetensors") for n in ("first", "second")
     )

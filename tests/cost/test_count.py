@@ -32,7 +32,7 @@ def model_and_inputs(device: str = "meta") -> tuple[DiT, Callable[[], dict[str, 
     return model, lambda: host_of(model).example(model, rows=16, cols=16, batch_size=1)
 
 
-@pytest.mark.parametrize("name", operator_configs())
+@pytest.mark.parametrize("name", sorted(operator_configs().keys() - {"window-3d"}))  # of videos alone
 def test_declared_flops_are_those_that_torch_counts(name: str):
     """Torch counts products, convolutions and attention. It leaves out gates, filters' pointwise work and norms: under
     1 % here. The plain forms do at most 1 % beside (normalisers of linear attention); tiled forms up to as much again."""

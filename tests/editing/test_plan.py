@@ -112,9 +112,8 @@ def test_one_message_lists_every_fault_once():
     with pytest.raises(PlanError) as caught:
         faulty.resolve(sites(3), host="host 'dit'")
     assert str(caught.value).splitlines() == [
-        "4 faults in plan for host 'dit' (blocks 0..2)",
+        "3 faults in plan for host 'dit' (blocks 0..2)",
         "  plan.0: Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 3",
-        "  plan.0: Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 4",
         "  plan.1: Replace(role='attention', blocks=(2, 2), operator='linear'): the attention of block 2 is named twice",
         "  plan.2: Replace(role='mlp', blocks=1, operator='hyena-x'), block 1: hyena-x replaces attention, not mlp",
     ]

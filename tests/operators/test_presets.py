@@ -57,7 +57,7 @@ def test_no_preset_has_the_name_of_an_operator():
 def test_an_unknown_name_is_told_what_there_is():
     with pytest.raises(
         ValueError,
-        match="no operator 'swaa'; did you mean 'swa'. there are .*window-2d, and the presets ",
+        match="no operator 'swaa'; did you mean 'swa'. there are .*window-3d, and the presets ",
     ):
         parse_operator("swaa")
 

@@ -131,8 +131,9 @@ def test_nothing_of_a_run_is_read_as_html(tmp_path):
         distilled={"protocol": protocol() | {"labels": bad}},
     )
     operator = {"name": bad, "setting": f"'\"{bad}"}
-    sites = [site | {"operator": operator, "role": bad, "path": f'" onload="{bad}'} for site in SITES[:2]]
-    (folder / "plan.json").write_text(json.dumps({"host": bad, "sites": sites}))
+    sites = [site | {"operator": operator, "path": f'" onload="{bad}'} for site in SITES[:2]]
+    written = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(written | {"host": bad, "sites": sites}))
     (folder / "distill/log.jsonl").write_text(
         json.dumps({"step": 1, f"loss/{bad}": 1.0, f"r2/{bad}": 0.5}) + "\n"
     )
@@ -262,11 +263,11 @@ def test_a_damaged_line_of_a_log_is_named_and_left_out(run_folder):
 @pytest.mark.parametrize(
     ("part", "content", "message"),
     [
-        ("recipe.yaml", "a: [", "recipe.yaml cannot be read"),
-        ("recipe.yaml", "- 1", "should be a mapping, and is a list"),
-        ("metrics.json", "{}", "should be a list of rows"),
-        ("plan.json", "{", "plan.json cannot be read"),
-        ("samples/random.safetensors", "short", "is not a complete samples file"),
+        ("recipe.yaml", "a: [", "recipe.yaml is not YAML"),
+        ("recipe.yaml", "- 1", "recipe.yaml is not a recipe: it is a list"),
+        ("metrics.json", "{}", "metrics.json is not a list of rows"),
+        ("plan.json", "{", "plan.json is not a plan"),
+        ("samples/random.safetensors", "short", "is not a complete"),
     ],
 )
 def test_a_damaged_part_is_named_and_the_report_stays(run_folder, part, content, message):

@@ -64,7 +64,8 @@ def open_folder(folder: Path) -> SampleFile:
     ]
     if not found:
         raise DataError(
-            f"{folder} has no images in GenEval's layout, such as 00000/samples/0000.png; other samples are one file"
+            f"no samples file {folder}: it is a folder; a run's samples are its samples/ROW.safetensors, and images in GenEval's "
+            "layout are 00000/samples/0000.png"
         )
     paths = [path for _, path in found]
     sizes = Counter(picture_size(path) for path in paths)

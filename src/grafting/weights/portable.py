@@ -190,7 +190,8 @@ def grafted_class(base: type[Any]) -> type[Any]:
         if faults:
             raise CheckpointError("\n  ".join([f"{path} does not fit {cls.__name__}", *faults]))
         model.register_to_config(_name_or_path=str(path))
-        if "adapter_sha256" in model.config.get("grafting", {}):
+        described = read_json(folder / CONFIG_NAME, JsonObject).get("grafting")
+        if isinstance(described, dict) and "adapter_sha256" in described:
             _add_adapter(model, folder)
         return (model, found) if options.get("output_loading_info") else model
 
