@@ -15,7 +15,7 @@ CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 FAMILIES = {
     "FLUX.1": pipelines.flux,
     "SD3.5": pipelines.sd3,
-    "Wan 2.1": pipelines.wan,
+    "Wan": pipelines.wan,
     "Qwen-Image": pipelines.qwen_image,
     "PixArt-Sigma": pipelines.pixart,
 }

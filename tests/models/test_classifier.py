@@ -68,5 +68,5 @@ def test_bad_files_are_refused(model, tmp_path):
     with pytest.raises(CheckpointError, match="is not a complete"):
         load_classifier(path)
     path.write_bytes(whole.replace(b'num_classes\\": 3', b'num_classes\\": 4'))
-    with pytest.raises(CheckpointError, match=r"is not a complete: [\s\S]*head\.weight"):
+    with pytest.raises(CheckpointError, match=r"is not a complete classifier file: [\s\S]*head\.weight"):
         load_classifier(path)
