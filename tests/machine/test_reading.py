@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import re
 import struct
@@ -337,3 +338,16 @@ def test_a_message_quotes_little():
     for _ in range(5000):
         nested = [nested]
     assert len(reading.shown(nested)) < 250
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "9" * 300, f"a/{'é' * 200}", "a\0b"])
+def test_names_in_an_index_stay_in_its_folder_and_are_names(name):
+    with pytest.raises(CheckpointError, match=r"leads out of the folder|longer than a file's name"):
+        reading.parse_json(json.dumps(name), reading.Inside, name="index.json")
+
+
+def test_a_name_in_an_index_may_have_folders():
+    assert (
+        reading.parse_json('"shards/00001.safetensors"', reading.Inside, name="index.json")
+        == "shards/00001.safetensors"
+    )

@@ -69,10 +69,15 @@ DTYPES = {
 }  # fmt: skip
 
 
+_LONGEST_NAME = 255  # bytes, as file systems have it
+
+
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.name:
         raise ValueError("leads out of the folder")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise ValueError(f"is longer than a file's name can be, {_LONGEST_NAME} bytes")
     return name
 
 
