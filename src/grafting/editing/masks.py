@@ -6,9 +6,7 @@ from torch import Tensor
 
 from ..contract import TokenLayout
 from ..errors import HostError
-
-# a score that is lowered by this much or more gives a weight of zero in every precision; models use -10,000 and less
-_HIDDEN = -1000.0
+from ..functional.softmax import HIDDEN_SCORE
 
 
 def key_mask_of(mask: Tensor, layout: TokenLayout) -> Tensor | None:
@@ -60,7 +58,7 @@ def with_images_last(
 
 def _seen_of_added(mask: Tensor) -> Tensor:
     """Which scores a mask that is added to them leaves as they are, or moves all alike."""
-    is_hidden = mask <= _HIDDEN
+    is_hidden = mask <= HIDDEN_SCORE
     if not (torch.compiler.is_compiling() or (is_hidden | (mask == mask.amax())).all()):
         raise _refused(
             mask,

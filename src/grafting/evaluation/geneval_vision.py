@@ -73,7 +73,7 @@ class Detector:
 
 
 def _instances(classes: Float[Tensor, "q k1"], masks: Float[Tensor, "q h w"]) -> list[Detection]:
-    """Objects from a model's queries: logits of classes, the last of which is none, and logits of masks."""
+    """Objects from a model's queries: logits of classes, the last for no object, and logits of masks."""
     num_classes = classes.shape[1] - 1
     chances = classes.softmax(-1)[:, :-1].flatten()
     scores, places = chances.topk(min(_MOST_DETECTIONS, len(chances)))

@@ -4,6 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+HIDDEN_SCORE = -1000.0
+"""A score that is lowered by this much or more gives a weight of zero in every precision; models use -10,000 and less."""
+
 
 def softmax_attention(
     q: Float[Tensor, "b heads m k"],

@@ -1,27 +1,18 @@
 """How a model calls its blocks, attentions and MLPs, read off one forward pass: what mixers and restructuring need.
 
-A convention is stated only where it is proved on the calls that were seen; elsewhere there is none, and a reason.
+A convention is stated only where the calls that were seen prove it; elsewhere a reason is given instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import ModuleCall
 from ._forwards import Execution, Inputs, again, executions
-from ._spec import Activation, MlpLayers
-
-_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu-tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
+from ._spec import ACTIVATIONS, MlpLayers
 
 
 @dataclass(frozen=True)
@@ -266,7 +257,7 @@ def _mlp_layers(module: nn.Module, seen: Execution, call: ModuleCall) -> MlpLaye
         return None
     hidden, inner = used[ups[0]].output, used[downs[0]].args[0]
     if len(ups) == 1 and hidden.shape == inner.shape:
-        for activation, apply in _ACTIVATIONS.items():
+        for activation, apply in ACTIVATIONS.items():
             if torch.allclose(apply(hidden), inner, rtol=1e-4, atol=1e-5):
                 return MlpLayers(up=ups[0], down=downs[0], activation=activation)
     return MlpLayers(up=ups[0], down=downs[0], gated=True)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..contract import Kwargs
 from ..errors import HostError
+from ..functional.softmax import HIDDEN_SCORE
 from ..machine.randomness import generator
 
 Inputs = Mapping[str, Any]
@@ -32,10 +33,6 @@ _STRENGTH = 3.0
 
 _SEED = 718281828
 """Of perturbations: one that no example is drawn with, since a norm hides a multiple of the input itself."""
-
-
-_HIDDEN = -1000.0
-"""A score that is lowered by this much or more gives a weight of zero; models use -10,000 and less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +121,7 @@ def _channelwise(
 def _mask_seen(mask: Tensor | None) -> MaskSeen:
     if mask is None:
         return "none"
-    seen = mask if mask.dtype == torch.bool else mask > _HIDDEN
+    seen = mask if mask.dtype == torch.bool else mask > HIDDEN_SCORE
     if mask.dtype != torch.bool and ((mask != 0) & seen).any():
         return "a bias"
     if seen.all():

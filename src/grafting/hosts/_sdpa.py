@@ -2,12 +2,10 @@
 
 import copy
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, NoiseProcess, Site
@@ -25,14 +23,8 @@ from ._grids import (
     unpack,
 )
 from ._host import Host, linear_weights, randomise
-from ._spec import Activation, BlockList, Input, LatentTokens, SdpaSpec
+from ._spec import ACTIVATIONS, BlockList, Input, LatentTokens, SdpaSpec
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu-tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
 _DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
 
 
@@ -190,7 +182,7 @@ class SdpaHost(Host[nn.Module]):
                 f"an MLP from {up.out_features} to {down.in_features} channels is gated and has no plain two-layer form to "
                 "inherit from: use init: random"
             )
-        return MlpWeights(linear_weights(up), linear_weights(down), _ACTIVATIONS[layers.activation])
+        return MlpWeights(linear_weights(up), linear_weights(down), ACTIVATIONS[layers.activation])
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         """The prediction for images, or videos, with the condition's tensors as keyword arguments."""

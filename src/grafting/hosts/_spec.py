@@ -5,8 +5,11 @@ A spec is a YAML or JSON file: those of `specs/` come with the library, others a
 model keeps it, such as `config.num_attention_heads`.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
+import torch.nn.functional as F
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -18,6 +21,7 @@ from pydantic import (
     field_serializer,
     model_validator,
 )
+from torch import Tensor
 
 from ..contract import AttentionCall, Grid, ModuleCall
 from ..diffusion import FlowConfig, ProcessConfig
@@ -26,6 +30,12 @@ Fact = str | int
 """A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`, an entry of a list such as
 `config.caption_channels.0`, or the quotient of two, `config.dim / config.n_heads`."""
 Activation = Literal["gelu", "gelu-tanh", "silu", "relu"]
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 class _Spec(BaseModel):

@@ -37,6 +37,7 @@ from ._damage import reason_of as reason_of
 from ._damage import shown as shown
 from ._yaml import Json as Json
 from ._yaml import load_yaml
+from .settings import is_no_name
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -69,15 +70,12 @@ DTYPES = {
 }  # fmt: skip
 
 
-_LONGEST_NAME = 255  # bytes, as file systems have it
-
-
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.name:
         raise ValueError("leads out of the folder")
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
-        raise ValueError(f"is longer than a file's name can be, {_LONGEST_NAME} bytes")
+    if is_no_name(name):
+        raise ValueError("is longer than a file's name can be")
     return name
 
 

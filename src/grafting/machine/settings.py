@@ -40,12 +40,12 @@ class Settings(BaseModel):
                 raise ValueError("a number is too large: they are below 2^63")
         # mappings hold what others say: of a model's class, of how images were sampled
         names = [] if isinstance(value, dict) or info.field_name in _TEXTS else _parts(value)
-        if any(isinstance(name, str | Path) and _is_no_name(str(name)) for name in names):
+        if any(isinstance(name, str | Path) and is_no_name(str(name)) for name in names):
             raise ValueError("a name is too long, or has a zero byte in it")
         return value
 
 
-def _is_no_name(text: str) -> bool:
+def is_no_name(text: str) -> bool:
     """True of what no file could be called."""
     return "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/"))
 

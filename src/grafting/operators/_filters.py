@@ -1,12 +1,14 @@
 """Short filters over tokens, which gated convolutions are made of; their arithmetic is in `functional/conv.py`."""
 
-from typing import Literal
+from abc import ABC
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import TokenLayout
+from ..contract import OperatorConfig, TokenLayout
 from ..functional.conv import depthwise_1d, depthwise_2d, depthwise_3d
 
 Geometry = Literal["centred", "causal", "2d", "3d"]
@@ -16,9 +18,27 @@ _NUM_AXES = {"centred": 1, "causal": 1, "2d": 2, "3d": 3}
 GATE_SPREAD = 0.1
 
 
-def num_taps(kernel_size: int, geometry: Geometry) -> int:
-    """Taps of a filter of this size."""
-    return kernel_size ** _NUM_AXES[geometry]
+class FilterSettings(OperatorConfig, ABC):
+    """Settings of operators that are made of filters on the projections (short) and on the gated values (inner)."""
+
+    has_short_filter: ClassVar[bool]
+    has_inner_filter: ClassVar[bool]
+
+    kernel_size: int = Field(default=4, ge=1, le=4096)
+    """Taps of each filter; along each axis for `geometry: 2d` and `3d`, where 3 is a good choice."""
+    geometry: Geometry = "centred"
+    """Position of the taps.
+
+    `centred`: K // 2 before the token and the rest after it, in raster order (K = 4: two before, itself, one after).
+    `causal`: all before it or on it, as in the published weights; no token sees a later one.
+    `2d`: K x K taps on the rows and columns of each frame, K // 2 of them above and to the left.
+    `3d`: K x K x K taps on frames, rows and columns of a video.
+    """
+
+    @property
+    def num_taps(self) -> int:
+        """Taps of a filter."""
+        return self.kernel_size ** _NUM_AXES[self.geometry]
 
 
 class TokenFilter(nn.Module):

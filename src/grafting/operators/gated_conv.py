@@ -11,25 +11,17 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
 from ..functional.softmax import softmax_attention
-from ._filters import GATE_SPREAD, Geometry, TokenFilter, num_taps
+from ._filters import GATE_SPREAD, FilterSettings, Geometry, TokenFilter
 
 
-class _GatedConvConfig(KernelConfig):
+class _GatedConvConfig(FilterSettings, KernelConfig):
     """Settings common to all three. `name` has no default here, so that this is not an operator itself."""
 
     honours = ANY_CALL
-    has_short_filter: ClassVar[bool]
-    has_inner_filter: ClassVar[bool]
-
-    kernel_size: int = Field(default=4, ge=1)
-    """Taps of each filter; along each axis for `geometry: 2d` and `3d`, where 3 is a good choice."""
-    geometry: Geometry = "centred"
-    """Position of the taps: `centred` or `causal` in raster order, `2d` on rows and columns, `3d` on those and frames."""
 
     def build(self, site: Site) -> "GatedConv":
         return GatedConv(
@@ -42,11 +34,10 @@ class _GatedConvConfig(KernelConfig):
         )
 
     def mixing_flops(self, site: Site) -> int:
-        taps = num_taps(self.kernel_size, self.geometry)
+        taps = self.num_taps
         of_filters = 2 * (3 * (taps if self.has_short_filter else 1) + (taps if self.has_inner_filter else 0))
-        image = (
-            (2 + of_filters) * site.grid.num_tokens * site.dim
-        )  # two gates, and a multiply-accumulate a tap
+        # two gates, and a multiply-accumulate a tap
+        image = (2 + of_filters) * site.grid.num_tokens * site.dim
         num_pairs = site.num_text * (site.grid.num_tokens + site.num_tokens)
         return image + softmax_attention_flops(site, num_pairs)
 

@@ -11,30 +11,16 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
-from ._filters import GATE_SPREAD, Geometry, TokenFilter, num_taps
+from ._filters import GATE_SPREAD, FilterSettings, Geometry, TokenFilter
 
 
-class _HyenaConfig(MixerConfig):
+class _HyenaConfig(FilterSettings, MixerConfig):
     """Settings common to all three. `name` has no default here, so that this is not an operator itself."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
-    has_short_filter: ClassVar[bool]
-    has_inner_filter: ClassVar[bool]
-
-    kernel_size: int = Field(default=4, ge=1, le=4096)
-    """Taps of each filter; along each axis for `geometry: 2d` and `3d`, where 3 is a good choice."""
-    geometry: Geometry = "centred"
-    """Position of the taps.
-
-    `centred`: K // 2 before the token and the rest after it, in raster order (K = 4: two before, itself, one after).
-    `causal`: all before it or on it, as in the published weights; no token sees a later one.
-    `2d`: K x K taps on the rows and columns of each frame, K // 2 of them above and to the left.
-    `3d`: K x K x K taps on frames, rows and columns of a video.
-    """
 
     def build(self, site: Site) -> "Hyena":
         return Hyena(
@@ -46,16 +32,12 @@ class _HyenaConfig(MixerConfig):
         )
 
     def mixing_flops(self, site: Site) -> int:
-        taps = self._num_taps if self.has_inner_filter else 0
+        taps = self.num_taps if self.has_inner_filter else 0
         return (2 + 2 * taps) * site.num_tokens * site.dim  # two gates, and a multiply-accumulate a tap
 
     def projection_flops(self, site: Site) -> int:
-        taps = 3 * self._num_taps if self.has_short_filter else 0
+        taps = 3 * self.num_taps if self.has_short_filter else 0
         return site.num_tokens * (8 * site.dim**2 + 2 * taps * site.dim)
-
-    @property
-    def _num_taps(self) -> int:
-        return num_taps(self.kernel_size, self.geometry)
 
 
 class HyenaSEConfig(_HyenaConfig):
