@@ -10,7 +10,16 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from grafting.contract import BlockCall, Grid, ModuleCall, Site
-from grafting.editing.plan import Drop, Merge, Plan, Replace, merged_pairs, operators_of, resolve_blocks
+from grafting.editing.plan import (
+    Drop,
+    Merge,
+    Plan,
+    Replace,
+    fault_list,
+    merged_pairs,
+    operators_of,
+    resolve_blocks,
+)
 from grafting.errors import PlanError
 from grafting.operators import PRESETS, operator_configs
 
@@ -324,3 +333,7 @@ def test_restructuring_survives_json_and_is_no_part_of_the_control():
 )
 def test_the_schema_tells_edits_apart(edit, valid):
     assert Draft202012Validator(Plan.model_json_schema()).is_valid({"edits": [edit]}) == valid
+
+
+def test_the_head_of_a_message_is_short_whatever_is_at_fault():
+    assert len(fault_list(["no name"], "9" * 5000)) < 300

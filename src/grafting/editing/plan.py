@@ -22,7 +22,7 @@ from pydantic.json_schema import JsonSchemaValue
 
 from ..contract import KernelConfig, OperatorConfig, Site
 from ..errors import PlanError, listed
-from ..machine.reading import JsonObject, shown
+from ..machine.reading import JsonObject, cut, shown
 from ..machine.settings import Settings
 from ..operators import PRESETS, operator_configs, parse_operator
 
@@ -257,7 +257,7 @@ def words_of(site: Site) -> str:
 def fault_list(faults: Sequence[str], where: str) -> str:
     """One message of all distinct faults."""
     distinct = list(dict.fromkeys(faults))
-    return listed(f"{len(distinct)} fault{'s' * (len(distinct) > 1)} in {where}", distinct)
+    return listed(f"{len(distinct)} fault{'s' * (len(distinct) > 1)} in {cut(where)}", distinct)
 
 
 def _randomised(edit: Replace | Merge | Drop) -> Replace | Merge | Drop:

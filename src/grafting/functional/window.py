@@ -72,10 +72,7 @@ def window_2d(
     Source:
         The shifted border is the rule of NATTEN (arXiv:2204.07143).
     """
-    grid = layout.grid
-    _check_shifted(border, radius, {"rows": grid.rows, "columns": grid.cols})
-    square = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border)
-    return _windowed(q, k, v, layout, square, scale)
+    return window_3d(q, k, v, layout, radius=radius, frames=0, border=border, scale=scale)
 
 
 def window_3d(
