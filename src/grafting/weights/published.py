@@ -143,10 +143,6 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     return state_dict_of(content, source=path)
 
 
-def _is_weight(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0 and bool(tensor.isfinite().all())
-
-
 def recognise(
     tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
 ) -> tuple[dict[str, Any], Plan, dict[str, Tensor]]:
