@@ -29,7 +29,7 @@ from ..editing.plan import Plan, Replace
 from ..editing.surgery import edits_of, graft
 from ..errors import CheckpointError
 from ..hosts import Host, SdpaHost, SdpaSpec, config_of, host_of, hosts
-from ..machine.reading import Json, JsonObject, faults_of, read_json
+from ..machine.reading import Json, JsonObject, cut, faults_of, read_json, shown
 from ..machine.settings import Settings
 from ..operators import operator_configs
 from .adapter import holds_adapter, with_adapter
@@ -116,18 +116,18 @@ class Record(BaseModel):
             faults = "\n  ".join(faults_of(error))
             raise CheckpointError(f"{source} does not describe a graft:\n  {faults}") from error
         if record.spec is None and record.host not in hosts():
-            raise CheckpointError(f"{source}: no host {record.host!r}; there are {', '.join(hosts())}")
+            raise CheckpointError(f"{source}: no host {shown(record.host)}; there are {', '.join(hosts())}")
         installed = {name: config.version for name, config in operator_configs().items()}
         names = [operator.name for operator in _operators(record.plan)]
         saved = dict.fromkeys(names, 1) | record.operator_versions
         others = [
-            f"operator {name!r} of version {version}; installed is version {installed.get(name)}"
+            f"operator {shown(name)} of version {version}; installed is version {installed.get(name)}"
             for name, version in saved.items()
             if installed.get(name) != version
         ]
         if others:
             raise CheckpointError(
-                f"{source} was saved with {', '.join(others)}: its weights mean another thing"
+                f"{source} was saved with {cut(', '.join(others))}: its weights mean another thing"
             )
         return record
 
