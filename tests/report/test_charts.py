@@ -1,5 +1,7 @@
 """Scales, curves and words: the parts of the report that compute."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,3 +110,12 @@ def test_the_plan_picture_has_a_cell_a_site_and_a_letter_an_operator():
     assert drawn.count("<rect") == 60
     assert "block 1, attention: op1 (kernel_size 4) (attention.1)" in drawn
     assert "block 0, attention: unchanged" in drawn
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("value", [1.7e308, 5e-324, math.inf, math.nan])
+def test_numbers_that_no_arithmetic_can_hold_leave_the_others_a_scale(value, log):
+    scale = Scale.around([0.2, 0.9, value], start=0.0, end=1.0, log=log)
+    assert scale.ticks()
+    assert 0 <= scale(0.2) < scale(0.9) <= 1
+    assert Scale.around([value], start=0.0, end=1.0, log=log).ticks()

@@ -33,6 +33,9 @@ def _rounded(value: Any) -> Any:
     return f"{round(float(value), 2):g}" if isinstance(value, float | np.floating) else value
 
 
+_FAR = 1e200  # arithmetic with larger numbers overflows
+
+
 @dataclass(frozen=True)
 class Scale:
     """Maps values in low..high, linear or logarithmic, onto start..end; values outside are clipped."""
@@ -45,8 +48,8 @@ class Scale:
 
     @classmethod
     def around(cls, values: Iterable[float], *, start: float, end: float, log: bool = False) -> "Scale":
-        """A scale that holds all of `values` (those above 0, if logarithmic) with a little room on both sides."""
-        inside = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
+        """A scale that holds `values` (those above 0, if logarithmic) with a little room on both sides; none beyond 1e200."""
+        inside = [v for v in values if abs(v) < _FAR and (v > 1 / _FAR or not log)] or [1.0]
         low, high = min(inside), max(inside)
         if log:
             room = max((high / low) ** 0.06, 1.05)
