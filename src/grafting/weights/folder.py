@@ -334,7 +334,7 @@ def _check_hashes(folder: Path, config: JsonObject, grafting: JsonObject, *, wei
     if recorded and sha256_of(weights) != recorded:
         raise CheckpointError(
             f"{weights} is not the file that {CONFIG_NAME} describes: its SHA-256 is {sha256_of(weights)}, "
-            f"recorded is {recorded}"
+            f"recorded is {cut(recorded)}"
         )
     if signed.adapter_sha256 != _adapter_hash(folder).get("adapter_sha256"):
         raise CheckpointError(
