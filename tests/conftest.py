@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.option.markexpr.startswith("gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVIDIA_TF32_OVERRIDE": "0"}
     # what CUDA cannot do twice alike is done all the same, and told once by each kernel
     config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
 

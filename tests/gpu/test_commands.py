@@ -76,7 +76,7 @@ def test_a_run_is_killed_resumed_and_gone_on_with_elsewhere(recipe, device, tmp_
         says("run", recipe, "--out", folder, device=second)
         for trained in ("distill", "finetune"):
             want = losses(whole, trained)
-            assert losses(folder, trained) == pytest.approx(want, rel=1e-4 if second == device else 2e-2)
+            assert losses(folder, trained) == pytest.approx(want, rel=1e-3 if second == device else 2e-2)
     manifest = json.loads((whole / "manifest.json").read_text())
     assert device.type in json.dumps(manifest)
 

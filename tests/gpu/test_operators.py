@@ -72,7 +72,7 @@ def test_bf16_comes_close(config, device):
     want = computed(operator, inputs, ordinary(config), torch.device("cpu"))
     got = computed(operator, inputs, ordinary(config), device, bf16=True)
     assert got["output"].isfinite().all()
-    assert_close("output", got["output"].float(), want["output"], 0.05)
+    assert_close("output", got["output"].float(), want["output"], 0.1)
     assert all(tensor.isfinite().all() for tensor in got.values())
 
 

@@ -110,7 +110,7 @@ def test_clipped_and_rescaled_guidance(name, device):
 def test_bf16_stays_close(name, device):
     want, _ = drawn(CPU, name)
     got, _ = drawn(device, name, precision="bf16")
-    assert_close("images", got, want, 0.1)
+    assert_close("images", got, want, 0.2)
 
 
 def test_latents_become_the_same_pixels(device, tmp_path):
