@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from latents.textpipelines import ALL, pixart, wan
 from typer.testing import CliRunner
 
 from grafting import Prompts
@@ -13,6 +12,7 @@ from grafting.errors import CheckpointError, DataError, HostError, RunError
 from grafting.hosts import host_of
 from grafting.latents.capture import first_step, watch
 from grafting.latents.prompting import Prompting, PromptingConfig, open_encoders, read_words
+from latents.textpipelines import ALL, pixart, wan
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea", "sun"]
 CPU = torch.device("cpu")
@@ -56,12 +56,14 @@ def test_rows_give_the_output_that_the_pipelines_own_arguments_give(name, tmp_pa
     found = given.get("encoder_hidden_states", given.get("cap_feats"))[0]
     assert torch.equal(found, rows[place][: len(found)])
     if null is None:
-        assert prompts.nulls(torch.tensor([1])) is None and prompts.dropout == 0
+        assert prompts.nulls(torch.tensor([1])) is None
+        assert prompts.dropout == 0
     else:
         none = batch(prompts, [len(WORDS)])
         found = none.get("encoder_hidden_states", none.get("cap_feats"))[0]
         assert torch.equal(found, rows[null][: len(found)])
-        assert prompts.nulls(torch.tensor([1])).tolist() == [len(WORDS)] and prompts.dropout == 0.1
+        assert prompts.nulls(torch.tensor([1])).tolist() == [len(WORDS)]
+        assert prompts.dropout == 0.1
     # a padded prompt in a batch of unlike ones gives what it gives alone, and what the pipeline's own arguments give
     with torch.no_grad():
         alone = host.predict(pipe.transformer, x, t, given)
@@ -77,7 +79,8 @@ def test_a_prompt_is_cut_to_its_own_length_only_where_that_changes_nothing(tmp_p
         prompts = encoded(ALL[name](), tmp_path / name)
         lengths[name] = [len(batch(prompts, [n])["encoder_hidden_states"][0]) for n in range(4)]
     assert lengths["pixart"] == [4, 7, 6, 2]  # words, and the token that ends them
-    assert len(set(lengths["wan"])) == 1 and lengths["wan"][0] > 7
+    assert len(set(lengths["wan"])) == 1
+    assert lengths["wan"][0] > 7
 
 
 def test_an_instruction_before_prompts_is_not_before_the_null():
@@ -162,7 +165,8 @@ def test_a_pipeline_is_as_it_was_after_it_was_watched():
     pipe = pixart()
     before = pipe.transformer.forward
     watch(pipe, None, call={"use_resolution_binning": False})
-    assert "forward" not in vars(pipe.transformer) and pipe.transformer.forward == before
+    assert "forward" not in vars(pipe.transformer)
+    assert pipe.transformer.forward == before
     assert "step" not in vars(pipe.scheduler)
 
 
