@@ -126,12 +126,14 @@ def test_cuda_that_nothing_has_started_stays_asleep_and_unseeded(monkeypatch):
 
 
 def test_every_gpu_is_named_so_that_torch_does_not_warn_of_several(monkeypatch):
-    states, put_back = {0: torch.zeros(2), 1: torch.ones(2)}, {}
+    states, put_back, seeds = {0: torch.zeros(2), 1: torch.ones(2)}, {}, []
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.update({device: state}))
-    with seeded(4):
-        assert put_back == {}
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with seeded(4) as draw:
+        assert (len(seeds), put_back) == (1, {})
+    assert seeds != [draw.initial_seed()]
     assert put_back == states
