@@ -339,7 +339,7 @@ class _Transport:
         """
         s = self.singular
         kernel = 1 / (s[:, None] * s * (s[:, None] + s))
-        total = torch.zeros(len(features), dtype=torch.float64)
+        total = torch.zeros(len(features), dtype=torch.float64, device=features.device)
         for rows in torch.arange(len(features)).split(_ROWS_AT_ONCE):
             i, j, other_i, other_j = (
                 (features[part[rows]].double() - self.mean) @ self.directions
