@@ -1,7 +1,8 @@
 """Softmax attention in a window of the image, and the plain form that it must equal.
 
 The fast form costs O(L): queries are cut into tiles, each tile sees its own keys and a halo around them, and one
-masked SDPA does all tiles at once. It trains wherever SDPA does. Tokens beside the image, if any, see and are seen by all.
+masked SDPA does all tiles at once. It trains wherever SDPA does. On a GPU the kernels of `_triton/`
+do without the copies. Tokens beside the image, if any, see and are seen by all.
 """
 
 from math import ceil
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..contract import TokenLayout
+from ._triton import can_fuse, in_autocast
 from .softmax import softmax_attention
 
 Border = Literal["clipped", "shifted"]
@@ -21,6 +23,9 @@ Border = Literal["clipped", "shifted"]
 # copy more halo (fastest on a CPU at 4,096 tokens, head dim 64, of 16..128 and of 4..16)
 _RUN = 32
 _SIDE = 8
+
+# a GPU program cannot hold tiles of longer vectors
+_MAX_FUSED_HEAD_DIM = 128
 
 
 def window_1d(
@@ -44,7 +49,7 @@ def window_1d(
     Source:
         arXiv:2506.05340, sliding-window attention with window (4, 4) on the raster index.
     """
-    line = _Window((1, 1, layout.grid.num_tokens), (0, window), "clipped")
+    line = Window((1, 1, layout.grid.num_tokens), (0, window), "clipped")
     return _windowed(q, k, v, layout, line, scale)
 
 
@@ -100,7 +105,7 @@ def window_3d(
     grid = layout.grid
     _check_shifted(border, radius, {"rows": grid.rows, "columns": grid.cols})
     _check_shifted(border, frames, {"frames": grid.frames})
-    window = _Window((grid.frames, grid.rows, grid.cols), (radius, radius), border, frames)
+    window = Window((grid.frames, grid.rows, grid.cols), (radius, radius), border, frames)
     return _windowed(q, k, v, layout, window, scale)
 
 
@@ -193,7 +198,7 @@ def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float 
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """A window on image tokens, which are read as a grid."""
 
     size: tuple[int, int, int]  # frames, rows, cols
@@ -248,7 +253,7 @@ def _cut_grid(rows: int, cols: int, reach: tuple[int, int], num_others: int) -> 
 
 
 def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: _Window, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window, scale: float | None
 ) -> Tensor:
     """Window attention of the image tokens, with the others global beside them."""
     if q.shape[2] != layout.num_queries or k.shape[2] != layout.num_tokens:
@@ -256,15 +261,35 @@ def _windowed(
             f"the layout has {layout.num_tokens} tokens ({layout.grid}, {layout.num_others} others), "
             f"q has {q.shape[2]} and k has {k.shape[2]}"
         )
-    (image_k, others_k), (image_v, others_v) = layout.split(k), layout.split(v)
     image_q, others_q = layout.of_queries.split(q)
-    masks = None
-    if layout.key_mask is not None:
-        masks = layout.split(layout.key_mask[:, None, :, None])  # [B, 1, N, 1], [B, 1, T, 1]
-    mixed = _tiled_attention(image_q, image_k, image_v, others_k, others_v, window, scale, masks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if can_fuse(q, k, v) and max(q.shape[-1], v.shape[-1]) <= _MAX_FUSED_HEAD_DIM:
+        mixed = _fused(image_q, k, v, layout, window, scale)
+    else:
+        mixed = in_tiles(image_q, k, v, layout, window, scale)
     if layout.num_others == 0 or layout.image_queries:
         return mixed
     return layout.join(mixed, softmax_attention(others_q, k, v, key_mask=layout.key_mask, scale=scale))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window, scale: float) -> Tensor:
+    from ._triton.window import window_attention  # needs triton
+
+    is_key = None if layout.key_mask is None else layout.key_mask.expand(len(k), -1)
+    reach = [window.frames, *window.reach]
+    q, k, v = map(in_autocast, (q, k, v))
+    out, _ = window_attention(
+        q, k, v, is_key, [layout.before, *window.size], reach, window.border == "shifted", scale
+    )
+    return out
+
+
+def in_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window, scale: float) -> Tensor:
+    (image_k, others_k), (image_v, others_v) = layout.split(k), layout.split(v)
+    masks = None
+    if layout.key_mask is not None:
+        masks = layout.split(layout.key_mask[:, None, :, None])  # [B, 1, N, 1], [B, 1, T, 1]
+    return _tiled_attention(q, image_k, image_v, others_k, others_v, window, scale, masks)
 
 
 def _tiled_attention(
@@ -273,8 +298,8 @@ def _tiled_attention(
     v: Tensor,
     others_k: Tensor,
     others_v: Tensor,
-    window: _Window,
-    scale: float | None,
+    window: Window,
+    scale: float,
     masks: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Window attention of image tokens [B, H, N, .], each also seeing all others [B, H, T, .]; `masks` are of both's keys."""
@@ -332,7 +357,7 @@ def _frames_seen(count: int, reach: int, border: Border, device: torch.device) -
 
 
 def _masked_tiles(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, is_key: Tensor, frames: int, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, is_key: Tensor, frames: int, scale: float
 ) -> Tensor:
     """Attention within tiles [B * H * F, tiles, places, K], whose keys are not all seen: `is_key` is [B * F, tiles, places].
 
@@ -350,7 +375,7 @@ def _masked_tiles(
     return mixed.unflatten(0, (-1, frames, num_tiles)).permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
 
 
-def _on_grid(x: Tensor, window: _Window, by_row: _Axis, by_col: _Axis) -> Tensor:
+def _on_grid(x: Tensor, window: Window, by_row: _Axis, by_col: _Axis) -> Tensor:
     """[B, H, N, K] -> [B * H * F, R, C, K], rows and columns padded to whole tiles."""
     x = x.unflatten(2, window.size).flatten(0, 2)
     return F.pad(x, (0, 0, by_col.front, by_col.back, by_row.front, by_row.back))

@@ -49,6 +49,11 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -
     fully_shard(model, mesh=mesh)
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """True if each process holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over processes; all of them call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Short filters over tokens, which gated convolutions are made of; their arithmetic is in `functional/conv.py`."""
+"""Short filters over tokens, which gated convolutions are made of; their arithmetic is in `functional/gated_conv.py`."""
 
 from abc import ABC
 from typing import ClassVar, Literal
@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..contract import OperatorConfig, TokenLayout
-from ..functional.conv import depthwise_1d, depthwise_2d, depthwise_3d
+from ..functional.gated_conv import Filter, filtered, gated_conv, own_tap
 
 Geometry = Literal["centred", "causal", "2d", "3d"]
 _NUM_AXES = {"centred": 1, "causal": 1, "2d": 2, "3d": 3}
@@ -64,16 +64,19 @@ class TokenFilter(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
-        if self.geometry in ("2d", "3d"):
-            return self._on_grid(x, layout)
-        return depthwise_1d(x, self.weight, self.bias, before=self.before)
+        return filtered(x, self.taps, layout)
+
+    @property
+    def taps(self) -> Filter:
+        """The filter as a value, for functions."""
+        return Filter(self.weight, self.bias, self.before)
 
     @torch.no_grad()
     def set_identity(self) -> None:
         """Weight 1 at the token's own tap and 0 elsewhere, bias 0: the output is the input."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        self._own_tap.fill_(1)
+        own_tap(self.taps).fill_(1)
 
     @torch.no_grad()
     def blur(self, channels: slice) -> None:
@@ -81,25 +84,12 @@ class TokenFilter(nn.Module):
         num_others = self.weight[0].numel() - 1
         if num_others > 0:
             self.weight[channels] = 0.5 / num_others
-            self._own_tap[channels] = 0.5
+            own_tap(self.taps)[channels] = 0.5
 
-    @property
-    def _own_tap(self) -> Tensor:
-        own = self.weight[:, 0]
-        for _ in range(own.ndim - 1):
-            own = own.select(1, self.before)
-        return own
 
-    def _on_grid(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        grid, image = layout.grid, layout.image_slice
-        on_grid = x[:, image].unflatten(1, (grid.frames, grid.rows, grid.cols))
-        if self.geometry == "3d":
-            filtered = depthwise_3d(on_grid, self.weight, self.bias).flatten(1, 3)
-        else:
-            filtered = depthwise_2d(on_grid.flatten(0, 1), self.weight, self.bias).reshape(
-                x.shape[0], -1, x.shape[-1]
-            )
-        if layout.num_others == 0:
-            return filtered
-        text = x * self._own_tap.to(x.dtype) + self.bias.to(x.dtype)
-        return torch.cat([text[:, : image.start], filtered, text[:, image.stop :]], dim=1)
+def gated(
+    qkv: Float[Tensor, "b l d3"], short: TokenFilter | None, inner: TokenFilter | None, layout: TokenLayout
+) -> Float[Tensor, "b l d"]:
+    """q' * inner(k' * v') with q', k', v' = short(qkv); either filter may be absent."""
+    of_short, of_inner = (None if x is None else x.taps for x in (short, inner))
+    return gated_conv(qkv, of_short, of_inner, layout)

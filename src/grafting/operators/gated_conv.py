@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..contract import ANY_CALL, Kernel, KernelConfig, Site, TokenLayout, softmax_attention_flops
 from ..functional.softmax import softmax_attention
-from ._filters import GATE_SPREAD, FilterSettings, Geometry, TokenFilter
+from ._filters import GATE_SPREAD, FilterSettings, Geometry, TokenFilter, gated
 
 
 class _GatedConvConfig(FilterSettings, KernelConfig):
@@ -142,11 +142,8 @@ class GatedConv(Kernel):
         """The gated convolution of image tokens [B, H, N, K]."""
         heads = q.shape[1]
         qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
-        q, k, v = self.short_filter(qkv, layout).chunk(3, dim=-1)
-        kv = k * v
-        if self.inner_filter is not None:
-            kv = self.inner_filter(kv, layout)
-        return (q * kv).unflatten(2, (heads, -1)).transpose(1, 2)
+        mixed = gated(qkv, self.short_filter, self.inner_filter, layout)
+        return mixed.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _of_others(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Gated short convolutions in the place of attention: Hyena-SE, Hyena-X and Hyena-Y, one class with or without its filters.
 
 No softmax, norm, activation or position: a token's projections gate each other, and the filters bring in its neighbours.
-Work and memory grow with the number of tokens, not with its square. The filters themselves are in `functional/conv.py`.
+Work and memory grow with the number of tokens, not with its square. The filters themselves are in `functional/gated_conv.py`.
 
 Source: arXiv:2506.05340 (Hyena-SE, -X, -Y), where the filters are causal; parameters are laid out as in its weights.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
-from ._filters import GATE_SPREAD, FilterSettings, Geometry, TokenFilter
+from ._filters import GATE_SPREAD, FilterSettings, Geometry, TokenFilter, gated
 
 
 class _HyenaConfig(FilterSettings, MixerConfig):
@@ -98,14 +98,7 @@ class Hyena(Mixer):
             self.inner_filter.set_identity()
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
-        qkv = self.in_proj(x)
-        if self.short_filter is not None:
-            qkv = self.short_filter(qkv, layout)
-        q, k, v = qkv.chunk(3, dim=-1)
-        kv = k * v
-        if self.inner_filter is not None:
-            kv = self.inner_filter(kv, layout)
-        return self.out_proj(q * kv)
+        return self.out_proj(gated(self.in_proj(x), self.short_filter, self.inner_filter, layout))
 
     @property
     def output_layer(self) -> nn.Linear:

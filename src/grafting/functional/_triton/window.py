@@ -1,0 +1,208 @@
+"""Window attention on a GPU: the kernels of `window_kernels.py` as operators of torch, with their gradients.
+
+Queries are the image's, [B, H, N, K]; keys and values are of all tokens. `grid` is (tokens before the image, frames, rows, columns),
+`reach` (frames, rows, columns) to each side.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...contract import Grid, TokenLayout
+from ..window import Window, in_tiles
+from . import differentiable_gradients
+from .window_kernels import forward_kernel, key_backward_kernel, query_backward_kernel
+
+_ARGUMENTS = "Tensor? is_key, int[] grid, int[] reach, bool shifted, float scale"
+
+
+@torch.library.custom_op(
+    "grafting::window_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_key: Tensor | None,
+    grid: Sequence[int],
+    reach: Sequence[int],
+    shifted: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, H, N, V], and the logarithms of what its weights are divided by [B, H, N]."""
+    q, k, v = map(_rows, (q, k, v))
+    out, lse = _empty_outputs(q, v)
+    unit, strides = _strides(q, k, v, out)
+    constants = _constants(q, v, is_key, grid, shifted) | {"UNIT": unit}
+    forward_kernel[_num_tiles(grid, constants), q.shape[0] * q.shape[1]](
+        q, k, v, _bytes(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
+        **constants, BLOCK_N=_run(q),
+    )  # fmt: skip
+    return out, lse
+
+
+@window_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, is_key: Tensor | None, grid: Any, reach: Any, shifted: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q, v)
+
+
+@torch.library.custom_op(
+    "grafting::window_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+def window_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_key: Tensor | None,
+    grid: Sequence[int],
+    reach: Sequence[int],
+    shifted: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    grad, q, k, v, out = map(_rows, (grad, q, k, v, out))
+    dq, dk, dv = map(_empty_heads, (q, k, v))
+    delta = torch.empty_like(lse)
+    sizes, key_bytes = _sizes(k, grid, reach), _bytes(is_key)
+    constants, heads = _constants(q, v, is_key, grid, shifted), q.shape[0] * q.shape[1]
+    tiles = _num_tiles(grid, constants)
+    scales = scale * math.log2(math.e), scale
+    unit, strides = _strides(q, k, v, out, grad, dq)
+    query_backward_kernel[tiles, heads](
+        q, k, v, key_bytes, out, grad, lse, delta, dq, *strides, *sizes, *scales,
+        **constants, UNIT=unit, BLOCK_N=_run(q),
+    )  # fmt: skip
+    unit, strides = _strides(q, k, v, grad, dk, dv)
+    num_others = k.shape[2] - q.shape[2]
+    runs_of_others = triton.cdiv(num_others, constants["TILE_R"] * constants["TILE_C"])
+    for of_others, programs in ((False, tiles), (True, runs_of_others)):
+        if programs:
+            key_backward_kernel[programs, heads](
+                q, k, v, key_bytes, grad, lse, delta, dk, dv, *strides, *sizes, *scales,
+                OF_OTHERS=of_others, **constants, UNIT=unit, BLOCK_M=32,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+@window_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    return _heads_of(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _heads_of(q: Tensor, dim: int) -> Tensor:
+    """Memory for [B, H, N, dim] with a token's heads beside each other, as what follows attention reads it."""
+    batch, heads, length, _ = q.shape
+    return q.new_empty((batch, length, heads, dim)).transpose(1, 2)
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    return _heads_of(x, x.shape[3])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With the numbers of each vector beside each other."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _bytes(is_key: Tensor | None) -> Tensor | None:
+    return None if is_key is None else is_key.contiguous().view(torch.uint8)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """A unit that divides every stride of items, heads and tokens, 8 or 1, and these in that unit."""
+    strides = [s for x in tensors for s in x.stride()[:3]]
+    unit = 1 if any(s % 8 for s in strides) else 8
+    return unit, [s // unit for s in strides]
+
+
+def _sizes(k: Tensor, grid: Sequence[int], reach: Sequence[int]) -> tuple[int, ...]:
+    return k.shape[1], k.shape[2], *grid, *reach
+
+
+def _constants(
+    q: Tensor, v: Tensor, is_key: Tensor | None, grid: Sequence[int], shifted: bool
+) -> dict[str, Any]:
+    """What kernels are compiled for. Tiles are squares of 64 queries, of which a grid's few rows leave a strip."""
+    block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
+    tile_rows = min(8, triton.next_power_of_2(grid[2]))
+    tile = 32 if q.dtype == torch.float32 else 64
+    return {
+        "SHIFTED": shifted,
+        "HAS_MASK": is_key is not None,
+        "K": q.shape[3],
+        "V": v.shape[3],
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+        "TILE_R": tile_rows,
+        "TILE_C": tile // tile_rows,
+        "num_warps": 4,
+        "num_stages": 1 if q.dtype == torch.float32 else 2,
+    }
+
+
+def _num_tiles(grid: Sequence[int], constants: dict[str, Any]) -> int:
+    _, frames, rows, cols = grid
+    down, across = triton.cdiv(rows, constants["TILE_R"]), triton.cdiv(cols, constants["TILE_C"])
+    return frames * down * across
+
+
+def _run(q: Tensor) -> int:
+    """Keys that a program takes at a time."""
+    return 32 if q.dtype == torch.float32 else 64
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, is_key, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, is_key, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_key: Tensor | None,
+    grid: Sequence[int],
+    reach: Sequence[int],
+    shifted: bool,
+    scale: float,
+) -> Tensor:
+    """The plain path for the arguments of the kernels, as torch's own products, whose gradients have gradients."""
+    before, frames, rows, cols = grid
+    layout = TokenLayout(Grid(rows, cols, frames), before, k.shape[2] - before - q.shape[2], is_key)
+    window = Window((frames, rows, cols), (reach[1], reach[2]), "shifted" if shifted else "clipped", reach[0])
+    with sdpa_kernel(SDPBackend.MATH):
+        return in_tiles(q, k, v, layout, window, scale)
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, is_key, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a gradient of this gradient is asked for
+        plain = _plain(q, k, v, is_key, *ctx.settings)
+        grads = differentiable_gradients(plain, (q, k, v), grad)
+    else:
+        grads = window_attention_backward(grad, q, k, v, out, lse, is_key, *ctx.settings)
+    return *grads, *[None] * 5
+
+
+window_attention.register_autograd(_backward, setup_context=_setup_context)
