@@ -24,7 +24,9 @@ def depthwise_1d(
         before: taps that lie before the token, 0..K-1; K-1 makes the filter causal. Tap `before` is the token itself.
     """
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if torch.compiler.is_compiling():  # a compiler makes gradients of its own, and takes no function with a `jvp`
+    if (
+        torch.compiler.is_compiling()
+    ):  # a compiler makes gradients of its own, and takes no function with a `jvp`
         return _correlate(x, weight, bias, before)
     return _Correlate1d.apply(x, weight, bias, before)
 

@@ -84,7 +84,16 @@ def gated_conv_backward(
 
         def launch_inner(programs: Any, partial: Tensor, **sums: int) -> None:
             inner_backward_kernel[programs](
-                dmixed, qkv, short, inner, dqkv, partial, *sizes, **sums, **taps, HAS_SHORT=filters["HAS_SHORT"]
+                dmixed,
+                qkv,
+                short,
+                inner,
+                dqkv,
+                partial,
+                *sizes,
+                **sums,
+                **taps,
+                HAS_SHORT=filters["HAS_SHORT"],
             )
 
         dinner = _summed(launch_inner, grad, inner)
@@ -114,9 +123,7 @@ def _(
     short_taps: Any,
     inner_taps: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dshort, dinner = (
-        qkv.new_empty(0) if w is None else w.new_empty(w.shape) for w in (short, inner)
-    )
+    dshort, dinner = (qkv.new_empty(0) if w is None else w.new_empty(w.shape) for w in (short, inner))
     return qkv.new_empty(qkv.shape), dshort, dinner
 
 
@@ -190,7 +197,7 @@ def _unpacked(packed: Tensor | None, taps: Sequence[int]) -> Filter | None:
     return Filter(packed[:-1].mT.unflatten(1, shape), packed[-1], before)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, short, inner, kv = ctx.saved_tensors
     if torch.is_grad_enabled():  # a gradient of this gradient is asked for
         plain = _plain(qkv, short, inner, *ctx.settings)

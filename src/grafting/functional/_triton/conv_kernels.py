@@ -160,7 +160,11 @@ def gate_kernel(
     width = 3 * dim
     qkv += item * length * width
     exists, is_channel = t < length, c < dim
-    row, col, is_image = ((t - start) // cols) % rows, (t - start) % cols, (t >= start) & (t < start + num_image)
+    row, col, is_image = (
+        ((t - start) // cols) % rows,
+        (t - start) % cols,
+        (t >= start) & (t < start + num_image),
+    )
     k, v = c + dim, c + 2 * dim
     if HAS_INNER and not PRODUCT_ALONE:
         if HAS_SHORT:
@@ -227,7 +231,11 @@ def gate_backward_kernel(
     qkv += item * length * width
     dqkv += item * length * width
     exists, is_channel = t < length, c < dim
-    row, col, is_image = ((t - start) // cols) % rows, (t - start) % cols, (t >= start) & (t < start + num_image)
+    row, col, is_image = (
+        ((t - start) // cols) % rows,
+        (t - start) % cols,
+        (t >= start) & (t < start + num_image),
+    )
     k, v = c + dim, c + 2 * dim
     inside = exists[:, None] & is_channel[None, :]
     place = t.to(tl.int64)[:, None] * dim + c[None, :]

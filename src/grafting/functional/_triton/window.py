@@ -140,7 +140,7 @@ def _sizes(k: Tensor, grid: Sequence[int], reach: Sequence[int]) -> tuple[int, .
 
 def _constants(
     q: Tensor, v: Tensor, is_key: Tensor | None, grid: Sequence[int], shifted: bool
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """What kernels are compiled for. Tiles are squares of 64 queries, of which a grid's few rows leave a strip."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
     tile_rows = min(8, triton.next_power_of_2(grid[2]))
@@ -159,7 +159,7 @@ def _constants(
     }
 
 
-def _num_tiles(grid: Sequence[int], constants: dict[str, Any]) -> int:
+def _num_tiles(grid: Sequence[int], constants: dict[str, int]) -> int:
     _, frames, rows, cols = grid
     down, across = triton.cdiv(rows, constants["TILE_R"]), triton.cdiv(cols, constants["TILE_C"])
     return frames * down * across
@@ -195,7 +195,7 @@ def _plain(
         return in_tiles(q, k, v, layout, window, scale)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, is_key, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():  # a gradient of this gradient is asked for
         plain = _plain(q, k, v, is_key, *ctx.settings)
