@@ -230,6 +230,13 @@ def _is_open(path: Path, descriptor: int) -> bool:
     return False
 
 
+def names_in(folder: Path) -> set[str]:
+    """The names of what is in a folder; none where it is not there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return set(os.listdir(folder))
+    return set()
+
+
 def is_empty(folder: Path) -> bool:
     """True if it is a folder without files except hidden ones, such as locks and files being written."""
     return folder.is_dir() and not any(folder.glob("[!.]*"))

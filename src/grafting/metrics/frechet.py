@@ -5,7 +5,7 @@ On the features of Inception this is FID. Everything is in float64, and works wh
 Source: arXiv:1706.08500 (FID); Dowson and Landau 1982 (distance of Gaussians).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
 
 import torch
@@ -163,10 +163,11 @@ class FrechetInfluences:
         strata = even_strata(strata)
         statistics = FeatureStatistics.of_many(features)
         whole = _Transport.of(statistics, reference)
-        influence = whole.influence(features)
-        plain = cls(num_features=features.shape[1], value=whole.distance, influence=influence, strata=strata)
-        if len(features) < least_rows(features.shape[1]):
-            return plain
+        num_rows, num_features = features.shape
+        if num_rows < least_rows(num_features):
+            influence = whole.influence(features)
+            return cls(num_features=num_features, value=whole.distance, influence=influence, strata=strata)
+        influence, curvature = whole.influences(features, _Four.of(num_rows, strata))
         corrected, distances = 2 * influence, []
         halves = torch.randperm(len(features), generator=generator(0)).tensor_split(2)
         first = FeatureStatistics.of_many(features[halves[0]])
@@ -174,11 +175,14 @@ class FrechetInfluences:
             part = _Transport.of(part_statistics, reference)
             corrected[half] -= part.influence(features[half]) * (len(features) / (2 * len(half)))
             distances.append(part.distance)
-        return replace(
-            plain,
+        return cls(
+            num_features=num_features,
+            value=whole.distance,
+            influence=influence,
+            strata=strata,
             corrected=2 * whole.distance - sum(distances) / 2,
             corrected_influence=corrected,
-            curvature=whole.curvature(features, _Four.of(len(features), strata)),
+            curvature=curvature,
         )
 
     @property
@@ -353,35 +357,44 @@ class _Transport:
 
     def influence(self, features: Float[Tensor, "n f"]) -> Float64[Tensor, " n"]:
         """Of each row x, 2 d.shift + d.d - d.T d with d = x - mean: the derivative of tr((C C_r)^(1/2)) with C is T / 2."""
-        parts = [self._influence(rows.double() - self.mean) for rows in features.split(_ROWS_AT_ONCE)]
+        parts = []
+        for rows in features.split(_ROWS_AT_ONCE):
+            centred = rows.double() - self.mean
+            parts.append(self._influence(centred, centred @ self.directions))
         return torch.cat(parts)
 
-    def _influence(self, centred: Tensor) -> Tensor:
-        transported = centred @ (self.directions / self.singular.sqrt())
-        return 2 * centred @ self.shift + centred.square().sum(1) - transported.square().sum(1)
+    def _influence(self, centred: Tensor, projected: Tensor) -> Tensor:
+        transported = (projected.square() / self.singular).sum(1)
+        return 2 * centred @ self.shift + centred.square().sum(1) - transported
 
-    def curvature(self, features: Float[Tensor, "n f"], four: _Four) -> Float64[Tensor, " n"]:
-        """The second-order influence of each four of rows, with the signs of `_second_order`.
+    def influences(
+        self, features: Float[Tensor, "n f"], four: _Four
+    ) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        """The influence of each row, and the second-order influence of each four with the signs of `_second_order`.
 
         With a, b = W^T B^T d of two rows it is 2 a.S^-1 b + (a b)^T K (a b) and terms of one row alone, which cancel;
         K_ij = 1 / (s_i s_j (s_i + s_j)) is the second derivative of the trace of a root (Daleckii and Krein 1951).
         """
         s = self.singular
         kernel = 1 / (s[:, None] * s * (s[:, None] + s))
+<<<<<<< HEAD
         total = torch.zeros(len(features), dtype=torch.float64, device=features.device)
+=======
+        influence, total = torch.empty(2, len(features), dtype=torch.float64)
+>>>>>>> loadeval
         for rows in torch.arange(len(features)).split(_ROWS_AT_ONCE):
             # row j of a four is row i of the four before
             fours = torch.cat([rows[:1] - 1, rows])
-            mine, others = (
-                (features[part[fours]].double() - self.mean) @ self.directions
-                for part in (four.left, four.left_partner)
-            )
+            centred = features[four.left[fours]].double() - self.mean
+            mine = centred @ self.directions
+            influence[four.left[rows]] = self._influence(centred[1:], mine[1:])
+            others = (features[four.left_partner[fours]].double() - self.mean) @ self.directions
             i, j, other_i, other_j = mine[1:], mine[:-1], others[1:], others[:-1]
             total[rows] = 2 * ((i - other_i) * (j - other_j) / s).sum(1)
             for sign, b in ((1, j), (-1, other_j)):
                 # x^T K x - y^T K y = (x - y)^T K (x + y)
                 total[rows] += sign * ((((i - other_i) * b) @ kernel) * ((i + other_i) * b)).sum(1)
-        return total
+        return influence, total
 
 
 def least_rows(num_features: int) -> int:

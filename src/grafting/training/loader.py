@@ -114,7 +114,7 @@ class Loader:
         indices = batch_indices(self._count, self._batch_size, step, self._seed)[self._share]
         items = read_items(self._data, indices if self._items is None else self._items[indices])
         finished = self._finish(step, items)
-        return tuple(tensor.pin_memory() for tensor in finished) if self._pin else finished
+        return tuple(tensor.contiguous().pin_memory() for tensor in finished) if self._pin else finished
 
 
 def read_items(data: TrainingData, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,19 +84,20 @@ class _Call(nn.Module):
 @contextmanager
 def held_in_bf16(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, these are in bf16, and their fp32 values wait on the CPU. What shares memory goes on sharing it."""
-    full: dict[int, tuple[Tensor, torch.device]] = {}
+    full: dict[int, Tensor] = {}
     half: dict[int, Tensor] = {}
     places = [(parameter, parameter.data_ptr()) for parameter in parameters]
     for parameter, place in places:
         if place not in full:
-            full[place] = (parameter.data.cpu(), parameter.device)
+            full[place] = parameter.data.cpu()
             half[place] = parameter.data.bfloat16()
         parameter.data = half[place]
     half.clear()
     try:
         yield
     finally:
-        back = {place: tensor.to(device) for place, (tensor, device) in full.items()}
+        # the model may have been moved meanwhile
+        back = {place: full[place].to(parameter.device) for parameter, place in places}
         for parameter, place in places:
             parameter.data = back[place]
 
