@@ -377,11 +377,7 @@ class _Transport:
         """
         s = self.singular
         kernel = 1 / (s[:, None] * s * (s[:, None] + s))
-<<<<<<< HEAD
-        total = torch.zeros(len(features), dtype=torch.float64, device=features.device)
-=======
-        influence, total = torch.empty(2, len(features), dtype=torch.float64)
->>>>>>> loadeval
+        influence, total = torch.empty(2, len(features), dtype=torch.float64, device=features.device)
         for rows in torch.arange(len(features)).split(_ROWS_AT_ONCE):
             # row j of a four is row i of the four before
             fours = torch.cat([rows[:1] - 1, rows])
