@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def in_a_plain_process(check: Callable[[], None]) -> None:
-    """Fails with what `check`, a function of a file in this folder, printed when it failed."""
+    """Fails with what `check`, a function of a test's file, printed when it failed."""
     name = check.__name__
-    code = f"from {Path(check.__code__.co_filename).stem} import {name}; {name}()"
+    file = Path(check.__code__.co_filename)
+    code = f"import sys; sys.path.append({str(file.parent)!r}); from {file.stem} import {name}; {name}()"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
