@@ -54,8 +54,12 @@ def computed(operator, inputs, layout, device, *, bf16=False):
 
 def assert_same(got, want, *, output, gradients):
     assert got.keys() == want.keys()
+    largest = max(tensor.abs().max() for name, tensor in want.items() if name != "output")
     for name, tensor in want.items():
-        assert_close(name, got[name], tensor, output if name == "output" else gradients)
+        if name == "output" or tensor.abs().max() > 1e-5 * largest:
+            assert_close(name, got[name], tensor, output if name == "output" else gradients)
+        else:  # zero but for rounding, such as of the query of a single key
+            assert got[name].abs().max() <= 1e-4 * largest, name
 
 
 @every_fit

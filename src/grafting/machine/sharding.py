@@ -68,11 +68,17 @@ def copy_whole(source: nn.Module, target: nn.Module) -> None:
 
 
 def kept_copy(tree: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors lie on the CPU, or where they are if they are spread."""
+    """A copy of nested dicts and lists whose tensors lie on the CPU, or where they are if they are spread.
+
+    A tensor that stands in several places is copied once.
+    """
+    copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+        if id(tensor) not in copies:
+            alone = tensor.detach()
+            copies[id(tensor)] = alone.clone() if is_spread(tensor) else alone.to("cpu", copy=True)
+        return copies[id(tensor)]
 
     return _pytree.tree_map_only(Tensor, copied, tree)
 

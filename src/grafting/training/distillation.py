@@ -34,6 +34,7 @@ from ..errors import CheckpointError, TrainingError
 from ..functional.losses import Regression, regression_loss
 from ..hosts import host_of
 from ..machine import processes
+from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.settings import Settings
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
@@ -89,7 +90,7 @@ class DistillConfig(Settings):
     precision: Precision = "auto"
     """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
     compile: bool = False
-    """Compile each operator."""
+    """Compile each operator, and the teacher's attention and MLPs one by one."""
     guard: GuardConfig | None = None
     """Handling of a site's bad steps; if omitted, a non-finite loss is an error."""
     seed: NonNegativeInt = 0
@@ -141,7 +142,7 @@ def distill(
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
     fitting = _Fitting(Visited(teacher, operators, denoiser, config.precision, config.inputs), data, config)
     first = fitting.load(state) if state else 0
-    with _training(teacher, operators):
+    with _training(teacher, operators), compiled(_regions(teacher, operators) if config.compile else {}):
         source = fitting.source(cache_folder)
         if first == 0:
             start = partial(fitting.snapshot, 0)
@@ -161,6 +162,14 @@ def _training(teacher: nn.Module, operators: Mapping[str, Placed]) -> Iterator[N
     finally:
         for operator in operators.values():
             operator.eval()
+
+
+def _regions(teacher: nn.Module, operators: Mapping[str, Placed]) -> dict[str, nn.Module]:
+    """What runs compiled. Of a teacher that is attention and MLPs: it is visited between modules, not inside of them."""
+    sites = {site.path: teacher.get_submodule(site.path) for site in host_of(teacher).sites(teacher)}
+    return sites | {
+        f"the operator at {path}": operator for path, operator in operators.items() if operator.fits
+    }
 
 
 def check_division(config: DistillConfig) -> None:
@@ -338,7 +347,7 @@ class _Site(Trainee):
 
     def __init__(self, operator: Placed, config: DistillConfig, optimizer: AdamW | None):
         super().__init__({"operator": operator}, _trained(operator), config, optimizer=optimizer)
-        self.forward = torch.compile(operator.forward) if config.compile else operator.forward
+        self.operator = operator
         self._loss = partial(
             regression_loss,
             kind=config.loss or LOSS_BY_ROLE[operator.site.role],
@@ -346,6 +355,9 @@ class _Site(Trainee):
             normalised=config.normalised,
             outlier_threshold=config.outlier_threshold,
         )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.operator.forward(*args, **kwargs)
 
     @property
     def gradients(self) -> list[Tensor]:

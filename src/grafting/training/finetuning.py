@@ -23,6 +23,7 @@ from ..editing.surgery import keep_apart, merge_adapters
 from ..errors import CheckpointError, TrainingError
 from ..hosts import host_of
 from ..machine import processes
+from ..machine.compiling import compiled
 from ..machine.devices import default_device, mixed_precision, reading
 from ..machine.precision import settled
 from ..machine.randomness import seeded
@@ -177,7 +178,8 @@ class _Run:
             names = names_of(kept, model)
             training = _Training(student, batches, config, self.teacher, names, first=first, number=number)
             at = first if state is None else training.load(state)
-            yield from batches.steps(at, training.step, training.snapshot)
+            with compiled(student.regions):
+                yield from batches.steps(at, training.step, training.snapshot)
             training.finish()
         if config.lora is not None and config.lora.adapter == "merged":
             merge_adapters(model)

@@ -36,13 +36,12 @@ class Student:
         self.checkpoints = config.gradient_checkpointing
         if self.checkpoints:
             cast("ModelMixin", self.model).enable_gradient_checkpointing()
-        modules = [self.model.get_submodule(path) for path in blocks]
-        self.compiled = modules if config.compile else []
-        for block in self.compiled:
-            block.compile()
+        modules = {path: self.model.get_submodule(path) for path in blocks}
+        self.regions = modules if config.compile else {}
+        """What is to run compiled, by path."""
         self.call: nn.Module = _Call(self.model, denoiser)
         if self.model is not model:
-            shard(self.call, modules, device)
+            shard(self.call, list(modules.values()), device)
         elif processes.connect():
             # every process begins with the main one's weights
             devices = None if device.type == "cpu" else [device]
@@ -59,8 +58,6 @@ class Student:
 
     def finish(self) -> None:
         """Leave the weights in the model that was given."""
-        for block in self.compiled:
-            block._compiled_call_impl = None
         if self.checkpoints:
             cast("ModelMixin", self.model).disable_gradient_checkpointing()
         if self.model is not self.result:
