@@ -162,7 +162,7 @@ def fits(name, layout):
 
 @pytest.mark.slow
 @interpreted
-@pytest.mark.parametrize("name", ["se-2d", "x", "y", "y-2d", "y-kernel"])
+@pytest.mark.parametrize("name", ["se-2d", "x", "x-long", "y-2d", "y-kernel"])
 def test_gated_convolutions_by_the_interpreter(name):
     assert_gated(name, GATED_LAYOUTS[1], dim=5, device="cpu")
 
