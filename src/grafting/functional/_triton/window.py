@@ -41,10 +41,11 @@ def window_attention(
     out, lse = _empty_outputs(q, v)
     unit, strides = _strides(q, k, v, out)
     constants = _constants(q, v, is_key, grid, shifted) | {"UNIT": unit}
-    forward_kernel[_num_tiles(grid, constants), q.shape[0] * q.shape[1]](
-        q, k, v, _bytes(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
-        **constants, BLOCK_N=_run(q),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[q.shape[1], _num_tiles(grid, constants), q.shape[0]](
+            q, k, v, _bytes(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
+            **constants, BLOCK_N=_run(q),
+        )  # fmt: skip
     return out, lse
 
 
@@ -78,23 +79,24 @@ def window_attention_backward(
     dq, dk, dv = map(_empty_heads, (q, k, v))
     delta = torch.empty_like(lse)
     sizes, key_bytes = _sizes(k, grid, reach), _bytes(is_key)
-    constants, heads = _constants(q, v, is_key, grid, shifted), q.shape[0] * q.shape[1]
-    tiles = _num_tiles(grid, constants)
+    constants = _constants(q, v, is_key, grid, shifted)
+    batch, heads, tiles = q.shape[0], q.shape[1], _num_tiles(grid, constants)
     scales = scale * math.log2(math.e), scale
-    unit, strides = _strides(q, k, v, out, grad, dq)
-    query_backward_kernel[tiles, heads](
-        q, k, v, key_bytes, out, grad, lse, delta, dq, *strides, *sizes, *scales,
-        **constants, UNIT=unit, BLOCK_N=_run(q),
-    )  # fmt: skip
-    unit, strides = _strides(q, k, v, grad, dk, dv)
     num_others = k.shape[2] - q.shape[2]
     runs_of_others = triton.cdiv(num_others, constants["TILE_R"] * constants["TILE_C"])
-    for of_others, programs in ((False, tiles), (True, runs_of_others)):
-        if programs:
-            key_backward_kernel[programs, heads](
-                q, k, v, key_bytes, grad, lse, delta, dk, dv, *strides, *sizes, *scales,
-                OF_OTHERS=of_others, **constants, UNIT=unit, BLOCK_M=32,
-            )  # fmt: skip
+    with torch.cuda.device_of(q):
+        unit, strides = _strides(q, k, v, out, grad, dq)
+        query_backward_kernel[heads, tiles, batch](
+            q, k, v, key_bytes, out, grad, lse, delta, dq, *strides, *sizes, *scales,
+            **constants, UNIT=unit, BLOCK_N=_run(q),
+        )  # fmt: skip
+        unit, strides = _strides(q, k, v, grad, dk, dv)
+        for of_others, programs in ((False, tiles), (True, runs_of_others)):
+            if programs:
+                key_backward_kernel[heads, programs, batch](
+                    q, k, v, key_bytes, grad, lse, delta, dk, dv, *strides, *sizes, *scales,
+                    OF_OTHERS=of_others, **constants, UNIT=unit, BLOCK_M=32,
+                )  # fmt: skip
     return dq, dk, dv
 
 
