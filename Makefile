@@ -9,12 +9,13 @@ WORKERS ?= 2
 # one thread a process: pytest runs several
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help quickstart test test-slow lint format types docs bench hosts schema pages clean
+.PHONY: help quickstart test test-slow test-gpu lint format types docs bench hosts schema pages clean
 
 help:
 	@echo "make quickstart  graft the bundled diffusion transformer, and write runs/quickstart/report.html"
 	@echo "make test        the default tests, on the CPU"
 	@echo "make test-slow   the tests that compile, or run whole recipes and the notebook"
+	@echo "make test-gpu    the tests that need a CUDA device, most of them against the CPU"
 	@echo "make lint        ruff: rules and formatting;  make format applies both"
 	@echo "make types       mypy"
 	@echo "make docs        the site, in build/site: strict, without network"
@@ -38,6 +39,9 @@ test: $(INSTALLED)
 # torch.compile cannot trace functions that check their annotations, so those checks are off here
 test-slow: $(INSTALLED)
 	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -m slow -o addopts="--import-mode=importlib --strict-markers"
+
+test-gpu: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m gpu -n $(WORKERS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

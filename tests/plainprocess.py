@@ -7,9 +7,8 @@ from pathlib import Path
 
 
 def in_a_plain_process(check: Callable[[], None]) -> None:
-    """Fails with what `check`, a function of a file in this folder, printed when it failed."""
-    name = check.__name__
-    code = f"from {Path(check.__code__.co_filename).stem} import {name}; {name}()"
+    """Fails with what `check`, a function of a test's file, printed when it failed."""
+    code = f"import runpy; runpy.run_path({check.__code__.co_filename!r})[{check.__name__!r}]()"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

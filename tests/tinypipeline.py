@@ -20,14 +20,14 @@ def of(transformer: nn.Module) -> PixArtSigmaPipeline:
 
 def draw(pipeline: PixArtSigmaPipeline) -> Tensor:
     """An image that is not square, in two steps with guidance, always from the same noise and text."""
-    generator = torch.Generator().manual_seed(7)
+    generator, device = torch.Generator().manual_seed(7), pipeline._execution_device
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt_embeds=torch.randn(1, 5, 24, generator=generator),
-        prompt_attention_mask=torch.ones(1, 5),
+        prompt_attention_mask=torch.ones(1, 5, device=device),
         negative_prompt=None,
         negative_prompt_embeds=torch.randn(1, 5, 24, generator=generator),
-        negative_prompt_attention_mask=torch.ones(1, 5),
+        negative_prompt_attention_mask=torch.ones(1, 5, device=device),
         num_inference_steps=2,
         height=16,
         width=24,

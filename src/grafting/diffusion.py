@@ -8,7 +8,7 @@ arXiv:2209.03003 (straight paths), arXiv:2403.03206 (the distribution of steps, 
 """
 
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Literal
 
 import torch
@@ -66,9 +66,7 @@ class Diffusion:
         self, x: Float[Tensor, " b *chw"], noise: Float[Tensor, " b *chw"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, " b *chw"]:
         """x_t for clean x, standard normal noise and steps t."""
-        # square roots before rounding to float32, where 1 - alpha_bar would keep four digits at the first steps
-        signal, scale = self._at(self.alpha_bars.sqrt(), t, x), self._at((1 - self.alpha_bars).sqrt(), t, x)
-        return signal * x + scale * noise
+        return self._at("signal", t, x) * x + self._at("scale", t, x) * noise
 
     def loss(
         self,
@@ -107,11 +105,9 @@ class Diffusion:
 
     def _bound(self, eps: Tensor, variance: Tensor, *, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL of the true posterior from the model's, in bits a dimension; at t = 0 the negative log likelihood of x."""
-        low = self._at(self.posterior_log_variance, t, x)
-        high = self._at(self.betas.log(), t, x)
+        low, high = self._at("low", t, x), self._at("high", t, x)
         log_variance = low + (variance + 1) / 2 * (high - low)  # arXiv:2102.09672 Eq. 15
-        signal, scale = self._at(self.alpha_bars.sqrt(), t, x), self._at((1 - self.alpha_bars).sqrt(), t, x)
-        predicted_x = (x_t - scale * eps) / signal
+        predicted_x = (x_t - self._at("scale", t, x) * eps) / self._at("signal", t, x)
         mean = self._posterior_mean(predicted_x, x_t, t)
         true_mean = self._posterior_mean(x, x_t, t)
         kl = 0.5 * (
@@ -127,15 +123,29 @@ class Diffusion:
 
     def _posterior_mean(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0 = x), arXiv:2006.11239 Eq. 7."""
-        before, alpha_bars = self._alpha_bars_before, self.alpha_bars
-        from_x = self.betas * before.sqrt() / (1 - alpha_bars)
-        from_x_t = (1 - before) * (1 - self.betas).sqrt() / (1 - alpha_bars)
-        return self._at(from_x, t, x) * x + self._at(from_x_t, t, x) * x_t
+        return self._at("from_x", t, x) * x + self._at("from_x_t", t, x) * x_t
 
-    @staticmethod
-    def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        values = table.float().to(like.device)[t]  # rounded first: not every device has float64
-        return values.view(-1, *[1] * (like.ndim - 1))
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        return _table(name, like.device)[t].view(-1, *[1] * (like.ndim - 1))
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Functions of the step, in float64: a square root is taken before rounding, lest 1 - alpha_bar keep four digits."""
+        bars, before = self.alpha_bars, self._alpha_bars_before
+        return {
+            "signal": bars.sqrt(),
+            "scale": (1 - bars).sqrt(),
+            "low": self.posterior_log_variance,
+            "high": self.betas.log(),
+            "from_x": self.betas * before.sqrt() / (1 - bars),
+            "from_x_t": (1 - before) * (1 - self.betas).sqrt() / (1 - bars),
+        }
+
+
+@lru_cache
+def _table(name: str, device: torch.device) -> Tensor:
+    """A table of the process on a device, where it stays; rounded first: not every device has float64."""
+    with torch.inference_mode(False):
+        return Diffusion()._tables()[name].float().to(device)
 
 
 class FlowMatching:

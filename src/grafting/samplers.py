@@ -1,10 +1,14 @@
-"""Sampling chains by diffusers' schedulers: the steps to call a model at, each with the update to make there.
+"""Sampling chains: the steps to call a model at, each with the update to make there.
 
 Every function yields pairs (step, update) from the noisiest step on; an update takes the model's prediction at x_t, and x_t.
-A noise process chooses among them and says what its model predicts. diffusers is imported when a chain begins: it takes seconds.
+A noise process chooses among them and says what its model predicts. All but DDPM are diffusers' schedulers, imported when a
+chain begins: that takes seconds. No update waits for the device: its coefficients are numbers.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate, repeat
 from typing import Any
 
@@ -34,19 +38,62 @@ def retained_steps(num_steps: int, *, of: int = 1000) -> list[int]:
 def ddpm(
     alpha_bars: Float[Tensor, " steps"], *, steps: int, clip: bool, streams: Sequence[Generator]
 ) -> Chain:
-    """Ancestral sampling, with the predicted variance where there is one."""
-    from diffusers import DDPMScheduler
+    """Ancestral sampling, with the predicted variance where there is one.
 
-    scheduler = _respaced(DDPMScheduler, alpha_bars, steps, clip, variance_type="learned_range")
+    Source: arXiv:2006.11239 Algorithm 2; the order of operations is that of diffusers' `DDPMScheduler`.
+    """
+    bars = alpha_bars[retained_steps(steps, of=len(alpha_bars))[::-1]].tolist()
+    noise = _Noise(streams)
     for position, step in _positions(steps, len(alpha_bars)):
+        before = bars[position - 1] if position else 1.0
+        update = partial(_ancestral, bar=bars[position], before=before, clip=clip)
+        yield step, partial(update, noise=partial(noise.like, is_last=position == 1) if position else None)
 
-        def update(prediction: Tensor, x: Tensor, position: int = position) -> Tensor:
-            if prediction.shape[1] == x.shape[1]:
-                # -1 is the small end of the range between which a variance is predicted: that of the true posterior
-                prediction = torch.cat([prediction, torch.full_like(x, -1)], dim=1)
-            return scheduler.step(prediction, position, x, generator=list(streams)).prev_sample
 
-        yield step, update
+def _ancestral(
+    prediction: Tensor,
+    x: Tensor,
+    *,
+    bar: float,
+    before: float,
+    clip: bool,
+    noise: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The step from alpha_bar `bar` to `before`; the last one adds no noise."""
+    beta = 1 - bar / before
+    eps, *variance = prediction.split(x.shape[1], dim=1)
+    clean = (x - (1 - bar) ** 0.5 * eps) / bar**0.5
+    if clip:
+        clean = clean.clamp(-1, 1)
+    mean = before**0.5 * beta / (1 - bar) * clean + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * x
+    if noise is None:
+        return mean
+    # what is predicted lies between the variance of the true posterior and beta, arXiv:2102.09672 Eq. 15
+    low, high = math.log(max((1 - before) / (1 - bar) * beta, 1e-20)), math.log(beta)
+    if not variance:
+        return mean + math.exp(0.5 * low) * noise(x)
+    share = (variance[0] + 1) / 2
+    return mean + (0.5 * (share * high + (1 - share) * low)).exp() * noise(x)
+
+
+class _Noise:
+    """Standard normal noise of each step, an image's from its own stream; the next step's is drawn while the model runs."""
+
+    def __init__(self, streams: Sequence[Generator]):
+        self._streams = streams
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grafting-noise")
+        self._next: Future[Tensor] | None = None
+
+    def like(self, x: Tensor, *, is_last: bool) -> Tensor:
+        """A step's noise, where x is and of its shape."""
+        noise = _drawn(self._streams, x) if self._next is None else self._next.result()
+        self._next = None if is_last else self._pool.submit(_drawn, self._streams, x)
+        return noise.to(x.device, non_blocking=True)
+
+
+def _drawn(streams: Sequence[Generator], x: Tensor) -> Tensor:
+    noise = torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in streams])
+    return noise.pin_memory() if x.is_cuda else noise
 
 
 def ddim(alpha_bars: Float[Tensor, " steps"], *, steps: int, clip: bool) -> Chain:
@@ -125,11 +172,10 @@ def _positions(steps: int, num_train_steps: int) -> Iterator[tuple[int, int]]:
     return zip(range(steps - 1, -1, -1), retained_steps(steps, of=num_train_steps), strict=True)
 
 
-def _respaced(scheduler_class: type, all_bars: Tensor, steps: int, clip: bool, **options: str) -> Any:
+def _respaced(scheduler_class: type, all_bars: Tensor, steps: int, clip: bool) -> Any:
     """A scheduler over the retained steps alone, as if they were all there are.
 
-    diffusers' own spacing would do for DDPM, but its DDIM takes the step before t to be t - 1000 // steps, which it is
-    not when steps end at 999 and 0.
+    diffusers' DDIM takes the step before t to be t - 1000 // steps, which it is not when steps end at 999 and 0.
     """
     alpha_bars = all_bars[retained_steps(steps, of=len(all_bars))[::-1]]
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
@@ -137,7 +183,6 @@ def _respaced(scheduler_class: type, all_bars: Tensor, steps: int, clip: bool, *
         num_train_timesteps=steps,
         trained_betas=(1 - alpha_bars / before).tolist(),
         clip_sample=clip,
-        **options,
     )
     # in float32 the differences of neighbours near 1 would keep four digits
     scheduler.alphas_cumprod = alpha_bars

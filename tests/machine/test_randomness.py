@@ -107,3 +107,33 @@ def test_noise_of_items_is_standard_normal_and_independent():
 def test_no_two_items_share_their_noise():
     assert len(_mixed(torch.arange(2**21)).unique()) == 2**21
     assert len(item_noise(0, torch.arange(5000), (16,))[:, 0].unique()) > 4990
+
+
+def test_cuda_that_nothing_has_started_stays_asleep_and_unseeded(monkeypatch):
+    """As on a machine with a GPU, before the first use of it."""
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was started"))
+    before = torch.get_rng_state()
+    with seeded(4) as first:
+        drawn = torch.rand(3), torch.rand(3, generator=first)
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.undo()
+    with seeded(4) as again:
+        assert torch.equal(torch.rand(3), drawn[0])
+        assert torch.equal(torch.rand(3, generator=again), drawn[1])
+
+
+def test_every_gpu_is_named_so_that_torch_does_not_warn_of_several(monkeypatch):
+    states, put_back, seeds = {0: torch.zeros(2), 1: torch.ones(2)}, {}, []
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.update({device: state}))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with seeded(4) as draw:
+        assert (len(seeds), put_back) == (1, {})
+    assert seeds != [draw.initial_seed()]
+    assert put_back == states

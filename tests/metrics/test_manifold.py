@@ -27,18 +27,32 @@ def test_chunks_do_not_matter():
 def test_never_holds_all_pairs():
     real, generated = torch.randn(600, 2), torch.randn(500, 2)
     largest = 0
-    original = torch.cdist
+    original = torch.addmm
 
-    def watched(x, y):
+    def watched(norms, x, y, **options):
         nonlocal largest
-        largest = max(largest, len(x) * len(y))
-        return original(x, y)
+        largest = max(largest, norms.numel())
+        return original(norms, x, y, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "cdist", watched)
+        patch.setattr(torch, "addmm", watched)
         precision_recall(real, generated, chunk_size=50)
         density_coverage(real, generated, chunk_size=50)
     assert largest == 50 * 600
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_float32_decides_as_float64(offset, spread):
+    """Rows that lie far from the origin or close together, copies among them."""
+    real = (torch.randn(200, 8) * spread + offset).float()
+    generated = torch.cat([real[:20], (torch.randn(150, 8) * spread + offset).float()])
+    want = compute_prdc(real.double().numpy(), generated.double().numpy(), nearest_k=3)
+    radii = (real.double()[:, None] - real.double()).norm(dim=2).sort().values[:, 3]
+    assert torch.equal(neighbour_radii(real, 3), radii)
+    distances = (real.double()[:, None] - generated.double()).norm(dim=2)
+    assert torch.equal(precision_recall(real, generated).precise, (distances < radii[:, None]).any(0))
+    assert precision_recall(real, generated, radii=radii).precision == pytest.approx(want["precision"])
 
 
 def test_radii_by_hand():

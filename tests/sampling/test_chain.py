@@ -62,8 +62,7 @@ def test_a_chain_with_guidance_equals_the_originals(model, monkeypatch, chain):
     monkeypatch.setattr(sampling, "_initial_noise", lambda streams, shape: case["initial"])
     if "ddpm" in chain:
         steps_noise = iter(GOLDEN[f"{chain}.noise"])
-        drawn = lambda shape, generator, device, dtype: next(steps_noise)  # noqa: E731
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", drawn)
+        monkeypatch.setattr("grafting.samplers._drawn", lambda streams, x: next(steps_noise))
     predict = Recorder()
     got = draw(
         model,
@@ -257,7 +256,8 @@ def test_guidance_extrapolates_the_guided_channels_and_no_variance(model):
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 4])
     config = SamplingConfig(cfg_scale=4, guided_channels=2)
     model.eval()
-    got = sampling._prediction(model, config.guidance, denoiser(Recorder()), x, labels, step=300)
+    asked = sampling._Asked(model, denoiser(Recorder()), labels, config.guidance)
+    got = asked.prediction(x, step=300)
     t = torch.full((2,), 300)
     with torch.no_grad():
         conditional, null = model(x, t, labels), model(x, t, torch.full((2,), 10))

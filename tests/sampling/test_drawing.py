@@ -20,7 +20,7 @@ from grafting.sampling import drawing as drawing_module
 from grafting.sampling.chain import SamplingConfig
 from grafting.sampling.drawing import Drawing, describe_model
 from grafting.sampling.files import open_samples, read_samples
-from grafting.sampling.shards import INDEX_NAME
+from grafting.sampling.shards import INDEX_NAME, Shards
 from grafting.weights.folder import load
 from processes import run_in_processes
 from toydata import denoiser
@@ -119,6 +119,21 @@ def test_two_processes_at_once_write_what_one_does(tmp_path, model, whole):
     assert run_in_processes(_draw_as_one, tmp_path, model) == [3, 3]
     assert (tmp_path / "s.npz").read_bytes() == whole.read_bytes()
     assert os.listdir(tmp_path) == ["s.npz"]
+
+
+def test_shards_are_not_counted_at_each_step(tmp_path, model, monkeypatch):
+    """A folder of as many names as images, listed for each of them, took longer than some models take to draw them."""
+    looks = []
+    missing = Shards.missing
+    monkeypatch.setattr(Shards, "missing", lambda self: looks.append(1) or missing(self))
+    monkeypatch.setattr(drawing_module, "_SECONDS_BETWEEN_LOOKS", 3600.0)
+    alone = new(tmp_path / "alone", model, batch_size=1, pictures=tmp_path / "pictures")
+    assert draw(alone, model) == list(range(1, 22))
+    assert len(looks) <= 2
+    looks.clear()
+    draw(new(tmp_path / "two", model, batch_size=1), model, rank=1, world_size=2)
+    assert len(looks) <= 3
+    assert draw(new(tmp_path / "two", model, batch_size=1), model, rank=0, world_size=2)[0] == 11
 
 
 def test_a_file_says_what_drew_it(whole, model):

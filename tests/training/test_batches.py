@@ -3,7 +3,7 @@
 import torch
 
 from grafting.machine.randomness import generator
-from grafting.training.batches import draw_noised
+from grafting.training.batches import draw
 from toydata import denoiser, noise_images
 
 CPU = torch.device("cpu")
@@ -11,9 +11,8 @@ CPU = torch.device("cpu")
 
 def _draw(size, *, dropout=0.3, part=slice(None)):
     images = noise_images(size, size=16).batch(torch.arange(size)[part])
-    return draw_noised(
-        images, generator(5), batch_size=size, denoiser=denoiser(dropout=dropout), device=CPU, part=part
-    )
+    how = denoiser(dropout=dropout)
+    return draw(images, generator(5), batch_size=size, denoiser=how, part=part).noised(how, CPU)
 
 
 def test_shares_and_parts_make_up_the_whole_batch():

@@ -157,8 +157,9 @@ def test_no_items_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_in_pinned_memory():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA: pytest -m gpu")
     with Loader(Numbers(), 4, seed=0, pin=True) as loader:
         x, labels = loader.at(3)
     assert x.is_pinned()

@@ -1,14 +1,14 @@
-"""Commands on data: latents of images, and subsets."""
+"""Commands on data: encoded prompts, latents of images, and subsets."""
 
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import DataError
-from ._shared import Json, out, print_json
+from ._shared import Json, out, parse_setting, print_json
 from .display import follow, plain_table, say
 from .options import Options, command
 
@@ -16,20 +16,109 @@ if TYPE_CHECKING:
     from ..contract import Step
     from ..data.sources import ImageStream
     from ..latents.encoding import EncodingConfig
+    from ..latents.prompting import PromptingConfig
 
 _STORED = frozenset({"dtype", "shard_size"})
 """Settings of an encoding that published latents have as well."""
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Encode images to latents; draw subsets.",
+    help="Encode prompts, and images to latents; draw subsets.",
     rich_markup_mode="rich",
 )
 
 
 @app.callback()
 def _data() -> None:
-    """Encode images to latents; draw subsets."""
+    """Encode prompts, and images to latents; draw subsets."""
+
+
+def _prompting() -> Options:
+    from ..latents.prompting import PromptingConfig
+
+    return Options(config=PromptingConfig, title="Encoding")
+
+
+@command(app, config=_prompting)
+def prompts(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the encoded prompts.")],
+    config: "PromptingConfig",
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="Text file, a prompt a line; JSONL; or a folder with captions (.txt) beside its images.",
+        ),
+    ],
+    pipeline: Annotated[
+        str, typer.Option(metavar="NAME", help="Pipeline of diffusers: a folder, or owner/name on the Hub.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Commit of the pipeline on the Hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of its weights, such as fp16.")] = None,
+    column: Annotated[str | None, typer.Option(help="Key of the prompt in each line of JSONL.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device of the text encoders. [dim]Default: the accelerator.[/]")
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(
+            help="Weights of the text encoders: fp32, bf16 or fp16. [dim]Default: bf16 on an accelerator, else fp32.[/]"
+        ),
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Further argument of the pipeline; may be given again."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate time and disk space; write nothing.")
+    ] = False,
+) -> None:
+    """Encode prompts by a pipeline, as it passes them to its transformer, whose weights are not needed.
+
+    Finished shards are skipped, and several processes share the work.
+
+    [dim]$ grafting data prompts prompts/train --prompts captions.txt \\
+      --pipeline PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --dry-run[/]
+    """
+    import torch
+
+    from ..data.prompts import INDEX_NAME
+    from ..latents.prompting import Prompting, open_encoders, read_words
+    from ..machine.devices import default_device
+    from ..machine.processes import is_main, rank, world_size
+
+    words = read_words(prompts, column=column)
+    place = torch.device(device) if device else default_device()
+    kind = dtype or ("fp32" if place.type == "cpu" else "bf16")
+    opened = open_encoders(pipeline, revision=revision, variant=variant, device=place, dtype=kind)
+    work = Prompting(
+        opened,
+        words,
+        folder,
+        config,
+        source=f"{prompts.name}, {pipeline}",
+        call=dict(map(parse_setting, call or [])),
+    )
+    found = work.forecast()
+    if is_main():
+        null = "a null" if work.target.nulls else "no null"
+        columns = ", ".join(
+            f"{name}{list(tensor.shape)}" for name, tensor in work.capture.row(words[0]).tensors.items()
+        )
+        say(out, f"{found.num_prompts:,} prompts and {null}, each {columns}")
+        seconds = datetime.timedelta(seconds=round(found.seconds_a_prompt * found.num_prompts / world_size()))
+        say(
+            out,
+            f"{found.bytes_left / 1e9:.3g} GB in {found.num_shards:,} shards, {found.bytes_free / 1e9:.3g} GB are free; "
+            f"a prompt took {found.seconds_a_prompt:.3g} s on {place}: about {seconds}",
+        )
+    if dry_run:
+        return
+    _follow("prompts", work.steps(rank=rank(), world_size=world_size()))
+    if (folder / INDEX_NAME).is_file():
+        say(out, f"Prompts: {folder}; name them in a recipe: conditions: {{name: prompts, folder: {folder}}}")
+    else:
+        say(out, "This process is done; other processes are still running or must be started again")
 
 
 def _encoding() -> Options:
@@ -292,18 +381,24 @@ def _say_amount(what: str, *, items: int, shards: int, images_left: int, needed:
     )
 
 
-def _fill(folder: Path, steps: "Iterable[Step]") -> None:
-    """Do this process's share of the work; the main process shows progress."""
-    from ..data.latents import INDEX_NAME, read_index
+def _follow(name: str, steps: "Iterable[Step]") -> None:
+    """Take all steps; the main process shows progress."""
     from ..machine.processes import is_main
 
     if not is_main():
         for _ in steps:
             pass
-    else:
-        with follow(out) as on_step:
-            for step in steps:
-                on_step("latents", step)
+        return
+    with follow(out) as on_step:
+        for step in steps:
+            on_step(name, step)
+
+
+def _fill(folder: Path, steps: "Iterable[Step]") -> None:
+    """Do this process's share of the work; the main process shows progress."""
+    from ..data.latents import INDEX_NAME, read_index
+
+    _follow("latents", steps)
     # said by whoever was last
     if (folder / INDEX_NAME).is_file():
         index = read_index(folder)

@@ -14,8 +14,11 @@ from .display import follow, say
 from .options import Options, command
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
+    from ..contract import Denoiser
     from ..latents.decoding import VaeConfig
     from ..sampling.chain import SamplingConfig
     from ..sampling.drawing import Drawing
@@ -74,6 +77,13 @@ def sample(
         Path | None,
         typer.Option("--png", metavar="FOLDER", help="Also write each image as a PNG file to this folder."),
     ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write latents to this folder in the place of images, as data to train grafts of the model on.",
+        ),
+    ] = None,
     prompts: PromptsFolder = None,
     process: Process = None,
     shift: Shift = None,
@@ -85,6 +95,8 @@ def sample(
     to resume: finished batches stay in a folder beside the file until it is complete.
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
+
+    [dim]$ grafting sample ./pixart --prompts ./prompts --num 8000 --latents ./made[/]
 
     [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 \\
       --vae stabilityai/sd-vae-ft-ema --num-images 50000 --batch-size 125 \\
@@ -109,6 +121,15 @@ def sample(
     sampled = config.shape or host.shape(loaded)
     if faults := host.shape_faults(loaded, sampled):
         raise DataError(f"--shape: {faults[0]}")
+    identity = {
+        **describe_model(loaded, settings=[settings_of(loaded), plan.model_dump(mode="json")]),
+        "grafting": version("grafting"),
+        "torch": version("torch"),
+    }
+    if latents is not None:
+        check_sampling(config, denoiser=denoiser, channels=sampled[0])
+        _teach(model, loaded, config, latents, denoiser=denoiser, shape=sampled, identity=identity)
+        return
     decoder = load_decoder(sampled, vae and vae.model_copy(update={"precision": config.precision}))
     if not asks_clip:
         # latents have no range to be clipped to, and flow no clean image
@@ -121,11 +142,7 @@ def sample(
         denoiser=denoiser,
         shape=sampled,
         decoder=decoder.to(default_device()),
-        identity={
-            **describe_model(loaded, settings=[settings_of(loaded), plan.model_dump(mode="json")]),
-            "grafting": version("grafting"),
-            "torch": version("torch"),
-        },
+        identity=identity,
         pictures=png_folder,
     )
     if drawing.matches(out_file):
@@ -133,6 +150,49 @@ def sample(
             _say_drawn_before(drawing, out_file)
         return
     _draw(drawing, loaded.to(default_device()), out_file)
+
+
+def _teach(
+    name: str,
+    model: "nn.Module",
+    config: "SamplingConfig",
+    folder: Path,
+    *,
+    denoiser: "Denoiser",
+    shape: tuple[int, ...],
+    identity: "Mapping[str, object]",
+) -> None:
+    """Draw this process's share of latents and show progress."""
+    from ..data.latents import INDEX_NAME
+    from ..machine.devices import default_device
+    from ..machine.processes import is_main, rank, world_size
+    from ..sampling.taught import teach
+
+    steps = teach(
+        model.to(default_device()),
+        config,
+        folder,
+        denoiser=denoiser,
+        shape=shape,
+        identity=identity,
+        source=f"made by {name}",
+        rank=rank(),
+        world_size=world_size(),
+    )
+    if not is_main():
+        for _ in steps:
+            pass
+        return
+    with follow(out) as on_step:
+        for step in steps:
+            on_step("sample", step)
+    if (folder / INDEX_NAME).is_file():
+        say(
+            out,
+            f"{config.num_images} latents: {folder}; name them in a recipe: data: {{name: latents, folder: {folder}}}",
+        )
+    else:
+        say(out, "This process is done; other processes are still running or must be started again")
 
 
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:

@@ -20,12 +20,13 @@ def time_forward(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, An
 
     On CUDA they are times of the device, between events in its stream; nothing waits between modules.
     """
-    cuda = next(model.parameters()).is_cuda
+    device = next(model.parameters()).device
+    is_cuda = device.type == "cuda"
     marks: dict[str, list[Any]] = {path: [] for path in ("", *paths)}
 
     def mark(path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            marks[path].append(_cuda_event() if cuda else time.perf_counter())
+            marks[path].append(_cuda_event(device) if is_cuda else time.perf_counter())
 
         return hook
 
@@ -38,8 +39,8 @@ def time_forward(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, An
     finally:
         for handle in handles:
             handle.remove()
-    if cuda:
-        torch.cuda.synchronize()
+    if is_cuda:
+        torch.cuda.synchronize(device)
         return {path: start.elapsed_time(end) for path, (start, end) in marks.items()}
     return {path: 1000 * (end - start) for path, (start, end) in marks.items()}
 
@@ -48,14 +49,16 @@ def time_forward(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, An
 def peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Most bytes that a forward pass without gradients holds at one time, beside weights and inputs.
 
-    On CUDA what torch's allocator gave out, workspaces of kernels included; elsewhere what tensors hold after each
-    operation.
+    On CUDA what torch's allocator gave out, in a second pass: workspaces that kernels keep from the first one on are left
+    out. Elsewhere what tensors hold after each operation.
     """
-    if next(model.parameters()).is_cuda:
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
         model(**inputs)
-        return torch.cuda.max_memory_allocated() - held
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        model(**inputs)
+        return torch.cuda.max_memory_allocated(device) - held
     given = (*model.parameters(), *model.buffers(), *inputs.values())
     with _LiveStorages(t for t in given if isinstance(t, Tensor)) as live:
         model(**inputs)
@@ -84,7 +87,7 @@ class _LiveStorages(TorchDispatchMode):
         return result
 
 
-def _cuda_event() -> torch.cuda.Event:
+def _cuda_event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event

@@ -5,8 +5,6 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
-import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,32 +14,24 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError, FaultWarning, ResumeWarning, RunError, listed
+from ..errors import DataError, listed
 from ..machine.files import (
     atomic_path,
-    clear_abandoned,
-    disk_errors,
-    flatten,
-    hash_json,
-    is_empty,
     sha256_of,
     write_bytes,
     write_json,
 )
-from ..machine.locks import Lock, Taken
-from ..machine.reading import JsonObject, read_json, shown
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype
 from .shards import facts_of
+from .workfolder import WORK_NAME as WORK_NAME
+from .workfolder import ShardRecord, WorkFolder
 
 FORMAT = 1
-WORK_NAME = "work.json"
 NAMES_NAME = "items.txt"
 UNREADABLE_NAME = "unreadable.txt"
-RECORDS_NAME = "shards"
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,56 +39,12 @@ DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat1
 _LABEL_BYTES = 4
 
 
-class Record(BaseModel):
+class Record(ShardRecord):
     """Outcome of a shard's images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: Shard | None  # None where no image could be read
     names: tuple[str, ...]  # of the items, in their order
     unreadable: dict[str, str] = {}  # name of an image, and why it is left out
-    owner: str | None = None  # a hash of the work and the shard's number; None: an earlier version noted none
-
-
-class _Records:
-    """The records of a folder's shards: a shard with a record of this work is done."""
-
-    def __init__(self, folder: Path, facts: Mapping[str, Any]):
-        self._folder, self._facts = folder, facts
-        self._has_told = False
-
-    def path(self, number: int) -> Path:
-        return self._folder / RECORDS_NAME / f"{number:05}.json"
-
-    def read(self, number: int) -> Record | None:
-        """Record of a shard; None if it is missing, damaged or another shard's, and the shard has to be encoded again."""
-        try:
-            record = read_json(self.path(number), Record, error=DataError)
-        except DataError:
-            return None
-        if record.owner is None and not self._has_told:
-            self._has_told = True
-            told = f"{self._folder} has shards of an earlier version, which did not note whose they are: taken as named"
-            warnings.warn(told, ResumeWarning, stacklevel=4)
-        if record.owner not in (None, self.owner(number)):
-            told = f"{self.path(number)} is of another shard or another work; it is encoded again"
-            warnings.warn(told, FaultWarning, stacklevel=4)
-            return None
-        return record
-
-    def owner(self, number: int) -> str:
-        return hash_json([dict(self._facts), number])
-
-    def write(self, number: int, record: Record) -> None:
-        write_json(self.path(number), record.model_dump(mode="json"))
-
-    def is_done(self, number: int) -> bool:
-        """True if the shard is there and is the one of its record."""
-        record = self.read(number)
-        if record is None or record.shard is None:
-            return record is not None
-        path = self._folder / record.shard.file
-        return path.is_file() and sha256_of(path) == record.shard.sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +68,13 @@ class LatentFolder:
         """The images that a shard covers."""
         return range(number * self.per_shard, min((number + 1) * self.per_shard, self.num_images))
 
+    @cached_property
+    def _work(self) -> WorkFolder[Record]:
+        return WorkFolder(self.folder, self.facts, Record, what="latents")
+
     def check(self) -> None:
         """Raises a RunError if the folder holds anything else than a part of this work, and says what differs."""
-        _check_work(self.folder, self.facts)
-
-    @cached_property
-    def _records(self) -> "_Records":
-        return _Records(self.folder, self.facts)
+        self._work.check()
 
     def check_space(self) -> tuple[int, int]:
         """Bytes that the shards still to be written take, and bytes that are free.
@@ -136,15 +82,9 @@ class LatentFolder:
         Raises:
             RunError: they do not fit.
         """
-        left = [number for number in range(self.num_shards) if not self._records.path(number).is_file()]
+        left = [number for number in range(self.num_shards) if not self._work.path(number).is_file()]
         needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
-        free = shutil.disk_usage(_existing(self.folder)).free
-        if needed > free:
-            raise RunError(
-                f"{self.folder}: {needed / 1e9:.1f} GB remain to be written and {free / 1e9:.1f} GB are free; "
-                "name a folder on another disk, or a smaller dtype"
-            )
-        return needed, free
+        return needed, self._work.check_space(needed, remedy="a smaller dtype")
 
     @property
     def image_bytes(self) -> int:
@@ -161,25 +101,8 @@ class LatentFolder:
         Raises:
             RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
         """
-        self.check()
-        write_json(self.folder / WORK_NAME, dict(self.facts))
-        own = range(rank, self.num_shards, world_size)
-        with self._locked(f".lock-{rank}-of-{world_size}"):
-            clear_abandoned(self.folder)
-            yield [number for number in own if not self._records.is_done(number)]
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        try:
-            with disk_errors(self.folder):
-                lock = Lock(self.folder / name)
-        except Taken:
-            raise RunError(
-                f"another process is working on the same shards of {self.folder}: wait for it to "
-                "finish, or start several processes with torchrun to share the work"
-            ) from None
-        with lock:  # where there are no locks, two at the same shards write the same bytes
-            yield
+        with self._work.working(range(self.num_shards), rank=rank, world_size=world_size) as missing:
+            yield missing
 
     def write(
         self,
@@ -213,9 +136,9 @@ class LatentFolder:
             shard=shard,
             names=tuple(names),
             unreadable=dict(unreadable),
-            owner=self._records.owner(number),
+            owner=self._work.owner(number),
         )
-        self._records.write(number, record)
+        self._work.write(number, record)
 
     def finish(self, facts: Mapping[str, Any], *, max_unreadable: int) -> LatentIndex | None:
         """Write the index if every shard is done, else do nothing: another process is still at work, or was stopped.
@@ -226,7 +149,7 @@ class LatentFolder:
         Raises:
             DataError: more unreadable images than `max_unreadable`, or not one that is readable.
         """
-        found = [self._records.read(number) for number in range(self.num_shards)]
+        found = [self._work.read(number) for number in range(self.num_shards)]
         records = [record for record in found if record is not None]
         if len(records) < self.num_shards:
             return None
@@ -266,31 +189,8 @@ class LatentFolder:
 
     def unreadable_of(self, number: int) -> dict[str, str]:
         """The images of a shard that could not be read when it was done, and why."""
-        record = self._records.read(number)
+        record = self._work.read(number)
         return {} if record is None else record.unreadable
-
-
-def _check_work(folder: Path, facts: Mapping[str, Any]) -> None:
-    if not folder.exists():
-        return
-    path = folder / WORK_NAME
-    # looked at first: whoever makes the folder now says what it is before anything else
-    empty = is_empty(folder)
-    if not path.is_file() and not empty:
-        raise RunError(
-            f"{folder} exists and is not a folder of latents that was begun: name another, or empty it"
-        )
-    if not path.is_file():
-        return
-    found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
-    asked = flatten(facts)
-    differing = [key for key in asked | found if asked.get(key) != found.get(key)]
-    if differing:
-        lines = [
-            f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in sorted(differing)
-        ]
-        head = f"{folder} holds latents of another work; name another folder, or empty it:"
-        raise RunError(listed(head, lines))
 
 
 def _check_finite(latents: Tensor, names: Sequence[str], *, dtype: Dtype) -> None:
@@ -308,11 +208,6 @@ def _check_labels(labels: Sequence[int], names: Sequence[str], *, num_classes: i
     wrong = [i for i, label in enumerate(labels) if not 0 <= label < num_classes]
     if wrong:
         raise DataError(f"labels are 0..{num_classes - 1}, found {labels[wrong[0]]} of {names[wrong[0]]}")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 def _line(text: str) -> str:

@@ -1,9 +1,12 @@
 """A folder of encoded prompts while it is written, shard by shard; the index is written last: a folder with one is complete."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
@@ -11,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, RunError, listed
-from ..machine.files import atomic_path, write_bytes, write_json
+from ..machine.files import atomic_path, hash_json, write_bytes, write_json
 from ..machine.reading import JsonObject, damage, parse_json
 from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
 from .shards import LENGTHS, StoredFile, facts_of
+from .workfolder import ShardRecord, WorkFolder
 
 WORDS_NAME = "words.jsonl"
 COMMON_NAME = "common.safetensors"
@@ -90,13 +94,156 @@ def write_prompts(
     return index
 
 
+class _Record(ShardRecord):
+    """Outcome of a shard's prompts."""
+
+    shard: PromptShard | None
+    columns: dict[str, Column]
+
+
+class PromptFolder:
+    """A folder of prompts while any number of processes fill it, shard by shard; its index is written last.
+
+    Args:
+        facts: all that the shards' bytes depend on beside the words, as JSON.
+        words: of all prompts, in their order.
+        like: a prompt as all others are.
+        per_shard: prompts a shard; the nulls have one of their own.
+        axes: where a batch's prompts stand in an argument, if not along its first axis.
+        lengths, nulls, common, constants, dropout: as of `write_prompts`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        *,
+        words: Sequence[str],
+        like: Prompt,
+        nulls: Sequence[Prompt],
+        per_shard: int,
+        lengths: Mapping[str, str],
+        axes: Mapping[str, int],
+        common: Mapping[str, Tensor],
+        constants: Mapping[str, Any],
+        dropout: float,
+    ):
+        if not words:
+            raise DataError(f"no prompts to write to {folder}")
+        check_dropout(dropout, num_nulls=len(nulls))
+        self.folder, self.words, self.nulls, self.per_shard = folder, words, nulls, per_shard
+        self.common, self.constants, self.dropout = common, constants, dropout
+        self._table = _Table(
+            lengths, torch.bool, num_nulls=len(nulls), others=[*common, *constants], axes=axes
+        )
+        self.prompt_bytes = sum(tensor.nbytes for tensor in self._table.admit(like).values())
+        """Bytes of a prompt, of that one's length."""
+        of_words = hash_json([list(words), [null.words for null in nulls]])
+        self._work = WorkFolder(
+            folder,
+            {
+                **facts,
+                "prompts": len(words),
+                "words_sha256": of_words,
+                "per_shard": per_shard,
+                "dropout": dropout,
+            },
+            _Record,
+            what="prompts",
+        )
+
+    @property
+    def num_shards(self) -> int:
+        return self._num_filled + bool(self.nulls)
+
+    @cached_property
+    def _num_filled(self) -> int:
+        return -(-len(self.words) // self.per_shard)
+
+    def words_of(self, number: int) -> Sequence[str]:
+        """The prompts that a shard covers; none of the last one's, which has the nulls."""
+        return self.words[number * self.per_shard : (number + 1) * self.per_shard]
+
+    def check(self) -> tuple[int, int]:
+        """Bytes that remain to be written, at the length of the prompt that others are like, and bytes that are free.
+
+        Raises:
+            RunError: the folder holds something else, or they do not fit.
+        """
+        self._work.check()
+        left = [n for n in range(self.num_shards) if not self._work.path(n).is_file()]
+        needed = self.prompt_bytes * sum(len(self.words_of(n)) or len(self.nulls) for n in left)
+        return needed, self._work.check_space(needed, remedy="fewer prompts")
+
+    @contextmanager
+    def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
+        """Inside, this process fills the folder: gives its shards still to do."""
+        with self._work.working(range(self.num_shards), rank=rank, world_size=world_size) as missing:
+            yield missing
+
+    def write(self, number: int, rows: Iterable[Prompt]) -> None:
+        """Write a shard's prompts and then its record; the nulls' shard has them of its own.
+
+        Raises:
+            DataError: a prompt is not like the others. RunError: a full disk.
+        """
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)  # it may name what this shard was
+        own = rows if number < self._num_filled else self.nulls
+        admitted = [self._table.admit(prompt) for prompt in own]
+        shard = _write_shard(self.folder / f"prompts-{number:05}.safetensors", admitted, self._table.columns)
+        owner = self._work.owner(number)
+        self._work.write(number, _Record(shard=shard, columns=self._table.columns, owner=owner))
+
+    def finish(self, *, source: str) -> PromptIndex | None:
+        """Write the index if every shard is done, else do nothing: another process is still at work, or was stopped.
+
+        Raises:
+            DataError: shards whose prompts are not alike.
+        """
+        records = [record for n in range(self.num_shards) if (record := self._work.read(n)) is not None]
+        if len(records) < self.num_shards:
+            return None
+        if any(record.columns != records[0].columns for record in records):
+            raise DataError(
+                f"the shards of {self.folder} have prompts of different kinds: empty it, and start again"
+            )
+        lines = [
+            *map(_line, self.words),
+            *(_line(null.words, number) for number, null in enumerate(self.nulls)),
+        ]
+        write_bytes(self.folder / WORDS_NAME, "".join(lines).encode("utf-8", "surrogatepass"))
+        index = PromptIndex(
+            source=source,
+            count=len(self.words),
+            num_nulls=len(self.nulls),
+            columns=records[0].columns,
+            shards=tuple(record.shard for record in records if record.shard is not None),
+            words=StoredFile(**facts_of(self.folder / WORDS_NAME)),
+            dropout=self.dropout,
+            **_write_shared(self.folder, self.common, self.constants),
+        )
+        write_json(self.folder / INDEX_NAME, index.model_dump(mode="json"))
+        return index
+
+
+def _line(words: str, null: int = 0) -> str:
+    return json.dumps({"words": words} | ({"null": null} if null else {}), ensure_ascii=False) + "\n"
+
+
 class _Table:
     """Format of the prompts, taken from the first, and the words of those that were admitted."""
 
     def __init__(
-        self, lengths: Mapping[str, str], mask_dtype: torch.dtype, *, num_nulls: int, others: list[str]
+        self,
+        lengths: Mapping[str, str],
+        mask_dtype: torch.dtype,
+        *,
+        num_nulls: int,
+        others: Collection[str],
+        axes: Mapping[str, int] = MappingProxyType({}),
     ):
         self.lengths, self.mask_dtype, self.num_nulls, self.others = lengths, mask_dtype, num_nulls, others
+        self.axes = axes
         self.columns: dict[str, Column] = {}
         self.lines: list[str] = []
 
@@ -115,8 +262,7 @@ class _Table:
         if faults := [*self._length_faults(tensors), *self._faults(prompt, tensors)]:
             head = f"prompt {len(self.lines)}, {prompt.words!r}, cannot be stored:"
             raise DataError(listed(head, faults))
-        line = {"words": prompt.words} | ({"null": prompt.null} if prompt.null else {})
-        self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.append(_line(prompt.words, prompt.null))
         return tensors
 
     def _faults(self, prompt: Prompt, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -145,7 +291,8 @@ class _Table:
     def _column(self, name: str, tensor: Tensor) -> Column:
         ragged = name in self.lengths or name in self.lengths.values() or name.endswith("[]")
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return Column(dtype=dtype, shape=tuple(tensor.shape[1:] if ragged else tensor.shape), ragged=ragged)
+        shape = tuple(tensor.shape[1:] if ragged else tensor.shape)
+        return Column(dtype=dtype, shape=shape, ragged=ragged, axis=self.axes.get(name, 0))
 
 
 def _difference(name: str, found: Column, first: Column) -> str:

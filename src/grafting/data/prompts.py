@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class Column(BaseModel):
     dtype: str
     shape: tuple[NonNegativeInt, ...]  # of a prompt's; where lengths differ, without the first axis
     ragged: bool = False  # each prompt has its own length along a first axis
+    axis: NonNegativeInt = 0  # where a batch's prompts stand in the argument
 
 
 class PromptShard(Shard):
@@ -104,6 +105,10 @@ class PromptIndex(BaseModel):
             raise ValueError(f"unknown dtypes: {sorted(unknown)}")
         if odd := odd_names([*self.columns, *self.shared, *self.values]):
             raise ValueError(f"arguments without names of their own: {odd}")
+        if wrong := [
+            n for n, c in self.columns.items() if c.axis > len(c.shape) or (c.axis and n.endswith("[]"))
+        ]:
+            raise ValueError(f"arguments without that axis: {wrong}")
         return self
 
 
@@ -185,7 +190,7 @@ class Prompts:
     def at(
         self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> Kwargs:
-        """Keyword arguments for these prompts and nulls, each tensor [B, ...] but constants.
+        """Keyword arguments for these prompts and nulls, each tensor [B, ...] but constants and those that say another axis.
 
         Prompts of unequal length are padded with zeros, and so are their masks, to the longest of the batch. Floating-point
         tensors are cast to `dtype`, others are not. Sizes are left to the host, which knows `shape`.
@@ -195,6 +200,9 @@ class Prompts:
         """
         groups = list(by_shard(self._ends, self._checked(numbers)))
         found = {name: self._read(name, groups, count=len(numbers)) for name in self.index.columns}
+        for name, column in self.index.columns.items():
+            if column.axis:
+                found[name] = torch.movedim(cast(Tensor, found[name]), 0, column.axis)
         for name, tensor in self._shared.items():
             is_common = self.index.shared[name] == "common"
             found[name] = tensor.expand(len(numbers), *tensor.shape) if is_common else tensor

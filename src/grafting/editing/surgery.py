@@ -195,9 +195,12 @@ def _settle(operator: nn.Module, path: str, replaced: Mapping[str, nn.Module], *
         originals = dict(module.named_parameters())
         dtypes |= {id(p): originals[name].dtype for name, p in copied.named_parameters() if name in originals}
 
+    # of a model that is made without values the operators' buffers have theirs all the same
+    device = None if reference.is_meta else reference.device
+
     def settle(tensor: Tensor) -> Tensor:
         dtype = dtypes.get(id(tensor), reference.dtype) if tensor.is_floating_point() else None
-        return tensor.to(device=reference.device, dtype=dtype)
+        return tensor.to(device=device, dtype=dtype)
 
     operator._apply(settle)
 

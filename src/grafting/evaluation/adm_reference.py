@@ -178,7 +178,7 @@ class AdmReference:
         moments = {
             f"{name}.{field}": tensor
             for name, gaussian in (("pooled", self.pooled), ("spatial", self.spatial))
-            for field, tensor in gaussian._asdict().items()
+            for field, tensor in (("mean", gaussian.mean), ("covariance", gaussian.covariance))
         }
         return moments if self.features is None else moments | {"features": self.features}
 

@@ -113,8 +113,9 @@ def _measure(
     drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
     some, real = features[drawn], reference.features.float()
     kid = kernel_distance(real, some, strata=None if strata is None else strata[drawn])
-    fidelity = precision_recall(real, some, k=config.precision_neighbours)
-    spread = density_coverage(real, some, k=config.density_neighbours)
+    few, more = config.precision_neighbours, config.density_neighbours
+    fidelity = precision_recall(real, some, k=few, radii=reference.radii(few))
+    spread = density_coverage(real, some, k=more, radii=reference.radii(more))
     scores = {"precision": fidelity.precise, "density": spread.dense}
     scores = {key: spread_out(values, drawn, len(features)) for key, values in scores.items()}
     if logits is not None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError, ProtocolError
@@ -16,6 +16,7 @@ from ..machine.randomness import generator
 from ..machine.reading import damage, read_safetensors, shown
 from ..metrics.features import FeatureNetwork, extract, tensors_sha256
 from ..metrics.frechet import FeatureStatistics
+from ..metrics.manifold import neighbour_radii
 from .protocol import Identified, Identity
 
 _REFERENCE_FORMAT = "grafting-reference-1"
@@ -30,6 +31,7 @@ class Reference:
     statistics: FeatureStatistics
     features: Float[Tensor, "m f"]
     sha256: str = field(init=False)
+    _radii: dict[int, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
         digest = tensors_sha256(self._tensors(), self.name, self.network.name, self.network.sha256)
@@ -106,6 +108,12 @@ class Reference:
         if network is not None:
             reference.check_network(network)
         return reference
+
+    def radii(self, k: int) -> Float64[Tensor, " m"]:
+        """The distance from each row of the features to its k-th neighbour; computed once."""
+        if k not in self._radii:
+            self._radii[k] = neighbour_radii(self.features.float(), k)
+        return self._radii[k]
 
     def check_network(self, network: FeatureNetwork) -> None:
         """Refuses a network that did not make these features.

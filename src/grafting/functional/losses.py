@@ -29,7 +29,7 @@ def regression_loss(
             (after TinyFusion, arXiv:2412.01199, section on masked distillation).
     """
     prediction, target = prediction.float(), target.float()
-    kept = torch.ones_like(target)
+    kept = None
     if outlier_threshold is not None:
         kept = (target.abs() <= outlier_threshold * target.square().mean().sqrt()).float()
 
@@ -39,7 +39,7 @@ def regression_loss(
         else:
             difference = (value - target).abs()
             elements = difference if kind == "l1" else difference.square()
-        return (elements * kept).sum() / kept.sum().clamp(min=1)
+        return elements.mean() if kept is None else (elements * kept).sum() / kept.sum().clamp(min=1)
 
     loss = mean_loss(prediction)
     return loss / mean_loss(torch.zeros_like(target)).clamp(min=1e-12) if normalised else loss

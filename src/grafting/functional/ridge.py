@@ -43,7 +43,7 @@ def ridge_correction_reference(
     """`ridge_correction` from the rows themselves: least squares, with a row for the pull on each feature's weights."""
     num_rows, num_features = h.shape
     scale = (num_rows * strength * h.var(dim=0, correction=0).mean()).sqrt()
-    pull = scale * torch.eye(num_features, num_features + 1, dtype=h.dtype)
+    pull = scale * torch.eye(num_features, num_features + 1, dtype=h.dtype, device=h.device)
     rows = torch.cat([with_ones(h), pull])
     targets = F.pad(residual, (0, 0, 0, num_features))
     solution = torch.linalg.lstsq(rows, targets).solution

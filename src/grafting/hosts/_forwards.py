@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..contract import Kwargs
 from ..errors import HostError
 from ..functional.softmax import HIDDEN_SCORE
-from ..machine.randomness import generator
+from ..machine.randomness import generator, restarted
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of a forward pass: tensors, numbers, and lists and mappings of these."""
@@ -164,10 +164,8 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         HostError: the model does not run on these inputs.
     """
     modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+        with torch.no_grad(), restarted(0):
             return model.eval()(**inputs)
     except Exception as error:
         raise HostError(

@@ -91,10 +91,10 @@ def packed_grid(image: PackedTokens, arguments: Mapping[str, Any]) -> Grid:
 def _grid_of_positions(positions: Tensor, num_tokens: int, image: PackedTokens) -> Grid:
     """The grid that positions [L, n] form, in raster order."""
     columns = [*image.columns]
-    places = positions[:, columns].round().long()  # [L, 2 or 3]
+    places = positions[:, columns].round().long().cpu()  # [L, 2 or 3]; waits for the device once
     sizes = (places.amax(0) - places.amin(0) + 1).tolist()
     is_whole = math.prod(sizes) == num_tokens
-    raster = torch.cartesian_prod(*map(torch.arange, sizes)).to(places.device) if is_whole else None
+    raster = torch.cartesian_prod(*map(torch.arange, sizes)) if is_whole else None
     if raster is None or not torch.equal(places - places.amin(0), raster):
         *frames, rows, cols = sizes
         of_frames = f"{frames[0]} frames, " if frames else ""

@@ -255,10 +255,15 @@ class Host(ABC, Generic[Model]):
         return None
 
     def redraw(self, module: nn.Module) -> None:
-        """Reinitialise a module's linear layers like the paper's random initialisation: Xavier weights, zero biases."""
+        """Reinitialise a module's linear layers like the paper's random initialisation: Xavier weights, zero biases.
+
+        The weights are the same on every device.
+        """
         for linear in module.modules():
             if isinstance(linear, nn.Linear):
-                nn.init.xavier_uniform_(linear.weight)
+                if not linear.weight.is_meta:
+                    drawn = torch.empty_like(linear.weight, device="cpu")
+                    linear.weight.data.copy_(nn.init.xavier_uniform_(drawn))
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
 

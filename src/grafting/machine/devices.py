@@ -1,6 +1,6 @@
 """Choice of device and precision."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,20 @@ def default_device() -> torch.device:
             f"process {number} of this machine finds {count} {accelerator.type} devices: start one process per device"
         )
     return torch.device(accelerator.type, number)
+
+
+def reading(figures: Tensor) -> Callable[[], list[float]]:
+    """Start to bring figures from their device; the call waits for these, and for nothing that was launched since."""
+    if not figures.is_cuda:
+        return figures.tolist
+    copied, event = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+
+    def read() -> list[float]:
+        event.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def is_half(tensor: Tensor) -> bool:

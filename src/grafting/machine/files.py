@@ -9,10 +9,12 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import GraftingError, RunError
 from .locks import hold
@@ -20,6 +22,11 @@ from .locks import hold
 SUMS_NAME = "SHA256SUMS"
 
 _PARTIAL, _LOCK = ".partial", ".lock"
+
+Stamp: TypeAlias = tuple[int, ...]
+
+# file systems keep times in steps of up to two seconds
+_SETTLED_S = 2.5
 
 
 @contextmanager
@@ -223,6 +230,13 @@ def _is_open(path: Path, descriptor: int) -> bool:
     return False
 
 
+def names_in(folder: Path) -> set[str]:
+    """The names of what is in a folder; none where it is not there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return set(os.listdir(folder))
+    return set()
+
+
 def is_empty(folder: Path) -> bool:
     """True if it is a folder without files except hidden ones, such as locks and files being written."""
     return folder.is_dir() and not any(folder.glob("[!.]*"))
@@ -304,9 +318,27 @@ def finite_json(value: Any) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
+    """The SHA-256 of a file's content, in hex; that of a file which is as it was is not computed again."""
+    stamp = stamp_of(path)
+    return _digest(path) if stamp is None else _known_digest(path.absolute(), stamp)
+
+
+@lru_cache(maxsize=256)
+def _known_digest(path: Path, stamp: Stamp) -> str:
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What differs once a file was written again; None where that was so lately that its times may not tell."""
+    found = path.stat()
+    if time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED_S:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def hash_json(value: Any) -> str:

@@ -71,6 +71,19 @@ def seeded(*entropy: int) -> Iterator[torch.Generator]:
 
     Yields a CPU generator, from the same entropy, for explicit draws.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(*entropy, 2).initial_seed())
+    with restarted(generator(*entropy, 2).initial_seed()):
         yield generator(*entropy)
+
+
+@contextmanager
+def restarted(seed: int) -> Iterator[None]:
+    """Inside, torch's global generators start from `seed`; outside they are as before. CUDA is not started for it."""
+    has_cuda, is_awake = torch.backends.cuda.is_built(), torch.cuda.is_initialized()
+    # named one by one: left out, torch starts them, and warns of more than one
+    devices = list(range(torch.cuda.device_count())) if is_awake else []
+    with torch.random.fork_rng(devices if has_cuda else None):
+        if has_cuda and not is_awake:
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        yield

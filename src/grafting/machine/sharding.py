@@ -49,6 +49,11 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -
     fully_shard(model, mesh=mesh)
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """True if each process holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over processes; all of them call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -63,11 +68,17 @@ def copy_whole(source: nn.Module, target: nn.Module) -> None:
 
 
 def kept_copy(tree: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors lie on the CPU, or where they are if they are spread."""
+    """A copy of nested dicts and lists whose tensors lie on the CPU, or where they are if they are spread.
+
+    A tensor that stands in several places is copied once.
+    """
+    copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+        if id(tensor) not in copies:
+            alone = tensor.detach()
+            copies[id(tensor)] = alone.clone() if is_spread(tensor) else alone.to("cpu", copy=True)
+        return copies[id(tensor)]
 
     return _pytree.tree_map_only(Tensor, copied, tree)
 

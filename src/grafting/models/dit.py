@@ -45,7 +45,7 @@ class DiTConfig(FrozenDict):
 class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own declarations of `config_name` differ
     """Predicts noise (and, with `learn_sigma`, a variance) of a noised image, given its step and class.
 
-    The model takes the labels that it is given, in training too: whoever trains it drops them (`noising.draw_noised`), so
+    The model takes the labels that it is given, in training too: whoever trains it drops them (`batches.draw`), so
     that which are dropped depends on the step alone, and a teacher sees what its student sees.
 
     Args:

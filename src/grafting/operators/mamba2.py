@@ -200,7 +200,8 @@ class Mamba2(Mixer):
         )
         size = v.norm(dim=1).mean()
         values.copy_(_VALUE_SPREAD / size * v.repeat(copies, 1))
-        left, _, right = torch.linalg.svd(q.mT @ k)
+        # on the CPU, whatever the device: signs of directions are the library's choice
+        left, _, right = torch.linalg.svd((q.mT @ k).cpu())
         for rows, directions in ((read, left.mT), (write, right)):
             rows.zero_()
             rows[: len(directions)] = _STATE_SPREAD * directions[:state]

@@ -37,9 +37,12 @@ from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .manifest import FORMAT, Entry, Manifest, new_manifest, parse_manifest, read_manifest
-from .states import newest_state, write_state
+from .states import StateWriter, newest_state, write_state
 
 _LONGEST_LOG = 1 << 30
+
+# no more than this is lost where steps take long
+_LONGEST_UNSAVED_S = 600.0
 
 Line: TypeAlias = JsonObject
 """A line of a stage's log: `step`, `seconds` and the step's figures."""
@@ -307,27 +310,37 @@ class Stage:
     def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
         """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
 
+        A state is also saved when ten minutes have passed since the last one. They are written while the stage goes on, and
+        are on disk when it ends.
+
         Raises:
             Interrupted: a signal came, which the program catches; the state after the last step is saved.
             RunError: the log or a state cannot be written.
         """
         if self._first_step is None:
             self._begin(None)
-        started = time.monotonic()
+        started = saved = time.monotonic()
         signal_caught = self.patience.enter_context(deferred())
+        writer = StateWriter(self._states, owner=self._owner, is_writer=self._run.writes)
+        self.patience.callback(writer.close)
         for step in steps:
+            writer.check()
             line = {"step": step.done, "seconds": round(time.monotonic() - started, 3), **step.values}
             self._log(line)
             # asked once: a signal that comes after this line waits for the next step, which is then saved
             signum = signal_caught()
             stop = self._run.anyone(signum is not None) if save_every else signum is not None
-            if save_every and step.done and (stop or step.done % save_every == 0):
-                self.save_state(step.state(), step.done)
+            is_late = bool(save_every) and self._run.anyone(time.monotonic() - saved > _LONGEST_UNSAVED_S)
+            if save_every and step.done and (stop or is_late or step.done % save_every == 0):
+                writer.write(step.state(), step.done)
+                saved = time.monotonic()
             if stop:
+                writer.wait()
                 if save_every:
                     self._run.barrier()  # a launcher ends the others when the first one leaves
                 raise Interrupted(signum or signal.SIGTERM)
             yield step
+        writer.wait()
 
     def _log(self, line: Mapping[str, object]) -> None:
         if self._run.writes:

@@ -1,8 +1,8 @@
 """Forecast of a recipe's cost per stage, before anything runs: time, memory per process, disk.
 
 Neither weights nor data are needed. FLOPs, parameters and the activations kept for a backward pass are counted on the
-model's shapes; time is FLOPs over a device's peak at a stated share of it (MFU), which is an assumption, or images over the
-rate that an earlier part of the same run has logged. Left out: starting up, reading data, measuring on held-out images,
+model's shapes; time is FLOPs over a device's peak at a stated share of it (MFU), which is an assumption, but no less than it
+takes to launch every step's operations; or images over the rate that an earlier part of the same run has logged. Left out: starting up, reading data, measuring on held-out images,
 decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..cost.speed import DEVICES, device_at
+from ..cost.speed import DEVICES, LAUNCHES, device_at
 from ..data import LatentsConfig
 from ..errors import RecipeError, RunError
 from ..machine.devices import default_device
@@ -151,9 +151,20 @@ class _Clock:
     logs: Path | None  # folder of a run whose logs say how fast these devices are
 
     def hours(
-        self, stage: str, *, flops: int, images: int, precision: Precision, phase: int | None = None
+        self,
+        stage: str,
+        *,
+        flops: int,
+        images: int,
+        precision: Precision,
+        launches_s: float,
+        phase: int | None = None,
     ) -> tuple[float | None, str]:
-        """Hours, and what they come from."""
+        """Hours, and what they come from.
+
+        Args:
+            launches_s: seconds that launching takes in each process, whatever the device.
+        """
         rate = _logged_rate(self.logs / stage / "log.jsonl", phase) if self.logs else None
         if rate is not None:
             return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.logs}"
@@ -161,7 +172,13 @@ class _Clock:
         if peak is None:
             return None, "unknown for this device: set --device or --peak-tflops"
         seconds = flops / (peak * 1e12 * self.mfu * self.processes)
-        return seconds / 3600, f"computed, FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
+        basis = f"FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
+        if launches_s > seconds:
+            return (
+                launches_s / 3600,
+                f"computed, time to launch each step's operations; {basis} would take less",
+            )
+        return seconds / 3600, f"computed, {basis}"
 
 
 def _is_run_here(folder: Path, processes: int) -> bool:
@@ -188,7 +205,11 @@ def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
     if recipe.calibrate and shapes.chosen:
         images = recipe.calibrate.samples
         hours, basis = clock.hours(
-            "calibrate", flops=flops["calibrate"], images=images, precision=recipe.calibrate.precision
+            "calibrate",
+            flops=flops["calibrate"],
+            images=images,
+            precision=recipe.calibrate.precision,
+            launches_s=math.ceil(images / recipe.calibrate.batch_size) * _forward_s(shapes),
         )
         found.append(
             StageForecast(
@@ -205,7 +226,13 @@ def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
     if recipe.distill and shapes.chosen:
         memory = distill_memory(recipe.distill, shapes, clock.processes)
         disk = distill_disk(recipe.distill, shapes)
-        found.append(_steps("distill", recipe.distill, flops["distill"], clock, memory=memory, disk=disk))
+        sites = shapes.num_fitted / (clock.processes if recipe.distill.spread == "sites" else 1)
+        step_s = _forward_s(shapes) + sites * LAUNCHES.fitted / 1000
+        found.append(
+            _steps(
+                "distill", recipe.distill, flops["distill"], clock, step_s=step_s, memory=memory, disk=disk
+            )
+        )
     return [*found, *_phases(recipe, shapes, clock)]
 
 
@@ -218,6 +245,8 @@ def _phases(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFore
             config,
             phase_flops(config, shapes.cost),
             clock,
+            step_s=shapes.num_blocks * LAUNCHES.trained / 1000
+            + (_forward_s(shapes) if config.output_weight else 0),
             phase=number if several else None,
             memory=phase_memory(config, phase, shapes, clock.processes),
             disk=phase_disk(config, phase, shapes),
@@ -236,14 +265,26 @@ def _steps(
     flops: int,
     clock: _Clock,
     *,
+    step_s: float,
     memory: dict[str, int],
     disk: dict[str, int],
     activations: dict[str, int] | None = None,
     phase: int | None = None,
 ) -> StageForecast:
-    """Forecast of a stage of steps, or of a phase of one."""
+    """Forecast of a stage of steps, or of a phase of one.
+
+    Args:
+        step_s: seconds to launch a micro-batch.
+    """
     images = config.steps * config.batch_size
-    hours, basis = clock.hours(stage, flops=flops, images=images, precision=config.precision, phase=phase)
+    hours, basis = clock.hours(
+        stage,
+        flops=flops,
+        images=images,
+        precision=config.precision,
+        launches_s=config.steps * config.accumulate * step_s,
+        phase=phase,
+    )
     trained = ""
     if isinstance(config, FinetuneConfig) and config.trainable != "all":
         trained = f", {config.trained_in_words}"
@@ -258,6 +299,11 @@ def _steps(
         disk=disk,
         activations=activations or {},
     )
+
+
+def _forward_s(shapes: Shapes) -> float:
+    """Seconds to launch a forward pass of the pretrained model."""
+    return shapes.num_blocks * LAUNCHES.forward / 1000
 
 
 def _cached(recipe: Recipe, shapes: Shapes) -> int:
@@ -280,7 +326,13 @@ def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
         cost = shapes.cost.after if is_edited else shapes.cost.before
         flops = round(calls * cost.flops)
         hours, basis = clock.hours(
-            f"samples/{row}", flops=flops, images=config.num_images, precision=config.precision
+            f"samples/{row}",
+            flops=flops,
+            images=config.num_images,
+            precision=config.precision,
+            launches_s=math.ceil(config.num_images / config.batch_size / clock.processes)
+            * config.calls
+            * _forward_s(shapes),
         )
         found.append(
             StageForecast(

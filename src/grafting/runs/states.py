@@ -1,12 +1,14 @@
 """The states that a stage of a run resumes from: whole or absent, with checksums, and two of them.
 
 When the newer is damaged the older takes its place, with a warning. A state names its owner, all that the stage depends on, as
-a hash: a state of equal shapes may be of another recipe.
+a hash: a state of equal shapes may be of another recipe. A state is written in a thread, from a copy, while the stage goes on.
 """
 
 import io
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from ..contract import FolderState, State
 from ..errors import CheckpointError, FaultWarning, ResumeWarning
 from ..machine.files import atomic_folder, folder_faults, partial_path
 from ..machine.reading import read_text, read_torch
+from ..machine.sharding import kept_copy
 
 STATE_NAME = "state.pt"
 OWNER_NAME = "owner.txt"
@@ -73,6 +76,43 @@ def write_state(states: Path, state: State | FolderState, step: int, *, owner: s
     for folder in _folders(states):
         if folder not in kept:
             shutil.rmtree(folder)
+
+
+class StateWriter:
+    """Writes a stage's states, one at a time. An error of a thread is raised by the next call.
+
+    What several processes write together is written at once: they meet while they do.
+    """
+
+    def __init__(self, states: Path, *, owner: str, is_writer: bool):
+        self._states, self._owner, self._is_writer = states, owner, is_writer
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grafting-states")
+        self._writing: Future[None] | None = None
+
+    def write(self, state: State | FolderState, step: int) -> None:
+        """Keep the state after a step; see `write_state`. It may change as soon as this returns."""
+        self.wait()
+        write = partial(write_state, self._states, owner=self._owner, is_writer=self._is_writer)
+        if isinstance(state, FolderState) or not self._is_writer:
+            write(state, step)
+        else:
+            self._writing = self._pool.submit(write, kept_copy(state), step)
+
+    def check(self) -> None:
+        """Raise the error of a state that could not be written."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when all states are on disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self._pool.shutdown()
+        self.wait()
 
 
 def read_state(folder: Path) -> State | Path:

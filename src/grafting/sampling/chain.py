@@ -22,9 +22,10 @@ from pydantic import (
 from torch import Tensor, nn
 
 from ..contract import Conditions, Denoiser
-from ..errors import ProtocolError, listed
+from ..errors import HostError, ProtocolError, listed
 from ..functional.pixels import to_uint8
 from ..hosts import host_of
+from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import generator
 from ..machine.settings import Settings
@@ -78,7 +79,7 @@ class SamplingConfig(Settings):
     """Precision of the model's forward pass: fp32, bf16 (by autocast) or auto (bf16 where it is faster). The samplers'
     arithmetic is always fp32."""
     compile: bool = False
-    """Run the model through torch.compile; changes speed, not the images (up to float rounding)."""
+    """Compile each block, once for all blocks of a kind; changes speed, not the images (up to float rounding)."""
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingConfig":
@@ -163,7 +164,7 @@ def sample(
     check_sampling(config, denoiser=how, channels=size[0])
     config = settled(config, next(model.parameters()).device)
     numbers = tuple(range(config.num_images) if indices is None else indices)
-    called: Any = torch.compile(model, dynamic=False) if config.compile and numbers else model
+    regions = _regions(model) if config.compile else {}
     if numbers and min(numbers) < 0:
         raise ProtocolError(f"image numbers start at 0; found {min(numbers)}")
 
@@ -171,10 +172,20 @@ def sample(
         for start in range(0, len(numbers), config.batch_size):
             chosen = numbers[start : start + config.batch_size]
             labels = labels_of(chosen, config, count=len(how.conditions))
-            x = _draw(called, config, how, shape=size, indices=chosen, labels=labels)
+            with compiled(regions, dynamic=False):
+                x = _draw(model, config, how, shape=size, indices=chosen, labels=labels)
             yield Batch(chosen, labels, x)
 
     return batches()
+
+
+def _regions(model: nn.Module) -> dict[str, nn.Module]:
+    """What is compiled by itself: blocks, or the whole of a model of which none are known."""
+    try:
+        blocks = host_of(model).blocks(model)
+    except HostError:
+        blocks = ()
+    return {block.path: model.get_submodule(block.path) for block in blocks} or {"the model": model}
 
 
 def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int | None = None) -> None:
@@ -237,10 +248,10 @@ def _draw(
     streams = [generator(config.seed, i) for i in indices]
     x = _initial_noise(streams, shape).to(device)
     chain = denoiser.process.chain(config.sampler, steps=config.steps, clip=config.clip, streams=streams)
+    asked = _Asked(model, denoiser, labels, config.guidance)
     with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for step, update in chain:
-            prediction = _prediction(model, config.guidance, denoiser, x, labels, step=step)
-            x = update(prediction.float(), x)
+            x = update(asked.prediction(x, step=step).float(), x)
     return x.cpu()
 
 
@@ -248,22 +259,31 @@ def _initial_noise(streams: list[torch.Generator], shape: tuple[int, ...]) -> Te
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
-def _prediction(
-    model: nn.Module,
-    guidance: Guidance | None,
-    denoiser: Denoiser,
-    x: Float[Tensor, "b c *hw"],
-    labels: Tensor,
-    *,
-    step: int | float,
-) -> Float[Tensor, "b c2 *hw"]:
-    """The model's prediction of c or 2c channels, guided where guidance is on; both halves are one batch."""
-    t = torch.full((len(x),), step, device=x.device)
-    if guidance is None or not guidance.is_on(denoiser.process.share_of(step)):
-        return denoiser(model, x, t, labels)
-    numbers = torch.cat([labels, guidance.nulls(denoiser.conditions, labels)])
-    both = denoiser(model, torch.cat([x, x]), torch.cat([t, t]), numbers).float()
-    return guidance(*both.chunk(2), channels=x.shape[1])
+class _Asked:
+    """A model that is asked again and again under a batch's conditions, which are read and brought to its device once."""
+
+    def __init__(self, model: nn.Module, denoiser: Denoiser, labels: Tensor, guidance: Guidance | None):
+        self.model, self.denoiser, self.labels, self.guidance = model, denoiser, labels, guidance
+        self._known: dict[bool, Any] = {}
+
+    def prediction(self, x: Float[Tensor, "b c *hw"], *, step: int | float) -> Float[Tensor, "b c2 *hw"]:
+        """The model's prediction of c or 2c channels, guided where guidance is on; both halves are one batch."""
+        guidance, denoiser = self.guidance, self.denoiser
+        t = torch.full((len(x),), step, device=x.device)
+        if guidance is None or not guidance.is_on(denoiser.process.share_of(step)):
+            return denoiser.predict(self.model, x, t, self._condition(x, is_guided=False))
+        condition = self._condition(x, is_guided=True)
+        both = denoiser.predict(self.model, torch.cat([x, x]), torch.cat([t, t]), condition).float()
+        return guidance(*both.chunk(2), channels=x.shape[1])
+
+    def _condition(self, x: Tensor, *, is_guided: bool) -> Any:
+        if is_guided not in self._known:
+            conditions, numbers = self.denoiser.conditions, self.labels
+            if is_guided and self.guidance is not None:
+                numbers = torch.cat([numbers, self.guidance.nulls(conditions, numbers)])
+            shape = tuple(x.shape[1:])
+            self._known[is_guided] = conditions.at(numbers, shape=shape, device=x.device, dtype=x.dtype)
+        return self._known[is_guided]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ at, and the same call resumes from there. This file does not know recipes.
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from .pictures import Pictures
 from .shards import INDEX_NAME, Shards, differences
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+
+# from one look of a process at work to the next, in times of what a look takes
+_LOOKS_APART = 100
 
 # a process that is at work writes a shard at least this often, in seconds or in times of the slowest shard so far
 _PATIENCE_S, _PATIENCE_SHARDS = 900.0, 20
@@ -88,7 +91,7 @@ class Drawing:
     @property
     def num_drawn(self) -> int:
         """Images that are there, from whatever process."""
-        return self.config.num_images - sum(len(self._shards.images_of(shard)) for shard in self._missing())
+        return self.config.num_images - self._num_in(self._missing())
 
     def matches(self, path: Path) -> bool:
         """True if a file of samples already holds these images.
@@ -138,6 +141,9 @@ class Drawing:
             shape=self._sample_shape,
             indices=[i for shard in todo for i in self._shards.images_of(shard)],
         )
+        # of those that are damaged there is nothing yet
+        num_there = self.config.num_images - self._num_in(self._missing().union(todo))
+        tally = _Tally(num_there, look=lambda: self.num_drawn, alone=world_size == 1)
         started = time.perf_counter()
         for shard, batch in zip(todo, batches, strict=True):
             images = self._decoder(batch.x)
@@ -149,7 +155,8 @@ class Drawing:
             self._write_pictures(shard, images)
             ms_per_image = round(1000 * seconds / len(images), 3)
             self._shards.write(shard, images, batch.labels, ms_per_image=ms_per_image)
-            yield self._step({"ms_per_image": ms_per_image})
+            done = min(tally.more(len(images)), self.config.num_images)
+            yield self._step(done, {"ms_per_image": ms_per_image})
             started = time.perf_counter()
 
     def drawn_before(self) -> Iterator[Step]:
@@ -172,7 +179,7 @@ class Drawing:
             now_left = len(self._missing())
             if now_left < left:
                 left, since = now_left, time.monotonic()
-                yield self._step({})
+                yield self._step(self.num_drawn, {})
             elif time.monotonic() - since > max(_PATIENCE_S, _PATIENCE_SHARDS * self._slowest_s):
                 raise RunError(
                     f"{left} of {len(self._shards)} shards in {self._shards.folder} are missing, and none has come for "
@@ -224,12 +231,35 @@ class Drawing:
             return set()
         return {n // self.config.batch_size for n in self.pictures.missing(range(self.config.num_images))}
 
-    def _step(self, values: dict[str, float]) -> Step:
-        return Step(done=self.num_drawn, total=self.config.num_images, values=values)
+    def _num_in(self, shards: set[int]) -> int:
+        return sum(len(self._shards.images_of(shard)) for shard in shards)
+
+    def _step(self, done: int, values: dict[str, float]) -> Step:
+        return Step(done=done, total=self.config.num_images, values=values)
 
     def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c *size"]) -> None:
         if self.pictures is not None:
             self.pictures.write(self._shards.images_of(shard), images)
+
+
+class _Tally:
+    """The number of images that are there: those of this process as it draws them, those of others as they are looked for.
+
+    A look takes longer the more images there are, so the next comes the later the longer one took.
+    """
+
+    def __init__(self, count: int, *, look: Callable[[], int], alone: bool):
+        self._count, self._look = count, look
+        self._next = math.inf if alone else time.monotonic()
+
+    def more(self, num_images: int) -> int:
+        """How many there are once this process has drawn more of them."""
+        self._count += num_images
+        if (began := time.monotonic()) >= self._next:
+            self._count = self._look()
+            took = time.monotonic() - began
+            self._next = began + max(_SECONDS_BETWEEN_LOOKS, _LOOKS_APART * took)
+        return self._count
 
 
 def _check_space(folder: Path, shape: tuple[int, ...], *, num_images: int, num_drawn: int) -> None:

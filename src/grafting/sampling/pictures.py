@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from ..machine.files import atomic_path
+from ..machine.files import atomic_path, names_in
 
 
 class Pictures:
@@ -32,8 +32,8 @@ class Pictures:
 
     def missing(self, numbers: Iterable[int]) -> set[int]:
         """Those of these images that have no picture yet."""
-        names = {path.stem for path in self.folder.glob("*.png")}
-        return {number for number in numbers if f"{number:06}" not in names}
+        names = names_in(self.folder)
+        return {number for number in numbers if f"{number:06}.png" not in names}
 
     def write(self, numbers: Iterable[int], images: UInt8[Tensor, "b c h w"]) -> None:
         """Write images, grey or in colour, each atomically.

@@ -16,7 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, FaultWarning, RunError, listed
-from ..machine.files import atomic_path, disk_errors, flatten, hash_json, is_empty, partial_path, write_json
+from ..machine.files import (
+    atomic_path,
+    disk_errors,
+    flatten,
+    hash_json,
+    is_empty,
+    names_in,
+    partial_path,
+    write_json,
+)
 from ..machine.reading import JsonObject, cut, open_safetensors, read_json, read_safetensors
 from ..metrics.features import tensors_sha256
 
@@ -53,7 +62,7 @@ class Shards:
 
     def missing(self) -> set[int]:
         """The shards that are not there yet; does not read them."""
-        names = {path.name for path in self.folder.glob("shard-*.safetensors")}
+        names = names_in(self.folder)
         return {shard for shard in range(len(self)) if self._path(shard).name not in names}
 
     def begin(self) -> None:

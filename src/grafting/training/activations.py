@@ -25,7 +25,7 @@ from ..machine.devices import half_types, is_half, mixed_precision
 from ..machine.files import write_json
 from ..machine.precision import Precision, resolve_precision
 from ..machine.randomness import generator, seeded
-from .batches import Batches, NoisedBatch, draw_noised
+from .batches import Batches, NoisedBatch, draw
 from .loader import read_items
 
 # what happens at a site: its path, the arguments of the call, the old module's output
@@ -128,14 +128,9 @@ class Repeatable:
 
     def visit(self, step: int, visit: Visit) -> None:
         indices, entropy = self.indices[step], (self.seed, step, *self.stream)
-        batch = draw_noised(
-            read_items(self.data, indices),
-            generator(*entropy),
-            batch_size=len(indices),
-            denoiser=self.visited.denoiser,
-            device=self.visited.device,
-        )
-        self.visited.run(batch, self.paths, (*entropy, 1), visit)
+        denoiser, images = self.visited.denoiser, read_items(self.data, indices)
+        drawn = draw(images, generator(*entropy), batch_size=len(indices), denoiser=denoiser)
+        self.visited.run(drawn.noised(denoiser, self.visited.device), self.paths, (*entropy, 1), visit)
 
 
 class ActivationCache:

@@ -30,8 +30,8 @@ class Average:
         """Take in the parameters as they are now."""
         s, self.num_steps = self.num_steps, self.num_steps + 1
         decay = min((1 + s) / (10 + s), self.decay) if s else 0.0
-        for shadow, parameter in zip(self.shadows, self.parameters, strict=True):
-            shadow.sub_((1 - decay) * (shadow - parameter.to(shadow.device)))
+        pairs = zip(self.shadows, self.parameters, strict=True)
+        torch._foreach_lerp_(self.shadows, [p.to(shadow.device) for shadow, p in pairs], 1 - decay)
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:

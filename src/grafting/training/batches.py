@@ -34,33 +34,45 @@ class NoisedBatch(NamedTuple):
         return [NoisedBatch(*part) for part in zip(*(a.split(size) for a in self), strict=True)]
 
 
-def draw_noised(
+class Drawn(NamedTuple):
+    """What a step takes and draws, on the CPU: clean inputs x, noise, numbers of the conditions and steps t."""
+
+    x: Tensor
+    noise: Tensor
+    numbers: Tensor
+    t: Tensor
+
+    def noised(self, denoiser: Denoiser, device: torch.device) -> NoisedBatch:
+        """The batch on a device."""
+        # numbers stay here: what a table of prompts holds is found by them
+        x, noise, t = (a.to(device, non_blocking=True) for a in (self.x, self.noise, self.t))
+        return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), self.numbers, t)
+
+
+def draw(
     images: tuple[Tensor, Tensor],
-    draw: torch.Generator,
+    stream: torch.Generator,
     *,
     batch_size: int,
     denoiser: Denoiser,
-    device: torch.device,
     part: slice = _WHOLE,
-) -> NoisedBatch:
-    """Images or latents and the numbers of their conditions, noised.
+) -> Drawn:
+    """Draw noise and steps for images or latents, and which conditions are dropped.
 
     Args:
-        images: those in `part` of the step's batch.
+        images: those in `part` of the step's batch, and the numbers of their conditions.
         batch_size: of the whole batch.
-        draw: a fresh CPU generator of the step.
-        denoiser: its process noises; its conditions are dropped in their share.
+        stream: a fresh CPU generator of the step.
+        denoiser: its process draws steps; its conditions are dropped in their share.
     """
     x, numbers = images
-    noise = torch.randn((batch_size, *x.shape[1:]), generator=draw)[part]
-    t = denoiser.process.draw_steps(batch_size, draw)[part]
+    noise = torch.randn((batch_size, *x.shape[1:]), generator=stream)[part]
+    t = denoiser.process.draw_steps(batch_size, stream)[part]
     if dropout := denoiser.conditions.dropout:
         nulls = denoiser.conditions.nulls(numbers)
         assert nulls is not None, "conditions that are dropped have a null"
-        numbers = torch.where(torch.rand(batch_size, generator=draw)[part] < dropout, nulls, numbers)
-    # numbers stay here: what a table of prompts holds is found by them
-    x, noise, t = (a.to(device, non_blocking=True) for a in (x, noise, t))
-    return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), numbers, t)
+        numbers = torch.where(torch.rand(batch_size, generator=stream)[part] < dropout, nulls, numbers)
+    return Drawn(x, noise, numbers, t)
 
 
 @runtime_checkable
@@ -98,19 +110,21 @@ class Batches:
         self.config, self.denoiser, self.device, self.share = config, denoiser, device, share
         self.end = config.steps if end is None else end
         self.total = self.end if total is None else total
-        size, pin = config.batch_size, device.type != "cpu"
-        self.loader = Loader(data, size, seed=config.seed, items=items, steps=self.end, share=share, pin=pin)
+        self.loader = Loader(
+            data,
+            config.batch_size,
+            seed=config.seed,
+            items=items,
+            steps=self.end,
+            share=share,
+            pin=device.type == "cuda",
+            finish=partial(_draw_step, config=config, denoiser=denoiser, share=share),
+        )
 
     def at(self, step: int) -> list[NoisedBatch]:
         """The noised micro-batches of a step."""
-        return draw_noised(
-            self.loader.at(step),
-            generator(self.config.seed, step),
-            batch_size=self.config.batch_size,
-            denoiser=self.denoiser,
-            device=self.device,
-            part=self.share,
-        ).split(self.config.accumulate)
+        whole = Drawn(*self.loader.at(step)).noised(self.denoiser, self.device)
+        return whole.split(self.config.accumulate)
 
     def numbers(self, step: int, num_items: int) -> tuple[Tensor, ...]:
         """Indices of the items that a step takes of `num_items` stored elsewhere, by micro-batch."""
@@ -139,6 +153,14 @@ class Batches:
                     state=partial(snapshot, step + 1),
                     seconds_waited=self.loader.seconds_waited - waited,
                 )
+
+
+def _draw_step(
+    step: int, images: tuple[Tensor, Tensor], *, config: BatchConfig, denoiser: Denoiser, share: slice
+) -> Drawn:
+    """What a step draws for its images; a pure function, called in the loader's threads."""
+    stream = generator(config.seed, step)
+    return draw(images, stream, batch_size=config.batch_size, denoiser=denoiser, part=share)
 
 
 def check_batch_size(stage: str, batch_size: int, *, processes: int, accumulate: int) -> None:

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from ..contract import Denoiser, Kwargs, Role, State, Step, TrainingData
 from ..editing.placed import Placed
@@ -33,12 +34,13 @@ from ..errors import CheckpointError, TrainingError
 from ..functional.losses import Regression, regression_loss
 from ..hosts import host_of
 from ..machine import processes
+from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.settings import Settings
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
 from .batches import Batches, check_batch_size
 from .guard import GuardConfig, check_weights
-from .trainee import Trainee
+from .trainee import Trainee, adamw, take_step
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
 LOSS_BY_ROLE: dict[Role, Regression] = {"attention": "l1", "mlp": "l2", "block": "l1"}
@@ -88,7 +90,7 @@ class DistillConfig(Settings):
     precision: Precision = "auto"
     """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
     compile: bool = False
-    """Compile each operator."""
+    """Compile each operator, and the teacher's attention and MLPs one by one."""
     guard: GuardConfig | None = None
     """Handling of a site's bad steps; if omitted, a non-finite loss is an error."""
     seed: NonNegativeInt = 0
@@ -140,7 +142,7 @@ def distill(
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
     fitting = _Fitting(Visited(teacher, operators, denoiser, config.precision, config.inputs), data, config)
     first = fitting.load(state) if state else 0
-    with _training(teacher, operators):
+    with _training(teacher, operators), compiled(_regions(teacher, operators) if config.compile else {}):
         source = fitting.source(cache_folder)
         if first == 0:
             start = partial(fitting.snapshot, 0)
@@ -162,6 +164,14 @@ def _training(teacher: nn.Module, operators: Mapping[str, Placed]) -> Iterator[N
             operator.eval()
 
 
+def _regions(teacher: nn.Module, operators: Mapping[str, Placed]) -> dict[str, nn.Module]:
+    """What runs compiled. Of a teacher that is attention and MLPs: it is visited between modules, not inside of them."""
+    sites = {site.path: teacher.get_submodule(site.path) for site in host_of(teacher).sites(teacher)}
+    return sites | {
+        f"the operator at {path}": operator for path, operator in operators.items() if operator.fits
+    }
+
+
 def check_division(config: DistillConfig) -> None:
     """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
     num_processes = processes.world_size() if config.spread == "data" else 1
@@ -175,7 +185,9 @@ class _Fitting:
         self.visited, self.data, self.config = visited, data, config
         self.train, held_out = split(len(data), config)
         visited.prepare("stage 1")
-        self.sites = {path: _Site(o, config) for path, o in visited.operators.items() if o.fits}
+        fitted = {path: operator for path, operator in visited.operators.items() if operator.fits}
+        self.optimizer = adamw([_trained(operator) for operator in fitted.values()], config)
+        self.sites = {path: _Site(operator, config, self.optimizer) for path, operator in fitted.items()}
         # the sites that this process fits, and the part of each batch that it fits them on
         mine, share = slice(None), processes.share()
         if config.spread == "sites":
@@ -209,25 +221,28 @@ class _Fitting:
         config = self.config
         for path in self.mine:
             self.sites[path].keep(step)
-        losses = self._figures(self._gradients(source, step))
-        norms = self._figures({path: self.sites[path].clip() for path in self.mine})
+        losses, norms = self._figures(self._gradients(source, step))
         findings = {path: self._judge(path, step, losses[path], norms[path]) for path in self.sites}
         values = {f"loss/{path}": loss for path, loss in losses.items() if math.isfinite(loss)}
         for path, finding in findings.items():
             told = self.sites[path].settle(step, finding)
             values |= {f"guard_{name}/{path}": value for name, value in told.items()}
+        self._clip({path: norms[path] for path in self.mine if not findings[path]})
+        take_step(self.optimizer)
         due = (step + 1) % config.holdout_every == 0 or step + 1 == config.steps
         return values | self.measure() if due else values
 
     def _gradients(self, source: Source, step: int) -> dict[str, Tensor]:
         """Take the gradients of a step, site by site; the losses of this process's sites."""
-        sums = {path: torch.zeros((), device=self.visited.device) for path in self.mine}
+        sums: dict[str, Tensor] = {}
 
         def visit(path: str, args: tuple, kwargs: Kwargs, target: Any) -> None:
             site = self.sites[path]
             with torch.enable_grad():
-                loss = site.loss(site.forward(*args, **kwargs), target) / self.config.accumulate
-            sums[path] += loss.detach()
+                loss = site.loss(site.forward(*args, **kwargs), target)
+                if self.config.accumulate > 1:
+                    loss = loss / self.config.accumulate
+            sums[path] = sums[path] + loss.detach() if path in sums else loss.detach()
             if site.parameters:
                 loss.backward()
 
@@ -237,13 +252,29 @@ class _Fitting:
             processes.average_gradients([p for p in parameters if p.grad is not None])
         return sums
 
-    def _figures(self, mine: Mapping[str, Tensor]) -> dict[str, float]:
-        """A figure of every site, from those of this process's sites."""
-        here = torch.stack(list(mine.values())).tolist() if mine else []
+    def _figures(self, losses: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Loss and gradient norm of every site, from those of this process's; they come from the device at once."""
+        gradients = {path: self.sites[path].gradients for path in self.mine}
+        norms = torch._foreach_norm([g for several in gradients.values() for g in several])
+        tensors = [*(losses[path] for path in self.mine), *norms]
+        figures = iter(torch.stack(tensors).tolist() if tensors else ())
+        here = [next(figures) for _ in self.mine]
+        here += [math.hypot(*islice(figures, len(several))) for several in gradients.values()]
         if self.config.spread == "data":
-            return dict(zip(mine, processes.mean(here), strict=True))
-        known = dict(zip(mine, here, strict=True))
-        return dict(zip(self.sites, processes.total([known.get(p, 0.0) for p in self.sites]), strict=True))
+            here = processes.mean(here)
+        else:
+            known = dict(zip(((kind, path) for kind in (0, 1) for path in self.mine), here, strict=True))
+            here = processes.total([known.get((kind, path), 0.0) for kind in (0, 1) for path in self.sites])
+        half = len(self.sites)
+        return dict(zip(self.sites, here[:half], strict=True)), dict(
+            zip(self.sites, here[half:], strict=True)
+        )
+
+    def _clip(self, norms: Mapping[str, float]) -> None:
+        """Scale down the gradients of sites whose norm is too large."""
+        for path, norm in norms.items():
+            if norm > self.config.clip_norm:
+                torch._foreach_mul_(self.sites[path].gradients, self.config.clip_norm / norm)
 
     def _judge(self, path: str, step: int, loss: float, norm: float) -> dict[str, float]:
         """Findings of a site's guard; raise an error if it says so."""
@@ -314,10 +345,9 @@ class _Fitting:
 class _Site(Trainee):
     """An operator in training. One that has nothing to learn is measured, not trained."""
 
-    def __init__(self, operator: Placed, config: DistillConfig):
-        parameters = [p for p in operator.parameters() if p.requires_grad]
-        super().__init__({"operator": operator}, parameters, config)
-        self.forward = torch.compile(operator.forward) if config.compile else operator.forward
+    def __init__(self, operator: Placed, config: DistillConfig, optimizer: AdamW | None):
+        super().__init__({"operator": operator}, _trained(operator), config, optimizer=optimizer)
+        self.operator = operator
         self._loss = partial(
             regression_loss,
             kind=config.loss or LOSS_BY_ROLE[operator.site.role],
@@ -326,10 +356,23 @@ class _Site(Trainee):
             outlier_threshold=config.outlier_threshold,
         )
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.operator.forward(*args, **kwargs)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
     def loss(self, output: Any, target: Any) -> Tensor:
         """Summed over the tensors of the output."""
-        pairs = zip(_tensors(output), _tensors(target), strict=True)
-        return torch.stack([self._loss(y, want) for y, want in pairs]).sum()
+        first, *others = (
+            self._loss(y, want) for y, want in zip(_tensors(output), _tensors(target), strict=True)
+        )
+        return sum(others, first)
+
+
+def _trained(operator: Placed) -> list[nn.Parameter]:
+    return [p for p in operator.parameters() if p.requires_grad]
 
 
 @dataclass

@@ -23,7 +23,8 @@ from ..editing.surgery import keep_apart, merge_adapters
 from ..errors import CheckpointError, TrainingError
 from ..hosts import host_of
 from ..machine import processes
-from ..machine.devices import default_device, mixed_precision
+from ..machine.compiling import compiled
+from ..machine.devices import default_device, mixed_precision, reading
 from ..machine.precision import settled
 from ..machine.randomness import seeded
 from ..machine.sharding import ShardedState, read_facts, read_tensors
@@ -34,7 +35,7 @@ from .phases import FinetuneConfig as FinetuneConfig
 from .phases import check_phases, phases_of, with_objectives
 from .student import Student, block_linears, held_in_bf16
 from .trained import Trained, mark, names_of, operator_parameters, selection
-from .trainee import Trainee
+from .trainee import Trainee, adamw, take_step
 
 
 def finetune(
@@ -177,7 +178,8 @@ class _Run:
             names = names_of(kept, model)
             training = _Training(student, batches, config, self.teacher, names, first=first, number=number)
             at = first if state is None else training.load(state)
-            yield from batches.steps(at, training.step, training.snapshot)
+            with compiled(student.regions):
+                yield from batches.steps(at, training.step, training.snapshot)
             training.finish()
         if config.lora is not None and config.lora.adapter == "merged":
             merge_adapters(model)
@@ -216,7 +218,8 @@ class _Training:
         self.average = Average(parameters, decay=config.ema_decay, device=on_cpu)
         kept = Trained({name: student.model.get_parameter(name) for name in names})
         parts = {"model": kept, "ema": self.average}
-        self.trainee = Trainee(parts, parameters, config, betas=config.betas, halve_at=config.halve_at)
+        optimizer = adamw([parameters], config, betas=config.betas)
+        self.trainee = Trainee(parts, parameters, config, optimizer=optimizer, halve_at=config.halve_at)
         if config.shard and self.trainee.optimizer is not None:
             _fill(self.trainee.optimizer)
 
@@ -226,14 +229,21 @@ class _Training:
         lr = trainee.learning_rate(own)
         trainee.keep(own)
         losses = self._gradients(step)
-        figures = {"loss": losses.pop("loss"), "lr": lr, "grad_norm": trainee.clip().item()} | losses
+        known = torch.stack([*losses.values(), trainee.clip()])
+        read = reading(known)
+        is_taken = trainee.launch(own, known)
+        *means, norm = processes.mean(read())
+        means = dict(zip(losses, means, strict=True))
+        figures = {"loss": means.pop("loss"), "lr": lr, "grad_norm": norm} | means
         finding = trainee.guard.judge({name: figures[name] for name in ("loss", "grad_norm")})
         if finding and trainee.guard.stops:
             raise TrainingError(
                 f"stage 2{self._name}, step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; the model is as it "
                 f"was after step {step - 1}. Lower lr (now {lr:g}) or use precision: fp32{trainee.guard.why()}"
             )
-        told = trainee.settle(own, finding)
+        told = {} if is_taken else trainee.settle(own, finding)
+        if not is_taken:
+            take_step(trainee.optimizer)
         if not finding:
             self.average.step()
         # JSON has no words for the others
@@ -247,8 +257,8 @@ class _Training:
     def _name(self) -> str:
         return "" if self.number is None else f", phase {self.number}"
 
-    def _gradients(self, step: int) -> dict[str, float]:
-        """Take the gradients of a step; its losses, as means over processes."""
+    def _gradients(self, step: int) -> dict[str, Tensor]:
+        """Take the gradients of a step; its losses in this process."""
         sums: dict[str, Tensor] = {}
         parts = self.batches.at(step)
         for number, part in enumerate(parts):
@@ -257,7 +267,7 @@ class _Training:
                 (losses["loss"] / len(parts)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        return dict(zip(sums, processes.mean([value.item() for value in sums.values()]), strict=True))
+        return sums
 
     def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
         """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""

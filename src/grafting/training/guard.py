@@ -20,8 +20,8 @@ from ..machine.sharding import whole
 # figures that a median is first taken of
 _FEWEST = 10
 
-# times the median: as good as none
-_NEVER = 2.0**62
+NEVER = 2.0**62
+"""Times the median: as good as none."""
 
 
 class GuardState(TypedDict):
@@ -52,7 +52,7 @@ class Guard:
     """Judges steps by their figures. Without a config, a figure that is not finite stops."""
 
     def __init__(self, config: GuardConfig | None):
-        self.config = config or GuardConfig(spike=_NEVER, policy="stop")
+        self.config = config or GuardConfig(spike=NEVER, policy="stop")
         self.lr_factor = 1.0
         self._events = 0
         self._history: dict[str, deque[float]] = {}

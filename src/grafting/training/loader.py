@@ -5,7 +5,7 @@ A step's batch is a pure function of the data, the seed and the step, so nothing
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -34,6 +34,7 @@ class Loader:
         prefetch: batches read ahead; 0 reads each when it is asked for.
         workers: threads that read, each a batch at a time; several, since a network's disk is slow to answer, not to read.
         pin: give tensors in pinned memory, from which copies to an accelerator overlap with computation.
+        finish: makes of a step and its items what is given for it, in the threads that read; by default the items.
 
     Raises:
         DataError: there are no items.
@@ -51,20 +52,21 @@ class Loader:
         prefetch: int = 4,
         workers: int = 4,
         pin: bool = False,
+        finish: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, ...]] = lambda step, items: items,
     ):
         self._count = len(data) if items is None else len(items)
         if not self._count:
             raise DataError("there are no items to batch")
         self._data, self._batch_size, self._seed, self._items = data, batch_size, seed, items
         self._steps, self._share, self._prefetch = steps, share, prefetch
-        self._pin = pin
+        self._pin, self._finish = pin, finish
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grafting-loader")
-        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+        self._ahead: dict[int, Future[tuple[Tensor, ...]]] = {}
         self.seconds_waited = 0.0
         """Time that callers have waited for batches."""
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's items [b, C, H, W] of training step `step`, and their labels [b].
+    def at(self, step: int) -> tuple[Tensor, ...]:
+        """This process's items [b, C, H, W] of training step `step`, and their labels [b]; or what `finish` makes of them.
 
         Fast for the step after the last one; any other step restarts there.
 
@@ -77,7 +79,7 @@ class Loader:
         self.seconds_waited += time.perf_counter() - started
         return batch
 
-    def from_step(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def from_step(self, first: int) -> Iterator[tuple[Tensor, ...]]:
         """The batches of step `first` and of all that follow, to the end."""
         step = first
         while self._steps is None or step < self._steps:
@@ -108,10 +110,11 @@ class Loader:
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._pool.submit(self._read, wanted)
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+    def _read(self, step: int) -> tuple[Tensor, ...]:
         indices = batch_indices(self._count, self._batch_size, step, self._seed)[self._share]
-        x, labels = read_items(self._data, indices if self._items is None else self._items[indices])
-        return (x.pin_memory(), labels.pin_memory()) if self._pin else (x, labels)
+        items = read_items(self._data, indices if self._items is None else self._items[indices])
+        finished = self._finish(step, items)
+        return tuple(tensor.contiguous().pin_memory() for tensor in finished) if self._pin else finished
 
 
 def read_items(data: TrainingData, indices: Tensor) -> tuple[Tensor, Tensor]:

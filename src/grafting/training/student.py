@@ -36,13 +36,12 @@ class Student:
         self.checkpoints = config.gradient_checkpointing
         if self.checkpoints:
             cast("ModelMixin", self.model).enable_gradient_checkpointing()
-        modules = [self.model.get_submodule(path) for path in blocks]
-        self.compiled = modules if config.compile else []
-        for block in self.compiled:
-            block.compile()
+        modules = {path: self.model.get_submodule(path) for path in blocks}
+        self.regions = modules if config.compile else {}
+        """What is to run compiled, by path."""
         self.call: nn.Module = _Call(self.model, denoiser)
         if self.model is not model:
-            shard(self.call, modules, device)
+            shard(self.call, list(modules.values()), device)
         elif processes.connect():
             # every process begins with the main one's weights
             devices = None if device.type == "cpu" else [device]
@@ -59,8 +58,6 @@ class Student:
 
     def finish(self) -> None:
         """Leave the weights in the model that was given."""
-        for block in self.compiled:
-            block._compiled_call_impl = None
         if self.checkpoints:
             cast("ModelMixin", self.model).disable_gradient_checkpointing()
         if self.model is not self.result:
@@ -84,19 +81,20 @@ class _Call(nn.Module):
 @contextmanager
 def held_in_bf16(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, these are in bf16, and their fp32 values wait on the CPU. What shares memory goes on sharing it."""
-    full: dict[int, tuple[Tensor, torch.device]] = {}
+    full: dict[int, Tensor] = {}
     half: dict[int, Tensor] = {}
     places = [(parameter, parameter.data_ptr()) for parameter in parameters]
     for parameter, place in places:
         if place not in full:
-            full[place] = (parameter.data.cpu(), parameter.device)
+            full[place] = parameter.data.cpu()
             half[place] = parameter.data.bfloat16()
         parameter.data = half[place]
     half.clear()
     try:
         yield
     finally:
-        back = {place: tensor.to(device) for place, (tensor, device) in full.items()}
+        # the model may have been moved meanwhile
+        back = {place: full[place].to(parameter.device) for parameter, place in places}
         for parameter, place in places:
             parameter.data = back[place]
 

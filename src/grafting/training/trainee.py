@@ -1,20 +1,22 @@
-"""Parameters trained together: their optimizer, learning rate and guard, and the state a rollback returns to.
+"""Parameters trained together: their part of an optimizer, learning rate and guard, and the state a rollback returns to.
 
 Stage 1 has one for each site, stage 2 one for the whole model. Gradients are the stages' own.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from ..contract import State
 from ..functional.schedule import learning_rate_factor
-from ..machine.sharding import kept_copy, whole
-from .guard import Guard, GuardConfig
+from ..machine.sharding import is_spread, kept_copy, whole
+from .guard import NEVER, Guard, GuardConfig
+
+# devices on which torch steps all parameters in one kernel
+_FUSED = {"cpu", "cuda", "mps", "xpu"}
 
 
 @runtime_checkable
@@ -30,12 +32,36 @@ class TrainingConfig(Protocol):
     guard: GuardConfig | None
 
 
+def adamw(
+    sets: Sequence[Sequence[nn.Parameter]],
+    config: TrainingConfig,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> AdamW | None:
+    """One optimizer of these parameters, with a group for each set of them that is not empty; None where all are."""
+    groups = [{"params": list(parameters)} for parameters in sets if parameters]
+    if not groups:
+        return None
+    is_fused = {p.device.type for parameters in sets for p in parameters} <= _FUSED
+    return AdamW(
+        groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True if is_fused else None
+    )
+
+
+def take_step(optimizer: AdamW | None) -> None:
+    """Step all parameters that have a gradient, and drop the gradients."""
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 class Trainee:
     """Parameters in training.
 
     Args:
-        parts: what a rollback returns and a state holds, by its name there; the optimizer is added.
+        parts: what a rollback returns and a state holds, by its name there; the moments of `optimizer` are added.
         parameters: what is trained; where there are none, steps do nothing.
+        optimizer: has a group of these parameters, and perhaps others.
     """
 
     def __init__(
@@ -44,12 +70,14 @@ class Trainee:
         parameters: Sequence[nn.Parameter],
         config: TrainingConfig,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        optimizer: AdamW | None,
         halve_at: Sequence[int] = (),
     ):
         self.parts, self.parameters, self.config, self.halve_at = parts, parameters, config, halve_at
-        adam = partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-        self.optimizer = adam(parameters) if parameters else None
+        self.optimizer = optimizer
+        self.group: dict[str, Any] = {}
+        if optimizer is not None and parameters:
+            self.group = next(g for g in optimizer.param_groups if g["params"][0] is parameters[0])
         self.guard = Guard(config.guard)
         self.kept: State | None = None
 
@@ -76,19 +104,37 @@ class Trainee:
             return torch.zeros(())
         return whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
 
+    def launch(self, step: int, figures: Tensor) -> bool:
+        """Take the step before anyone has read its figures, if that can be: where one is not finite nothing changes.
+
+        False if it is left to be taken: the guard may find something else, or the optimizer cannot tell by itself.
+        """
+        if self.optimizer is None or self.guard.config.spike < NEVER or not self.group["fused"]:
+            return False
+        if is_spread(self.parameters[0]):
+            return False
+        self.group["lr"] = self.learning_rate(step)
+        # as torch's GradScaler tells an optimizer
+        self.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+        take_step(self.optimizer)
+        return True
+
     def settle(self, step: int, finding: Mapping[str, float]) -> dict[str, float]:
-        """Take a step, or pass over one in which the guard found something; what was found and done."""
+        """Make ready for the optimizer's step, which passes over these parameters if the guard found something.
+
+        Returns what was found and done.
+        """
         if not finding:
-            self._update(self.learning_rate(step))
-        elif self.guard.rolls_back and self.kept is not None:
+            self.group["lr"] = self.learning_rate(step)
+            return {}
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.guard.rolls_back and self.kept is not None:
             self._restore(self.kept)
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-        return dict(finding) | self.guard.done(step) if finding else {}
+        return dict(finding) | self.guard.done(step)
 
     def weights(self) -> State:
-        optimizer = self.optimizer.state_dict() if self.optimizer is not None else {}
-        return {name: part.state_dict() for name, part in self.parts.items()} | {"optimizer": optimizer}
+        return {name: part.state_dict() for name, part in self.parts.items()} | {"optimizer": self._moments()}
 
     def state(self, step: int) -> State:
         """State to resume from after `step` steps; with the rollback state, if that is not this state itself."""
@@ -99,15 +145,25 @@ class Trainee:
         self._restore(state)
         self.kept = state.get("kept")
 
-    def _update(self, lr: float) -> None:
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+    def _moments(self) -> State:
+        """What the optimizer holds of these parameters, in the form of an optimizer's state of these alone."""
+        if self.optimizer is None or not self.parameters:
+            return {}
+        moments = self.optimizer.state
+        held = {i: moments[p] for i, p in enumerate(self.parameters) if p in moments}
+        group = self.group | {"params": list(range(len(self.parameters)))}
+        return {"state": held, "param_groups": [group]}
 
     def _restore(self, weights: Mapping[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(weights[name])
-        if self.optimizer is not None:
-            # an optimizer takes tensors over as they are
-            self.optimizer.load_state_dict(copy.deepcopy(weights["optimizer"]))
+        if self.optimizer is None:
+            return
+        saved = weights["optimizer"].get("state", {})
+        for number, parameter in enumerate(self.parameters):
+            self.optimizer.state.pop(parameter, None)
+            if number in saved:
+                # its settings are the config's; its tensors are copied, and lie where its kernel wants them
+                self.optimizer.state[parameter] = {
+                    name: value.detach().clone().to(parameter.device) for name, value in saved[number].items()
+                }

@@ -48,8 +48,13 @@ def less_base(
     return own, Delta(dtype=_NAMES[dtype], borrowed=borrowed, sha256=sha256)
 
 
-def borrow(delta: Delta, base: Mapping[str, Tensor], *, otherwise: str) -> dict[str, Tensor]:
-    """The tensors of the base that a delta borrows, each known to be the one that it was saved with.
+def borrow(delta: Delta, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a base, as `check_is_base` found it, that a delta borrows."""
+    return {name: base[base_name] for name, base_name in delta.borrowed.items()}
+
+
+def check_is_base(delta: Delta, base: Mapping[str, Tensor], *, otherwise: str) -> None:
+    """Hash the tensors that a delta borrows: each has to be the one that it was saved with.
 
     Args:
         otherwise: what is wrong where they are not.
@@ -65,4 +70,3 @@ def borrow(delta: Delta, base: Mapping[str, Tensor], *, otherwise: str) -> dict[
     if faults:
         counted = f"{otherwise}: {len(faults)} of {len(delta.sha256)} tensors differ"
         raise CheckpointError(listed(counted, faults, most=12))
-    return {name: base[base_name] for name, base_name in delta.borrowed.items()}

@@ -19,14 +19,14 @@ from ..editing.plan import Plan
 from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import Host, constructed, host_of, hosts, unknown_class
-from ..machine.files import atomic_files, hash_json, sha256_of, write_bytes, write_json
+from ..machine.files import Stamp, atomic_files, hash_json, sha256_of, stamp_of, write_bytes, write_json
 from ..machine.reading import Json, JsonObject, cut, damage, read_json
 from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
 from .card import CARD_NAME, card_of
-from .delta import Delta, borrow, less_base
+from .delta import Delta, borrow, check_is_base, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
-from .tensors import check_can_be_saved, load_strictly, load_tensors, read_weights, save_tensors
+from .tensors import check_can_be_saved, filled, load_tensors, read_weights, save_tensors
 
 # what a folder may hold of one model and not of the next
 _WEIGHTS = (WEIGHTS_NAME, GRAFTED_NAME, DELTA_NAME, ADAPTER_NAME, ADAPTER_CONFIG_NAME)
@@ -175,8 +175,9 @@ def _load(
     config = read_config(folder)
     grafting = config.pop("grafting", None)
     if grafting is None:
-        model = _build(folder, _model_class(folder, config, host), config)
-        load_strictly(model, with_adapter(folder, read_weights(folder)), source=str(folder))
+        plain = _model_class(folder, config, host)
+        tensors = with_adapter(folder, read_weights(folder))
+        model = filled(lambda: _build(folder, plain, config), tensors, source=str(folder))
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     if not isinstance(grafting, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a graft: `grafting` is no mapping")
@@ -190,8 +191,9 @@ def _load(
     tensors = read_weights(folder) if signed.delta is None else load_tensors(weights)
     if signed.delta is not None:
         tensors |= _borrowed(folder, record, signed.delta, base=base, above=above)
-    model = _build(folder, model_class, {**config, "grafting": record.model_dump(mode="json")})
-    load_strictly(model, with_adapter(folder, tensors), source=str(weights))
+    settings = {**config, "grafting": record.model_dump(mode="json")}
+    tensors = with_adapter(folder, tensors)
+    model = filled(lambda: _build(folder, model_class, settings), tensors, source=str(weights))
     return (model if dtype == torch.float32 else model.to(dtype)).eval(), record.plan
 
 
@@ -350,13 +352,33 @@ def _borrowed(
         raise CheckpointError(f"{folder} is a delta but does not name its base")
     where = record.base if base is None else Base(id=str(base))
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
-    return borrow(
-        delta,
-        _base_tensors(
-            where, dtype=getattr(torch, delta.dtype), host=record.described, above=(*above, folder.resolve())
-        ),
-        otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
+    found = model_in(find_model(where.id, revision=where.revision))
+    before = _stamps_of(found)
+    tensors = _base_tensors(
+        where, dtype=getattr(torch, delta.dtype), host=record.described, above=(*above, folder.resolve())
     )
+    known = (hash_json(delta.model_dump(mode="json")), found.resolve(), before)
+    if known not in _COMPARED:
+        check_is_base(
+            delta,
+            tensors,
+            otherwise=f"{folder} is a delta of {record.base.id}{revision}, and {where.id} is another model",
+        )
+    if before is not None and before == _stamps_of(found):
+        _COMPARED.add(known)
+    return borrow(delta, tensors)
+
+
+# what deltas ask of their bases, and those bases' files, whose tensors this process has hashed
+_COMPARED: set[tuple[str, Path, tuple[Stamp | None, ...] | None]] = set()
+
+
+def _stamps_of(folder: Path) -> tuple[Stamp | None, ...] | None:
+    """What shows that a whole model's files are as they were; None where nothing does, or it borrows of another."""
+    if not folder.is_dir() or (folder / DELTA_NAME).is_file():
+        return None
+    stamps = tuple(stamp_of(path) for path in sorted(folder.iterdir()) if path.is_file())
+    return None if None in stamps else stamps
 
 
 def _base_tensors(

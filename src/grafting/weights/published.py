@@ -28,7 +28,7 @@ from .diffusers import diffusers_folder, read_diffusers
 from .folder import load_model, save_model
 from .locate import CONFIG_NAME, find_folder, model_in
 from .portable import Base
-from .tensors import load_strictly, load_tensors, read_pickle
+from .tensors import filled, load_tensors, read_pickle
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -124,12 +124,16 @@ def read_published(source: Path, facts: PublishedFacts) -> Published:
         tensors, key = read_file(path)
         config, plan, renamed = recognise(tensors, facts, source=str(path))
         origin = {"format": "facebookresearch/DiT", "file": path.name, "key": key, "sha256": sha256_of(path)}
-    try:
+
+    def make() -> DiT:
         model = DiT(**config)
         graft(model, plan, inherit=False)
+        return model
+
+    try:
+        model = filled(make, renamed, source=str(source))
     except (PlanError, ValueError) as error:
         raise CheckpointError(f"{source} was recognised as DiT {config}, which cannot be: {error}") from error
-    load_strictly(model, renamed, source=str(source))
     return Published(model.eval(), plan, origin)
 
 

@@ -1,6 +1,9 @@
 """Tensors in files: safetensors, written atomically and loaded strictly, and torch files from which no code is run."""
 
 import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +11,9 @@ import torch
 from pydantic import BaseModel, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import init
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from ..editing.adapters import adapters_of
 from ..editing.surgery import Operators
@@ -136,13 +142,106 @@ def load_operators(path: Path, operators: Operators) -> None:
         load_strictly(module, own, source=f"{path} at {site}")
 
 
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
+def filled(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], *, source: str) -> nn.Module:
+    """The model that `make` makes, whose parameters and persistent buffers lie in these tensors' memory where the dtype is theirs.
+
+    Its parameters are not drawn before, so this takes no longer than the files' mapping. Tensors of `load_tensors` are mapped
+    copy on write: training changes no file. Of two names for one memory, the second gets a copy.
+
+    Raises:
+        CheckpointError: as `load_strictly`. What `make` raises.
+    """
+    model = _without_values(make)
+    if model is None:
+        model = make()
+        load_strictly(model, tensors, source=source)
+        return model
+    own = model.state_dict()
+    _check_fits(model, own, tensors, source=source)
+    taken: set[int] = set()
+    assigned = {}
+    for name, like in own.items():
+        tensor = tensors[name].to(like.dtype)
+        is_shared = tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in taken
+        assigned[name] = tensor.clone() if is_shared else tensor
+        taken.add(assigned[name].untyped_storage().data_ptr())
+    model.load_state_dict(assigned, assign=True)
+    return model
+
+
+def _without_values(make: Callable[[], nn.Module]) -> nn.Module | None:
+    """The model with its parameters on meta and all else as it is made; None if it needs their values, or ties some of them."""
+    try:
+        with parameters_on_meta():
+            model = make()
+    except Exception:  # values were asked of meta; or the settings are wrong, which the second try says
+        return None
+    named = [name for name, _ in model.named_parameters()]
+    all_names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    others = (value for m in model.modules() for value in (*m.buffers(recurse=False), *vars(m).values()))
+    derived = any(isinstance(value, Tensor) and value.is_meta for value in others)
+    return None if derived or len(named) != len(all_names) else model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread registers inside have no values; buffers, and all else that a constructor computes, have."""
+    thread, known = threading.get_ident(), {}
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        _, empty = known.setdefault(id(parameter), (parameter, _on_meta(parameter)))
+        return empty
+
+    handle = register_module_parameter_registration_hook(emptied)
+    try:
+        with _Undrawn():
+            yield
+    finally:
+        handle.remove()
+
+
+_DRAWS = frozenset(
+    {
+        Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_,
+        init.constant_, init.kaiming_uniform_, init.normal_, init.trunc_normal_, init.uniform_,
+    }
+)  # fmt: skip
+
+
+class _Undrawn(TorchFunctionMode):
+    """Does not initialise tensors on meta, for which torch takes longer than for all else in a constructor."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    empty = parameter.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Copy tensors into a module that has exactly these names and shapes.
 
     Raises:
         CheckpointError: lists what is missing, unexpected or of another shape; the module is unchanged.
     """
-    own = module.state_dict()
+    _check_fits(module, module.state_dict(), tensors, source=source)
+    module.load_state_dict(tensors)
+
+
+def _check_fits(
+    module: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: str
+) -> None:
     faults = [f"missing tensor {name}" for name in own.keys() - tensors.keys()]
     faults += [f"unexpected tensor {name}" for name in tensors.keys() - own.keys()]
     faults += [
@@ -153,7 +252,6 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], *, source: str)
     if faults:
         head = f"{source} does not fit {type(module).__name__}: {len(faults)} faults"
         raise CheckpointError(listed(head, sorted(faults), most=12))
-    module.load_state_dict(tensors)
 
 
 def tensor_hash(tensor: Tensor) -> str:

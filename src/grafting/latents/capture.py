@@ -1,0 +1,332 @@
+"""Prompts as a pipeline encodes them, caught from its own calls of its transformer.
+
+The pipeline is called as its users call it, one prompt at a time. Its transformer is stood in for by one that returns zeros, and the
+call ends where the scheduler is asked for its first step. So the transformer's weights are not needed: they may be on `meta`. What an
+argument depends on is found by changing one thing at a time: the prompt, the seed, the size, the number of prompts. The prompt that
+asks for nothing is taken from a guided call, since some pipelines put an instruction before all others.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Kwargs
+from ..data.promptfolder import Prompt
+from ..errors import HostError
+from ..hosts import Host
+from ..hosts._pipelines import transformer_of
+
+_TRIED = (
+    "a red cat on the mat",
+    "a blue dog in the hat",
+    "a small house beside the sea under three tall trees",
+)
+"""Two prompts of as many words, and a longer one."""
+_SIZES = ((512, 768), (256, 384), (64, 96), (32, 64), (128, 256))
+"""Heights and widths to try, until two are taken: one of them differs from the pipeline's own in both."""
+_FRAMES = (9, 17)
+_TIMES = frozenset({"timestep", "timesteps", "t"})
+_SAME = 1e-5
+"""Relative difference up to which a cut prompt gives what a padded one gives."""
+
+
+class _Enough(Exception):  # no error: it ends a pipeline's call
+    """The scheduler was asked for its first step."""
+
+
+def first_step(pipeline: Any, **call: Any) -> list[dict[str, Any]]:
+    """Arguments of the transformer's calls before the scheduler's first step, flat by name, on the CPU; None and {} left out.
+
+    A dotted name is an argument inside a mapping; one that ends in `[]` is a list of tensors.
+
+    Raises:
+        HostError: the pipeline does not run on this call.
+    """
+    model = transformer_of(pipeline)
+    calls: list[Kwargs] = []
+    generator = torch.Generator().manual_seed(call.pop("seed", 0))
+    given = {"num_inference_steps": 2, "generator": generator, **call}
+    try:
+        with _stood_in(model, calls), _ending(pipeline), torch.no_grad():
+            pipeline(**given)
+    except _Enough:
+        pass
+    except Exception as error:
+        told = ", ".join(f"{k}={v!r}" for k, v in call.items())
+        raise HostError(
+            f"{type(pipeline).__name__} does not run on {told}: {type(error).__name__}: {error}; give what else it needs"
+        ) from error
+    if not calls:
+        raise HostError(f"{type(pipeline).__name__} did not call its transformer")
+    return calls
+
+
+@contextmanager
+def _stood_in(model: nn.Module, calls: list[Kwargs]) -> Iterator[None]:
+    """Inside, the model notes what it is called with, and returns zeros."""
+    forward, before = model.forward, vars(model).get("forward")
+
+    @functools.wraps(forward)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+        calls.append(dict(_leaves(arguments)))
+        zeros = _zeros_like(next(iter(arguments.values())))
+        return (zeros,) if arguments.get("return_dict") is False else _Output(zeros)
+
+    model.forward = noting
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+class _Output(tuple):
+    """What a model returns, by place and as `sample`."""
+
+    def __new__(cls, sample: Any) -> "_Output":
+        return super().__new__(cls, (sample,))
+
+    @property
+    def sample(self) -> Any:
+        return self[0]
+
+
+def _zeros_like(x: Any) -> Any:
+    return torch.zeros_like(x) if isinstance(x, Tensor) else [torch.zeros_like(item) for item in x]
+
+
+@contextmanager
+def _ending(pipeline: Any) -> Iterator[None]:
+    """Inside, the scheduler's step ends the call; nothing is shown."""
+    scheduler, shows = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+
+    @functools.wraps(scheduler.step)  # pipelines look at its signature
+    def step(*args: Any, **kwargs: Any) -> None:
+        raise _Enough
+
+    scheduler.step = step
+    pipeline.set_progress_bar_config(**shows | {"disable": True})
+    try:
+        yield
+    finally:
+        del scheduler.step
+        pipeline.set_progress_bar_config(**shows)
+        pipeline.maybe_free_model_hooks()
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
+        yield f"{name}[]", [item.detach().cpu().clone() for item in value]
+    elif isinstance(value, Tensor):
+        yield name, value.detach().cpu().clone()
+    elif value is not None and name != "return_dict":
+        yield name, value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How a pipeline passes prompts to its transformer, and what its calls have beside.
+
+    Made by `watch`; then `row` encodes a prompt.
+    """
+
+    pipeline: Any
+    call: Kwargs
+    """What the pipeline is called with, beside the prompt."""
+    axes: dict[str, int | None]
+    """Batch axis of each argument that depends on the prompt; None of a list."""
+    place: int
+    """Which of a step's rows is the prompt's, of the two that a guided call has."""
+    null: dict[str, Tensor] | None
+    """The prompt that asks for nothing; None where the pipeline does not guide."""
+    common: dict[str, Tensor]
+    constants: Kwargs
+    masks: dict[str, str] = field(default_factory=dict)
+    """Tensors that are cut to a prompt's own length, and the mask of each: where that was seen to change nothing."""
+
+    def row(self, words: str) -> Prompt:
+        """A prompt, encoded.
+
+        Raises:
+            HostError: the pipeline does not run on it, or passes it otherwise than those that were tried.
+        """
+        calls = first_step(self.pipeline, prompt=words, **self.call)
+        rows = {name: _rows(calls, name, axis) for name, axis in self.axes.items()}
+        if any(len(found) <= self.place for found in rows.values()):
+            raise HostError(f"{type(self.pipeline).__name__} passes {words!r} otherwise than other prompts")
+        return Prompt(words, self._cut({name: found[self.place] for name, found in rows.items()}))
+
+    def null_row(self, words: str) -> Prompt | None:
+        return None if self.null is None else Prompt(words, self._cut(self.null))
+
+    def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = dict(tensors)
+        for name, mask in self.masks.items():
+            length = max(int(tensors[mask].bool().sum()), 1)
+            kept |= {part: tensors[part][:length].clone() for part in (name, mask)}
+        return kept
+
+
+def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Capture:
+    """Find how a pipeline passes prompts, by a handful of calls that end before the transformer's first step.
+
+    Args:
+        host: of its transformer, which is asked whether a padded prompt may be cut; None: none is.
+        call: what the pipeline is called with, beside the prompt.
+
+    Raises:
+        HostError: the pipeline does not run on this call, or passes a prompt in a way that no table can hold.
+    """
+    first, other, longer = ([dict(c) for c in first_step(pipeline, prompt=p, **call)] for p in _TRIED)
+    seeded = first_step(pipeline, prompt=_TRIED[0], seed=1, **call)
+    two = first_step(pipeline, prompt=list(_TRIED[:2]), **call)
+    sized = _of_other_sizes(pipeline, call)
+    names = [name for name in first[0] if name not in _TIMES and _equal(first[0][name], seeded[0].get(name))]
+    axes = {name: _batch_axis(first[0][name], two[0].get(name)) for name in names}
+    moved = [name for name in names if _moves(name, first, other) or _moves(name, first, longer)]
+    by_size = [name for name in names if any(_moves(name, first, step) for step in sized)]
+    if both := sorted(set(moved) & set(by_size)):
+        raise HostError(
+            f"{type(pipeline).__name__} passes {', '.join(both)}, which depends on the prompt and on the size of the image: prompts "
+            "of it cannot be stored"
+        )
+    if not moved:
+        raise HostError(f"{type(pipeline).__name__} passes nothing that depends on the prompt")
+    if alone := [name for name in moved if axes[name] is None and not name.endswith("[]")]:
+        raise HostError(
+            f"{type(pipeline).__name__} passes {', '.join(alone)} without an axis of prompts: they cannot be stored"
+        )
+    table = {name: axes[name] for name in moved}
+    place, null = _places(pipeline, first, other, table)
+    kept = [name for name in names if name not in moved and name not in by_size]
+    common = {
+        n: _rows(first, n, axes[n])[0]
+        for n in kept
+        if axes[n] is not None and isinstance(first[0][n], Tensor)
+    }
+    constants = {n: _plain(first[0][n]) for n in kept if n not in common and first[0][n] != {}}
+    masks = (
+        {}
+        if host is None
+        else _masks(host, {name: _rows(first, name, axis)[place] for name, axis in table.items()})
+    )
+    return Capture(pipeline, dict(call), table, place, null, common, constants, masks)
+
+
+def _of_other_sizes(pipeline: Any, call: Mapping[str, Any]) -> list[list[Kwargs]]:
+    """Steps of images of two other sizes, and of videos of other lengths; none where the pipeline takes no size."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    found: list[list[Kwargs]] = []
+    for height, width in _SIZES if {"height", "width"} <= takes.keys() else ():
+        with suppress(HostError):
+            found.append(first_step(pipeline, prompt=_TRIED[0], **{**call, "height": height, "width": width}))
+        if len(found) == 2:
+            break
+    else:
+        if "height" in takes:
+            raise HostError(
+                f"{type(pipeline).__name__} takes none of the sizes that were tried, so what depends on the size is not known"
+            )
+    if "num_frames" in takes:
+        found += [first_step(pipeline, prompt=_TRIED[0], **{**call, "num_frames": n}) for n in _FRAMES]
+    return found
+
+
+def _moves(name: str, a: list[Kwargs], b: list[Kwargs]) -> bool:
+    return any(not _equal(x.get(name), y.get(name)) for x, y in zip(a, b, strict=True))
+
+
+def _batch_axis(one: Any, two: Any) -> int | None:
+    """The axis along which two prompts stand where one stood; None where none grows."""
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.ndim != two.ndim:
+        return None
+    grown = [i for i in range(one.ndim) if two.shape[i] == 2 * one.shape[i] and one.shape[i]]
+    return grown[0] if len(grown) == 1 else None
+
+
+def _rows(calls: list[Kwargs], name: str, axis: int | None) -> list[Tensor]:
+    """An argument's rows of a step, without the batch axis: of a guided pipeline two, in one call or in two."""
+    values = [call[name] for call in calls if name in call]
+    if axis is None:
+        return [item for value in values for item in value]
+    return [row.clone() for value in values for row in value.unbind(axis)]
+
+
+def _places(
+    pipeline: Any, first: list[Kwargs], other: list[Kwargs], table: Mapping[str, int | None]
+) -> tuple[int, dict[str, Tensor] | None]:
+    """Which row of a step is the prompt's, and the rows of the null, if there is one."""
+    pairs = {n: (_rows(first, n, axis), _rows(other, n, axis)) for n, axis in table.items()}
+    count = max(len(rows) for rows, _ in pairs.values())
+    moved = {
+        i
+        for rows, others in pairs.values()
+        for i, (a, b) in enumerate(zip(rows, others, strict=True))
+        if not _equal(a, b)
+    }
+    if len(moved) != 1 or count > 2 or any(len(rows) != count for rows, _ in pairs.values()):
+        raise HostError(
+            f"{type(pipeline).__name__} calls its transformer with {count} rows a prompt, of which {len(moved)} depend on it: one of one or "
+            "two is expected"
+        )
+    place = moved.pop()
+    null = {name: rows[1 - place] for name, (rows, _) in pairs.items()} if count == 2 else None
+    return place, null
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _masks(host: Host, row: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tensors that may be cut to where their mask ends: if a tiny model of the class gives the same for a prompt that is cut and one
+    that is padded."""
+    masks = [n for n, t in row.items() if t.ndim == 1 and len(t) > 1 and bool(((t == 0) | (t == 1)).all())]
+    found = {
+        name: mask
+        for mask in masks
+        for name, tensor in row.items()
+        if tensor.ndim == 2
+        and len(tensor) == len(row[mask])
+        and not name.endswith("[]")
+        and "." not in name + mask
+    }
+    return {name: mask for name, mask in found.items() if _cuts(host, name, mask, row[mask].dtype)}
+
+
+@torch.no_grad()
+def _cuts(host: Host, name: str, mask: str, dtype: torch.dtype) -> bool:
+    model = host.tiny().eval()
+    length, own = 6, 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = host.example(model, rows=4, cols=4, batch_size=1, num_text=length)
+    if name not in inputs or inputs[name].shape[1] != length:
+        return False
+    padded = torch.arange(length)[None] < own
+    whole = model(**{**inputs, mask: padded.to(dtype)}, return_dict=False)[0]
+    cut = model(
+        **{**inputs, name: inputs[name][:, :own], mask: padded[:, :own].to(dtype)}, return_dict=False
+    )[0]
+    if isinstance(whole, Sequence):
+        whole, cut = whole[0], cut[0]
+    return bool((whole - cut).norm() <= _SAME * whole.norm())

@@ -1,0 +1,289 @@
+"""A list of prompts to a folder of encoded ones, by a pipeline that need not hold its transformer."""
+
+import hashlib
+import importlib.util
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue, PositiveInt
+from torch import Tensor, nn
+
+from ..contract import Step
+from ..data.promptfolder import Prompt, PromptFolder
+from ..data.prompts import Dropout
+from ..errors import CheckpointError, DataError, HostError
+from ..hosts import Host, host_of
+from ..hosts._pipelines import transformer_of
+from ..machine.files import hash_json
+from ..machine.reading import JsonObject, parse_json, read_json, read_text
+from ..machine.settings import Settings
+from ..weights.locate import PIPELINE_NAME, find_folder
+from .capture import watch
+
+FORMAT = 1
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_COLUMNS = ("prompt", "caption", "text")
+_LONGEST = 1 << 16  # characters of a prompt
+_SUFFIXES = (".txt", ".caption")
+# of a pipeline: all but the weights of its transformers and its autoencoder
+_FILES = ("*.json", "*/*.json", "text_encoder*/*", "tokenizer*/*", "image_encoder/*", "feature_extractor/*")
+
+
+class PromptingConfig(Settings):
+    """Encoding of prompts by a pipeline."""
+
+    negative: str | None = None
+    """Prompt that asks for nothing. If omitted, what the pipeline takes for it."""
+    guidance: float | None = None
+    """Guidance that the pipeline is called with: of a distilled model what it is told. If omitted, the pipeline's default."""
+    max_length: PositiveInt | None = None
+    """Tokens of a prompt, where the pipeline takes `max_sequence_length`. If omitted, the pipeline's default."""
+    dropout: Dropout | None = None
+    """Share of prompts that training replaces by the null: 0.1 if omitted, and 0 where there is none."""
+    shard_size: PositiveInt = 256
+    """Prompts per shard; a killed process loses at most one shard."""
+
+
+def read_words(source: Path, *, column: str | None = None) -> list[str]:
+    """Prompts of a text file with one a line, of a JSONL file, or of the captions beside the images in a folder, by name.
+
+    Args:
+        column: of a JSONL file: the key of each line's prompt; if omitted `prompt`, `caption` or `text`.
+
+    Raises:
+        DataError: no prompts, a line without one, or one that is too long.
+    """
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+        words = [" ".join(read_text(path).split()) for path in files]
+    else:
+        lines = [line for line in read_text(source).splitlines() if line.strip()]
+        is_json = source.suffix in (".jsonl", ".json")
+        words = (
+            [_of_json(line, column, f"{source}: line {n}") for n, line in enumerate(lines, 1)]
+            if is_json
+            else lines
+        )
+    words = [text.strip() for text in words]
+    if not words:
+        what = f"no file of {' or '.join(_SUFFIXES)} in it" if source.is_dir() else "it has no line"
+        raise DataError(f"no prompts in {source}: {what}")
+    if long := [n for n, text in enumerate(words) if not text or len(text) > _LONGEST]:
+        raise DataError(f"{source}: prompt {long[0]} is empty, or longer than {_LONGEST:,} characters")
+    return words
+
+
+def _of_json(line: str, column: str | None, name: str) -> str:
+    row = parse_json(line, JsonObject, name=name, error=DataError)
+    found = next(
+        (row[key] for key in ([column] if column else _COLUMNS) if isinstance(row.get(key), str)), None
+    )
+    if not isinstance(found, str):
+        asked = f"no text under {column}" if column else f"no text under {', '.join(_COLUMNS)}"
+        raise DataError(f"{name}: {asked}; its keys are {', '.join(list(row)[:12])}: name one with --column")
+    return found
+
+
+def open_encoders(
+    source: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    device: torch.device,
+    dtype: Dtype,
+) -> Any:
+    """A pipeline with its text encoders, whose transformers and autoencoder have no weights of their own: for prompts alone.
+
+    Raises:
+        CheckpointError: no pipeline is there, or diffusers cannot read it.
+    """
+    import diffusers
+
+    folder = find_folder(source, revision=revision, patterns=_FILES)
+    index = folder / PIPELINE_NAME
+    if not index.is_file():
+        raise CheckpointError(
+            f"{source} is no pipeline of diffusers: it has no {PIPELINE_NAME}. Name a pipeline's folder, or owner/name on the Hub"
+        )
+    parts = read_json(index, JsonObject)
+    made: dict[str, Any] = {name: None for name, part in parts.items() if part == [None, None]}
+    try:
+        for name, part in parts.items():
+            if isinstance(part, list) and len(part) == 2 and part[0] == "diffusers":
+                kind = getattr(diffusers, str(part[1]), None)
+                if isinstance(kind, type) and issubclass(kind, nn.Module):
+                    made[name] = _stand_in(kind, folder / name, device, DTYPES[dtype])
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(folder), variant=variant, torch_dtype=DTYPES[dtype], **made
+        )
+    except Exception as error:
+        raise CheckpointError(f"{source} cannot be read as a pipeline of diffusers: {error}") from error
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and not isinstance(part, _StandIn):
+            part.to(device)
+    return pipeline
+
+
+class _StandIn:
+    """Mark of a model without weights, whose device is said and not looked up."""
+
+
+def _stand_in(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model made from its config on `meta`, which says that it is on this device."""
+    config = kind.load_config(str(folder))
+    with torch.device("meta"):
+        model = kind.from_config(config).eval()
+    properties = {"device": property(lambda _: device), "dtype": property(lambda _: dtype)}
+    model.__class__ = type(kind.__name__, (kind, _StandIn), {**properties, "to": lambda self, *_, **__: self})
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Amount of work, from the prompts that were tried; times are for this process alone."""
+
+    num_prompts: int
+    num_shards: int
+    bytes_left: int
+    bytes_free: int
+    seconds_a_prompt: float
+
+
+class Prompting:
+    """Prompts of a pipeline on their way to a folder.
+
+    Args:
+        pipeline: whole, or with encoders alone, as of `open_encoders`.
+        words: of all prompts.
+        source: names the pipeline in the index.
+        call: further arguments of the pipeline, by name.
+
+    Raises:
+        HostError: the pipeline does not run on this call, or passes prompts in a way that no table can hold.
+        DataError: no prompts, or no null to drop them for.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        words: Sequence[str],
+        folder: Path,
+        config: PromptingConfig,
+        *,
+        source: str,
+        call: Mapping[str, Any] | None = None,
+    ):
+        self.words, self.source = words, source
+        self.capture = watch(pipeline, _host(pipeline), call=_call(pipeline, config, call or {}))
+        started = time.perf_counter()
+        like = self.capture.row(max(words[:64], key=len, default="a"))
+        self.seconds_a_prompt = time.perf_counter() - started
+        negative = "" if config.negative is None else config.negative
+        null = self.capture.null_row(negative)
+        dropout = config.dropout if config.dropout is not None else 0.1 if null else 0.0
+        self.target = PromptFolder(
+            folder,
+            self._facts(pipeline),
+            words=words,
+            like=like,
+            nulls=[null] if null else [],
+            per_shard=config.shard_size,
+            lengths=self.capture.masks,
+            axes={name: axis for name, axis in self.capture.axes.items() if axis},
+            common=self.capture.common,
+            constants=self.capture.constants,
+            dropout=dropout,
+        )
+
+    def _facts(self, pipeline: Any) -> dict[str, JsonValue]:
+        """What the tensors depend on beside the words: by two prompts, so that other weights and other versions are told apart."""
+        seen = [self.capture.row("a red cat").tensors, self.capture.null or {}]
+        tensors = [tensor for row in seen for _, tensor in sorted(row.items())]
+        return {
+            "format": FORMAT,
+            "pipeline": type(pipeline).__name__,
+            "encoded_sha256": hash_json([_sha256(t) for t in [*tensors, *self.capture.common.values()]]),
+            "constants": hash_json(sorted(self.capture.constants)),
+        }
+
+    def forecast(self) -> Forecast:
+        """The work that is left. Raises a RunError if the folder holds something else, or the disk has not the space."""
+        needed, free = self.target.check()
+        return Forecast(
+            num_prompts=len(self.words),
+            num_shards=self.target.num_shards,
+            bytes_left=needed,
+            bytes_free=free,
+            seconds_a_prompt=self.seconds_a_prompt,
+        )
+
+    def steps(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
+        """Fill the folder with this process's shards, number % world_size == rank; a step is a prompt.
+
+        Whatever was done before is not done again. The process that finds all shards done writes the index.
+
+        Raises:
+            HostError, DataError: a prompt cannot be encoded as the others. RunError: the folder holds something else, a full disk.
+        """
+        target = self.target
+        target.check()
+        with target.working(rank=rank, world_size=world_size) as missing:
+            own = sum(len(target.words_of(n)) for n in range(rank, target.num_shards, world_size))
+            done = own - sum(len(target.words_of(n)) for n in missing)
+            yield Step(done=done, total=own)
+            for number in missing:
+                rows: list[Prompt] = []
+                for words in target.words_of(number):
+                    rows.append(self.capture.row(words))
+                    if len(rows) < len(target.words_of(number)):
+                        yield Step(done=done + len(rows), total=own)
+                target.write(number, rows)
+                done += len(rows)
+                yield Step(done=done, total=own)
+        target.finish(source=self.source)
+
+
+def _host(pipeline: Any) -> Host | None:
+    try:
+        return host_of(transformer_of(pipeline))
+    except HostError:
+        return None
+
+
+def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pipeline is called with beside the prompt.
+
+    Raises:
+        HostError: it does not take something that is asked for.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    asked = {
+        "negative_prompt": config.negative,
+        "guidance_scale": config.guidance,
+        "max_sequence_length": config.max_length,
+    }
+    given = {name: value for name, value in asked.items() if value is not None} | dict(call)
+    if unknown := [name for name in given if name not in takes]:
+        raise HostError(
+            f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}"
+        )
+    host = _host(pipeline)
+    # models that are not distilled are guided by it, if they are told what to lead away from
+    guides = config.negative is not None or (host is not None and not host.distilled)
+    if guides and "true_cfg_scale" in takes and "true_cfg_scale" not in given:
+        given = {"negative_prompt": " ", **given, "true_cfg_scale": 4.0}
+    # what the pipeline would do in any case, and say at each call
+    cleans = all(importlib.util.find_spec(name) is not None for name in ("bs4", "ftfy"))
+    usual = {"use_resolution_binning": False, "clean_caption": cleans}
+    return {name: value for name, value in usual.items() if name in takes} | given
+
+
+def _sha256(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(content).hexdigest() if tensor.numel() else ""

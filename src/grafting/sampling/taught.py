@@ -1,0 +1,97 @@
+"""Latents that a model makes itself, as data to train its grafts on: no image is decoded, and none is needed.
+
+Latent i depends on (seed, i) and its condition alone, so any number of processes fill the folder, and a killed one resumes.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contract import Denoiser, Step
+from ..data.latentfolder import FORMAT, Dtype, LatentFolder
+from ..machine.devices import default_device
+from ..machine.files import hash_json
+from ..machine.precision import settled
+from .chain import SamplingConfig, sample
+
+_CIRCUMSTANCES = {"batch_size", "compile"}
+
+
+def teach(
+    model: nn.Module,
+    config: SamplingConfig,
+    folder: Path,
+    *,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    identity: Mapping[str, Any],
+    source: str,
+    dtype: Dtype = "fp16",
+    per_shard: int = 256,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Step]:
+    """Fill `folder` with this process's shards of `config.num_images` latents, number % world_size == rank; a step is a batch.
+
+    The folder is an ordinary one of latents, bound to the prompts that they were made for. Whatever was done before is not done again.
+
+    Args:
+        shape: of a sample; `config.shape` goes before it.
+        identity: what the latents depend on beside the config, as JSON: the model, and versions.
+        source: names the model in the index.
+        dtype: of the stored latents.
+
+    Raises:
+        RunError: the folder holds something else, or the disk has not the space; at the call, before any work.
+        DataError: latents that are not finite.
+    """
+    config = settled(config, default_device())
+    shape = config.shape or shape
+    asked = config.model_dump(mode="json", exclude=_CIRCUMSTANCES)
+    facts = {"format": FORMAT, "made_by": dict(identity), "sampling": asked, **denoiser.identity}
+    target = LatentFolder(
+        folder=folder,
+        facts={**facts, "dtype": dtype},
+        num_images=config.num_images,
+        per_shard=per_shard,
+        shape=shape,
+        dtype=dtype,
+        num_classes=len(denoiser.conditions),
+    )
+    target.check()
+    target.check_space()
+
+    def steps() -> Iterator[Step]:
+        own = range(rank, target.num_shards, world_size)
+        with target.working(rank=rank, world_size=world_size) as missing:
+            total = sum(len(target.images_of(number)) for number in own)
+            done = total - sum(len(target.images_of(number)) for number in missing)
+            yield Step(done=done, total=total)
+            for number in missing:
+                made, labels = [], []
+                for batch in sample(
+                    model, config, denoiser=denoiser, shape=shape, indices=target.images_of(number)
+                ):
+                    made.append(batch.x)
+                    labels += batch.labels.tolist()
+                    done += len(batch.x)
+                    if len(labels) == len(target.images_of(number)):
+                        names = [str(i) for i in target.images_of(number)]
+                        target.write(number, torch.cat(made), labels, names=names, unreadable={})
+                    yield Step(done=done, total=total)
+        target.finish(
+            {
+                "source": source,
+                "source_sha256": hash_json(facts),
+                "vae": "none: the model made them",
+                "scale": 1.0,
+                "stored": "samples",
+                "conditions_sha256": getattr(denoiser.conditions, "sha256", None),
+            },
+            max_unreadable=0,
+        )
+
+    return steps()
