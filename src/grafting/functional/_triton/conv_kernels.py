@@ -127,7 +127,11 @@ def _unfiltered(
     return dx, sums
 
 
-@triton.jit
+# sizes that change from call to call, for which nothing is compiled anew; channels decide how far loads are aligned
+_SIZES = ["length", "start", "num_image", "rows", "cols", "num_blocks"]
+
+
+@triton.jit(do_not_specialize=_SIZES[:-1])
 @no_type_check
 def gate_kernel(
     qkv,
@@ -195,7 +199,7 @@ def gate_kernel(
     tl.store(out + place, mixed.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES[:-1])
 @no_type_check
 def gate_backward_kernel(
     grad,
@@ -269,7 +273,7 @@ def gate_backward_kernel(
     tl.store(dqkv + wide_place, (dy * mixed).to(dqkv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def inner_backward_kernel(
     dmixed,
@@ -332,7 +336,7 @@ def inner_backward_kernel(
     _store_sums(partial, sums, dim, c, is_channel, R2 * S2 + 1, NUM_SUMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def short_backward_kernel(
     dy,

@@ -122,7 +122,14 @@ def _seen_keys(
     return token, exists, is_seen[None, :] & (near | (~in_box)[None, :])
 
 
-@triton.jit
+def _numbers(*tensors: str) -> list[str]:
+    """Arguments for whose values nothing is compiled anew: strides, whose alignment UNIT tells, and sizes."""
+    strides = [f"{x}_{of}" for x in tensors for of in ("item", "head", "token")]
+    reach = ["reach_frames", "reach_rows", "reach_cols"]
+    return [*strides, "heads", "num_keys", "before", "frames", "rows", "cols", *reach]
+
+
+@triton.jit(do_not_specialize=_numbers("q", "k", "v", "out"))
 @no_type_check
 def forward_kernel(
     q,
@@ -212,7 +219,7 @@ def forward_kernel(
     tl.store(lse + token, tl.where(sees_any, top + tl.log2(total), 0.0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_numbers("q", "k", "v", "out", "grad", "dq"))
 @no_type_check
 def query_backward_kernel(
     q,
@@ -309,7 +316,7 @@ def query_backward_kernel(
     _store(dq, d_queries * grad_scale, dq_token, token, exists, K, BLOCK_K, UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_numbers("q", "k", "v", "grad", "dk", "dv"))
 @no_type_check
 def key_backward_kernel(
     q,
