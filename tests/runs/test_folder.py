@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from grafting.errors import CheckpointError, FaultWarning, ResumeWarning, RunErr
 from grafting.machine.files import sha256_of
 from grafting.machine.signals import Interrupted, catching_signals
 from grafting.runs.folder import RunFolder, read_log
+from grafting.runs.states import write_state
 
 
 def _carry_out(folder, inputs, content="result"):
@@ -78,6 +80,48 @@ def test_state_and_log_continue_where_the_state_was_saved(tmp_path):
     logged = [json.loads(line)["step"] for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, 11))
     assert not (tmp_path / "s" / "states").exists()
+
+
+def test_a_state_is_as_it_was_at_its_step_whatever_training_does_next(tmp_path, monkeypatch):
+    """The weights change in place as soon as the next step is asked for; here that is before the thread has written."""
+    go_on, w = threading.Event(), torch.zeros(2)
+
+    def write(*args, **kwargs):
+        go_on.wait(30)
+        return write_state(*args, **kwargs)
+
+    monkeypatch.setattr("grafting.runs.states.write_state", write)
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        steps = (Step(done=n, total=3, state=partial(dict, a=w, b={"again": w})) for n in (1, 2, 3))
+        for step in stage.follow(steps, save_every=2):
+            w += 1
+            if step.done == 3:
+                go_on.set()
+    state = _resumed(tmp_path)
+    assert state["a"].tolist() == [1.0, 1.0]
+    assert state["a"].data_ptr() == state["b"]["again"].data_ptr()  # written once
+
+
+def test_a_state_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "grafting.runs.states.write_state", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with (
+        RunFolder(tmp_path, recipe_name="r") as run,
+        pytest.raises(OSError, match="full"),
+        run.stage("s", 1) as stage,
+    ):
+        list(stage.follow(_steps(0, 4), save_every=2))
+    assert _carry_out(tmp_path, 1)  # it is not done
+
+
+def test_no_more_than_ten_minutes_are_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("grafting.runs.folder._LONGEST_UNSAVED_S", -1.0)
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        list(stage.follow(_steps(0, 6), save_every=1000))
+    assert len(list((tmp_path / "s" / "states").iterdir())) == 2
 
 
 def test_changed_inputs_discard_the_states(tmp_path):

@@ -67,10 +67,16 @@ def _epoch_order(num_items: int, epoch: int, seed: int) -> Tensor:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[torch.Generator]:
-    """Inside, torch's global generators start from `entropy` (for dropout); outside they are as before.
+    """Inside, torch's global generators, of the CPU and this process's GPU, start from `entropy` (for dropout); outside they
+    are as before.
 
     Yields a CPU generator, from the same entropy, for explicit draws.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(*entropy, 2).initial_seed())
+    # left alone: other GPUs, each of which would get a context of this process
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        seed = generator(*entropy, 2).initial_seed()
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
         yield generator(*entropy)
