@@ -115,8 +115,7 @@ class _OutputFit:
     def __init__(self, path: str, operator: nn.Module, layer: nn.Linear):
         self.path, self.operator, self.layer = path, operator, layer
         self.gram = self.cross = torch.zeros(())
-        self.target_sum = torch.zeros(())
-        self.target_square = self.error = 0.0
+        self.target_sum = self.target_square = self.error = torch.zeros(())
 
     def add(self, args: tuple, kwargs: Kwargs, output: Tensor) -> None:
         given: list[Tensor] = []
@@ -129,17 +128,18 @@ class _OutputFit:
         rows, residual = with_ones(h.flatten(0, -2)), residual.flatten(0, -2)
         self.gram = self.gram.to(rows) + rows.T @ rows
         self.cross = self.cross.to(rows) + rows.T @ residual
-        self.error += residual.square().sum().item()
+        self.error = self.error.to(rows) + residual.square().sum()
         self.target_sum = self.target_sum.to(rows) + output.double().flatten(0, -2).sum(0)
-        self.target_square += output.double().square().sum().item()
+        self.target_square = self.target_square.to(rows) + output.double().square().sum()
 
     def finish(self, config: CalibrateConfig) -> dict[str, float]:
-        if not math.isfinite(self.error):
+        error, target_square = self.error.item(), self.target_square.item()
+        if not math.isfinite(error):
             raise TrainingError(
                 f"calibration, {self.path}: the teacher's activations, or the operator's output, are not finite: use precision: "
                 "fp32"
             )
-        variance = self.target_square - (self.target_sum.square().sum() / self.gram[-1, -1]).item()
+        variance = target_square - (self.target_sum.square().sum() / self.gram[-1, -1]).item()
         if self.layer.bias is None:
             # features that seem to have no mean leave nothing to a bias
             self.gram[-1, :-1] = self.gram[:-1, -1] = self.cross[-1] = 0
@@ -147,9 +147,9 @@ class _OutputFit:
         self.layer.weight.add_(weight.to(self.layer.weight))
         if self.layer.bias is not None:
             self.layer.bias.add_(bias.to(self.layer.bias))
-        left = self.error - error_removed(self.gram, self.cross, correction)
+        left = error - error_removed(self.gram, self.cross, correction)
         variance = max(variance, 1e-30)
-        return {f"r2_before/{self.path}": 1 - self.error / variance, f"r2/{self.path}": 1 - left / variance}
+        return {f"r2_before/{self.path}": 1 - error / variance, f"r2/{self.path}": 1 - left / variance}
 
 
 _Sites = dict[str, _NeuronChoice] | dict[str, _OutputFit]
