@@ -86,7 +86,7 @@ def latents(folder: str, **more: Any) -> dict[str, Any]:
 RECIPES = [
     runs("unknown key", {"speed": 3}, "1 fault in .*recipe.yaml", "speed: unknown key"),
     runs("unknown key inside", {"distill": DISTILL | {"step": 3}}, "distill.step: unknown key"),
-    runs("no data", yaml.safe_dump({"name": "x"}), "data: missing"),
+    runs("no data", yaml.safe_dump({"name": "x"}), "data: missing; a recipe without a plan"),
     runs("unknown data", {"data": {"name": "cifar"}}, "data: .*cifar", "testbed-subset"),
     runs("empty recipe", "", "recipe.yaml is empty", "a recipe is a mapping such as `name: my-run`"),
     runs("list for a recipe", "- a\n", "holds a list", "a recipe is a mapping"),

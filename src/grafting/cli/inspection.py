@@ -89,7 +89,12 @@ def _summary(job: "Job") -> dict[str, Any]:
 
 
 def _stages_in_words(job: "Job") -> dict[str, str]:
+    from ..sampling.taught import TaughtConfig
+
     recipe, words = job.recipe, {}
+    if isinstance(recipe.data, TaughtConfig):
+        made = recipe.data
+        words["teach"] = f"{made.num_images} latents of the source, {made.sampler} with {made.steps} steps"
     if recipe.distill and job.chosen:
         held_out = recipe.distill.holdout
         words["distill"] = (

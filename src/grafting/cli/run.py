@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..runs.sweep import Point, Sweep
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
-StageName = Literal["calibrate", "distill", "finetune", "sample", "evaluate", "report"]
+StageName = Literal["teach", "calibrate", "distill", "finetune", "sample", "evaluate", "report"]
 
 Track = Annotated[
     list[str] | None,

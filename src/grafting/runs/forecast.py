@@ -19,6 +19,7 @@ from ..data import LatentsConfig
 from ..errors import RecipeError, RunError
 from ..machine.devices import default_device
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
+from ..sampling.taught import TaughtConfig
 from ..training.distillation import DistillConfig
 from ..training.phases import FinetuneConfig
 from .folder import read_log
@@ -356,6 +357,8 @@ def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
 def _data(recipe: Recipe, shapes: Shapes) -> dict[str, int | None]:
     """Items and bytes of the data; for missing latents, as many as the recipe names, as samples in 16 bits."""
     config = recipe.data
+    if isinstance(config, TaughtConfig):
+        return {"items": config.num_images, "bytes": config.num_images * math.prod(shapes.shape) * BF16}
     if not isinstance(config, LatentsConfig):
         return {"items": None, "bytes": None}
     if config.per_class is None or shapes.num_classes is None:

@@ -38,6 +38,17 @@ def result_settings(config: BaseModel) -> JsonObject:
     return {name: value for name, value in essence(config).items() if name not in left_out}
 
 
+def teach_inputs(job: Job) -> list[Any]:
+    """Inputs of the latents that the source makes itself."""
+    return [
+        job.identity["grafting"],
+        job.identity["source"],
+        job.identity["data"],
+        list(job.shape),
+        *_ways(job),
+    ]
+
+
 def calibrate_inputs(job: Job) -> list[Any]:
     """Inputs of the closed-form start."""
     return [job.identity, essence(job.recipe.calibrate)]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import JsonValue
@@ -22,6 +23,7 @@ from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..machine.reading import reason_of
 from ..sampling.chain import SamplingConfig, check_sampling
+from ..sampling.taught import Taught, TaughtConfig
 from ..training import distillation
 from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
 from ..weights.folder import load_model
@@ -31,6 +33,8 @@ from .operator_cache import OperatorStore
 from .paths import naming_paths
 from .recipe import FreshModel, Recipe
 from .recorded import recorded
+
+S = TypeVar("S", bound=SamplingConfig)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,16 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     denoiser = denoiser_of(recipe, model)
     recipe = with_objective(recipe, host)
     decoder = None
+    data: TrainingData
     if recipe.sample is not None:
         native = recipe.sample.shape or host.shape(model)
         check_sampling(recipe.sample, denoiser=denoiser, channels=native[0])
         decoder = load_decoder(native, recipe.vae)
-    data = recipe.data.load()
-    shape = _check_data(data, denoiser, host, model)
+    if isinstance(recipe.data, TaughtConfig):
+        data, shape = _taught(recipe, recipe.data, denoiser, host, model)
+    else:
+        data = recipe.data.load()
+        shape = _check_data(data, denoiser, host, model)
     is_measured, suite = False, None
     if recipe.sample is not None and decoder is not None:
         config = _with_shape(recipe.sample, shape, host, model)
@@ -173,6 +181,24 @@ def denoiser_of(recipe: Recipe, model: nn.Module) -> Denoiser:
     return host.denoiser(model, conditions, process)
 
 
+def _taught(
+    recipe: Recipe, config: TaughtConfig, denoiser: Denoiser, host: Host, model: nn.Module
+) -> tuple[TrainingData, tuple[int, ...]]:
+    """The data that the source makes itself, and the shape of its items.
+
+    Raises:
+        RecipeError: there is no plan, or the source cannot make such a shape.
+    """
+    if not recipe.plan:
+        raise RecipeError(
+            "data: missing; a recipe without a plan trains the source as it is, which learns nothing from latents of its own"
+        )
+    config = _with_shape(config, host.shape(model), host, model)
+    check_sampling(config, denoiser=denoiser, channels=(config.shape or host.shape(model))[0])
+    data = Taught(config, shape=host.shape(model), num_classes=len(denoiser.conditions))
+    return data, data.shape
+
+
 def _check_data(data: TrainingData, denoiser: Denoiser, host: Host, model: nn.Module) -> tuple[int, ...]:
     """The shape of the data's items, which the model takes, under conditions that it knows."""
     x, _ = data.batch(torch.tensor([0]))
@@ -187,14 +213,12 @@ def _check_data(data: TrainingData, denoiser: Denoiser, host: Host, model: nn.Mo
     return shape
 
 
-def _with_shape(
-    config: SamplingConfig, shape: tuple[int, ...], host: Host, model: nn.Module
-) -> SamplingConfig:
+def _with_shape(config: S, shape: tuple[int, ...], host: Host, model: nn.Module) -> S:
     """The same, with the shape of samples where that is not the native one: the recipe's, else the data's."""
     if config.shape is None and shape != host.shape(model):
         config = config.model_copy(update={"shape": shape})
     if config.shape is not None and (faults := host.shape_faults(model, config.shape)):
-        raise RecipeError(f"sample.shape: {faults[0]}")
+        raise RecipeError(f"{'data' if isinstance(config, TaughtConfig) else 'sample'}.shape: {faults[0]}")
     return config
 
 

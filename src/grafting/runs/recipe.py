@@ -25,6 +25,7 @@ from ..evaluation import Suite, SuiteConfig, suite_of
 from ..latents.decoding import VaeConfig
 from ..machine.settings import Settings
 from ..sampling.chain import SamplingConfig
+from ..sampling.taught import TaughtConfig
 from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
 from ..training.phases import FinetuneConfig, Phases, phase_faults, phases_of
@@ -89,8 +90,8 @@ class Recipe(Settings):
     """File that describes the model's class, where grafting does not know it."""
     plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
-    data: DataConfig
-    """Data for stages 1 and 2."""
+    data: Annotated[DataConfig | TaughtConfig, Field(discriminator="name")] = TaughtConfig()
+    """Data for stages 1 and 2; if omitted, latents that the source makes itself."""
     conditions: ConditionsConfig | None = None
     """Folder of encoded prompts, or the captions of `scenes`, for models that do not define their
     conditions themselves, as classes are; if omitted, what is recorded of the source."""

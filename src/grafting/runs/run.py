@@ -20,6 +20,7 @@ from ..machine.files import write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
 from ..machine.reading import read_bytes, read_yaml
+from ..sampling.taught import Taught
 from .folder import RunFolder
 from .job import Job, prepare
 from .operator_cache import OperatorStore
@@ -51,6 +52,8 @@ def run(
     with together():
         recipe, told = settled_run(recipe, default_device(), folder=folder)
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
+        if isinstance(job.data, Taught):
+            job.data.folder = folder / "teach" / "latents"
         with _open(job, folder) as run_folder:
             run_folder.tell(told)
             for name, stage in STAGES.items():

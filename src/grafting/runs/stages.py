@@ -15,12 +15,13 @@ from ..errors import RunError
 from ..evaluation import evaluate
 from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
-from ..machine.files import write_json
+from ..machine.files import hash_json, write_json
 from ..machine.processes import barrier, is_main, rank, world_size
 from ..machine.reading import read_json
 from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
+from ..sampling.taught import Taught, TaughtConfig, teach
 from ..words import RowName
 from .folder import RunFolder, read_log
 from .job import Job
@@ -37,6 +38,29 @@ from .training import (
     finetune_flops,
     finetune_model,
 )
+
+
+def _teach(work: Opened) -> list[Path]:
+    """The source's own latents; the files of their folder."""
+    job, config = work.job, work.job.recipe.data
+    assert isinstance(job.data, Taught)
+    assert isinstance(config, TaughtConfig)
+    folder = job.data.folder
+    assert folder is not None
+    steps = teach(
+        job.model,
+        config,
+        folder,
+        denoiser=job.denoiser,
+        shape=job.shape,
+        identity={"inputs": hash_json(identity.teach_inputs(job))},
+        source=f"made by {job.recipe.name}'s source",
+        rank=rank(),
+        world_size=world_size(),
+    )
+    work.follow(steps)
+    barrier()
+    return sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".lock")
 
 
 def _sample(work: Opened) -> list[Path]:
@@ -146,9 +170,20 @@ def _once(name: str, applies: Callable[[Job], Any]) -> Callable[[Job], list[Part
     return lambda job: [Part(name, name)] if applies(job) else []
 
 
+def _trains(recipe: Recipe) -> bool:
+    return any((recipe.calibrate, recipe.distill, recipe.finetune))
+
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
+        Stage(
+            name="teach",
+            parts=_once("teach", lambda job: isinstance(job.data, Taught) and _trains(job.recipe)),
+            inputs=lambda job, run, part: identity.teach_inputs(job),
+            do=_teach,
+            is_shared=True,
+        ),
         Stage(
             name="calibrate",
             parts=_once("calibrate", lambda job: job.recipe.calibrate and job.chosen),

@@ -4,20 +4,70 @@ Latent i depends on (seed, i) and its condition alone, so any number of processe
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
 
 from ..contract import Denoiser, Step
 from ..data.latentfolder import FORMAT, Dtype, LatentFolder
+from ..data.latents import LatentsConfig, LatentSet
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled
 from .chain import SamplingConfig, sample
 
 _CIRCUMSTANCES = {"batch_size", "compile"}
+
+
+class TaughtConfig(SamplingConfig):
+    """Latents that the source makes itself, once, before it is edited: for grafts without data."""
+
+    name: Literal["teacher"] = "teacher"
+    num_images: PositiveInt = 1000
+    """Number of latents to make."""
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "euler", "heun"] = "dpm-solver++"
+    """Sampler, as of `sample`."""
+    steps: Annotated[PositiveInt, Field(le=1000)] = 20
+    """Steps per latent."""
+    cfg_scale: float = 1.0
+    """Guidance scale. 1 = off: latents are then what the source takes the data to be."""
+    batch_size: PositiveInt = 16
+    """Latents per batch."""
+
+    def pinned(self) -> "TaughtConfig":
+        """This config: it names no file."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Identity of the data in a run's manifest, beside the source's."""
+        return self.model_dump(mode="json", exclude=_CIRCUMSTANCES)
+
+
+class Taught:
+    """Training data that are made before they are first asked for: latents in `folder`, once `teach` has filled it."""
+
+    def __init__(self, config: TaughtConfig, *, shape: tuple[int, ...], num_classes: int):
+        self.config, self.num_classes = config, num_classes
+        self.shape = config.shape or shape
+        self.folder: Path | None = None
+
+    def __len__(self) -> int:
+        return self.config.num_images
+
+    def __str__(self) -> str:
+        return "the source's own latents"
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._latents.batch(indices)
+
+    @cached_property
+    def _latents(self) -> LatentSet:
+        assert self.folder is not None
+        return LatentsConfig(folder=self.folder).load()
 
 
 def teach(

@@ -1,0 +1,82 @@
+"""Runs without data: the source makes latents first, and everything after trains on them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from grafting.cli import app
+from grafting.data.latents import LatentsConfig
+from latents.textpipelines import pixart
+
+WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
+MADE = {"name": "teacher", "num_images": 12, "steps": 2, "batch_size": 5, "shape": [4, 8, 8]}
+
+
+def call(*args):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A pipeline's folder, its prompts, and a recipe without data."""
+    folder = tmp_path_factory.mktemp("taught")
+    pixart().save_pretrained(folder / "pipe")
+    (folder / "words.txt").write_text("\n".join(WORDS))
+    call(
+        "data",
+        "prompts",
+        folder / "prompts",
+        "--prompts",
+        folder / "words.txt",
+        "--pipeline",
+        folder / "pipe",
+    )
+    recipe = {
+        "name": "free",
+        "source": str(folder / "pipe"),
+        "plan": [{"role": "attention", "blocks": [1], "operator": {"name": "hyena-x", "kernel_size": 3}}],
+        "data": MADE,
+        "conditions": {"name": "prompts", "folder": str(folder / "prompts")},
+        "distill": {"steps": 2, "batch_size": 4, "holdout": 4},
+        "finetune": {"steps": 2, "batch_size": 4, "warmup_steps": 0, "objective": "output"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    call("run", folder / "recipe.yaml", "--out", folder / "run")
+    return folder
+
+
+def test_the_source_makes_the_data_and_the_rest_trains_on_them(begun):
+    data = LatentsConfig(folder=begun / "run/teach/latents").load()
+    x, labels = data.batch(torch.arange(12))
+    assert x.shape == (12, 4, 8, 8)
+    assert labels.tolist() == [0, 1, 2] * 4
+    assert (begun / "run/model/config.json").is_file()
+    assert json.loads((begun / "run/manifest.json").read_text())["stages"].keys() >= {
+        "teach",
+        "distill",
+        "finetune",
+    }
+
+
+def test_latents_are_made_once_and_again_where_they_are_lost(begun):
+    written = {path: path.stat().st_mtime_ns for path in (begun / "run/teach/latents").glob("*.safetensors")}
+    call("run", begun / "recipe.yaml", "--out", begun / "run")
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    first = next(iter(written))
+    content = first.read_bytes()
+    first.unlink()
+    call("run", begun / "recipe.yaml", "--out", begun / "run", "--set", "finetune.steps=3")
+    assert first.read_bytes() == content
+
+
+def test_a_recipe_without_data_makes_a_thousand(begun):
+    recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
+    del recipe["data"]
+    (begun / "none.yaml").write_text(yaml.safe_dump(recipe))
+    told = json.loads(call("check", begun / "none.yaml", "--json"))
+    assert told["stages"]["teach"] == "1000 latents of the source, dpm-solver++ with 20 steps"
