@@ -5,8 +5,7 @@ masked SDPA does all tiles at once. It trains wherever SDPA does. On a GPU the k
 do without the copies. Tokens beside the image, if any, see and are seen by all.
 """
 
-from math import ceil
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..contract import TokenLayout
+from ._tiles import Axis, cut_grid, known_mask, mask_at_once, scores_at_once, tile_mask
+from ._tiles import Border as Border
+from ._tiles import Window as Window
 from ._triton import can_fuse, in_autocast
 from .softmax import softmax_attention
 
-Border = Literal["clipped", "shifted"]
+# tokens up to which nothing is faster than to look at all of them at once, on a CPU
+_FEW = 256
 
-# places along a tile's side, for one-row grids and for others: larger tiles waste more masked work, smaller ones
-# copy more halo (fastest on a CPU at 4,096 tokens, head dim 64, of 16..128 and of 4..16)
-_RUN = 32
-_SIDE = 8
 
 # a GPU program cannot hold tiles of longer vectors
 _MAX_FUSED_HEAD_DIM = 128
@@ -198,60 +197,6 @@ def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float 
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
 
-class Window(NamedTuple):
-    """A window on image tokens, which are read as a grid."""
-
-    size: tuple[int, int, int]  # frames, rows, cols
-    reach: tuple[int, int]  # rows and cols seen to each side
-    border: Border
-    frames: int = 0  # seen before and after a token's own
-
-
-class _Axis(NamedTuple):
-    """An axis of the grid cut into equal tiles; each sees `halo` places beyond its two ends."""
-
-    size: int
-    reach: int  # places a window extends to each side
-    num_tiles: int
-    tile: int
-    halo: int
-    front: int  # padding before the first place, so that the first and the last tile both hold real places
-    back: int
-
-
-def _cut(size: int, reach: int, target: int) -> _Axis:
-    """The axis in tiles of at most `target` places, or of more where a window needs them.
-
-    A shifted window reaches 2 * reach places inwards from the border. It stays within the halo if more than
-    `reach` places of the first and of the last tile are real.
-    """
-    for num_tiles in range(ceil(size / target), 1, -1):
-        tile = ceil(size / num_tiles)
-        padding = num_tiles * tile - size
-        front, back = padding // 2, padding - padding // 2
-        if tile - back > reach:
-            return _Axis(size, reach, num_tiles, tile, reach, front, back)
-    return _whole(size, reach)
-
-
-def _whole(size: int, reach: int) -> _Axis:
-    return _Axis(size, reach, num_tiles=1, tile=size, halo=0, front=0, back=0)
-
-
-def _cut_grid(rows: int, cols: int, reach: tuple[int, int], num_others: int) -> tuple[_Axis, _Axis]:
-    """Tiles for a grid; one tile, that is dense attention, where tiles would see half of the grid anyway.
-
-    Each tile has its own copy of the others' keys, so the runs of a one-row grid are longer beside many of them.
-    """
-    side = _SIDE if rows > 1 else max(_RUN, num_others // 4)
-    by_row = _cut(rows, reach[0], max(_SIDE, 2 * reach[0]))
-    by_col = _cut(cols, reach[1], max(side, 2 * reach[1]))
-    seen = (by_row.tile + 2 * by_row.halo) * (by_col.tile + 2 * by_col.halo)
-    if 2 * seen > rows * cols:
-        return _whole(rows, reach[0]), _whole(cols, reach[1])
-    return by_row, by_col
-
-
 def _windowed(
     q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window, scale: float | None
 ) -> Tensor:
@@ -285,11 +230,27 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window,
 
 
 def in_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window, scale: float) -> Tensor:
+    # of a line tiles copy little, and many heads are worth it
+    if layout.num_tokens <= _FEW and (window.size[1] > 1 or q.shape[1] * layout.num_tokens <= 4 * _FEW):
+        return _at_once(q, k, v, layout, window, scale)
     (image_k, others_k), (image_v, others_v) = layout.split(k), layout.split(v)
     masks = None
     if layout.key_mask is not None:
         masks = layout.split(layout.key_mask[:, None, :, None])  # [B, 1, N, 1], [B, 1, T, 1]
     return _tiled_attention(q, image_k, image_v, others_k, others_v, window, scale, masks)
+
+
+def _at_once(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: Window, scale: float) -> Tensor:
+    """Window attention as one masked SDPA of all image tokens to all tokens, where there are too few to be worth copies."""
+    if layout.key_mask is None:
+        seen = known_mask(q, scores_at_once, window, layout.before, layout.after, q.dtype)
+    else:
+        seen = (
+            known_mask(q, mask_at_once, window, layout.before, layout.after) & layout.key_mask[:, None, None]
+        )
+        # a query that sees nothing is hidden itself; see `_tiles._axis_mask`
+        seen = seen | ~seen.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
 def _tiled_attention(
@@ -306,10 +267,10 @@ def _tiled_attention(
     batch, heads, _, _ = q.shape
     frames, rows, cols = window.size
     num_others = others_k.shape[2]
-    cuts = _cut_grid(rows, cols, window.reach, num_others)
+    cuts = cut_grid(rows, cols, window.reach, num_others)
 
     tiles_q = _query_tiles(_on_grid(q, window, *cuts), *cuts)
-    seen = _tile_mask(*cuts, window.border, q.device)
+    seen = known_mask(q, tile_mask, *cuts, window.border)
     in_batch, near = (
         frames,
         None,
@@ -369,39 +330,39 @@ def _masked_tiles(
         return x.unflatten(0, (-1, heads, frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
     mask = seen & is_key[:, :, None]
-    # a query that sees nothing is one of padding; see `_axis_mask`
+    # a query that sees nothing is one of padding; see `_tiles._axis_mask`
     mask = (mask | ~mask.any(-1, keepdim=True)).flatten(0, 1)[:, None]
     mixed = F.scaled_dot_product_attention(by_head(q), by_head(k), by_head(v), attn_mask=mask, scale=scale)
     return mixed.unflatten(0, (-1, frames, num_tiles)).permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
 
 
-def _on_grid(x: Tensor, window: Window, by_row: _Axis, by_col: _Axis) -> Tensor:
+def _on_grid(x: Tensor, window: Window, by_row: Axis, by_col: Axis) -> Tensor:
     """[B, H, N, K] -> [B * H * F, R, C, K], rows and columns padded to whole tiles."""
     x = x.unflatten(2, window.size).flatten(0, 2)
     return F.pad(x, (0, 0, by_col.front, by_col.back, by_row.front, by_row.back))
 
 
-def _query_tiles(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
+def _query_tiles(x: Tensor, by_row: Axis, by_col: Axis) -> Tensor:
     """[B, R, C, K] -> [B, tiles, places a tile, K]."""
     x = x.unflatten(2, (by_col.num_tiles, by_col.tile)).unflatten(1, (by_row.num_tiles, by_row.tile))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _untile(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
+def _untile(x: Tensor, by_row: Axis, by_col: Axis) -> Tensor:
     """[B, tiles, places a tile, K] -> [B, R, C, K] without the padding: undoes `_query_tiles`."""
     x = x.unflatten(2, (by_row.tile, by_col.tile)).unflatten(1, (by_row.num_tiles, by_col.num_tiles))
     x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return x[:, by_row.front : by_row.front + by_row.size, by_col.front : by_col.front + by_col.size]
 
 
-def _key_tiles(x: Tensor, by_row: _Axis, by_col: _Axis) -> Tensor:
+def _key_tiles(x: Tensor, by_row: Axis, by_col: Axis) -> Tensor:
     """[B, R, C, K] -> [B, tiles, places that a tile sees, K]."""
     x = torch.cat(_pieces(x, by_row, 1), dim=2)  # [B, row tiles, rows seen, C, K]
     pieces = [piece.transpose(2, 3) for piece in _pieces(x, by_col, 3)]
     return torch.cat(pieces, dim=4).flatten(3, 4).flatten(1, 2)
 
 
-def _pieces(x: Tensor, axis: _Axis, dim: int) -> list[Tensor]:
+def _pieces(x: Tensor, axis: Axis, dim: int) -> list[Tensor]:
     """Views of what each tile sees before, in and after itself, with `dim` split into (tiles, places).
 
     Joined pieces rather than `unfold`, which takes more than twice as long forward and backward on a CPU.
@@ -421,23 +382,3 @@ def _append_others(x: Tensor, others: Tensor, frames: int) -> Tensor:
     """The others' keys or values [B, H, T, K] after those of every tile [B * H * F, tiles, S, K]."""
     others = others[:, :, None, None].expand(-1, -1, frames, x.shape[1], -1, -1).flatten(0, 2)
     return torch.cat([x, others], dim=2)
-
-
-def _tile_mask(by_row: _Axis, by_col: _Axis, border: Border, device: torch.device) -> Tensor:
-    """Mask of the places seen by its tile that each query attends to: [tiles, places per tile, places seen]."""
-    row = _axis_mask(by_row, border, device)[:, None, :, None, :, None]
-    col = _axis_mask(by_col, border, device)[None, :, None, :, None, :]
-    return (row & col).flatten(4, 5).flatten(2, 3).flatten(0, 1)
-
-
-def _axis_mask(axis: _Axis, border: Border, device: torch.device) -> Bool[Tensor, "tiles tile seen"]:
-    start = torch.arange(axis.num_tiles, device=device)[:, None, None] * axis.tile - axis.front
-    query = start + torch.arange(axis.tile, device=device)[:, None]
-    key = start - axis.halo + torch.arange(axis.tile + 2 * axis.halo, device=device)
-    if border == "clipped":
-        first = query - axis.reach
-    else:
-        first = (query - axis.reach).clamp(0, axis.size - 2 * axis.reach - 1)
-    seen = (key >= first) & (key <= first + 2 * axis.reach) & (key >= 0) & (key < axis.size)
-    # a padded query must see something: a softmax over nothing is NaN, and so would be the gradient
-    return seen | (query < 0) | (query >= axis.size)

@@ -186,7 +186,8 @@ def _without_values(make: Callable[[], nn.Module]) -> nn.Module | None:
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Parameters that this thread registers inside have no values; buffers, and all else that a constructor computes, have."""
-    thread, known = threading.get_ident(), {}
+    thread = threading.get_ident()
+    known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
@@ -194,7 +195,7 @@ def parameters_on_meta() -> Iterator[None]:
         _, empty = known.setdefault(id(parameter), (parameter, _on_meta(parameter)))
         return empty
 
-    handle = register_module_parameter_registration_hook(emptied)
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]  # declared to return nothing; what it returns is registered
     try:
         with _Undrawn():
             yield
