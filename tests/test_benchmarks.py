@@ -35,3 +35,18 @@ def test_gpu_benchmark_asks_for_toys_where_there_is_no_accelerator():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--toy takes small ones" in done.stderr
+
+
+@pytest.mark.slow
+def test_benchmark_of_the_kernels_runs_at_toy_sizes():
+    command = [sys.executable, str(BENCHMARKS / "gpu_kernels.py"), "--toy"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {row["name"].split()[0] for row in rows} == {
+        "hyena-x",
+        "hyena-se",
+        "hyena-y",
+        "window-1d",
+        "window-2d",
+    }
+    assert all(row["error"] == 0 for row in rows), "plain against plain"
