@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from grafting.errors import CheckpointError, FaultWarning, ResumeWarning, RunErr
 from grafting.machine.files import sha256_of
 from grafting.machine.signals import Interrupted, catching_signals
 from grafting.runs.folder import RunFolder, read_log
+from grafting.runs.states import Every, write_state
 
 
 def _carry_out(folder, inputs, content="result"):
@@ -68,16 +70,57 @@ def test_state_and_log_continue_where_the_state_was_saved(tmp_path):
         run.stage("s", 1) as stage,
     ):
         assert stage.load_state() is None
-        for step in stage.follow(_steps(0, 10), save_every=3):
+        for step in stage.follow(_steps(0, 10), save_every=Every(3, 600)):
             if step.done == 8:
                 raise KeyboardInterrupt
     with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
         state = stage.load_state()
         assert state["step"] == 6
-        list(stage.follow(_steps(6, 10), save_every=3))
+        list(stage.follow(_steps(6, 10), save_every=Every(3, 600)))
     logged = [json.loads(line)["step"] for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, 11))
     assert not (tmp_path / "s" / "states").exists()
+
+
+def test_a_state_is_as_it_was_at_its_step_whatever_training_does_next(tmp_path, monkeypatch):
+    """The weights change in place as soon as the next step is asked for; here that is before the thread has written."""
+    go_on, w = threading.Event(), torch.zeros(2)
+
+    def write(*args, **kwargs):
+        go_on.wait(30)
+        return write_state(*args, **kwargs)
+
+    monkeypatch.setattr("grafting.runs.states.write_state", write)
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        steps = (Step(done=n, total=3, state=partial(dict, a=w, b={"again": w})) for n in (1, 2, 3))
+        for step in stage.follow(steps, save_every=Every(2, 600)):
+            w += 1
+            if step.done == 3:
+                go_on.set()
+    state = _resumed(tmp_path)
+    assert state["a"].tolist() == [1.0, 1.0]
+    assert state["a"].data_ptr() == state["b"]["again"].data_ptr()  # written once
+
+
+def test_a_state_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "grafting.runs.states.write_state", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with (
+        RunFolder(tmp_path, recipe_name="r") as run,
+        pytest.raises(OSError, match="full"),
+        run.stage("s", 1) as stage,
+    ):
+        list(stage.follow(_steps(0, 4), save_every=Every(2, 600)))
+    assert _carry_out(tmp_path, 1)  # it is not done
+
+
+def test_states_are_saved_by_time_too(tmp_path):
+    with RunFolder(tmp_path, recipe_name="r") as run, run.stage("s", 1) as stage:
+        stage.done = True
+        list(stage.follow(_steps(0, 6), save_every=Every(1000, 0)))
+    assert len(list((tmp_path / "s" / "states").iterdir())) == 2
 
 
 def test_changed_inputs_discard_the_states(tmp_path):
@@ -94,7 +137,7 @@ def _interrupted(folder, steps=10, save_every=2):
         run.stage("s", 1) as stage,
     ):
         stage.load_state()
-        for step in stage.follow(_steps(0, steps), save_every=save_every):
+        for step in stage.follow(_steps(0, steps), save_every=Every(save_every, 600)):
             if step.done == steps:
                 raise KeyboardInterrupt
     return sorted((folder / "s" / "states").iterdir())
@@ -234,7 +277,7 @@ def test_two_processes_fill_one_state_and_only_the_main_one_writes_the_rest(tmp_
             states = (
                 dataclasses.replace(step, state=lambda: _Half(rank, meet.wait)) for step in _steps(0, 4)
             )
-            list(stage.follow(states, save_every=4))
+            list(stage.follow(states, save_every=Every(4, 600)))
             seen[rank] = (
                 sorted(p.name for p in (tmp_path / "s" / "states" / "0000000004").iterdir())
                 if rank == 0
@@ -432,7 +475,7 @@ def test_no_process_leaves_before_the_last_state_is_saved(tmp_path):
         catching_signals(),
         run.stage("s", 1) as stage,
     ):
-        for step in stage.follow(_steps(0, 9), save_every=2):
+        for step in stage.follow(_steps(0, 9), save_every=Every(2, 600)):
             if step.done == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert found[-1] == ["0000000004", "0000000005"]
@@ -446,7 +489,7 @@ def test_a_signal_after_the_last_step_waits_until_the_stage_is_done(tmp_path):
         catching_signals(),
         run.stage("s", 1) as stage,
     ):
-        assert [step.done for step in stage.follow(_steps(0, 3), save_every=2)] == [1, 2, 3]
+        assert [step.done for step in stage.follow(_steps(0, 3), save_every=Every(2, 600))] == [1, 2, 3]
         os.kill(os.getpid(), signal.SIGTERM)
         (stage.folder / "output").write_text("result")
         stage.outputs = [stage.folder / "output"]

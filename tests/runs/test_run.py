@@ -24,6 +24,7 @@ from grafting.runs.recipe import FreshModel, Recipe
 from grafting.runs.record import write_report
 from grafting.runs.run import run
 from grafting.runs.stages import training_flops
+from grafting.runs.states import Every
 from grafting.weights.folder import save_model
 from grafting.weights.tensors import load_tensors
 from tinyrecipe import SAVED_OFTEN as TINY
@@ -408,3 +409,19 @@ def test_a_run_goes_on_with_the_subset_that_it_began_with(tmp_path):
     wanted = recipe.data.model_copy(update={"subset_sha256": second.sha256})
     run(recipe.model_copy(update={"data": wanted}), folder, until="calibrate")
     assert load_recipe(folder / "recipe.yaml").data.subset_sha256 == second.sha256
+
+
+@pytest.mark.parametrize(
+    ("said", "steps", "seconds"),
+    [(100, 100, 600), ("30 min", None, 1800), ("45s", None, 45), ("2 h", None, 7200)],
+)
+def test_states_are_saved_by_steps_or_by_time(said, steps, seconds):
+    recipe = Recipe.model_validate(TINY | {"save_every": said})
+    assert recipe.saving == Every(steps, seconds)
+    assert recipe.model_dump()["save_every"] == said
+
+
+@pytest.mark.parametrize("said", ["30 days", "0 min", "min", -1])
+def test_no_other_time_is_known(said):
+    with pytest.raises(ValueError, match="save_every"):
+        Recipe.model_validate(TINY | {"save_every": said})

@@ -2,8 +2,9 @@
 
 import torch
 
-from grafting.machine.randomness import generator
-from grafting.training.batches import draw
+from grafting.machine.randomness import batch_indices, generator
+from grafting.training.batches import Batches, draw
+from grafting.training.distillation import DistillConfig
 from toydata import denoiser, noise_images
 
 CPU = torch.device("cpu")
@@ -39,3 +40,17 @@ def test_what_is_dropped_changes_nothing_else():
     assert torch.equal(kept.numbers, torch.arange(16) % 10)
     for name in ("x", "noise", "x_t", "t"):
         assert torch.equal(getattr(dropped, name), getattr(kept, name)), name
+
+
+def test_what_threads_draw_is_what_the_seed_and_the_step_say():
+    data, how = noise_images(40, size=16), denoiser(dropout=0.3)
+    config = DistillConfig(steps=9, batch_size=8, accumulate=2, seed=3)
+    batches = Batches(data, config, denoiser=how, device=CPU, share=slice(1, None, 2))
+    for step in (4, 5, 6, 0):
+        items = batch_indices(40, 8, step, 3)[1::2]
+        drawn = draw(
+            data.batch(items), generator(3, step), batch_size=8, denoiser=how, part=slice(1, None, 2)
+        )
+        want = drawn.noised(how, CPU).split(2)
+        for got, part in zip(batches.at(step), want, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, part, strict=True))

@@ -257,6 +257,7 @@ def show_diagnosis(console: Console, found: "Diagnosis") -> None:
         "system": f"{found.system}, Python {found.python}, {found.processor}",
         "versions": ", ".join(f"{name} {number}" for name, number in found.versions.items()),
         "device": ", ".join([found.device, *found.gpus]),
+        "Triton kernels": found.kernels,
         "CPU": f"{found.cores} cores available, {found.threads} torch threads",
         "memory": f"{found.memory_free_gib:g} of {found.memory_gib:g} GiB free",
         "disk": f"{found.disk_free_gib:g} GiB free here",

@@ -24,6 +24,7 @@ from ..data.bundled import (
     testbed_model_folder,
 )
 from ..errors import GraftingError
+from ..functional._triton import fused_kernels
 from ..machine.devices import default_device
 from ..machine.precision import resolve_precision, why
 
@@ -77,6 +78,7 @@ class Diagnosis:
     disk_free_gib: float  # where the command runs
     device: str  # where models will run
     gpus: list[str]
+    kernels: str  # whether operators run as Triton kernels, in words
     gflops: dict[str, float]  # of a matrix product on `device`, by dtype
     precision: str  # what `auto` is here
     precision_why: str
@@ -110,6 +112,7 @@ def examine(*, full: bool = False) -> Diagnosis:
         disk_free_gib=round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         device=str(default_device()),
         gpus=_gpus(),
+        kernels=fused_kernels(default_device()),
         gflops=measure_matmul(default_device()),
         precision=resolve_precision("auto", default_device()),
         precision_why=why(default_device()),

@@ -38,7 +38,7 @@ def compiled(
     before = {path: vars(module).get("forward") for path, module in regions.items()}
     for path, module in regions.items():
         forward = torch.compile(module.forward, dynamic=dynamic, backend=backend)
-        module.forward = _Region(path, forward, listening)  # type: ignore[method-assign]
+        module.forward = _Region(path, forward, listening)
     logger.addHandler(listening)
     try:
         with config.patch(recompile_limit=limit):

@@ -67,7 +67,8 @@ def _epoch_order(num_items: int, epoch: int, seed: int) -> Tensor:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[torch.Generator]:
-    """Inside, torch's global generators start from `entropy` (for dropout); outside they are as before.
+    """Inside, torch's global generators, of the CPU and this process's GPU, start from `entropy` (for dropout); outside they
+    are as before.
 
     Yields a CPU generator, from the same entropy, for explicit draws.
     """
@@ -77,13 +78,13 @@ def seeded(*entropy: int) -> Iterator[torch.Generator]:
 
 @contextmanager
 def restarted(seed: int) -> Iterator[None]:
-    """Inside, torch's global generators start from `seed`; outside they are as before. CUDA is not started for it."""
-    has_cuda, is_awake = torch.backends.cuda.is_built(), torch.cuda.is_initialized()
-    # named one by one: left out, torch starts them, and warns of more than one
-    devices = list(range(torch.cuda.device_count())) if is_awake else []
-    with torch.random.fork_rng(devices if has_cuda else None):
-        if has_cuda and not is_awake:
-            torch.default_generator.manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
+    """Inside, torch's global generators start from `seed`; outside they are as before.
+
+    Of GPUs the process's own, where it has begun to use it: others would get a context of this process.
+    """
+    device = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(device):
+        torch.default_generator.manual_seed(seed)
+        if device:
+            torch.cuda.manual_seed(seed)
         yield

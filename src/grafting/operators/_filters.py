@@ -91,5 +91,14 @@ def gated(
     qkv: Float[Tensor, "b l d3"], short: TokenFilter | None, inner: TokenFilter | None, layout: TokenLayout
 ) -> Float[Tensor, "b l d"]:
     """q' * inner(k' * v') with q', k', v' = short(qkv); either filter may be absent."""
+    filters = [x for x in (short, inner) if x is not None]
+    if any(_is_wrapped(x) for x in filters):
+        q, k, v = (qkv if short is None else short(qkv, layout)).chunk(3, dim=-1)
+        return q * (k * v if inner is None else inner(k * v, layout))
     of_short, of_inner = (None if x is None else x.taps for x in (short, inner))
     return gated_conv(qkv, of_short, of_inner, layout)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """True where accelerate or diffusers may have a module's weights in their place only while it is called."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")

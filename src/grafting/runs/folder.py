@@ -37,12 +37,9 @@ from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .manifest import FORMAT, Entry, Manifest, new_manifest, parse_manifest, read_manifest
-from .states import StateWriter, newest_state, write_state
+from .states import Every, StateWriter, newest_state, write_state
 
 _LONGEST_LOG = 1 << 30
-
-# no more than this is lost where steps take long
-_LONGEST_UNSAVED_S = 600.0
 
 Line: TypeAlias = JsonObject
 """A line of a stage's log: `step`, `seconds` and the step's figures."""
@@ -307,11 +304,10 @@ class Stage:
         """Keep the state after a step; see `write_state`."""
         write_state(self._states, state, step, owner=self._owner, is_writer=self._run.writes)
 
-    def follow(self, steps: Iterator[Step], *, save_every: int | None) -> Iterator[Step]:
-        """Passes a stage's steps on, logging each and saving the state after every `save_every` steps, or never.
+    def follow(self, steps: Iterator[Step], *, save_every: Every | None) -> Iterator[Step]:
+        """Passes a stage's steps on, logging each and saving the state now and then, or never.
 
-        A state is also saved when ten minutes have passed since the last one. They are written while the stage goes on, and
-        are on disk when it ends.
+        States are written while the stage goes on, and are on disk when it ends.
 
         Raises:
             Interrupted: a signal came, which the program catches; the state after the last step is saved.
@@ -330,8 +326,8 @@ class Stage:
             # asked once: a signal that comes after this line waits for the next step, which is then saved
             signum = signal_caught()
             stop = self._run.anyone(signum is not None) if save_every else signum is not None
-            is_late = bool(save_every) and self._run.anyone(time.monotonic() - saved > _LONGEST_UNSAVED_S)
-            if save_every and step.done and (stop or is_late or step.done % save_every == 0):
+            is_late = save_every and self._run.anyone(time.monotonic() - saved >= save_every.seconds)
+            if save_every and step.done and (stop or is_late or save_every.is_due(step.done)):
                 writer.write(step.state(), step.done)
                 saved = time.monotonic()
             if stop:

@@ -3,6 +3,7 @@
 pretrained model + plan --distill--> operators --finetune--> model --sample--> images --evaluate--> metrics --> report
 """
 
+import re
 from typing import Annotated, Any
 
 from pydantic import (
@@ -29,6 +30,7 @@ from ..training.distillation import DistillConfig
 from ..training.phases import FinetuneConfig, Phases, phase_faults, phases_of
 from ..words import ROW_TITLES, RowName
 from .paths import WrittenPaths
+from .states import Every
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]*[\w-][\w.-]*$", max_length=200)]
 """Name of a run's folder: not one that leads elsewhere, `..`, nor too long for one."""
@@ -60,6 +62,19 @@ def _check_rows(rows: tuple[RowName, ...]) -> tuple[RowName, ...]:
     if not rows or len(set(rows)) < len(rows):
         raise ValueError("name at least one row, and none twice")
     return rows
+
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"([1-9][0-9]{0,5}) ?(s|min|h)")
+
+# kinds are told apart by their look, so that a fault is told of that kind alone
+_SaveEvery = Annotated[
+    Annotated[PositiveInt, Tag("<steps>")]
+    | Annotated[str, Field(pattern=f"^{_TIME.pattern}$"), Tag("<time>")],
+    Discriminator(lambda value: "<time>" if isinstance(value, str) and not value.isdigit() else "<steps>"),
+]
+
+_LONGEST_UNSAVED_S = 600.0
 
 
 class Recipe(Settings):
@@ -97,8 +112,9 @@ class Recipe(Settings):
     """Models to sample and measure."""
     seed: int = Field(default=0, ge=0)
     """Of the operators' random weights."""
-    save_every: PositiveInt = 100
-    """Steps of stage 1 and 2 between saved states."""
+    save_every: _SaveEvery = 100
+    """Steps of stage 1 and 2 between saved states, which are no more than ten minutes apart in any case; or a time alone, such
+    as `30 min`."""
     _written: WrittenPaths = PrivateAttr(default_factory=WrittenPaths)
 
     @property
@@ -117,6 +133,15 @@ class Recipe(Settings):
         if faults := phase_faults(finetune):
             raise ValueError("; ".join(faults))
         return finetune if len(finetune) > 1 else finetune[0]
+
+    @property
+    def saving(self) -> Every:
+        """When states are saved."""
+        if isinstance(self.save_every, int):
+            return Every(self.save_every, _LONGEST_UNSAVED_S)
+        found = _TIME.fullmatch(self.save_every)
+        assert found is not None
+        return Every(None, int(found[1]) * _UNITS[found[2]])
 
     @property
     def phases(self) -> Phases:

@@ -17,6 +17,7 @@ from .folder import RunFolder
 from .folder import Stage as OpenStage
 from .job import Job
 from .recipe import Recipe
+from .states import Every
 
 OnStep = Callable[[str, Step], None]
 
@@ -71,7 +72,7 @@ class Opened:
     def folder(self) -> Path:
         return self.stage.folder
 
-    def follow(self, steps: Iterator[Step], *, save_every: int | None = None) -> None:
+    def follow(self, steps: Iterator[Step], *, save_every: Every | None = None) -> None:
         """Log each step and tell it, with the state saved now and then."""
         for step in self.stage.follow(steps, save_every=save_every):
             self.tell(self.part.title, step)

@@ -8,6 +8,7 @@ import io
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,18 @@ def write_state(states: Path, state: State | FolderState, step: int, *, owner: s
     for folder in _folders(states):
         if folder not in kept:
             shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Every:
+    """When states are saved: after so many steps, and when so many seconds have passed since the last one."""
+
+    steps: int | None
+    seconds: int | float
+
+    def is_due(self, done: int) -> bool:
+        """True if the state after this step is saved whatever the time."""
+        return self.steps is not None and done % self.steps == 0
 
 
 class StateWriter:

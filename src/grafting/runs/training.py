@@ -56,7 +56,7 @@ def distill_operators(work: Opened) -> list[Path]:
 
         how = {"denoiser": job.denoiser, "cache_folder": work.folder / "cache", "state": state}
         steps = distill(job.model, fitted, job.data, config, **how)
-        work.follow(_timed(job, (config,), of_distill, steps), save_every=job.recipe.save_every)
+        work.follow(_timed(job, (config,), of_distill, steps), save_every=job.recipe.saving)
     barrier()
     if not is_main():
         return []
@@ -95,7 +95,7 @@ def finetune_model(work: Opened) -> list[Path]:
         new_parameters=record.new_parameters,
         state=work.stage.load_state(),
     )
-    work.follow(_timed(job, phases, phase_flops, steps), save_every=job.recipe.save_every)
+    work.follow(_timed(job, phases, phase_flops, steps), save_every=job.recipe.saving)
     if not is_main():
         return []
     source = job.recipe.source

@@ -117,7 +117,7 @@ class Batches:
             items=items,
             steps=self.end,
             share=share,
-            pin=device.type == "cuda",
+            pin=device.type != "cpu",
             finish=partial(_draw_step, config=config, denoiser=denoiser, share=share),
         )
 

@@ -11,11 +11,10 @@ Sites do not know each other: each has its own optimizer and guard. So several p
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import (
@@ -255,7 +254,8 @@ class _Fitting:
     def _figures(self, losses: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
         """Loss and gradient norm of every site, from those of this process's; they come from the device at once."""
         gradients = {path: self.sites[path].gradients for path in self.mine}
-        norms = torch._foreach_norm([g for several in gradients.values() for g in several])
+        flat = [gradient for several in gradients.values() for gradient in several]
+        norms = torch._foreach_norm(flat) if flat else ()
         tensors = [*(losses[path] for path in self.mine), *norms]
         figures = iter(torch.stack(tensors).tolist() if tensors else ())
         here = [next(figures) for _ in self.mine]
@@ -289,7 +289,7 @@ class _Fitting:
 
     def measure(self) -> dict[str, float]:
         """Loss and R^2 of every site on held-out images, always with the same noise."""
-        measured = {path: _Measured() for path in self.sites}
+        measured = {path: _Measured(self.visited.device) for path in self.sites}
 
         def visit(path: str, args: tuple, kwargs: Kwargs, target: Any) -> None:
             output = self.sites[path].forward(*args, **kwargs)
@@ -298,8 +298,10 @@ class _Fitting:
         # whole batches are dealt out, so that each gives what it gives one process
         for number in range(len(self.held_out.indices))[self.batches.share]:
             self.held_out.visit(number, visit)
-        sums = iter(processes.total([value for site in measured.values() for value in site.sums]))
-        found = {path: _Measured(*islice(sums, 4)) for path in self.sites}
+        sums = iter(
+            processes.total(torch.stack([site.sums for site in measured.values()]).flatten().tolist())
+        )
+        found = {path: _Found(*islice(sums, 4)) for path in self.sites}
         for path, site in found.items():
             if not math.isfinite(site.variation):
                 raise TrainingError(
@@ -375,26 +377,29 @@ def _trained(operator: Placed) -> list[nn.Parameter]:
     return [p for p in operator.parameters() if p.requires_grad]
 
 
-@dataclass
 class _Measured:
-    """Running loss and R^2 of one site over held-out batches, as sums."""
+    """Running loss and R^2 of one site over held-out batches, as sums that stay on the device: of losses, batches, squared
+    errors and squared deviations of the target."""
 
-    losses: float = 0.0
-    batches: float = 0.0
-    error: float = 0.0
-    variation: float = 0.0
-
-    @property
-    def sums(self) -> tuple[float, ...]:
-        return self.losses, self.batches, self.error, self.variation
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, output: Any, target: Any) -> None:
-        self.losses += loss.item()
-        self.batches += 1
+        error = variation = torch.zeros_like(self.sums[0])
         for y, want in zip(_tensors(output), _tensors(target), strict=True):
             want = want.double()
-            self.error += (y.double() - want).square().sum().item()
-            self.variation += (want - want.mean(dim=tuple(range(want.ndim - 1)))).square().sum().item()
+            error = error + (y.double() - want).square().sum()
+            variation = variation + (want - want.mean(dim=tuple(range(want.ndim - 1)))).square().sum()
+        self.sums += torch.stack([loss.double(), torch.ones_like(error), error, variation])
+
+
+class _Found(NamedTuple):
+    """The sums of one site over all held-out batches."""
+
+    losses: float
+    batches: float
+    error: float
+    variation: float
 
     @property
     def loss(self) -> float:

@@ -233,8 +233,8 @@ class _Training:
         read = reading(known)
         is_taken = trainee.launch(own, known)
         *means, norm = processes.mean(read())
-        means = dict(zip(losses, means, strict=True))
-        figures = {"loss": means.pop("loss"), "lr": lr, "grad_norm": norm} | means
+        parts = dict(zip(losses, means, strict=True))
+        figures = {"loss": parts.pop("loss"), "lr": lr, "grad_norm": norm} | parts
         finding = trainee.guard.judge({name: figures[name] for name in ("loss", "grad_norm")})
         if finding and trainee.guard.stops:
             raise TrainingError(

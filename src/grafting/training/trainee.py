@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from ..contract import State
 from ..functional.schedule import learning_rate_factor
 from ..machine.sharding import is_spread, kept_copy, whole
-from .guard import NEVER, Guard, GuardConfig
+from .guard import Guard, GuardConfig
 
 # devices on which torch steps all parameters in one kernel
 _FUSED = {"cpu", "cuda", "mps", "xpu"}
@@ -107,11 +107,11 @@ class Trainee:
     def launch(self, step: int, figures: Tensor) -> bool:
         """Take the step before anyone has read its figures, if that can be: where one is not finite nothing changes.
 
-        False if it is left to be taken: the guard may find something else, or the optimizer cannot tell by itself.
+        False if it is left to be taken: a guard may find more than that, or the optimizer cannot tell by itself.
         """
-        if self.optimizer is None or self.guard.config.spike < NEVER or not self.group["fused"]:
+        if self.optimizer is None or self.config.guard is not None:
             return False
-        if is_spread(self.parameters[0]):
+        if not self.group["fused"] or is_spread(self.parameters[0]):
             return False
         self.group["lr"] = self.learning_rate(step)
         # as torch's GradScaler tells an optimizer

@@ -28,17 +28,33 @@ def can_fuse(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         ENABLED
-        and (first.is_cuda or INTERPRETED)
+        and (INTERPRETED or (first.is_cuda and _is_recent(first.device)))
         and first.dtype in DTYPES
         and all(x.device == first.device and x.numel() > 0 for x in tensors)
         and not _is_transformed()
     )
 
 
+def fused_kernels(device: torch.device) -> str:
+    """Whether the kernels run on a device, in words."""
+    if os.environ.get(VARIABLE, "1") == "0":
+        return f"off: {VARIABLE}=0"
+    if not ENABLED:
+        return "off: there is no triton, which comes with torch's CUDA builds"
+    if device.type != "cuda":
+        return f"off: they do not run on {device.type}"
+    return "on" if _is_recent(device) else "off: the device is older than they need"
+
+
 def in_autocast(x: Tensor) -> Tensor:
     """What autocast makes of the input of a matrix product."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _is_recent(device: torch.device) -> bool:
+    """Whether a device has bf16 and copies that do not wait, as NVIDIA's have since Ampere."""
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def _is_transformed() -> bool:

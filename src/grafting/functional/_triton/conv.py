@@ -5,7 +5,7 @@ bias in the last row. `grid` is (tokens before it, frames, rows, columns), and `
 columns before).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,10 @@ def gated_conv(
     sizes = _sizes(qkv, grid)
     constants = {**_taps_of(short_taps, inner_taps), **_filters(short, inner)}
     launch = gate_kernel[_programs(out)]
-    if kv.numel():
-        launch(qkv, kv, short, inner, kv, *sizes, **constants, PRODUCT_ALONE=True)
-    launch(qkv, kv, short, inner, out, *sizes, **constants, PRODUCT_ALONE=False)
+    with torch.cuda.device_of(qkv):
+        if kv.numel():
+            launch(qkv, kv, short, inner, kv, *sizes, **constants, PRODUCT_ALONE=True)
+        launch(qkv, kv, short, inner, out, *sizes, **constants, PRODUCT_ALONE=False)
     return out, kv
 
 
@@ -77,12 +78,12 @@ def gated_conv_backward(
     dqkv = torch.empty_like(qkv)
     dmixed = torch.empty_like(grad if inner is not None else grad[:0])
     dshort, dinner = qkv.new_empty(0), qkv.new_empty(0)
-    gate_backward_kernel[_programs(grad)](
-        grad, qkv, kv, short, inner, dqkv, dmixed, *sizes, **taps, **filters
-    )
-    if inner is not None:
-
-        def launch_inner(programs: Any, partial: Tensor, **sums: int) -> None:
+    with torch.cuda.device_of(qkv):
+        gate_backward_kernel[_programs(grad)](
+            grad, qkv, kv, short, inner, dqkv, dmixed, *sizes, **taps, **filters
+        )
+        if inner is not None:
+            programs, partial, sums = _sums(grad, inner)
             inner_backward_kernel[programs](
                 dmixed,
                 qkv,
@@ -95,20 +96,22 @@ def gated_conv_backward(
                 **taps,
                 HAS_SHORT=filters["HAS_SHORT"],
             )
-
-        dinner = _summed(launch_inner, grad, inner)
-    if short is not None:
-        dfiltered, dqkv = dqkv, torch.empty_like(qkv)
-        _, _, *places = sizes
-
-        def launch_short(programs: Any, partial: Tensor, **sums: int) -> None:
-            R, S, BI, BJ = short_taps
+            dinner = partial.sum(0).to(inner.dtype)
+        if short is not None:
+            dfiltered, dqkv = dqkv, torch.empty_like(qkv)
+            programs, partial, sums = _sums(qkv, short)
             short_backward_kernel[programs](
-                dfiltered, qkv, short, dqkv, partial, *qkv.shape[1:], *places, **sums,
-                R=R, S=S, BI=BI, BJ=BJ, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
-            )  # fmt: skip
-
-        dshort = _summed(launch_short, qkv, short)
+                dfiltered,
+                qkv,
+                short,
+                dqkv,
+                partial,
+                *qkv.shape[1:],
+                *sizes[2:],
+                **sums,
+                **_taps_of(short_taps),
+            )
+            dshort = partial.sum(0).to(short.dtype)
     return dqkv, dshort, dinner
 
 
@@ -143,9 +146,9 @@ def _sizes(qkv: Tensor, grid: Sequence[int]) -> tuple[int, ...]:
     return qkv.shape[1], qkv.shape[2] // 3, start, frames * rows * cols, rows, cols
 
 
-def _taps_of(short: Sequence[int], inner: Sequence[int]) -> dict[str, int]:
+def _taps_of(short: Sequence[int], inner: Sequence[int] = ()) -> dict[str, int]:
     names = ("R", "S", "BI", "BJ", "R2", "S2", "BI2", "BJ2")
-    return dict(zip(names, (*short, *inner), strict=True)) | {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
+    return dict(zip(names, (*short, *inner), strict=False)) | {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
 
 
 def _filters(short: Tensor | None, inner: Tensor | None) -> dict[str, bool]:
@@ -157,14 +160,13 @@ def _programs(x: Tensor, num_blocks: int = 1) -> tuple[int, int, int]:
     return triton.cdiv(x.shape[2], BLOCK_D), triton.cdiv(x.shape[1], BLOCK_T * num_blocks), x.shape[0]
 
 
-def _summed(launch: Callable[..., None], x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of a filter of x's channels: every program writes its own sum, and these are added in their order."""
+def _sums(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], Tensor, dict[str, int]]:
+    """Programs that make the gradient of a filter of x's channels, memory for a sum of each, and what they are told of it."""
     channels, tokens, items = _programs(x)
     num_blocks = min(max(channels * tokens * items // MANY_PROGRAMS, 1), 16)
     programs = _programs(x, num_blocks)
     partial = x.new_empty(programs[1] * programs[2], *weight.shape, dtype=torch.float32)
-    launch(programs, partial, num_blocks=num_blocks, NUM_SUMS=triton.next_power_of_2(len(weight)))
-    return partial.sum(0).to(weight.dtype)
+    return programs, partial, {"num_blocks": num_blocks, "NUM_SUMS": triton.next_power_of_2(len(weight))}
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -14,28 +14,24 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def _sees(row, col, is_image, exists, rows, cols, DI: tl.constexpr, DJ: tl.constexpr):
-    """Which tokens have a neighbour DI rows and DJ columns on."""
-    seen = exists
-    if DI != 0 or DJ != 0:
-        seen = seen & is_image
-    if DI != 0:
-        seen = seen & (row + DI >= 0) & (row + DI < rows)
-    if DJ != 0:
-        seen = seen & (col + DJ >= 0) & (col + DJ < cols)
-    return seen
+def _place(t, length, start, num_image, rows, cols):
+    """Row and column of tokens t, whether they are of the image, and whether they are any; beside the grid both are 0."""
+    is_image = (t >= start) & (t < start + num_image)
+    row = tl.where(is_image, ((t - start) // cols) % rows, 0)
+    col = tl.where(is_image, (t - start) % cols, 0)
+    return row, col, is_image, t < length
 
 
 @triton.jit
 @no_type_check
-def _neighbours(
-    x, width, t, c, is_channel, row, col, is_image, exists, rows, cols, DI: tl.constexpr, DJ: tl.constexpr
-):
-    """Channels c of the tokens DI rows and DJ columns on from t, in float32; zero where there is none."""
-    seen = _sees(row, col, is_image, exists, rows, cols, DI, DJ)
-    place = (t + DI * cols + DJ).to(tl.int64) * width
-    inside = seen[:, None] & is_channel[None, :]
-    return tl.load(x + place[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+def _neighbours(x, width, t, c, is_channel, row, col, is_image, exists, rows, cols, down, right):
+    """Channels c of the tokens `down` rows and `right` columns on from t, in float32; zero where there is none."""
+    inside = (row + down >= 0) & (row + down < rows) & (col + right >= 0) & (col + right < cols)
+    is_own = (row + down == row) & (col + right == col)
+    seen = exists & inside & (is_image | is_own)
+    place = (t + down * cols + right).to(tl.int64) * width
+    mask = seen[:, None] & is_channel[None, :]
+    return tl.load(x + place[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -61,21 +57,26 @@ def _filtered(
     BJ: tl.constexpr,
     OF_PRODUCT: tl.constexpr,
 ):
-    """The filter of channels c of x, or of their product with those that follow them by a third of the width."""
+    """The filter of channels c of x, or of their product with those that follow them by `weight_width`."""
     bias = tl.load(weight + R * S * weight_width + weight_c, mask=is_channel, other=0.0).to(tl.float32)
     y = tl.zeros([t.shape[0], c.shape[0]], tl.float32) + bias[None, :]
-    for i in tl.static_range(R):
-        for j in tl.static_range(S):
+    # a few taps at a time: all at once would take more registers than there are
+    GROUP: tl.constexpr = S if S <= 5 else 4
+    for group in range((R * S + GROUP - 1) // GROUP):
+        for place in tl.static_range(GROUP):
+            tap = group * GROUP + place
+            down, right = tap // S - BI, tap % S - BJ
+            is_tap = is_channel & (tl.zeros_like(c) + tap < R * S)
             value = _neighbours(
-                x, width, t, c, is_channel, row, col, is_image, exists, rows, cols, i - BI, j - BJ
-            )
+                x, width, t, c, is_tap, row, col, is_image, exists, rows, cols, down, right
+            )  # fmt: skip
             if OF_PRODUCT:
                 other = c + weight_width
                 value *= _neighbours(
-                    x, width, t, other, is_channel, row, col, is_image, exists, rows, cols, i - BI, j - BJ
-                )
-            tap = tl.load(weight + (i * S + j) * weight_width + weight_c, mask=is_channel, other=0.0)
-            y += tap.to(tl.float32)[None, :] * value
+                    x, width, t, other, is_tap, row, col, is_image, exists, rows, cols, down, right
+                )  # fmt: skip
+            factor = tl.load(weight + tap * weight_width + weight_c, mask=is_tap, other=0.0)
+            y += factor.to(tl.float32)[None, :] * value
     return y
 
 
@@ -106,23 +107,31 @@ def _unfiltered(
 
     Token t was read by tap (i, j) of the token i - BI rows and j - BJ columns back.
     """
-    dx = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
-    numbers = tl.arange(0, NUM_SUMS)
-    for i in tl.static_range(R):
-        for j in tl.static_range(S):
-            back = _neighbours(
-                dy, width, t, c, is_channel, row, col, is_image, exists, rows, cols, BI - i, BJ - j
-            )
-            tap = tl.load(weight + (i * S + j) * width + c, mask=is_channel, other=0.0)
-            dx += tap.to(tl.float32)[None, :] * back
-            added = tl.sum(back * x_here, axis=0)
-            sums += tl.where(numbers[:, None] == i * S + j, added[None, :], 0.0)
     here = _neighbours(dy, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
+    numbers = tl.arange(0, NUM_SUMS)
     sums += tl.where(numbers[:, None] == R * S, tl.sum(here, axis=0)[None, :], 0.0)
+    dx = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
+    GROUP: tl.constexpr = S if S <= 5 else 4
+    for group in range((R * S + GROUP - 1) // GROUP):
+        for place in tl.static_range(GROUP):
+            tap = group * GROUP + place
+            down, right = BI - tap // S, BJ - tap % S
+            is_tap = is_channel & (tl.zeros_like(c) + tap < R * S)
+            back = _neighbours(
+                dy, width, t, c, is_tap, row, col, is_image, exists, rows, cols, down, right
+            )  # fmt: skip
+            factor = tl.load(weight + tap * width + c, mask=is_tap, other=0.0)
+            dx += factor.to(tl.float32)[None, :] * back
+            added = tl.sum(back * x_here, axis=0)
+            sums += tl.where(numbers[:, None] == tap, added[None, :], 0.0)
     return dx, sums
 
 
-@triton.jit
+# sizes that change from call to call, for which nothing is compiled anew; channels decide how far loads are aligned
+_SIZES = ["length", "start", "num_image", "rows", "cols", "num_blocks"]
+
+
+@triton.jit(do_not_specialize=_SIZES[:-1])
 @no_type_check
 def gate_kernel(
     qkv,
@@ -159,12 +168,8 @@ def gate_kernel(
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
     qkv += item * length * width
-    exists, is_channel = t < length, c < dim
-    row, col, is_image = (
-        ((t - start) // cols) % rows,
-        (t - start) % cols,
-        (t >= start) & (t < start + num_image),
-    )
+    is_channel = c < dim
+    row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
     k, v = c + dim, c + 2 * dim
     if HAS_INNER and not PRODUCT_ALONE:
         if HAS_SHORT:
@@ -194,7 +199,7 @@ def gate_kernel(
     tl.store(out + place, mixed.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES[:-1])
 @no_type_check
 def gate_backward_kernel(
     grad,
@@ -230,12 +235,8 @@ def gate_backward_kernel(
     width = 3 * dim
     qkv += item * length * width
     dqkv += item * length * width
-    exists, is_channel = t < length, c < dim
-    row, col, is_image = (
-        ((t - start) // cols) % rows,
-        (t - start) % cols,
-        (t >= start) & (t < start + num_image),
-    )
+    is_channel = c < dim
+    row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
     k, v = c + dim, c + 2 * dim
     inside = exists[:, None] & is_channel[None, :]
     place = t.to(tl.int64)[:, None] * dim + c[None, :]
@@ -272,7 +273,7 @@ def gate_backward_kernel(
     tl.store(dqkv + wide_place, (dy * mixed).to(dqkv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def inner_backward_kernel(
     dmixed,
@@ -313,9 +314,7 @@ def inner_backward_kernel(
     sums = tl.zeros([NUM_SUMS, BLOCK_D], tl.float32)
     for block in range(num_blocks):
         t = (tl.program_id(1) * num_blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        exists = t < length
-        row, col = ((t - start) // cols) % rows, (t - start) % cols
-        is_image = (t >= start) & (t < start + num_image)
+        row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
         if HAS_SHORT:
             key = _filtered(
                 qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
@@ -337,7 +336,7 @@ def inner_backward_kernel(
     _store_sums(partial, sums, dim, c, is_channel, R2 * S2 + 1, NUM_SUMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def short_backward_kernel(
     dy,
@@ -370,9 +369,7 @@ def short_backward_kernel(
     sums = tl.zeros([NUM_SUMS, BLOCK_D], tl.float32)
     for block in range(num_blocks):
         t = (tl.program_id(1) * num_blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        exists = t < length
-        row, col = ((t - start) // cols) % rows, (t - start) % cols
-        is_image = (t >= start) & (t < start + num_image)
+        row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
         here = _neighbours(x, dim, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
         d_here, sums = _unfiltered(
             dy, here, sums, dim, weight, t, c, is_channel, row, col, is_image, exists, rows, cols,

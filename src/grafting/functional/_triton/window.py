@@ -41,10 +41,11 @@ def window_attention(
     out, lse = _empty_outputs(q, v)
     unit, strides = _strides(q, k, v, out)
     constants = _constants(q, v, is_key, grid, shifted) | {"UNIT": unit}
-    forward_kernel[_num_tiles(grid, constants), q.shape[0] * q.shape[1]](
-        q, k, v, _bytes(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
-        **constants, BLOCK_N=_run(q),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[q.shape[1], _num_tiles(grid, constants), q.shape[0]](
+            q, k, v, _bytes(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
+            **constants, BLOCK_N=_run(q),
+        )  # fmt: skip
     return out, lse
 
 
@@ -78,23 +79,24 @@ def window_attention_backward(
     dq, dk, dv = map(_empty_heads, (q, k, v))
     delta = torch.empty_like(lse)
     sizes, key_bytes = _sizes(k, grid, reach), _bytes(is_key)
-    constants, heads = _constants(q, v, is_key, grid, shifted), q.shape[0] * q.shape[1]
-    tiles = _num_tiles(grid, constants)
+    constants = _constants(q, v, is_key, grid, shifted)
+    batch, heads, tiles = q.shape[0], q.shape[1], _num_tiles(grid, constants)
     scales = scale * math.log2(math.e), scale
-    unit, strides = _strides(q, k, v, out, grad, dq)
-    query_backward_kernel[tiles, heads](
-        q, k, v, key_bytes, out, grad, lse, delta, dq, *strides, *sizes, *scales,
-        **constants, UNIT=unit, BLOCK_N=_run(q),
-    )  # fmt: skip
-    unit, strides = _strides(q, k, v, grad, dk, dv)
     num_others = k.shape[2] - q.shape[2]
     runs_of_others = triton.cdiv(num_others, constants["TILE_R"] * constants["TILE_C"])
-    for of_others, programs in ((False, tiles), (True, runs_of_others)):
-        if programs:
-            key_backward_kernel[programs, heads](
-                q, k, v, key_bytes, grad, lse, delta, dk, dv, *strides, *sizes, *scales,
-                OF_OTHERS=of_others, **constants, UNIT=unit, BLOCK_M=32,
-            )  # fmt: skip
+    with torch.cuda.device_of(q):
+        unit, strides = _strides(q, k, v, out, grad, dq)
+        query_backward_kernel[heads, tiles, batch](
+            q, k, v, key_bytes, out, grad, lse, delta, dq, *strides, *sizes, *scales,
+            **constants, UNIT=unit, BLOCK_N=_run(q),
+        )  # fmt: skip
+        unit, strides = _strides(q, k, v, grad, dk, dv)
+        for of_others, programs in ((False, tiles), (True, runs_of_others)):
+            if programs:
+                key_backward_kernel[heads, programs, batch](
+                    q, k, v, key_bytes, grad, lse, delta, dk, dv, *strides, *sizes, *scales,
+                    OF_OTHERS=of_others, **constants, UNIT=unit, BLOCK_M=32,
+                )  # fmt: skip
     return dq, dk, dv
 
 
@@ -144,7 +146,8 @@ def _constants(
     """What kernels are compiled for. Tiles are squares of 64 queries, of which a grid's few rows leave a strip."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
     tile_rows = min(8, triton.next_power_of_2(grid[2]))
-    tile = 32 if q.dtype == torch.float32 else 64
+    is_wide = q.dtype == torch.float32  # twice as large in registers, and no work for tensor cores
+    tile = 32 if is_wide else 64
     return {
         "SHIFTED": shifted,
         "HAS_MASK": is_key is not None,
@@ -154,8 +157,8 @@ def _constants(
         "BLOCK_V": block_v,
         "TILE_R": tile_rows,
         "TILE_C": tile // tile_rows,
-        "num_warps": 4,
-        "num_stages": 1 if q.dtype == torch.float32 else 2,
+        "num_warps": 8 if is_wide else 4,
+        "num_stages": 1 if is_wide else 2,
     }
 
 

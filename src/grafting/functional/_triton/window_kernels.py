@@ -1,6 +1,6 @@
 """Triton kernels of window attention; `window.py` beside this launches them.
 
-A program takes a tile of TILE_R x TILE_C image tokens of a frame, and goes through what the tile sees: the box of image tokens around it
+A program takes, of a head, a tile of TILE_R x TILE_C image tokens of a frame, and goes through what the tile sees: the box of image tokens around it
 in raster order, then the other tokens. Queries are the image's, [B, H, N, K]; keys and values are of all tokens, the image's after
 `before` others. Strides are of items, heads and tokens, in units of UNIT elements, so that the compiler knows how far loads are
 aligned. Scores are in powers of two, and held in float32 as all that is added up.
@@ -122,7 +122,14 @@ def _seen_keys(
     return token, exists, is_seen[None, :] & (near | (~in_box)[None, :])
 
 
-@triton.jit
+def _numbers(*tensors: str) -> list[str]:
+    """Arguments for whose values nothing is compiled anew: strides, whose alignment UNIT tells, and sizes."""
+    strides = [f"{x}_{of}" for x in tensors for of in ("item", "head", "token")]
+    reach = ["reach_frames", "reach_rows", "reach_cols"]
+    return [*strides, "heads", "num_keys", "before", "frames", "rows", "cols", *reach]
+
+
+@triton.jit(do_not_specialize=_numbers("q", "k", "v", "out"))
 @no_type_check
 def forward_kernel(
     q,
@@ -165,8 +172,8 @@ def forward_kernel(
     UNIT: tl.constexpr,
 ):
     """Attention of a tile of queries, and the logarithm (of base 2) of what its weights are divided by."""
-    frame, row0, col0 = _tile(tl.program_id(0), rows, cols, TILE_R, TILE_C)
-    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    frame, row0, col0 = _tile(tl.program_id(1), rows, cols, TILE_R, TILE_C)
+    head, item = tl.program_id(0), tl.program_id(2).to(tl.int64)
     q += (item * q_item + head * q_head) * UNIT
     k += (item * k_item + head * k_head) * UNIT
     v += (item * v_item + head * v_head) * UNIT
@@ -208,11 +215,11 @@ def forward_kernel(
     sees_any = total > 0
     total = tl.where(sees_any, total, 1.0)
     _store(out, mixed / total[:, None], out_token, token, exists, V, BLOCK_V, UNIT)
-    lse += tl.program_id(1).to(tl.int64) * frames * rows * cols
+    lse += (item * heads + head) * frames * rows * cols
     tl.store(lse + token, tl.where(sees_any, top + tl.log2(total), 0.0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_numbers("q", "k", "v", "out", "grad", "dq"))
 @no_type_check
 def query_backward_kernel(
     q,
@@ -265,8 +272,8 @@ def query_backward_kernel(
     UNIT: tl.constexpr,
 ):
     """Gradient of a tile of queries, and `delta`, the product of its output and the output's gradient."""
-    frame, row0, col0 = _tile(tl.program_id(0), rows, cols, TILE_R, TILE_C)
-    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    frame, row0, col0 = _tile(tl.program_id(1), rows, cols, TILE_R, TILE_C)
+    head, item = tl.program_id(0), tl.program_id(2).to(tl.int64)
     q += (item * q_item + head * q_head) * UNIT
     k += (item * k_item + head * k_head) * UNIT
     v += (item * v_item + head * v_head) * UNIT
@@ -275,8 +282,8 @@ def query_backward_kernel(
     dq += (item * dq_item + head * dq_head) * UNIT
     if HAS_MASK:
         is_key += item * num_keys
-    lse += tl.program_id(1).to(tl.int64) * frames * rows * cols
-    delta += tl.program_id(1).to(tl.int64) * frames * rows * cols
+    lse += (item * heads + head) * frames * rows * cols
+    delta += (item * heads + head) * frames * rows * cols
     m = tl.arange(0, TILE_R * TILE_C)
     row, col = row0 + m // TILE_C, col0 + m % TILE_C
     exists = (row < rows) & (col < cols)
@@ -309,7 +316,7 @@ def query_backward_kernel(
     _store(dq, d_queries * grad_scale, dq_token, token, exists, K, BLOCK_K, UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_numbers("q", "k", "v", "grad", "dk", "dv"))
 @no_type_check
 def key_backward_kernel(
     q,
@@ -363,7 +370,7 @@ def key_backward_kernel(
     UNIT: tl.constexpr,
 ):
     """Gradients of a tile of keys and their values, from the queries that see it; or of a run of others, which all queries see."""
-    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    head, item = tl.program_id(0), tl.program_id(2).to(tl.int64)
     q += (item * q_item + head * q_head) * UNIT
     k += (item * k_item + head * k_head) * UNIT
     v += (item * v_item + head * v_head) * UNIT
@@ -372,17 +379,17 @@ def key_backward_kernel(
     dv += (item * dv_item + head * dv_head) * UNIT
     if HAS_MASK:
         is_key += item * num_keys
-    lse += tl.program_id(1).to(tl.int64) * frames * rows * cols
-    delta += tl.program_id(1).to(tl.int64) * frames * rows * cols
+    lse += (item * heads + head) * frames * rows * cols
+    delta += (item * heads + head) * frames * rows * cols
     n = tl.arange(0, TILE_R * TILE_C)
     if OF_OTHERS:
-        other = tl.program_id(0) * TILE_R * TILE_C + n
+        other = tl.program_id(1) * TILE_R * TILE_C + n
         key_token = tl.where(other < before, other, other + frames * rows * cols)
         exists = key_token < num_keys
         frame, row, col = 0, n, n
         frame0, num_frames, row0, num_rows, col0, num_cols = 0, frames, 0, rows, 0, cols
     else:
-        frame, tile_row, tile_col = _tile(tl.program_id(0), rows, cols, TILE_R, TILE_C)
+        frame, tile_row, tile_col = _tile(tl.program_id(1), rows, cols, TILE_R, TILE_C)
         row, col = tile_row + n // TILE_C, tile_col + n % TILE_C
         key_token = before + (frame * rows + row) * cols + col
         exists = (row < rows) & (col < cols)

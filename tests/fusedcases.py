@@ -1,0 +1,147 @@
+"""Calls that the Triton kernels take, and what they must equal: the plain definitions in float64, outputs and gradients."""
+
+import torch
+
+from closeness import assert_close
+from grafting.contract import Grid, TokenLayout
+from grafting.functional import _triton
+from grafting.functional.gated_conv import Filter, gated_conv, gated_conv_plain
+from grafting.functional.window import (
+    window_1d,
+    window_1d_reference,
+    window_2d,
+    window_2d_reference,
+    window_3d,
+    window_3d_reference,
+)
+
+GATED = {  # taps of the short filter and the inner one, axes, taps before the token
+    "se": (4, 4, 1, 2),
+    "se-causal": (4, 4, 1, 3),
+    "se-2d": (3, 3, 2, 1),
+    "se-2d-even": (4, 4, 2, 2),
+    "x": (4, None, 1, 2),
+    "x-2d": (3, None, 2, 1),
+    "x-long": (25, None, 1, 24),
+    "y": (None, 4, 1, 2),
+    "y-2d": (None, 3, 2, 1),
+    "y-kernel": (1, 3, 2, 1),
+}
+GATED_LAYOUTS = [
+    TokenLayout(Grid(16, 16)),
+    TokenLayout(Grid(3, 5), before=2, after=1),
+    TokenLayout(Grid(9, 7, frames=2), after=70),
+    TokenLayout(Grid(1, 33)),
+    TokenLayout(Grid(1, 1)),
+]
+WINDOWS = {
+    "1d": (window_1d, window_1d_reference, {"window": 4}),
+    "1d-wide": (window_1d, window_1d_reference, {"window": 50}),
+    "2d": (window_2d, window_2d_reference, {"radius": 3}),
+    "2d-shifted": (window_2d, window_2d_reference, {"radius": 2, "border": "shifted", "scale": 0.3}),
+    "3d": (window_3d, window_3d_reference, {"radius": 1, "frames": 1}),
+    "3d-shifted": (window_3d, window_3d_reference, {"radius": 2, "frames": 1, "border": "shifted"}),
+}
+WINDOW_LAYOUTS = [
+    TokenLayout(Grid(7, 9), before=2, after=3),
+    TokenLayout(Grid(16, 16)),
+    TokenLayout(Grid(33, 27), after=130),
+    TokenLayout(Grid(5, 6, frames=4), before=1),
+    TokenLayout(Grid(5, 23), before=70, image_queries=True),
+]
+
+
+def filters(name, dim, device, dtype=torch.float32):
+    short_taps, inner_taps, axes, before = GATED[name]
+
+    def make(taps, channels):
+        if taps is None:
+            return None
+        weight = torch.randn(channels, 1, *[taps] * axes, device=device, dtype=dtype)
+        bias = torch.randn(channels, device=device, dtype=dtype)
+        return Filter(
+            weight.requires_grad_(), bias.requires_grad_(), min(before, taps // 2 if axes == 2 else before)
+        )
+
+    return make(short_taps, 3 * dim), make(inner_taps, dim)
+
+
+def leaves(x, short, inner):
+    return [x, *(t for f in (short, inner) if f is not None for t in f[:2])]
+
+
+def exact(own):
+    return (
+        None if own is None else Filter(*(t.detach().double().requires_grad_() for t in own[:2]), own.before)
+    )
+
+
+def assert_gated(name, layout, *, dim, device, dtype=torch.float32, batch=2, ratio=1e-5):
+    torch.manual_seed(0)
+    short, inner = filters(name, dim, device)
+    x = torch.randn(batch, layout.num_tokens, 3 * dim, device=device).to(dtype).requires_grad_()
+    got = gated_conv(x, short, inner, layout)
+    assert ("grafting_gated_conv" in got.grad_fn.name()) == _triton.can_fuse(x)
+    assert got.dtype == dtype
+    # a gradient as of a sum, which no memory backs
+    grad = torch.randn(dim, device=device).to(dtype).expand_as(got)
+    got_grads = torch.autograd.grad(got, leaves(x, short, inner), grad)
+    of_exact = x.detach().double().requires_grad_(), exact(short), exact(inner)
+    want = gated_conv_plain(*of_exact, layout)
+    want_grads = torch.autograd.grad(want, leaves(*of_exact), grad.double())
+    assert_close("output", got, want, ratio)
+    for place, (got_grad, want_grad, leaf) in enumerate(
+        zip(got_grads, want_grads, leaves(x, short, inner), strict=True)
+    ):
+        assert got_grad.dtype == leaf.dtype
+        assert_close(f"gradient {place}", got_grad, want_grad, ratio)
+
+
+def key_mask(layout, batch, device):
+    mask = torch.rand(batch, layout.num_tokens, device=device) < 0.8
+    mask[:, layout.image_slice] |= torch.arange(layout.grid.num_tokens, device=device) % 3 > 0
+    return mask
+
+
+def assert_window(name, layout, *, device, dtype=torch.float32, dims=(6, 10), batch=2, heads=2, ratio=1e-5):
+    torch.manual_seed(0)
+    fused, plain, settings = WINDOWS[name]
+    shapes = [(layout.num_queries, dims[0]), (layout.num_tokens, dims[0]), (layout.num_tokens, dims[1])]
+    qkv = [
+        torch.randn(batch, n, heads, d, device=device).to(dtype).transpose(1, 2).requires_grad_()
+        for n, d in shapes
+    ]
+    got = fused(*qkv, layout, **settings)
+    grad = torch.randn_like(got)
+    got_grads = torch.autograd.grad(got, qkv, grad)
+    of_exact = [x.detach().double().requires_grad_() for x in qkv]
+    want = plain(*of_exact, layout, **settings)
+    want_grads = torch.autograd.grad(want, of_exact, grad.double())
+    assert got.dtype == dtype
+    assert_close("output", got, want, ratio)
+    for letter, got_grad, want_grad in zip("qkv", got_grads, want_grads, strict=True):
+        assert_close(f"gradient of {letter}", got_grad, want_grad, ratio)
+
+
+def fits(name, layout):
+    reach = WINDOWS[name][2].get("radius", 0)
+    grid = layout.grid
+    has_frames = "3d" not in name or grid.frames >= 3
+    return "shifted" not in name or (2 * reach + 1 <= min(grid.rows, grid.cols) and has_frames)
+
+
+def assert_compiles(device, backend):
+    layout = TokenLayout(Grid(2, 3))
+    short, _ = filters("x", 2, device)
+    x = torch.randn(1, 6, 6, device=device, requires_grad=True)
+    q = torch.randn(1, 1, 6, 16, device=device, requires_grad=True)
+
+    def both(x, q):
+        seen = window_2d(q, q, q, layout, radius=1)
+        return gated_conv(x, short, None, layout).sum() + seen.square().sum()
+
+    got, want = torch.compile(both, backend=backend, fullgraph=True)(x, q), both(x, q)
+    assert_close("output", got, want, 1e-5)
+    grads = torch.autograd.grad(got, [x, q]), torch.autograd.grad(want, [x, q])
+    for got_grad, want_grad in zip(*grads, strict=True):
+        assert_close("gradient", got_grad, want_grad, 1e-5)
