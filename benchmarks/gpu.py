@@ -338,6 +338,7 @@ def geometries(toy: bool) -> Iterator[Geometry]:
         "sample_size": 128,
         "use_additional_conditions": False,
         "interpolation_scale": 2,
+        "caption_channels": 4096,
         "out_channels": 8,
     }
     if toy:
@@ -448,8 +449,8 @@ def materialised(build: Callable[[], nn.Module], bench: Bench) -> nn.Module:
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+        for parameter in model.parameters():  # some are made in a dtype of their own
+            parameter.data = torch.randn_like(parameter, dtype=bench.dtype) * 0.02
     return model.requires_grad_(False)
 
 

@@ -208,6 +208,8 @@ def pool(page: str) -> list[float]:
     ]
     if page in WITH_PUBLISHED:
         known += numbers(read("published.json"))
+    if page == "gpu.md":
+        known += numbers(read("h100.json"))
     if page == "initialisation.md":
         known += numbers(read("testbed/initialisation.json"))
     if page in ("README.md", "plans.md"):

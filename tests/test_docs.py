@@ -86,7 +86,7 @@ def test_prompts_latents_and_recipe_of_a_text_to_image_model():
     prompts = grafting.Prompts("prompts")
     assert (len(prompts), prompts.words(1), prompts.dropout) == (3, "two crosses", 0.1)
     assert prompts.nulls(torch.tensor([0, 2])).tolist() == [3, 3]
-    Path("recipe.yaml").write_text(blocks("text-to-image.md", "yaml")[0])
+    Path("recipe.yaml").write_text(next(b for b in blocks("text-to-image.md", "yaml") if "plan:" in b))
     result = CliRunner().invoke(app, ["check", "recipe.yaml"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "1 of 4 sites are edited" in result.stdout
