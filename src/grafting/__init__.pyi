@@ -98,6 +98,7 @@ from .operators import operator_configs as operator_configs
 from .operators import parse_operator as parse_operator
 from .report import write_grid as write_grid
 from .report import write_sweep_picture as write_sweep_picture
+from .runs.adapting import adapt as adapt
 from .runs.file import load_recipe as load_recipe
 from .runs.hub import push_to_hub as push_to_hub
 from .runs.operator_cache import OperatorStore as OperatorStore

@@ -153,13 +153,12 @@ def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
 
 
 def _known(pipeline: Any, spy: _Spy) -> Knowledge:
-    config = dict(getattr(pipeline.scheduler, "config", {}))
     vae = dict(getattr(pipeline.components.get("vae"), "config", None) or {})
     size = getattr(pipeline, "default_sample_size", None)
     return Knowledge(
         time=_time(spy),
         output=_output(spy),
-        process=_process(type(pipeline.scheduler).__name__, config),
+        process=process_of(pipeline),
         latent_size=size if isinstance(size, int) else None,
         latent_channels=next(
             (vae[key] for key in ("latent_channels", "z_dim") if isinstance(vae.get(key), int)), None
@@ -214,7 +213,9 @@ def _samples(output: Any) -> list[Tensor]:
     return list(output)
 
 
-def _process(scheduler: str, config: Mapping[str, Any]) -> ProcessConfig | None:
+def process_of(pipeline: Any) -> ProcessConfig | None:
+    """The process that a pipeline's scheduler runs back; None where its predictions are of another kind."""
+    scheduler, config = type(pipeline.scheduler).__name__, dict(getattr(pipeline.scheduler, "config", {}))
     is_flow = (
         "Flow" in scheduler
         or config.get("prediction_type") == "flow_prediction"

@@ -1,0 +1,137 @@
+"""Both stages on a pipeline in memory, in one call: its transformer is grafted in place, and trained on what it makes itself."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..contract import Denoiser
+from ..data.prompts import Prompts
+from ..editing.plan import Plan
+from ..editing.surgery import Graft, build_operators, resolve, sharing_copy
+from ..hosts import host_of
+from ..hosts._pipelines import process_of, transformer_of
+from ..latents.prompting import Prompting, PromptingConfig
+from ..machine.devices import default_device
+from ..sampling.chain import check_sampling
+from ..sampling.drawing import describe_model
+from ..sampling.taught import Taught, TaughtConfig, teach
+from ..training.distillation import DistillConfig, distill
+from ..training.finetuning import finetune as _finetune
+from ..training.phases import FinetuneConfig, phases_of
+from ..weights.pipelines import place
+from .stage import OnStep
+
+DISTILL = DistillConfig(steps=200, batch_size=8, holdout=16)
+FINETUNE = FinetuneConfig(steps=500, batch_size=8, warmup_steps=50, trainable="new", objective="output")
+"""Lengths to begin with: the operators alone, and then end to end with the rest held."""
+
+
+def adapt(
+    pipeline: Any,
+    plan: Plan,
+    *,
+    prompts: Sequence[str],
+    data: TaughtConfig | None = None,
+    distill_config: DistillConfig | None = DISTILL,
+    finetune_config: FinetuneConfig | Sequence[FinetuneConfig] | None = FINETUNE,
+    folder: str | Path | None = None,
+    call: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Graft:
+    """Graft a pipeline's transformer in place, and train it on prompts alone: no images are needed.
+
+    Prompts are encoded by the pipeline; its transformer makes latents for them; operators are fitted to what they replace (stage 1), and
+    then trained end to end on the outputs of the transformer as it was (stage 2). The pipeline draws and saves with its graft
+    afterwards. Nothing is resumed: for long work write a recipe.
+
+    Args:
+        pipeline: of diffusers, with its text encoders; moved to the accelerator, if there is one.
+        prompts: words; a hundred or more, like those that the model will be asked.
+        data: how many latents are made, and how; by default 1,000 of the native shape.
+        distill_config, finetune_config: stages 1 and 2; None leaves one out.
+        folder: keeps the encoded prompts and the latents, so that a second call finds them; by default they go when this returns.
+        call: what the pipeline is called with beside the prompt, `{"max_sequence_length": 128}`.
+        seed: of the operators' random weights.
+        on_step: called with a stage's name and each of its steps.
+
+    Returns:
+        The record, which can undo the graft.
+
+    Raises:
+        PlanError: the plan does not fit; before any work. HostError: the pipeline has no transformer that can be edited, or does not run.
+        TrainingError: what a stage says; the transformer is then as it was.
+    """
+    model = transformer_of(pipeline)
+    host = host_of(model)
+    resolve(model, plan)
+    pipeline.to(default_device())
+    tell = on_step or (lambda name, step: None)
+    with _kept(folder) as place_of_data:
+        encoded = place_of_data / "prompts"
+        work = Prompting(pipeline, prompts, encoded, PromptingConfig(), source="prompts", call=call)
+        for step in work.steps():
+            tell("prompts", step)
+        scale = host.time_scale
+        known = process_of(pipeline)
+        denoiser = host.denoiser(model, Prompts(encoded), known.build(scale=scale) if known else None)
+        made = _taught(model, denoiser, data or TaughtConfig(), place_of_data / "latents", tell)
+        teacher = sharing_copy(model).eval().requires_grad_(False)
+        operators = build_operators(model, plan, seed=seed)
+        if distill_config is not None:
+            for step in distill(model, operators, made, distill_config, denoiser=denoiser):
+                tell("distill", step)
+        record = place(model, operators, cast=False)
+        if finetune_config is not None:
+            try:
+                steps = _finetune(
+                    model,
+                    made,
+                    phases_of(_tuple(finetune_config)),
+                    denoiser=denoiser,
+                    blocks=[site.path for site in host.blocks(teacher)],
+                    teacher=teacher,
+                    new_parameters=record.new_parameters,
+                )
+                for step in steps:
+                    tell("finetune", step)
+            except BaseException:
+                record.undo()
+                raise
+        for operator in operators.values():
+            operator.to(next(teacher.parameters()).dtype)
+    return record
+
+
+def _tuple(config: FinetuneConfig | Sequence[FinetuneConfig]) -> FinetuneConfig | tuple[FinetuneConfig, ...]:
+    return config if isinstance(config, FinetuneConfig) else tuple(config)
+
+
+@contextmanager
+def _kept(folder: str | Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as path:
+        yield Path(path)
+
+
+def _taught(model: nn.Module, denoiser: Denoiser, config: TaughtConfig, folder: Path, tell: OnStep) -> Taught:
+    """Latents that the model makes, in the folder."""
+    shape = config.shape or host_of(model).shape(model)
+    check_sampling(config, denoiser=denoiser, channels=shape[0])
+    made = Taught(config, shape=shape, num_classes=len(denoiser.conditions))
+    made.folder = folder
+    identity = describe_model(model, settings=[type(model).__name__])
+    for step in teach(
+        model,
+        config,
+        folder,
+        denoiser=denoiser,
+        shape=shape,
+        identity=identity,
+        source="the pipeline's transformer",
+    ):
+        tell("teach", step)
+    return made

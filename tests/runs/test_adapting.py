@@ -1,0 +1,99 @@
+"""A pipeline grafted and trained in memory, in one call."""
+
+import diffusers
+import pytest
+import torch
+
+import grafting
+from grafting.sampling.taught import TaughtConfig
+from grafting.training.distillation import DistillConfig
+from grafting.training.phases import FinetuneConfig
+from latents.textpipelines import flux, pixart
+
+WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
+MADE = TaughtConfig(num_images=16, steps=2, shape=(4, 8, 8))
+DISTILL = DistillConfig(steps=30, batch_size=4, holdout=8, holdout_every=30, precision="fp32", lr=3e-3)
+FINETUNE = FinetuneConfig(
+    steps=4,
+    batch_size=4,
+    warmup_steps=0,
+    trainable="new",
+    objective="output",
+    precision="fp32",
+    ema_decay=0.0,
+)
+
+
+def plan_of(name, **settings):
+    return grafting.Plan(
+        edits=(grafting.Replace(role="attention", blocks=[1], operator={"name": name, **settings}),)
+    )
+
+
+def drawn(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    bins = {"use_resolution_binning": False} if isinstance(pipe, diffusers.PixArtSigmaPipeline) else {}
+    return pipe("a red cat", generator=torch.Generator().manual_seed(1), **size, **bins).images
+
+
+@pytest.mark.parametrize(
+    ("make", "operator"), [(pixart, {"name": "hyena-x", "kernel_size": 3}), (flux, {"name": "gated-conv-x"})]
+)
+def test_a_pipeline_is_trained_on_prompts_alone_and_saved_with_its_graft(make, operator, tmp_path):
+    torch.manual_seed(0)
+    pipe, told = make(), {}
+    blocks = [1] if make is pixart else [0]
+    plan = grafting.Plan(edits=(grafting.Replace(role="attention", blocks=blocks, operator=operator),))
+    before = drawn(pipe)
+    frozen = {n: p.clone() for n, p in pipe.transformer.named_parameters()}
+    record = grafting.adapt(
+        pipe,
+        plan,
+        prompts=WORDS,
+        data=MADE,
+        distill_config=DISTILL,
+        finetune_config=FINETUNE,
+        on_step=lambda name, step: told.setdefault(name, []).append(step),
+    )
+    assert list(told) == ["prompts", "teach", "distill", "finetune"]
+    path = next(iter(record.operators))
+    r2 = [step.values[f"r2/{path}"] for step in told["distill"] if f"r2/{path}" in step.values]
+    assert r2[-1] > r2[0]
+    new = record.new_parameters
+    assert all(
+        torch.equal(p, frozen[n])
+        for n, p in pipe.transformer.named_parameters()
+        if n in frozen and n not in new
+    )
+    after = drawn(pipe)
+    assert not torch.equal(before, after)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = type(pipe).from_pretrained(tmp_path / "pipe")
+    torch.testing.assert_close(drawn(again), after)
+    record.undo()
+    assert torch.equal(drawn(pipe), before)
+
+
+def test_a_kept_folder_is_used_again(tmp_path):
+    pipe = pixart()
+    for _ in range(2):
+        told = []
+        record = grafting.adapt(
+            pipe,
+            plan_of("window-1d", window=2),
+            prompts=WORDS,
+            data=MADE,
+            distill_config=None,
+            finetune_config=None,
+            folder=tmp_path,
+            on_step=lambda name, step, told=told: told.append((name, step.done)),
+        )
+        record.undo()
+    assert told == [("prompts", 3), ("teach", 16)]
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_work(tmp_path):
+    with pytest.raises(grafting.PlanError, match="radius 9"):
+        grafting.adapt(pixart(), plan_of("window-2d", radius=9), prompts=WORDS, folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
