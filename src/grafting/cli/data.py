@@ -73,9 +73,9 @@ def prompts(
         bool, typer.Option("--dry-run", help="Estimate time and disk space; write nothing.")
     ] = False,
 ) -> None:
-    """Encode prompts by a pipeline, as it passes them to its transformer, whose weights are not needed.
+    """Encode prompts by the text encoders of a pipeline.
 
-    Finished shards are skipped, and several processes share the work.
+    They are stored as the pipeline passes them to its transformer, whose weights are not needed. Finished shards are skipped, and several processes share the work.
 
     [dim]$ grafting data prompts prompts/train --prompts captions.txt \\
       --pipeline PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --dry-run[/]

@@ -30,10 +30,15 @@ def gated_conv(
     qkv: Float[Tensor, "b l d3"], short: Filter | None, inner: Filter | None, layout: TokenLayout
 ) -> Float[Tensor, "b l d"]:
     """q' * inner(k' * v') with q', k', v' = short(qkv); a filter that is None passes on what it is given."""
-    filters = [x for x in (short, inner) if x is not None]
-    if filters and all(map(_can_fuse, filters)) and can_fuse(qkv, *(x.weight for x in filters)):
+    if kernels_take(qkv, short, inner):
         return _fused(qkv, short, inner, layout)
     return gated_conv_plain(qkv, short, inner, layout)
+
+
+def kernels_take(qkv: Tensor, short: Filter | None, inner: Filter | None) -> bool:
+    """Whether kernels do the whole of it."""
+    filters = [x for x in (short, inner) if x is not None]
+    return bool(filters) and all(map(_can_fuse, filters)) and can_fuse(qkv, *(x.weight for x in filters))
 
 
 def gated_conv_plain(qkv: Tensor, short: Filter | None, inner: Filter | None, layout: TokenLayout) -> Tensor:

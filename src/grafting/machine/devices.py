@@ -88,6 +88,11 @@ class _Float32Attention(TorchFunctionMode):
         query = given["query"]
         if query.dtype != torch.bfloat16 or query.shape[-2] > _FEW_TOKENS:
             return func(*args, **kwargs)
-        options = {name: value for name, value in given.items() if name not in names}
+        wide = {name: _widened(value) for name, value in kwargs.items()}
         with torch.autocast("cpu", enabled=False):
-            return func(*(given[n].float() for n in names), *args[3:], **options).to(query.dtype)
+            return func(*map(_widened, args), **wide).to(query.dtype)
+
+
+def _widened(value: Any) -> Any:
+    """A tensor of numbers in float32, such as a mask that is added; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..contract import OperatorConfig, TokenLayout
-from ..functional.gated_conv import Filter, filtered, gated_conv, own_tap
+from ..functional.gated_conv import Filter, filtered, gated_conv, kernels_take, own_tap
 
 Geometry = Literal["centred", "causal", "2d", "3d"]
 _NUM_AXES = {"centred": 1, "causal": 1, "2d": 2, "3d": 3}
@@ -92,13 +92,15 @@ def gated(
 ) -> Float[Tensor, "b l d"]:
     """q' * inner(k' * v') with q', k', v' = short(qkv); either filter may be absent."""
     filters = [x for x in (short, inner) if x is not None]
-    if any(_is_wrapped(x) for x in filters):
-        q, k, v = (qkv if short is None else short(qkv, layout)).chunk(3, dim=-1)
-        return q * (k * v if inner is None else inner(k * v, layout))
     of_short, of_inner = (None if x is None else x.taps for x in (short, inner))
-    return gated_conv(qkv, of_short, of_inner, layout)
+    # filters that are watched may have their weights only while they are called, as those that are offloaded
+    if kernels_take(qkv, of_short, of_inner) and not any(_is_watched(x) for x in filters):
+        return gated_conv(qkv, of_short, of_inner, layout)
+    q, k, v = (qkv if short is None else short(qkv, layout)).chunk(3, dim=-1)
+    return q * (k * v if inner is None else inner(k * v, layout))
 
 
-def _is_wrapped(module: nn.Module) -> bool:
-    """True where accelerate or diffusers may have a module's weights in their place only while it is called."""
+def _is_watched(module: nn.Module) -> bool:
+    if module._forward_pre_hooks or module._forward_hooks:
+        return True
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")

@@ -200,8 +200,9 @@ class Mamba2(Mixer):
         )
         size = v.norm(dim=1).mean()
         values.copy_(_VALUE_SPREAD / size * v.repeat(copies, 1))
+        scores = q.mT @ k
         # on the CPU, whatever the device: signs of directions are the library's choice
-        left, _, right = torch.linalg.svd((q.mT @ k).cpu())
+        left, _, right = torch.linalg.svd(scores if scores.is_meta else scores.cpu())
         for rows, directions in ((read, left.mT), (write, right)):
             rows.zero_()
             rows[: len(directions)] = _STATE_SPREAD * directions[:state]

@@ -80,6 +80,7 @@ class Drawing:
         self.shape = decoder.image_shape(self._sample_shape)
         self.pictures = None if pictures is None else Pictures(pictures, shape=self.shape)
         _check_disk(folder, self.shape, num_images=config.num_images)
+        self._told = 0
         self._shards = Shards(
             folder,
             num_images=config.num_images,
@@ -185,6 +186,8 @@ class Drawing:
                     f"{left} of {len(self._shards)} shards in {self._shards.folder} are missing, and none has come for "
                     f"{time.monotonic() - since:.0f} s: another process has ended. Run the same command again to resume"
                 )
+        if self._told < (done := self.num_drawn):  # others' last, which came between two looks
+            yield self._step(done, {})
 
     def write(self, path: Path) -> None:
         """Write all images as one samples file, atomically, with what drew them; then remove the shards.
@@ -235,6 +238,7 @@ class Drawing:
         return sum(len(self._shards.images_of(shard)) for shard in shards)
 
     def _step(self, done: int, values: dict[str, float]) -> Step:
+        self._told = done
         return Step(done=done, total=self.config.num_images, values=values)
 
     def _write_pictures(self, shard: int, images: UInt8[Tensor, "b c *size"]) -> None:
