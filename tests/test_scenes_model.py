@@ -1,11 +1,11 @@
 """The bundled model of scenes: it draws what its card says, on the command line and as a pipeline of diffusers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline
 from typer.testing import CliRunner
 
 import grafting
@@ -21,46 +21,26 @@ from grafting.runs.file import load_recipe
 from grafting.sampling.chain import SamplingConfig, sample
 
 FOLDER = scenes_pipeline_folder()
-SHAPE, COUNT, STEPS, SCALE = (3, 32, 32), 6, 6, 3.0
-RECIPES = Path(__file__).parents[1] / "recipes/scenes"
+SHAPE, COUNT, STEPS = (3, 32, 32), 6, 6
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes/scenes"
 
 
-def test_the_pipeline_draws_the_images_of_our_sampler():
-    captions, numbers = Captions(), torch.arange(COUNT)
+def test_the_pipeline_of_the_page_draws_the_images_of_our_sampler():
     model = grafting.load("scenes").eval()
     config = SamplingConfig(
-        sampler="dpm-solver++",
-        steps=STEPS,
-        cfg_scale=SCALE,
-        clip=True,
-        num_images=COUNT,
-        batch_size=COUNT,
-        precision="fp32",
+        sampler="dpm-solver++", steps=STEPS, cfg_scale=3.0, clip=True, num_images=COUNT, precision="fp32"
     )
-    denoiser = host_of(model).denoiser(model, captions, FlowMatching(scale=1000.0, shift=1.5))
-    (ours,) = [batch.x for batch in sample(model, config, denoiser=denoiser)]
+    denoiser = host_of(model).denoiser(model, Captions(), FlowMatching(scale=1000.0, shift=1.5))
+    ours = torch.cat([batch.x for batch in sample(model, config, denoiser=denoiser)])
 
-    pipeline = PixArtSigmaPipeline.from_pretrained(
-        FOLDER, tokenizer=None, text_encoder=None, vae=None, torch_dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    asked, not_asked = (
-        captions.at(which, shape=SHAPE, device=torch.device("cpu"), dtype=torch.float32)
-        for which in (numbers, captions.nulls(numbers))
-    )
-    theirs = pipeline(
-        negative_prompt=None,
-        prompt_embeds=asked["encoder_hidden_states"],
-        prompt_attention_mask=asked["encoder_attention_mask"],
-        negative_prompt_embeds=not_asked["encoder_hidden_states"],
-        negative_prompt_attention_mask=not_asked["encoder_attention_mask"],
-        latents=sample_noise(0, list(range(COUNT)), SHAPE),
-        num_inference_steps=STEPS,
-        guidance_scale=SCALE,
-        use_resolution_binning=False,
-        output_type="latent",
-    ).images
-    assert_close("pipeline", theirs, ours, 1e-4)
+    page = (ROOT / "docs" / "scenes.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    fewer = block.replace("num_inference_steps=20", f"num_inference_steps={STEPS}, latents=noise")
+    assert fewer != block
+    names = {"noise": sample_noise(0, list(range(COUNT)), SHAPE)}
+    exec(fewer, names)
+    assert_close("pipeline", names["images"], ours, 1e-4)
 
 
 def test_the_command_line_draws_and_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,7 @@ sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.
 data: {name: scenes, seeds: 10000000-10999999}
 distill: {steps: 100, batch_size: 16, lr: 2.0e-3, cooldown_steps: 50, holdout_every: 50}
 finetune: {steps: 200, batch_size: 16, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 100, ema_decay: 0.98, clip_norm: 1.0}
-sample: {sampler: dpm-solver++, steps: 20, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
+sample: {sampler: dpm-solver++, steps: 10, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
 """,
 }
 _SMOKE = """\
