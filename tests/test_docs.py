@@ -24,6 +24,7 @@ from grafting.cli import app
 from grafting.editing.surgery import build_operators
 from grafting.hosts import hosts
 from grafting.runs.file import parse_recipe
+from latents import textpipelines
 from toydata import noise_images
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +74,21 @@ def test_readme_grafts_a_pipeline_and_leaves_it_as_it_was(monkeypatch: pytest.Mo
 
 
 def test_prompts_latents_and_recipe_of_a_text_to_image_model():
-    model = hosts()["pixart"].tiny()
-    tinypipeline.of(model).save_pretrained("my-pipeline")
+    pipeline = textpipelines.pixart()
+    pipeline.save_pretrained("my-pipeline")
+    model = pipeline.transformer
+    Path("words.txt").write_text("a red cat\na blue dog\nsun\n")
+    Path("one.yaml").write_text(blocks("text-to-image.md", "yaml")[0])
+    short = [
+        "data={name: teacher, num_images: 8, steps: 1}",
+        "distill.steps=1",
+        "distill.holdout=4",
+        "finetune.steps=1",
+    ]
+    sizes = ["distill.batch_size=2", "finetune.batch_size=2", "finetune.warmup_steps=0"]
+    given = [word for setting in short + sizes for word in ("--set", setting)]
+    result = CliRunner().invoke(app, ["run", "one.yaml", *given], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
     captions = ["a ring", "two crosses", "a red bar"]
 
     def encode(words: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +96,9 @@ def test_prompts_latents_and_recipe_of_a_text_to_image_model():
         return torch.randn(4, model.config.caption_channels, generator=draw), torch.ones(4)
 
     latents = (torch.randn(600, *hosts()["pixart"].shape(model)), torch.arange(600) % 3)
-    run("text-to-image.md", {"captions": captions, "encode": encode, "batches": [latents]})
+    names = run("text-to-image.md", {"captions": captions, "encode": encode, "batches": [latents]})
+    grafted = names["pipeline"].transformer
+    assert [edit.operator.name for edit in grafting.plan_of(grafted).edits] == ["gated-conv-x"]
     prompts = grafting.Prompts("prompts")
     assert (len(prompts), prompts.words(1), prompts.dropout) == (3, "two crosses", 0.1)
     assert prompts.nulls(torch.tensor([0, 2])).tolist() == [3, 3]

@@ -8,12 +8,13 @@ arXiv:2209.03003 (straight paths), arXiv:2403.03206 (the distribution of steps, 
 """
 
 import math
+from collections.abc import Callable
 from functools import cached_property, lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, JsonValue, PositiveFloat
+from pydantic import Field, JsonValue, PositiveFloat, model_serializer
 from torch import Generator, Tensor
 
 from .machine.settings import Settings
@@ -148,6 +149,9 @@ def _table(name: str, device: torch.device) -> Tensor:
         return Diffusion()._tables()[name].float().to(device)
 
 
+Spacing = Literal["ends", "even"]
+
+
 class FlowMatching:
     """Straight paths x_t = (1 - s) x + s noise, of which the model predicts the velocity, noise - x (SD3, Flux, Wan).
 
@@ -158,16 +162,19 @@ class FlowMatching:
         scale: the step of pure noise in the host's unit: 1 for Flux, 1000 for SD3 and Wan.
         shift: of the steps towards noise, in training and in sampling; 1 leaves them as they are. 3 for SD3 at 1024 x 1024
             pixels.
+        spacing: of Euler's n steps before the shift: `ends` runs from pure noise to the last but one of a thousand, `even` takes
+            1, (n - 1) / n, ... 1 / n.
     """
 
     samplers: tuple[str, ...] = ("euler", "heun", "dpm-solver++")
 
-    def __init__(self, *, scale: float = 1.0, shift: float = 1.0):
-        self.scale, self.shift = scale, shift
+    def __init__(self, *, scale: float = 1.0, shift: float = 1.0, spacing: Spacing = "ends"):
+        self.scale, self.shift, self.spacing = scale, shift, spacing
 
     @property
     def identity(self) -> dict[str, JsonValue]:
-        return {"name": "flow", "scale": self.scale, "shift": self.shift}
+        spacing: dict[str, JsonValue] = {"spacing": "even"} if self.spacing == "even" else {}
+        return {"name": "flow", "scale": self.scale, "shift": self.shift, **spacing}
 
     def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, " count"]:
         s = torch.randn(count, generator=draw).sigmoid()
@@ -208,8 +215,9 @@ class FlowMatching:
     def chain(self, sampler: str, *, steps: int, clip: bool, streams: list[Generator]) -> Chain:
         if sampler == "dpm-solver++":
             return dpm_solver_flow(steps=steps, shift=self.shift, scale=self.scale, clip=clip)
-        method = {"euler": euler, "heun": heun}[sampler]
-        return method(steps=steps, shift=self.shift, scale=self.scale)
+        if sampler == "heun":
+            return heun(steps=steps, shift=self.shift, scale=self.scale)
+        return euler(steps=steps, shift=self.shift, scale=self.scale, even=self.spacing == "even")
 
 
 class DiffusionConfig(Settings):
@@ -227,9 +235,20 @@ class FlowConfig(Settings):
     name: Literal["flow"] = "flow"
     shift: PositiveFloat = 1.0
     """Shift of the steps towards noise, in training and sampling; 1 leaves them as they are."""
+    spacing: Spacing | None = None
+    """Spacing of Euler's steps: `ends` as of SD3's pipeline, `even` as of FLUX's. If omitted, that of the host's family."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in to_dict(self).items() if key != "spacing" or value is not None}
 
     def build(self, *, scale: float) -> FlowMatching:
-        return FlowMatching(scale=scale, shift=self.shift)
+        return FlowMatching(scale=scale, shift=self.shift, spacing=self.spacing or "ends")
+
+    def like(self, family: object) -> "FlowConfig":
+        """This config, with the family's own spacing where it says none."""
+        known = family.spacing if isinstance(family, FlowMatching) else None
+        return self if self.spacing or known is None else self.model_copy(update={"spacing": known})
 
 
 ProcessConfig = Annotated[DiffusionConfig | FlowConfig, Field(discriminator="name")]

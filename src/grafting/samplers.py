@@ -127,11 +127,16 @@ def dpm_solver(betas: Float[Tensor, " steps"], *, steps: int, clip: bool) -> Cha
     return _timed(scheduler, steps)
 
 
-def euler(*, steps: int, shift: float, scale: float) -> Chain:
-    """Euler's method along a straight path's velocity; the steps are those that diffusers' pipelines take."""
+def euler(*, steps: int, shift: float, scale: float, even: bool = False) -> Chain:
+    """Euler's method along a straight path's velocity; the steps are those that diffusers' pipelines take.
+
+    Args:
+        even: take 1, (n - 1) / n, ... 1 / n before the shift, as FLUX's pipeline asks; else the scheduler's own, as SD3's.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return _timed(FlowMatchEulerDiscreteScheduler(shift=shift), steps, unit=scale / 1000)
+    sigmas = [1 - i / steps for i in range(steps)] if even else None
+    return _timed(FlowMatchEulerDiscreteScheduler(shift=shift), steps, unit=scale / 1000, sigmas=sigmas)
 
 
 def heun(*, steps: int, shift: float, scale: float) -> Chain:
@@ -156,9 +161,11 @@ def dpm_solver_flow(*, steps: int, shift: float, scale: float, clip: bool) -> Ch
     return _timed(scheduler, steps, unit=scale / 1000)
 
 
-def _timed(scheduler: Any, steps: int, *, unit: float | None = None) -> Chain:
-    """A scheduler's own steps, told to the model as they are, or in its unit."""
-    scheduler.set_timesteps(steps)
+def _timed(
+    scheduler: Any, steps: int, *, unit: float | None = None, sigmas: Sequence[float] | None = None
+) -> Chain:
+    """A scheduler's own steps, or those of these noise levels, told to the model as they are, or in its unit."""
+    scheduler.set_timesteps(**({"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}))
     for t in scheduler.timesteps:
 
         def update(prediction: Tensor, x: Tensor, t: Tensor = t) -> Tensor:

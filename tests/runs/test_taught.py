@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from grafting.cli import app
 from grafting.data.latents import LatentsConfig
+from grafting.data.prompts import Prompts
 from latents.textpipelines import pixart
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
@@ -46,7 +48,8 @@ def begun(tmp_path_factory):
         "finetune": {"steps": 2, "batch_size": 4, "warmup_steps": 0, "objective": "output"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    call("run", folder / "recipe.yaml", "--out", folder / "run")
+    for name in ("run", "run2"):  # the second stays as it is
+        call("run", folder / "recipe.yaml", "--out", folder / name)
     return folder
 
 
@@ -80,3 +83,35 @@ def test_a_recipe_without_data_makes_a_thousand(begun):
     (begun / "none.yaml").write_text(yaml.safe_dump(recipe))
     told = json.loads(call("check", begun / "none.yaml", "--json"))
     assert told["stages"]["teach"] == "1000 latents of the source, dpm-solver++ with 20 steps"
+
+
+def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
+    recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
+    recipe["conditions"] = {"name": "words", "file": str(begun / "words.txt"), "shard_size": 2}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe))
+    assert "The recipe is valid." in call("check", tmp_path / "one.yaml")
+    assert not (tmp_path / "run").exists()
+    call("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
+    assert Prompts(tmp_path / "run/prompts").words(1) == WORDS[1]
+    written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert written["conditions"] == {
+        "name": "prompts",
+        "folder": str(tmp_path / "run/prompts"),
+        "verify": True,
+    }
+    # the same prompts by another way: the same model, and nothing is done twice
+    same = [load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", begun / "run2")]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    call("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_words_that_are_not_there_are_refused_before_any_work(begun, tmp_path):
+    recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
+    recipe["conditions"] = {"name": "words", "file": str(tmp_path / "none.txt")}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "one.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "none.txt" in result.output
+    assert not (tmp_path / "run").exists()

@@ -126,7 +126,7 @@ def open_denoiser(
     conditions = known.conditions.load() if known.conditions else None
     if prompts is not None:
         conditions = Captions() if prompts == "scenes" else Prompts(prompts)
-    return host.denoiser(model, conditions, config.build(scale=host.time_scale) if config else None)
+    return host.denoiser(model, conditions, host.built(model, config) if config else None)
 
 
 def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":

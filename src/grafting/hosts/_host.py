@@ -6,6 +6,7 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from ..contract import (
     Site,
     TokenLayout,
 )
-from ..diffusion import Diffusion
+from ..diffusion import Diffusion, FlowConfig, ProcessConfig
 from ..errors import HostError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -219,6 +220,13 @@ class Host(ABC, Generic[Model]):
     def process(self, model: Model) -> NoiseProcess:
         """The noise process that the family is trained with."""
         return Diffusion()
+
+    def built(self, model: Model, config: ProcessConfig) -> NoiseProcess:
+        """The process of a config, in this host's unit of time; what it leaves open is as of the family."""
+        if isinstance(config, FlowConfig):
+            with suppress(HostError):
+                config = config.like(self.process(model))
+        return config.build(scale=self.time_scale)
 
     def denoiser(
         self,

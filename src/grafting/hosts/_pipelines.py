@@ -215,7 +215,12 @@ def _samples(output: Any) -> list[Tensor]:
 
 def process_of(pipeline: Any) -> ProcessConfig | None:
     """The process that a pipeline's scheduler runs back; None where its predictions are of another kind."""
-    scheduler, config = type(pipeline.scheduler).__name__, dict(getattr(pipeline.scheduler, "config", {}))
+    scheduler = pipeline.scheduler
+    return process_of_scheduler(type(scheduler).__name__, dict(getattr(scheduler, "config", {})))
+
+
+def process_of_scheduler(scheduler: str, config: Mapping[str, Any]) -> ProcessConfig | None:
+    """The same by the name of its class and its config."""
     is_flow = (
         "Flow" in scheduler
         or config.get("prediction_type") == "flow_prediction"

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ..contract import Step
 from ..data.promptfolder import Prompt, PromptFolder
-from ..data.prompts import Dropout
+from ..data.prompts import Dropout, PromptsConfig
 from ..errors import CheckpointError, DataError, HostError
 from ..hosts import Host, host_of
 from ..hosts._pipelines import transformer_of
+from ..machine.devices import default_device
 from ..machine.files import hash_json
+from ..machine.processes import barrier, rank, world_size
 from ..machine.reading import JsonObject, parse_json, read_json, read_text
 from ..machine.settings import Settings
 from ..weights.locate import PIPELINE_NAME, find_folder
@@ -48,6 +50,84 @@ class PromptingConfig(Settings):
     """Share of prompts that training replaces by the null: 0.1 if omitted, and 0 where there is none."""
     shard_size: PositiveInt = 256
     """Prompts per shard; a killed process loses at most one shard."""
+
+
+class WordsConfig(PromptingConfig):
+    """Prompts as words, which a run encodes first, into its folder, by the text encoders of a pipeline."""
+
+    name: Literal["words"] = "words"
+    file: Path
+    """Text file with a prompt a line, JSONL, or a folder with captions (.txt) beside its images."""
+    column: str | None = None
+    """Key of the prompt in each line of JSONL; if omitted `prompt`, `caption` or `text`."""
+    pipeline: str | None = None
+    """Pipeline of diffusers: a folder, or owner/name on the Hub. If omitted, the source."""
+    variant: str | None = None
+    """Variant of its weights, such as fp16."""
+    dtype: Dtype | None = None
+    """Weights of the text encoders. If omitted, bf16 on an accelerator, else fp32."""
+    call: dict[str, JsonValue] = {}
+    """Further arguments of the pipeline."""
+
+    def load(self) -> "PlannedPrompts":
+        """The prompts before they are encoded.
+
+        Raises:
+            DataError: the file is missing, or has none.
+        """
+        return PlannedPrompts(read_words(self.file, column=self.column), self.dropout or 0.0)
+
+
+class PlannedPrompts:
+    """Prompts that are not encoded yet: their number and words, for checks and forecasts."""
+
+    def __init__(self, words: Sequence[str], dropout: float):
+        self._words, self.dropout = words, dropout
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        return {"name": "words", "sha256": hash_json(list(self._words))}
+
+    def nulls(self, numbers: Tensor) -> Tensor:
+        return torch.full_like(numbers, len(self))
+
+    def words(self, number: int) -> str:
+        return self._words[number]
+
+    def at(self, numbers: Tensor, *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Any:
+        raise DataError(
+            "these prompts are not encoded: `grafting run` does so first, or `grafting data prompts`"
+        )
+
+
+def encode_words(
+    config: WordsConfig, folder: Path, *, source: str | None, tell: Callable[[Step], None]
+) -> PromptsConfig:
+    """Encode a recipe's words into a folder, by all processes together; what was encoded before is not again.
+
+    Args:
+        source: the recipe's, where that is a folder or a name.
+
+    Raises:
+        DataError: no words, or no pipeline. CheckpointError, HostError: the pipeline cannot be read, or cannot be asked so.
+        RunError: the folder holds other prompts.
+    """
+    pipeline = config.pipeline or source
+    if pipeline is None:
+        raise DataError("conditions: words are encoded by a pipeline: name one, `pipeline: ...`")
+    words, device = read_words(config.file, column=config.column), default_device()
+    dtype = config.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    opened = open_encoders(pipeline, variant=config.variant, device=device, dtype=dtype)
+    work = Prompting(
+        opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
+    )
+    for step in work.steps(rank=rank(), world_size=world_size()):
+        tell(step)
+    barrier()
+    return PromptsConfig(folder=folder)
 
 
 def read_words(source: Path, *, column: str | None = None) -> list[str]:

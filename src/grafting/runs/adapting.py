@@ -76,9 +76,8 @@ def adapt(
         work = Prompting(pipeline, prompts, encoded, PromptingConfig(), source="prompts", call=call)
         for step in work.steps():
             tell("prompts", step)
-        scale = host.time_scale
         known = process_of(pipeline)
-        denoiser = host.denoiser(model, Prompts(encoded), known.build(scale=scale) if known else None)
+        denoiser = host.denoiser(model, Prompts(encoded), host.built(model, known) if known else None)
         made = _taught(model, denoiser, data or TaughtConfig(), place_of_data / "latents", tell)
         teacher = sharing_copy(model).eval().requires_grad_(False)
         operators = build_operators(model, plan, seed=seed)

@@ -21,13 +21,13 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from ..contract import FolderState, State, Step
+from ..data.workfolder import WORK_NAME
 from ..errors import FaultWarning, ResumeWarning, RunError
 from ..machine.files import (
     clear_abandoned,
     disk_errors,
     finite_json,
     hash_json,
-    is_empty,
     sha256_of,
     without_links,
     write_bytes,
@@ -43,6 +43,16 @@ _LONGEST_LOG = 1 << 30
 
 Line: TypeAlias = JsonObject
 """A line of a stage's log: `step`, `seconds` and the step's figures."""
+
+
+def refuse_strangers(path: Path) -> None:
+    """Raises a RunError if a folder holds anything but a run, or the prompts with which a run begins."""
+    if (path / "manifest.json").is_file() or (path / "manifest.previous.json").is_file() or not path.exists():
+        return
+    own = path / "prompts"
+    others = [found for found in path.glob("[!.]*") if not (found == own and (own / WORK_NAME).is_file())]
+    if others or not path.is_dir():
+        raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
 
 
 class RunFolder:
@@ -105,9 +115,8 @@ class RunFolder:
         return self._manifest_path.is_file() or self._previous_path.is_file()
 
     def _refuse_strangers(self) -> None:
-        path = self.path
-        if not self._is_run and path.exists() and not is_empty(path):
-            raise RunError(f"{path} exists and is not a run folder: name another, or empty it")
+        if not self._is_run:
+            refuse_strangers(self.path)
 
     def _read(self) -> Manifest:
         if not self._is_run:

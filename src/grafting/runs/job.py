@@ -177,7 +177,7 @@ def denoiser_of(recipe: Recipe, model: nn.Module) -> Denoiser:
     """A recipe's model as every stage sees it."""
     host = host_of(model)
     conditions = recipe.conditions.load() if recipe.conditions else None
-    process = recipe.process.build(scale=host.time_scale) if recipe.process else None
+    process = host.built(model, recipe.process) if recipe.process else None
     return host.denoiser(model, conditions, process)
 
 

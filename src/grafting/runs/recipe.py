@@ -23,6 +23,7 @@ from ..diffusion import ProcessConfig
 from ..editing.plan import Edit, Plan
 from ..evaluation import Suite, SuiteConfig, suite_of
 from ..latents.decoding import VaeConfig
+from ..latents.prompting import WordsConfig
 from ..machine.settings import Settings
 from ..sampling.chain import SamplingConfig
 from ..sampling.taught import TaughtConfig
@@ -92,9 +93,9 @@ class Recipe(Settings):
     """The edits; none trains the model as it is."""
     data: Annotated[DataConfig | TaughtConfig, Field(discriminator="name")] = TaughtConfig()
     """Data for stages 1 and 2; if omitted, latents that the source makes itself."""
-    conditions: ConditionsConfig | None = None
-    """Folder of encoded prompts, or the captions of `scenes`, for models that do not define their
-    conditions themselves, as classes are; if omitted, what is recorded of the source."""
+    conditions: Annotated[ConditionsConfig | WordsConfig, Field(discriminator="name")] | None = None
+    """What the model is asked for, if it does not define that itself, as classes are: a folder of encoded prompts, words to
+    encode, or the captions of `scenes`; if omitted, what is recorded of the source."""
     process: ProcessConfig | None = None
     """Noising of inputs; if omitted, what is recorded of the source (bundled models, runs), else that of the host's family."""
     calibrate: CalibrateConfig | None = None

@@ -1,4 +1,5 @@
-"""How models are asked and noised, by what is recorded of them: of a bundled model here, of a run's model in its recipe.
+"""How models are asked and noised, by what is recorded of them: of a bundled model here, of a run's model in its recipe, of a
+pipeline's in its scheduler.
 
 A model folder holds weights and settings of its class, which say neither.
 """
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from ..data import CaptionsConfig, ConditionsConfig
 from ..diffusion import FlowConfig, ProcessConfig
 from ..errors import CheckpointError
-from ..machine.reading import damage, read_yaml
+from ..hosts._pipelines import process_of_scheduler
+from ..machine.reading import JsonObject, damage, read_json, read_yaml
+from ..weights.locate import PIPELINE_NAME
 
 
 class Recorded(BaseModel):
@@ -33,6 +36,10 @@ def recorded(source: str | Path) -> Recorded:
     """
     if str(source) in _BUNDLED:
         return _BUNDLED[str(source)]
+    scheduler = Path(source) / "scheduler" / "scheduler_config.json"
+    if (Path(source) / PIPELINE_NAME).is_file() and scheduler.is_file():
+        config = read_json(scheduler, JsonObject, kind="a scheduler's config")
+        return Recorded(process=process_of_scheduler(str(config.get("_class_name")), config))
     for folder in (Path(source), Path(source).parent):
         if (folder / "manifest.json").is_file() and (folder / "recipe.yaml").is_file():
             return _of_run(folder / "recipe.yaml")

@@ -15,13 +15,14 @@ from ..contract import Step
 from ..data.subset import PartialData
 from ..editing.plan import describe_choice
 from ..errors import RunError
+from ..latents.prompting import WordsConfig, encode_words
 from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
 from ..machine.reading import read_bytes, read_yaml
 from ..sampling.taught import Taught
-from .folder import RunFolder
+from .folder import RunFolder, refuse_strangers
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .recipe import Recipe
@@ -51,6 +52,7 @@ def run(
     folder = Path(folder)
     with together():
         recipe, told = settled_run(recipe, default_device(), folder=folder)
+        recipe = _with_prompts(recipe, folder, on_step or _ignore)
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
         if isinstance(job.data, Taught):
             job.data.folder = folder / "teach" / "latents"
@@ -61,6 +63,22 @@ def run(
                 if name == until:
                     break
     return folder
+
+
+def _with_prompts(recipe: Recipe, folder: Path, on_step: OnStep) -> Recipe:
+    """The recipe with its words encoded, in the run's folder; all else in it was found right before."""
+    if not isinstance(recipe.conditions, WordsConfig):
+        return recipe
+    prepare(recipe)
+    refuse_strangers(folder)
+    source = recipe.source if isinstance(recipe.source, str) else None
+    encoded = encode_words(
+        recipe.conditions,
+        folder / "prompts",
+        source=source,
+        tell=lambda step: on_step("prompts", step) if is_main() else None,
+    )
+    return recipe.model_copy(update={"conditions": encoded})
 
 
 def _ignore(stage: str, step: Step) -> None:
