@@ -210,6 +210,8 @@ def pool(page: str) -> list[float]:
         known += numbers(read("published.json"))
     if page == "gpu.md":
         known += numbers(read("h100.json"))
+    if page == "scenes.md":
+        known += numbers(read("scenes/pretrained.json"))
     if page == "initialisation.md":
         known += numbers(read("testbed/initialisation.json"))
     if page in ("README.md", "plans.md"):

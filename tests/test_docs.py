@@ -140,7 +140,7 @@ def test_paired_scores_run_as_they_are_shown():
 
 
 def test_every_python_block_is_run_or_says_why_not():
-    files = ("test_docs.py", "test_quickstart_page.py", "test_my_pipeline.py")
+    files = ("test_docs.py", "test_quickstart_page.py", "test_my_pipeline.py", "test_scenes_model.py")
     here = "".join((Path(__file__).parent / name).read_text() for name in files)
     unseen = [page for page in PAGES if blocks(page, "python") and f'"{page}"' not in here]
     assert not unseen, f"no test runs the Python of {unseen}"

@@ -1,7 +1,7 @@
 """Makes the bundled model of scenes from a pretraining run: a diffusers pipeline folder in bf16, with its card and picture.
 
     grafting run recipes/scenes/pretrain.yaml
-    python recipes/scenes/export_model.py runs/scenes-pretrain
+    python recipes/scenes/export_model.py runs/scenes-pretrain --notes "where and how long it ran"
 
 Reads the run's model, log and samples; judges 600 images at each of a few guidance scales; writes src/grafting/assets/scenes.
 """
@@ -73,6 +73,10 @@ def save_pipeline(source: Path, out: Path, *, shift: float) -> None:
     )
     parts = {"tokenizer": None, "text_encoder": None, "vae": None}
     PixArtSigmaPipeline(transformer=model, scheduler=scheduler, **parts).save_pretrained(out)
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    config.pop("_name_or_path")  # of the run, on the machine that made it
+    write_json(out / "transformer" / "config.json", config)
+    (out / "transformer" / WEIGHTS).chmod(0o644)  # safetensors writes files that others may not read
 
 
 def judged(
@@ -152,9 +156,11 @@ def write_card(
         values = [getattr(found, name) for found in scores.values()]
         lines.append(f"| {name} | " + " | ".join("-" if v is None else f"{v:.3f}" for v in values) + " |")
     count = next(iter(scores.values())).num_images
+    best = max(scores, key=lambda scale: scores[scale].exact)
     lines += [
         "",
-        f"{count} images each, dpm-solver++ with 20 steps, seed 0, clipped. `samples.png`: the first 60, a task a column.",
+        f"{count} images each, dpm-solver++ with 20 steps, seed 0, clipped. "
+        f"`samples.png`: the first 60 at guidance {best:g}, a task a column.",
     ]
     lines += [
         "",

@@ -434,7 +434,7 @@ def test_entry_point_runs_as_a_program():
     result = subprocess.run([sys.executable, "-c", code, "sites", "/nowhere"], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == (
-        "Error: no model in /nowhere: it does not exist; a model is `testbed`, a folder of a model or of a run, or "
+        "Error: no model in /nowhere: it does not exist; a model is `testbed`, `scenes`, a folder of a model or of a run, or "
         "owner/name on the Hub\n"
     )
 

@@ -68,7 +68,7 @@ def test_it_is_valid_for_every_host(name: str):
     [
         (("mine.txt",), "a recipe's file ends in .yaml, found mine.txt"),
         (("there.yaml",), "there.yaml: there already; name another file"),
-        (("mine.yaml", "--source", "nowhere"), "no model in nowhere: give testbed, or the folder"),
+        (("mine.yaml", "--source", "nowhere"), "no model in nowhere: give testbed, scenes, or the folder"),
         (("mine.yaml", "--operator", "hyena"), "no operator 'hyena'; did you mean 'hyena-"),
         (("mine.yaml", "--blocks", "ood"), "'ood' names no blocks"),
     ],

@@ -29,7 +29,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="[cyan]testbed[/], a model or run folder, or owner/name on the Hub.",
+        help="[cyan]testbed[/], [cyan]scenes[/], a model or run folder, or owner/name on the Hub.",
     ),
 ]
 PromptsFolder = Annotated[

@@ -21,6 +21,7 @@ from ..data.bundled import (
     bundled_reference_path,
     bundled_subset,
     bundled_subset_file,
+    scenes_pipeline_folder,
     testbed_model_folder,
 )
 from ..errors import GraftingError
@@ -34,6 +35,7 @@ _REPEATS = 3
 
 _ASSETS: dict[str, Callable[[], object]] = {
     "testbed model": testbed_model_folder,
+    "scenes model": scenes_pipeline_folder,
     "classifier": bundled_classifier,
     "reference": bundled_reference_path,
     "subset": bundled_subset,

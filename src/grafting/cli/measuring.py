@@ -22,7 +22,7 @@ SuiteName = Annotated[
     typer.Option(
         "--suite",
         metavar="NAME",
-        help="Evaluation suite, such as [cyan]testbed[/] or [cyan]adm[/]; an unknown name lists them all.",
+        help="Evaluation suite, such as [cyan]testbed[/], [cyan]scenes[/] or [cyan]adm[/]; an unknown name lists them all.",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Weights of the suite's feature network.")]

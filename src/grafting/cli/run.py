@@ -65,7 +65,7 @@ def init(
     source: Annotated[
         str | None,
         typer.Option(
-            help="[cyan]testbed[/], or the folder of a model, a run or a pipeline. [dim]Asked for on a terminal.[/]"
+            help="[cyan]testbed[/], [cyan]scenes[/], or the folder of a model, a run or a pipeline. [dim]Asked for on a terminal.[/]"
         ),
     ] = None,
     operator: Annotated[
@@ -88,7 +88,7 @@ def init(
 
     if source is None:
         source = (
-            typer.prompt("Model: testbed, or a folder", default="testbed")
+            typer.prompt("Model: testbed, scenes, or a folder", default="testbed")
             if sys.stdin.isatty()
             else "testbed"
         )

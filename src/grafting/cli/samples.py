@@ -96,6 +96,8 @@ def sample(
 
     [dim]$ grafting sample runs/quickstart --num 40 --labels 7,9[/]
 
+    [dim]$ grafting sample scenes --num 60 --cfg-scale 3[/]
+
     [dim]$ grafting sample ./pixart --prompts ./prompts --num 8000 --latents ./made[/]
 
     [dim]$ torchrun --nproc-per-node 8 -m grafting sample DiT-XL-2 \\

@@ -95,13 +95,8 @@ def scenes_pipeline_folder() -> Path:
     """The folder of the pretrained text-to-image model of scenes: a `PixArtSigmaPipeline` without text encoder and VAE.
 
     Raises:
-        DataError: the model is not bundled yet, or a file is missing or damaged.
+        DataError: a file is missing or damaged.
     """
-    if not _home("scenes").is_dir():
-        raise DataError(
-            "the model `scenes` does not come with this version yet: `grafting run recipes/scenes/pretrain.yaml` trains it, "
-            "in about ten hours of one core, and its run folder can be the source (docs/scenes.md)"
-        )
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         _asset(name, "scenes")
     return _model_folder("scenes", "transformer").parent

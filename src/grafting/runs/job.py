@@ -259,7 +259,7 @@ def load_source(source: str | FreshModel) -> tuple[nn.Module, str]:
     assert name is not None
     if bundled_model_folder(name) is None and not Path(name).exists():
         raise RecipeError(
-            f"no model in {name}: it does not exist; a source is `testbed`, a model's folder, or a host and its config"
+            f"no model in {name}: it does not exist; a source is `testbed`, `scenes`, a model's folder, or a host and its config"
         )
     folder = find_model(name)
     model, plan = load_model(folder)

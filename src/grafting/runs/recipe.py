@@ -86,7 +86,7 @@ class Recipe(Settings):
     """Names the run's folder."""
     description: str = ""
     source: str | FreshModel = "testbed"
-    """The pretrained model: `testbed`, a model folder, or a fresh model of a host."""
+    """The pretrained model: `testbed`, `scenes`, a model folder, or a fresh model of a host."""
     spec: str | None = None
     """File that describes the model's class, where grafting does not know it."""
     plan: tuple[Edit, ...] = ()

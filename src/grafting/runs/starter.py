@@ -1,6 +1,6 @@
 """A first recipe for a model at hand, and a short one that shows in a minute that everything fits together.
 
-Lengths and rates are those of the quickstart for the bundled testbed, and the published ones of arXiv:2506.05340 for any other model.
+Lengths and rates are those of the quickstarts for the bundled models, and the published ones of arXiv:2506.05340 for any other model.
 Written as text, because a person goes on from here: each choice has its reason beside it.
 """
 
@@ -26,12 +26,20 @@ from .file import load_recipe, parse_recipe
 from .job import skeleton
 from .recipe import FreshModel
 
-_TESTBED = """\
+_BUNDLED = {
+    "testbed": """\
 data: {name: testbed-subset}
 distill: {steps: 200, batch_size: 64, lr: 2.0e-3, cooldown_steps: 100, holdout_every: 50}
 finetune: {steps: 500, batch_size: 64, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 250, ema_decay: 0.99, clip_norm: 1.0}
 sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 2000, batch_size: 250}
-"""
+""",
+    "scenes": """\
+data: {name: scenes, seeds: 10000000-10999999}
+distill: {steps: 100, batch_size: 16, lr: 2.0e-3, cooldown_steps: 50, holdout_every: 50}
+finetune: {steps: 200, batch_size: 16, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 100, ema_decay: 0.98, clip_norm: 1.0}
+sample: {sampler: dpm-solver++, steps: 10, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
+""",
+}
 _SMOKE = """\
 # A minute: two steps of each stage, few images. Its figures mean nothing.
 #     grafting run {smoke}
@@ -51,7 +59,7 @@ class Start:
     """What a first recipe is made from."""
 
     source: str = "testbed"
-    """`testbed`, or the folder of a model, a run or a pipeline."""
+    """`testbed`, `scenes`, or the folder of a model, a run or a pipeline."""
     operator: str | None = None
     """By default Hyena-X where the host takes mixers, else a window over rows and columns."""
     blocks: str = "odd"
@@ -75,7 +83,7 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
         raise RecipeError(f"{' and '.join(there)}: there already; name another file, or remove it")
     folder, host, model = _open(start.source)
     text = _recipe(path, start, folder, host, model)
-    cooldown = ", cooldown_steps: 0" if start.source == "testbed" else ""
+    cooldown = ", cooldown_steps: 0" if start.source in _BUNDLED else ""
     short = _SMOKE.format(smoke=smoke.name, base=path.name, name=path.stem, cooldown=cooldown)
     short += _SMOKE_SAMPLES if "\nsample:" in text else ""
     parse_recipe(_settings(text), source=f"the recipe for {path}")
@@ -111,7 +119,7 @@ def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
         folder = folder / "transformer"
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(
-            f"no model in {source}: give testbed, or the folder of a model, of a run, or of a pipeline with `transformer`"
+            f"no model in {source}: give testbed, scenes, or the folder of a model, of a run, or of a pipeline with `transformer`"
         )
     config = read_config(folder)
     name = str(config.get("_class_name")).removeprefix("Grafted")
@@ -136,8 +144,8 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         f"source: {start.source if folder is None else near(folder)}",
         f"plan:\n  - {{role: {operator[0]}, blocks: {start.blocks!r}, operator: {operator[1]}}}",
     ]
-    if start.source == "testbed":
-        return "\n".join([*lines, _TESTBED])
+    if start.source in _BUNDLED:
+        return "\n".join([*lines, _BUNDLED[start.source]])
     kind = "image-folder" if makes_pixels(host.shape(model)) else "latents"
     size = (
         f", size: {host.shape(model)[-1]}, channels: {host.shape(model)[0]}" if kind == "image-folder" else ""

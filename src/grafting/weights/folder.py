@@ -42,7 +42,7 @@ def load(
     """The model that a name stands for, in eval mode, grafted or not; `plan_of` gives its plan.
 
     Args:
-        source: `testbed`, a model folder, the folder of a run, or `owner/name` on the Hub.
+        source: `testbed`, `scenes`, a model folder, the folder of a run, or `owner/name` on the Hub.
         revision: branch, tag or commit on the Hub.
         base: where the base of a delta is, if not where the delta says.
 
@@ -229,7 +229,7 @@ def read_config(folder: Path) -> JsonObject:
                 f"it has no {CONFIG_NAME}: half-written, or published weights, which `grafting convert` reads"
             )
         else:
-            found = "it does not exist; a model is `testbed`, a folder of a model or of a run, or owner/name on the Hub"
+            found = "it does not exist; a model is `testbed`, `scenes`, a folder of a model or of a run, or owner/name on the Hub"
         raise CheckpointError(f"no model in {folder}: {found}")
     config = read_json(path, JsonObject)
     if not isinstance(config.get("_class_name"), str) and "auto_map" not in config:

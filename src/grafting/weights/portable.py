@@ -54,7 +54,7 @@ class Base(Settings):
     """The pretrained model that a grafted one was made from."""
 
     id: str
-    """`testbed`, a model folder, or `owner/name` on the Hub."""
+    """`testbed`, `scenes`, a model folder, or `owner/name` on the Hub."""
     revision: str | None = None
     """Commit on the Hub; none for a folder."""
     licence: str | None = None
