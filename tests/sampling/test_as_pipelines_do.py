@@ -7,8 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from grafting import Prompts, SamplingConfig, sample
-from grafting.hosts import host_of
-from grafting.hosts._pipelines import process_of
+from grafting.hosts import host_of, process_of
 from grafting.latents.prompting import Prompting, PromptingConfig
 from grafting.machine.randomness import generator
 from latents.textpipelines import ALL

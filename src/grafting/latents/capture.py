@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..contract import Kwargs
 from ..data.promptfolder import Prompt
 from ..errors import HostError
-from ..hosts import Host
-from ..hosts._pipelines import transformer_of
+from ..hosts import Host, transformer_of
 
 _TRIED = (
     "a red cat on the mat",

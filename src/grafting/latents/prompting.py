@@ -17,8 +17,7 @@ from ..contract import Step
 from ..data.promptfolder import Prompt, PromptFolder
 from ..data.prompts import Dropout, PromptsConfig
 from ..errors import CheckpointError, DataError, HostError
-from ..hosts import Host, host_of
-from ..hosts._pipelines import transformer_of
+from ..hosts import Host, host_of, transformer_of
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.processes import barrier, rank, world_size

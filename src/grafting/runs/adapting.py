@@ -12,8 +12,7 @@ from ..contract import Denoiser
 from ..data.prompts import Prompts
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, build_operators, resolve, sharing_copy
-from ..hosts import host_of
-from ..hosts._pipelines import process_of, transformer_of
+from ..hosts import host_of, process_of, transformer_of
 from ..latents.prompting import Prompting, PromptingConfig
 from ..machine.devices import default_device
 from ..sampling.chain import check_sampling

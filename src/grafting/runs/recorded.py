@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ..data import CaptionsConfig, ConditionsConfig
 from ..diffusion import FlowConfig, ProcessConfig
 from ..errors import CheckpointError
-from ..hosts._pipelines import process_of_scheduler
+from ..hosts import process_of_scheduler
 from ..machine.reading import JsonObject, damage, read_json, read_yaml
 from ..weights.locate import PIPELINE_NAME
 
