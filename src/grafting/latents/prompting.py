@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,9 +199,12 @@ def open_encoders(
                 kind = getattr(diffusers, str(part[1]), None)
                 if isinstance(kind, type) and issubclass(kind, nn.Module):
                     made[name] = _stand_in(kind, folder / name, device, DTYPES[dtype])
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder), variant=variant, torch_dtype=DTYPES[dtype], **made
-        )
+        with warnings.catch_warnings():
+            # that `torch_dtype` is to be called `dtype`, which older versions do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(folder), variant=variant, torch_dtype=DTYPES[dtype], **made
+            )
     except Exception as error:
         raise CheckpointError(f"{source} cannot be read as a pipeline of diffusers: {error}") from error
     for part in pipeline.components.values():
