@@ -50,8 +50,8 @@ def test_rows_give_the_output_that_the_pipelines_own_arguments_give(name, tmp_pa
     calls = first_step(pipe, prompt=WORDS[1], **bins)
     own = [call[key] for call in calls for key in ("encoder_hidden_states", "cap_feats[]") if key in call]
     rows = [row for value in own for row in value]
-    place = 1 if name == "pixart" else 0
-    null = {"pixart": 0, "wan": 1, "lumina2": 1, "zimage": 1}.get(name)
+    place = 1 if name in ("pixart", "sd3") else 0
+    null = {"pixart": 0, "sd3": 0, "wan": 1, "lumina2": 1, "zimage": 1}.get(name)
     given = batch(prompts, [1])
     found = given.get("encoder_hidden_states", given.get("cap_feats"))[0]
     assert torch.equal(found, rows[place][: len(found)])

@@ -40,12 +40,15 @@ def t5(kind: str = "T5") -> nn.Module:
     return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
-def clip() -> nn.Module:
+def clip(*, projects: bool = False) -> nn.Module:
     torch.manual_seed(2)
     sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"eos_token_id": 1, "bos_token_id": 3, "pad_token_id": 0}
-    config = transformers.CLIPTextConfig(vocab_size=40, max_position_embeddings=80, **sizes, **ids)
-    return transformers.CLIPTextModel(config).eval()
+    config = transformers.CLIPTextConfig(
+        vocab_size=40, max_position_embeddings=80, projection_dim=12, **sizes, **ids
+    )
+    kind = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
+    return kind(config).eval()
 
 
 def language_model(kind: str) -> nn.Module:
@@ -94,6 +97,16 @@ def pixart() -> Any:
         beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
     )
     return diffusers.PixArtSigmaPipeline(tokenizer(), t5(), vae(), model, scheduler)
+
+
+def sd3() -> Any:
+    sizes = {"sample_size": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    dims = {"joint_attention_dim": DIM, "caption_projection_dim": 32, "pooled_projection_dim": 24}
+    model = transformer(
+        "SD3Transformer2DModel", in_channels=4, out_channels=4, pos_embed_max_size=16, **sizes, **dims
+    )
+    encoders = [clip(projects=True), tokenizer(), clip(projects=True), tokenizer(), t5(), tokenizer()]
+    return diffusers.StableDiffusion3Pipeline(model, Euler(shift=3.0), vae(), *encoders)
 
 
 def flux() -> Any:
@@ -153,5 +166,5 @@ def zimage() -> Any:
 
 
 ALL: dict[str, Callable[[], Any]] = {
-    "pixart": pixart, "flux": flux, "wan": wan, "lumina2": lumina2, "zimage": zimage
+    "pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan, "lumina2": lumina2, "zimage": zimage
 }  # fmt: skip

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from grafting.cli import app
 from grafting.data.latents import LatentsConfig
 from grafting.data.prompts import Prompts
-from latents.textpipelines import pixart
+from latents.textpipelines import pixart, sd3
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
 MADE = {"name": "teacher", "num_images": 12, "steps": 2, "batch_size": 5, "shape": [4, 8, 8]}
@@ -115,3 +115,50 @@ def test_words_that_are_not_there_are_refused_before_any_work(begun, tmp_path):
     assert result.exit_code == 1
     assert "none.txt" in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_of_another_model_are_refused_before_any_work(begun, tmp_path):
+    sd3().save_pretrained(tmp_path / "sd3")
+    for command in (
+        [
+            "check",
+            begun / "recipe.yaml",
+            "--set",
+            f"source={tmp_path / 'sd3'}",
+            "--set",
+            "plan.0.operator={name: window-1d, window: 2}",
+        ],
+        [
+            "sample",
+            tmp_path / "sd3",
+            "--prompts",
+            begun / "prompts",
+            "--latents",
+            tmp_path / "made",
+            "--sampler",
+            "euler",
+        ],
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        told = " ".join(result.output.split())
+        assert result.exit_code == 1
+        assert "are of another model than SD3Transformer2DModel" in told
+        assert "it takes no encoder_attention_mask" in told
+        assert "it needs pooled_projections" in told
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_shape_that_patches_do_not_divide_is_refused_before_any_work(begun):
+    result = CliRunner().invoke(app, ["check", str(begun / "recipe.yaml"), "--set", "data.shape=[4,7,8]"])
+    assert result.exit_code == 1
+    assert "pixart cuts images into patches of 2 x 2, which 7 x 8 are not a multiple of" in " ".join(
+        result.output.split()
+    )
+
+
+def test_a_forecast_counts_what_the_source_makes(begun):
+    told = json.loads(call("run", begun / "recipe.yaml", "--dry-run", "--json"))
+    assert [stage["name"] for stage in told["stages"]] == ["teach", "distill", "finetune"]
+    cost = json.loads(call("cost", begun / "recipe.yaml", "--json"))
+    assert told["stages"][0]["work"] == "12 latents, 2 passes each"
+    assert told["stages"][0]["flops"] == 12 * 2 * cost["model"]["flops"]["before"]

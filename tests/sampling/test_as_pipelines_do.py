@@ -16,6 +16,7 @@ from latents.textpipelines import ALL
 # of each: the pipeline's call, what turns guidance off, a latent's shape, our sampler
 CASES = {
     "pixart": ({"height": 32, "width": 48}, {"guidance_scale": 1.0, "use_resolution_binning": False}, (4, 16, 24), "dpm-solver++"),
+    "sd3": ({"height": 32, "width": 48}, {"guidance_scale": 1.0}, (4, 16, 24), "euler"),
     "flux": ({"height": 32, "width": 48}, {}, (4, 16, 24), "euler"),
     "wan": ({"height": 32, "width": 48, "num_frames": 5}, {"guidance_scale": 1.0}, None, "euler"),
     "lumina2": ({"height": 64, "width": 96}, {"guidance_scale": 1.0}, (4, 8, 12), "euler"),

@@ -112,6 +112,7 @@ def open_denoiser(
     from ..data import Captions, Prompts
     from ..diffusion import DiffusionConfig, FlowConfig, FlowMatching
     from ..hosts import host_of
+    from ..runs.job import check_asked
     from ..runs.recorded import recorded
 
     host, known = host_of(model), recorded(name)
@@ -126,7 +127,9 @@ def open_denoiser(
     conditions = known.conditions.load() if known.conditions else None
     if prompts is not None:
         conditions = Captions() if prompts == "scenes" else Prompts(prompts)
-    return host.denoiser(model, conditions, host.built(model, config) if config else None)
+    denoiser = host.denoiser(model, conditions, host.built(model, config) if config else None)
+    check_asked(model, denoiser.conditions)
+    return denoiser
 
 
 def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":

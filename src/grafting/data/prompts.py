@@ -178,6 +178,13 @@ class Prompts:
     def identity(self) -> dict[str, JsonValue]:
         return {"name": "prompts", "sha256": self.sha256, "dropout": self.dropout}
 
+    @property
+    def arguments(self) -> dict[str, int | None]:
+        """The arguments that prompts give a model by name, and their channels; None where these are not known."""
+        columns = {name: c.shape[-1] if c.shape else None for name, c in self.index.columns.items()}
+        known = columns | dict.fromkeys([*self.index.shared, *self.index.values])
+        return {name.removesuffix("[]").partition(".")[0]: size for name, size in known.items()}
+
     def nulls(self, numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"] | None:
         """The number of each prompt's null, which is a null's own; None if the folder has none."""
         if self.index.num_nulls == 0:
@@ -313,9 +320,13 @@ def read_index(folder: Path) -> PromptIndex:
         DataError: there is none, or it is damaged.
     """
     path = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise DataError(
+            f"no folder {folder}: `grafting data prompts {folder} ...` makes one of encoded prompts"
+        )
     if not path.is_file():
         raise DataError(
-            f"no prompts in {folder}: {INDEX_NAME}, which `write_prompts` writes last, is missing"
+            f"no prompts in {folder}: {INDEX_NAME} is missing, which `grafting data prompts` and `write_prompts` write last"
         )
     return read_json(path, PromptIndex, kind="an index of prompts", error=DataError)
 

@@ -204,7 +204,33 @@ class Host(ABC, Generic[Model]):
         native = self.shape(model)
         if len(shape) != len(native) or shape[0] != native[0]:
             return [f"{self.name} takes inputs such as {list(native)}; found {list(shape)}"]
+        grid = self.sites(model)[0].grid
+        sides = (native[-2] // grid.rows, native[-1] // grid.cols)
+        if any(size % side for size, side in zip(shape[-2:], sides, strict=True)) or 0 in shape:
+            return [
+                f"{self.name} cuts images into patches of {sides[0]} x {sides[1]}, which {shape[-2]} x {shape[-1]} are not a multiple of"
+            ]
         return []
+
+    def needed(self, model: Model) -> Mapping[str, int | None]:
+        """Arguments that each condition must hold, and their channels; None where they have none."""
+        return {}
+
+    def condition_faults(self, model: Model, given: Mapping[str, int | None]) -> list[str]:
+        """Why the model cannot be asked by such arguments; empty if it can.
+
+        Args:
+            given: the channels of each, by name as the model takes it; None where they are not known.
+        """
+        takes = inspect.signature(model.forward).parameters
+        is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        faults = [f"it takes no {name}" for name in given if not is_open and name not in takes]
+        for name, channels in self.needed(model).items():
+            if name not in given:
+                faults.append(f"it needs {name}")
+            elif channels is not None and given[name] not in (None, channels):
+                faults.append(f"it takes {name} of {channels} channels, not {given[name]}")
+        return faults
 
     def grid_of(self, model: Model, shape: tuple[int, ...]) -> Grid:
         """The image tokens of an input of this shape: as many as those of the native one, in proportion."""

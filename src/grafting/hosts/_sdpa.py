@@ -27,6 +27,9 @@ from ._spec import ACTIVATIONS, BlockList, Input, LatentTokens, SdpaSpec
 
 _DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
 
+_COUNTS = frozenset({"batch", "text", "frames", "rows", "cols", "tokens"})
+"""Sides of an argument that differ from call to call."""
+
 
 class SdpaHost(Host[nn.Module]):
     """The host that a spec describes.
@@ -237,6 +240,13 @@ class SdpaHost(Host[nn.Module]):
     def _inputs(self, model: nn.Module) -> dict[str, Input]:
         inputs = {n: i if isinstance(i, Input) else Input(shape=i) for n, i in self.spec.inputs.items()}
         return {name: i for name, i in inputs.items() if fact(model, i.needs)}
+
+    def needed(self, model: nn.Module) -> dict[str, int | None]:
+        found = {name: i for name, i in self._inputs(model).items() if i.value is None}
+        return {
+            name: int(fact(model, i.shape[-1])) if len(i.shape) > 1 and i.shape[-1] not in _COUNTS else None
+            for name, i in found.items()
+        }
 
     def _sizes(self, grid: Grid, batch_size: int, num_text: int) -> dict[str, int]:
         return {

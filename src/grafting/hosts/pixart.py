@@ -118,6 +118,9 @@ class PixArtHost(Host[PixArt]):
         )
         return randomise(model)
 
+    def needed(self, model: PixArt) -> dict[str, int | None]:
+        return {"encoder_hidden_states": model.config.caption_channels}
+
     def example(
         self, model: PixArt, *, rows: int, cols: int, batch_size: int, frames: int = 1, num_text: int = 5
     ) -> Kwargs:

@@ -281,15 +281,17 @@ class Prompting:
             dropout=dropout,
         )
 
-    def _facts(self, pipeline: Any) -> dict[str, JsonValue]:
+    def _facts(self, pipeline: Any) -> dict[str, Any]:
         """What the tensors depend on beside the words: by two prompts, so that other weights and other versions are told apart."""
         seen = [self.capture.row("a red cat").tensors, self.capture.null or {}]
         tensors = [tensor for row in seen for _, tensor in sorted(row.items())]
         return {
             "format": FORMAT,
             "pipeline": type(pipeline).__name__,
+            "arguments": sorted({*self.capture.axes, *self.capture.common, *self.capture.constants}),
+            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+            # weights, versions and settings that are told apart by nothing else
             "encoded_sha256": hash_json([_sha256(t) for t in [*tensors, *self.capture.common.values()]]),
-            "constants": hash_json(sorted(self.capture.constants)),
         }
 
     def forecast(self) -> Forecast:

@@ -11,11 +11,11 @@ from torch import nn
 
 from ..contract import Conditions, Denoiser, Grid, Site, TrainingData
 from ..cost.count import Flops, role_flops
-from ..data import check_bound
+from ..data import Prompts, check_bound
 from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
 from ..editing.surgery import check_can_adapt, paths_after, resolve
-from ..errors import DataError, HostError, RecipeError
+from ..errors import DataError, HostError, RecipeError, listed
 from ..hosts import Host, SdpaHost, config_of, constructed, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
 from ..machine.devices import default_device
@@ -178,7 +178,17 @@ def denoiser_of(recipe: Recipe, model: nn.Module) -> Denoiser:
     host = host_of(model)
     conditions = recipe.conditions.load() if recipe.conditions else None
     process = host.built(model, recipe.process) if recipe.process else None
-    return host.denoiser(model, conditions, process)
+    denoiser = host.denoiser(model, conditions, process)
+    check_asked(model, denoiser.conditions)
+    return denoiser
+
+
+def check_asked(model: nn.Module, conditions: Conditions) -> None:
+    """Raises a DataError if prompts hold other arguments than the model takes."""
+    host = host_of(model)
+    if isinstance(conditions, Prompts) and (faults := host.condition_faults(model, conditions.arguments)):
+        head = f"the prompts in {conditions.folder} are of another model than {type(model).__name__}:"
+        raise DataError(listed(head, faults))
 
 
 def _taught(

@@ -414,7 +414,7 @@ def split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """Indices to train on and indices held out, by seed."""
     if num_items <= config.holdout:
         raise TrainingError(
-            f"stage 1 holds out {config.holdout} images, but the data has {num_items}: lower `holdout`"
+            f"stage 1 holds out {config.holdout} images, but the data has {num_items}: set `distill.holdout` to at most {num_items - 1}, or have more data"
         )
     rest = num_items - config.holdout
     if config.images is not None and config.images > rest:

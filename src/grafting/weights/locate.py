@@ -62,7 +62,7 @@ def find_folder(source: str | Path, *, revision: str | None = None, patterns: Se
     if bundled := bundled_model_folder(str(source)):
         return bundled
     folder = Path(source).expanduser()
-    if folder.exists() or not HUB_NAME.fullmatch(str(source)):
+    if folder.exists() or str(source).startswith(".") or not HUB_NAME.fullmatch(str(source)):
         return folder / "model" if (folder / "manifest.json").is_file() else folder
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
