@@ -211,7 +211,7 @@ def pool(page: str) -> list[float]:
     if page == "gpu.md":
         known += numbers(read("h100.json"))
     if page == "scenes.md":
-        known += numbers(read("scenes/pretrained.json"))
+        known += numbers([read(f"scenes/{path.name}") for path in (ROOT / "results/scenes").glob("*.json")])
     if page == "initialisation.md":
         known += numbers(read("testbed/initialisation.json"))
     if page in ("README.md", "plans.md"):
