@@ -169,7 +169,7 @@ def _unchecked_shapes():
 @pytest.mark.parametrize("number", [0, 1])
 def test_compiles_as_one_graph(config, number):
     fits = [layout for layout in (*LAYOUTS[1:4:2], *LAYOUTS) if not config.faults(site_for(config, layout))]
-    layout = fits[number]
+    layout = fits[min(number, len(fits) - 1)]
     torch.compiler.reset()
     operator, inputs = built(config, layout), inputs_for(config, layout)
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
