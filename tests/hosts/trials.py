@@ -266,7 +266,9 @@ def saved(trial: Trial) -> None:
         before = trial.run(model)
         save(model, folder)
         after = trial.run(load(folder))
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the output has changed"
+    # weights that lie in a mapped file begin at another place in memory, and products may be summed in another order
+    same = (torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(before, after, strict=True))
+    assert all(same), "the output has changed"
 
 
 def pipeline(trial: Trial) -> None:
