@@ -9,7 +9,7 @@ import typer
 
 from ..errors import DataError
 from ._shared import Json, out, parse_setting, print_json
-from .display import follow, plain_table, say
+from .display import fills, plain_table, say
 from .options import Options, command
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def prompts(
 
     words = read_words(prompts, column=column)
     place = torch.device(device) if device else default_device()
-    kind = dtype or ("fp32" if place.type == "cpu" else "bf16")
-    opened = open_encoders(pipeline, revision=revision, variant=variant, device=place, dtype=kind)
+    opened = open_encoders(pipeline, revision=revision, variant=variant, device=place, dtype=dtype)
     work = Prompting(
         opened,
         words,
@@ -114,11 +113,8 @@ def prompts(
         )
     if dry_run:
         return
-    _follow("prompts", work.steps(rank=rank(), world_size=world_size()))
-    if (folder / INDEX_NAME).is_file():
+    if fills("prompts", work.steps(rank=rank(), world_size=world_size()), index=folder / INDEX_NAME):
         say(out, f"Prompts: {folder}; name them in a recipe: conditions: {{name: prompts, folder: {folder}}}")
-    else:
-        say(out, "This process is done; other processes are still running or must be started again")
 
 
 def _encoding() -> Options:
@@ -381,30 +377,13 @@ def _say_amount(what: str, *, items: int, shards: int, images_left: int, needed:
     )
 
 
-def _follow(name: str, steps: "Iterable[Step]") -> None:
-    """Take all steps; the main process shows progress."""
-    from ..machine.processes import is_main
-
-    if not is_main():
-        for _ in steps:
-            pass
-        return
-    with follow(out) as on_step:
-        for step in steps:
-            on_step(name, step)
-
-
 def _fill(folder: Path, steps: "Iterable[Step]") -> None:
     """Do this process's share of the work; the main process shows progress."""
     from ..data.latents import INDEX_NAME, read_index
 
-    _follow("latents", steps)
-    # said by whoever was last
-    if (folder / INDEX_NAME).is_file():
+    if fills("latents", steps, index=folder / INDEX_NAME):
         index = read_index(folder)
         missing = (
             f"; {index.unreadable} unreadable images are listed in unreadable.txt" if index.unreadable else ""
         )
         say(out, f"Latents: {folder}, {index.count:,} items in {len(index.shards):,} shards{missing}")
-    else:
-        say(out, "This process is done; other processes are still running or must be started again")

@@ -3,8 +3,9 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -47,6 +48,27 @@ def follow(console: Console) -> Iterator[Callable[[str, "Step"], None]]:
     )
     with Progress(*columns, console=console) as progress:
         yield _Bars(progress)
+
+
+def fills(name: str, steps: Iterable["Step"], *, index: Path) -> bool:
+    """Take this process's steps of filling a folder, of which the main process shows progress.
+
+    Returns:
+        Whether the folder is whole, as its index then says. If not, the others' part is still to come, and that is said.
+    """
+    from ..machine.processes import is_main
+    from ._shared import out
+
+    if is_main():
+        with follow(out) as on_step:
+            for step in steps:
+                on_step(name, step)
+    else:
+        for _ in steps:
+            pass
+    if not index.is_file():
+        say(out, "This process is done; other processes are still running or must be started again")
+    return index.is_file()
 
 
 def in_turn(*followers: Callable[[str, "Step"], None]) -> Callable[[str, "Step"], None]:

@@ -80,7 +80,7 @@ class Diagnosis:
     disk_free_gib: float  # where the command runs
     device: str  # where models will run
     gpus: list[str]
-    kernels: str  # whether operators run as Triton kernels, in words
+    kernels: str  # `on`, or `off` and why
     gflops: dict[str, float]  # of a matrix product on `device`, by dtype
     precision: str  # what `auto` is here
     precision_why: str

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import DataError
 from ._shared import Model, Process, PromptsFolder, Shift, Spec, open_denoiser, open_model, out
-from .display import follow, say
+from .display import fills, follow, say
 from .options import Options, command
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _teach(
     """Draw this process's share of latents and show progress."""
     from ..data.latents import INDEX_NAME
     from ..machine.devices import default_device
-    from ..machine.processes import is_main, rank, world_size
+    from ..machine.processes import rank, world_size
     from ..sampling.taught import teach
 
     steps = teach(
@@ -181,20 +181,11 @@ def _teach(
         rank=rank(),
         world_size=world_size(),
     )
-    if not is_main():
-        for _ in steps:
-            pass
-        return
-    with follow(out) as on_step:
-        for step in steps:
-            on_step("sample", step)
-    if (folder / INDEX_NAME).is_file():
+    if fills("sample", steps, index=folder / INDEX_NAME):
         say(
             out,
             f"{config.num_images} latents: {folder}; name them in a recipe: data: {{name: latents, folder: {folder}}}",
         )
-    else:
-        say(out, "This process is done; other processes are still running or must be started again")
 
 
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:

@@ -102,7 +102,7 @@ def scores_at_once(
 
 
 def known_mask(q: Tensor, make: Callable[..., Tensor], *settings: Any) -> Tensor:
-    """A mask for q's device, from the last ones that were made; anew where it would be one of a trace, or large."""
+    """A mask on q's device. Recent masks are kept; large ones, and those made under a trace, are made again."""
     if type(q) is not Tensor or torch.compiler.is_compiling() or q.shape[-2] > _KNOWN_UP_TO:
         return make(*settings, q.device)
     return _made(make, settings, q.device)

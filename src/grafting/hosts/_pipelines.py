@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -123,31 +123,50 @@ def transformer_of(pipeline: Any) -> nn.Module:
 
 def _arguments(pipeline: Any, call: Mapping[str, Any]) -> Kwargs:
     """A pipeline's call, with the defaults that it takes and its caller leaves out."""
-    takes = inspect.signature(pipeline.__call__).parameters
-    if unknown := [name for name in call if name not in takes]:
-        raise HostError(
-            f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}"
-        )
+    takes = call_of(pipeline, call)
     defaults = {name: value for name, value in _DEFAULTS.items() if name in takes}
     if any("embeds" in name for name in call):
         defaults.pop("prompt", None)
     return defaults | dict(call)
 
 
+def call_of(pipeline: Any, call: Collection[str]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's call.
+
+    Raises:
+        HostError: it does not take some of these names.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    if unknown := [name for name in call if name not in takes]:
+        raise HostError(
+            f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}"
+        )
+    return takes
+
+
 @contextmanager
-def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
-    scheduler, shows = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
-    handles = [
-        model.register_forward_pre_hook(spy.before, with_kwargs=True),
-        model.register_forward_hook(spy.after),
-    ]
-    scheduler.step = spy.stepping(scheduler.step)
+def stepping_by(pipeline: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the pipeline's scheduler steps by this function, and the pipeline shows no progress."""
+    shows = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.scheduler.step = step
     pipeline.set_progress_bar_config(**shows | {"disable": True})
     try:
         yield
     finally:
-        del scheduler.step
+        del pipeline.scheduler.step
         pipeline.set_progress_bar_config(**shows)
+
+
+@contextmanager
+def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
+    handles = [
+        model.register_forward_pre_hook(spy.before, with_kwargs=True),
+        model.register_forward_hook(spy.after),
+    ]
+    try:
+        with stepping_by(pipeline, spy.stepping(pipeline.scheduler.step)):
+            yield
+    finally:
         for handle in handles:
             handle.remove()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..contract import Kwargs
 from ..data.promptfolder import Prompt
 from ..errors import HostError
-from ..hosts import Host, transformer_of
+from ..hosts import Host, stepping_by, transformer_of
 
 _TRIED = (
     "a red cat on the mat",
@@ -104,21 +104,17 @@ def _zeros_like(x: Any) -> Any:
 
 @contextmanager
 def _ending(pipeline: Any) -> Iterator[None]:
-    """Inside, the scheduler's step ends the call; nothing is shown."""
-    scheduler, shows = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+    """Inside, the scheduler's step ends the call."""
 
-    @functools.wraps(scheduler.step)  # pipelines look at its signature
+    @functools.wraps(pipeline.scheduler.step)  # pipelines look at its signature
     def step(*args: Any, **kwargs: Any) -> None:
         raise _Enough
 
-    scheduler.step = step
-    pipeline.set_progress_bar_config(**shows | {"disable": True})
-    try:
-        yield
-    finally:
-        del scheduler.step
-        pipeline.set_progress_bar_config(**shows)
-        pipeline.maybe_free_model_hooks()
+    with stepping_by(pipeline, step):
+        try:
+            yield
+        finally:
+            pipeline.maybe_free_model_hooks()
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -195,7 +191,7 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
     Raises:
         HostError: the pipeline does not run on this call, or passes a prompt in a way that no table can hold.
     """
-    first, other, longer = ([dict(c) for c in first_step(pipeline, prompt=p, **call)] for p in _TRIED)
+    first, other, longer = (first_step(pipeline, prompt=p, **call) for p in _TRIED)
     seeded = first_step(pipeline, prompt=_TRIED[0], seed=1, **call)
     two = first_step(pipeline, prompt=list(_TRIED[:2]), **call)
     sized = _of_other_sizes(pipeline, call)

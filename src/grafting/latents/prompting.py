@@ -1,8 +1,6 @@
 """A list of prompts to a folder of encoded ones, by a pipeline that need not hold its transformer."""
 
-import hashlib
 import importlib.util
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +16,13 @@ from ..contract import Step
 from ..data.promptfolder import Prompt, PromptFolder
 from ..data.prompts import Dropout, PromptsConfig
 from ..errors import CheckpointError, DataError, HostError
-from ..hosts import Host, host_of, transformer_of
+from ..hosts import Host, call_of, host_of, transformer_of
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.processes import barrier, rank, world_size
 from ..machine.reading import JsonObject, parse_json, read_json, read_text
 from ..machine.settings import Settings
+from ..metrics.features import tensors_sha256
 from ..weights.locate import PIPELINE_NAME, find_folder
 from .capture import watch
 
@@ -47,7 +46,7 @@ class PromptingConfig(Settings):
     max_length: PositiveInt | None = None
     """Tokens of a prompt, where the pipeline takes `max_sequence_length`. If omitted, the pipeline's default."""
     dropout: Dropout | None = None
-    """Share of prompts that training replaces by the null: 0.1 if omitted, and 0 where there is none."""
+    """Share of prompts that training replaces by the null. If omitted, 0.1, or 0 without a null."""
     shard_size: PositiveInt = 256
     """Prompts per shard; a killed process loses at most one shard."""
 
@@ -118,9 +117,8 @@ def encode_words(
     pipeline = config.pipeline or source
     if pipeline is None:
         raise DataError("conditions: words are encoded by a pipeline: name one, `pipeline: ...`")
-    words, device = read_words(config.file, column=config.column), default_device()
-    dtype = config.dtype or ("fp32" if device.type == "cpu" else "bf16")
-    opened = open_encoders(pipeline, variant=config.variant, device=device, dtype=dtype)
+    words = read_words(config.file, column=config.column)
+    opened = open_encoders(pipeline, variant=config.variant, device=default_device(), dtype=config.dtype)
     work = Prompting(
         opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
     )
@@ -176,15 +174,19 @@ def open_encoders(
     revision: str | None = None,
     variant: str | None = None,
     device: torch.device,
-    dtype: Dtype,
+    dtype: Dtype | None = None,
 ) -> Any:
     """A pipeline with its text encoders, whose transformers and autoencoder have no weights of their own: for prompts alone.
+
+    Args:
+        dtype: of its weights; by default bf16 on an accelerator, else fp32.
 
     Raises:
         CheckpointError: no pipeline is there, or diffusers cannot read it.
     """
     import diffusers
 
+    kind_of_weights = DTYPES[dtype or ("fp32" if device.type == "cpu" else "bf16")]
     folder = find_folder(source, revision=revision, patterns=_FILES)
     index = folder / PIPELINE_NAME
     if not index.is_file():
@@ -198,12 +200,12 @@ def open_encoders(
             if isinstance(part, list) and len(part) == 2 and part[0] == "diffusers":
                 kind = getattr(diffusers, str(part[1]), None)
                 if isinstance(kind, type) and issubclass(kind, nn.Module):
-                    made[name] = _stand_in(kind, folder / name, device, DTYPES[dtype])
+                    made[name] = _stand_in(kind, folder / name, device, kind_of_weights)
         with warnings.catch_warnings():
             # that `torch_dtype` is to be called `dtype`, which older versions do not know
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(folder), variant=variant, torch_dtype=DTYPES[dtype], **made
+                str(folder), variant=variant, torch_dtype=kind_of_weights, **made
             )
     except Exception as error:
         raise CheckpointError(f"{source} cannot be read as a pipeline of diffusers: {error}") from error
@@ -286,15 +288,16 @@ class Prompting:
 
     def _facts(self, pipeline: Any) -> dict[str, Any]:
         """What the tensors depend on beside the words: by two prompts, so that other weights and other versions are told apart."""
-        seen = [self.capture.row("a red cat").tensors, self.capture.null or {}]
-        tensors = [tensor for row in seen for _, tensor in sorted(row.items())]
+        rows = {"prompt": self.capture.row("a red cat").tensors, "null": self.capture.null or {}}
+        tensors = {f"{kind}.{name}": tensor for kind, row in rows.items() for name, tensor in row.items()}
+        tensors |= {f"common.{name}": tensor for name, tensor in self.capture.common.items()}
         return {
             "format": FORMAT,
             "pipeline": type(pipeline).__name__,
             "arguments": sorted({*self.capture.axes, *self.capture.common, *self.capture.constants}),
-            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
             # weights, versions and settings that are told apart by nothing else
-            "encoded_sha256": hash_json([_sha256(t) for t in [*tensors, *self.capture.common.values()]]),
+            "encoded_sha256": tensors_sha256(tensors),
         }
 
     def forecast(self) -> Forecast:
@@ -347,17 +350,13 @@ def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> di
     Raises:
         HostError: it does not take something that is asked for.
     """
-    takes = inspect.signature(pipeline.__call__).parameters
     asked = {
         "negative_prompt": config.negative,
         "guidance_scale": config.guidance,
         "max_sequence_length": config.max_length,
     }
     given = {name: value for name, value in asked.items() if value is not None} | dict(call)
-    if unknown := [name for name in given if name not in takes]:
-        raise HostError(
-            f"{type(pipeline).__name__} is not called with {', '.join(unknown)}; it takes {', '.join(takes)}"
-        )
+    takes = call_of(pipeline, given)
     host = _host(pipeline)
     # models that are not distilled are guided by it, if they are told what to lead away from
     guides = config.negative is not None or (host is not None and not host.distilled)
@@ -367,8 +366,3 @@ def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> di
     cleans = all(importlib.util.find_spec(name) is not None for name in ("bs4", "ftfy"))
     usual = {"use_resolution_binning": False, "clean_caption": cleans}
     return {name: value for name, value in usual.items() if name in takes} | given
-
-
-def _sha256(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(content).hexdigest() if tensor.numel() else ""

@@ -89,7 +89,7 @@ def adapt(
                 steps = _finetune(
                     model,
                     made,
-                    phases_of(_tuple(finetune_config)),
+                    phases_of(finetune_config),
                     denoiser=denoiser,
                     blocks=[site.path for site in host.blocks(teacher)],
                     teacher=teacher,
@@ -103,10 +103,6 @@ def adapt(
         for operator in operators.values():
             operator.to(next(teacher.parameters()).dtype)
     return record
-
-
-def _tuple(config: FinetuneConfig | Sequence[FinetuneConfig]) -> FinetuneConfig | tuple[FinetuneConfig, ...]:
-    return config if isinstance(config, FinetuneConfig) else tuple(config)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class RunFolder:
         self._manifest = new_manifest(recipe_name)
         self._to_tell: list[str] = []
         if writes:
-            self._refuse_strangers()
+            refuse_strangers(self.path)
             self._lock = _locked(path)
             self._manifest = self._read()
             clear_abandoned(path)
@@ -113,10 +113,6 @@ class RunFolder:
     @property
     def _is_run(self) -> bool:
         return self._manifest_path.is_file() or self._previous_path.is_file()
-
-    def _refuse_strangers(self) -> None:
-        if not self._is_run:
-            refuse_strangers(self.path)
 
     def _read(self) -> Manifest:
         if not self._is_run:

@@ -31,6 +31,9 @@ from ..machine.randomness import generator
 from ..machine.settings import Settings
 from .guidance import Guidance
 
+CIRCUMSTANCES = frozenset({"batch_size", "compile"})
+"""Settings of sampling that say how fast it runs, not what comes out."""
+
 _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
 
 

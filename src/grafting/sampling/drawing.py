@@ -24,7 +24,7 @@ from ..machine.files import hash_json
 from ..machine.precision import settled, settled_as_begun
 from ..machine.reading import Json, JsonObject, read_json
 from ..metrics.features import tensors_sha256
-from .chain import SamplingConfig, sample
+from .chain import CIRCUMSTANCES, SamplingConfig, sample
 from .files import Origin, open_samples, origin_of, write_samples
 from .pictures import Pictures
 from .shards import INDEX_NAME, Shards, differences
@@ -36,9 +36,6 @@ _LOOKS_APART = 100
 
 # a process that is at work writes a shard at least this often, in seconds or in times of the slowest shard so far
 _PATIENCE_S, _PATIENCE_SHARDS = 900.0, 20
-
-# settings of sampling that say how fast it runs, not what comes out
-_CIRCUMSTANCES = frozenset({"batch_size", "compile"})
 
 
 class Drawing:
@@ -70,7 +67,7 @@ class Drawing:
     ):
         self.config = config = settled(config, default_device())
         self._denoiser, self._sample_shape, self._decoder = denoiser, config.shape or shape, decoder
-        sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in _CIRCUMSTANCES}
+        sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in CIRCUMSTANCES}
         self.description: JsonObject = {
             "sampling": sampling,
             "vae": decoder.identity,

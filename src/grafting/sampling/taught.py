@@ -18,9 +18,7 @@ from ..data.latents import LatentsConfig, LatentSet
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled
-from .chain import SamplingConfig, sample
-
-_CIRCUMSTANCES = {"batch_size", "compile"}
+from .chain import CIRCUMSTANCES, SamplingConfig, sample
 
 
 class TaughtConfig(SamplingConfig):
@@ -44,7 +42,7 @@ class TaughtConfig(SamplingConfig):
 
     def describe(self) -> dict[str, Any]:
         """Identity of the data in a run's manifest, beside the source's."""
-        return self.model_dump(mode="json", exclude=_CIRCUMSTANCES)
+        return self.model_dump(mode="json", exclude=set(CIRCUMSTANCES))
 
 
 class Taught:
@@ -100,7 +98,7 @@ def teach(
     """
     config = settled(config, default_device())
     shape = config.shape or shape
-    asked = config.model_dump(mode="json", exclude=_CIRCUMSTANCES)
+    asked = config.model_dump(mode="json", exclude=set(CIRCUMSTANCES))
     facts = {"format": FORMAT, "made_by": dict(identity), "sampling": asked, **denoiser.identity}
     target = LatentFolder(
         folder=folder,

@@ -36,7 +36,7 @@ def can_fuse(*tensors: Tensor) -> bool:
 
 
 def fused_kernels(device: torch.device) -> str:
-    """Whether the kernels run on a device, in words."""
+    """Say if the kernels run on a device, and if not, why."""
     if os.environ.get(VARIABLE, "1") == "0":
         return f"off: {VARIABLE}=0"
     if not ENABLED:

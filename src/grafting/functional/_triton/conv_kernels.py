@@ -25,7 +25,7 @@ def _place(t, length, start, num_image, rows, cols):
 @triton.jit
 @no_type_check
 def _neighbours(x, width, t, c, is_channel, row, col, is_image, exists, rows, cols, down, right):
-    """Channels c of the tokens `down` rows and `right` columns on from t, in float32; zero where there is none."""
+    """Channels c of the tokens `down` rows below and `right` columns right of t, in float32; zero outside the grid."""
     inside = (row + down >= 0) & (row + down < rows) & (col + right >= 0) & (col + right < cols)
     is_own = (row + down == row) & (col + right == col)
     seen = exists & inside & (is_image | is_own)
@@ -127,7 +127,7 @@ def _unfiltered(
     return dx, sums
 
 
-# sizes that change from call to call, for which nothing is compiled anew; channels decide how far loads are aligned
+# sizes that change from call to call and do not trigger a recompile; channels decide how far loads are aligned
 _SIZES = ["length", "start", "num_image", "rows", "cols", "num_blocks"]
 
 

@@ -63,7 +63,7 @@ def _tile(tile, rows, cols, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
 @triton.jit
 @no_type_check
 def _load(x, token_stride, token, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """Vectors of these tokens [tokens, BLOCK], zero beyond SIZE and where a token is none."""
+    """Vectors of these tokens [tokens, BLOCK], zero beyond SIZE and for tokens outside the sequence."""
     place = token.to(tl.int64) * token_stride * UNIT
     d = tl.arange(0, BLOCK)
     return tl.load(x + place[:, None] + d[None, :], mask=exists[:, None] & (d < SIZE)[None, :], other=0.0)
@@ -123,7 +123,7 @@ def _seen_keys(
 
 
 def _numbers(*tensors: str) -> list[str]:
-    """Arguments for whose values nothing is compiled anew: strides, whose alignment UNIT tells, and sizes."""
+    """Arguments whose values do not trigger a recompile: strides, whose alignment UNIT tells, and sizes."""
     strides = [f"{x}_{of}" for x in tensors for of in ("item", "head", "token")]
     reach = ["reach_frames", "reach_rows", "reach_cols"]
     return [*strides, "heads", "num_keys", "before", "frames", "rows", "cols", *reach]
