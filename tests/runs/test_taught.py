@@ -1,13 +1,16 @@
 """Runs without data: the source makes latents first, and everything after trains on them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import grafting
 from grafting.cli import app
 from grafting.data.latents import LatentsConfig
 from grafting.data.prompts import Prompts
@@ -99,6 +102,18 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
         "folder": str(tmp_path / "run/prompts"),
         "verify": True,
     }
+    # the pipeline as it was, with the graft in it; what was not edited takes no room
+    folder = tmp_path / "run/pipeline"
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    saved = load_file(tmp_path / "run/model/model.safetensors")
+    own = pipeline.transformer.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in saved.items())
+    assert grafting.plan_of(pipeline.transformer).edits
+    source = Path(recipe["source"])
+    others = [path for path in source.rglob("*") if path.is_file() and path.parent.name != "transformer"]
+    assert [p for p in others if not (folder / p.relative_to(source)).samefile(p)] == [
+        source / "model_index.json"
+    ]
     # the same prompts by another way: the same model, and nothing is done twice
     same = [load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", begun / "run2")]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])

@@ -22,6 +22,7 @@ from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
 from ..sampling.taught import Taught, TaughtConfig, teach
+from ..weights.pipelinefolder import pipeline_in, write_pipeline
 from ..words import RowName
 from .folder import RunFolder, read_log
 from .job import Job
@@ -61,6 +62,18 @@ def _teach(work: Opened) -> list[Path]:
     work.follow(steps)
     barrier()
     return sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def _assemble(work: Opened) -> list[Path]:
+    """The source's pipeline with the run's model in it."""
+    run, source = work.run.path, work.job.recipe.source
+    assert isinstance(source, str)
+    return write_pipeline(run / "pipeline", source, run / "model")
+
+
+def _has_pipeline(job: Job) -> bool:
+    source = job.recipe.source
+    return bool(job.recipe.finetune) and isinstance(source, str) and pipeline_in(source) is not None
 
 
 def _sample(work: Opened) -> list[Path]:
@@ -206,6 +219,12 @@ STAGES: dict[str, Stage] = {
             do=finetune_model,
             flops=finetune_flops,
             is_shared=True,
+        ),
+        Stage(
+            name="pipeline",
+            parts=_once("pipeline", _has_pipeline),
+            inputs=lambda job, run, part: [job.recipe.source, run.stage_outputs("finetune")],
+            do=_assemble,
         ),
         Stage(
             name="sample",
