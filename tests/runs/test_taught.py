@@ -14,6 +14,9 @@ import grafting
 from grafting.cli import app
 from grafting.data.latents import LatentsConfig
 from grafting.data.prompts import Prompts
+from grafting.runs.file import load_recipe
+from grafting.runs.job import prepare
+from grafting.runs.stages import training_flops
 from latents.textpipelines import pixart, sd3
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
@@ -86,6 +89,15 @@ def test_a_recipe_without_data_makes_a_thousand(begun):
     (begun / "none.yaml").write_text(yaml.safe_dump(recipe))
     told = json.loads(call("check", begun / "none.yaml", "--json"))
     assert told["stages"]["teach"] == "1000 latents of the source, dpm-solver++ with 20 steps"
+
+
+def test_the_teachers_work_is_a_cost_of_what_was_trained_on_it(begun):
+    recipe = load_recipe(begun / "recipe.yaml")
+    guided = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cfg_scale": 2.0})})
+    costs = [training_flops(prepare(r), "finetuned") for r in (recipe, guided)]
+    # 12 latents of two steps, and each step a second time for guidance
+    assert costs[1].training - costs[0].training == 12 * 2 * costs[0].base
+    assert training_flops(prepare(recipe), "pretrained").training == 0
 
 
 def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):

@@ -38,6 +38,7 @@ from .training import (
     distill_operators,
     finetune_flops,
     finetune_model,
+    teach_flops,
 )
 
 
@@ -183,18 +184,15 @@ def _once(name: str, applies: Callable[[Job], Any]) -> Callable[[Job], list[Part
     return lambda job: [Part(name, name)] if applies(job) else []
 
 
-def _trains(recipe: Recipe) -> bool:
-    return any((recipe.calibrate, recipe.distill, recipe.finetune))
-
-
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
             name="teach",
-            parts=_once("teach", lambda job: isinstance(job.data, Taught) and _trains(job.recipe)),
+            parts=_once("teach", lambda job: isinstance(job.data, Taught) and job.recipe.trains),
             inputs=lambda job, run, part: identity.teach_inputs(job),
             do=_teach,
+            flops=teach_flops,
             is_shared=True,
         ),
         Stage(
@@ -260,14 +258,12 @@ def training_flops(job: Job, row: RowName) -> TrainingFlops:
     base, model = cost.before.flops, cost.after.flops
     if not ROWS[row].is_edited:
         return TrainingFlops(0, base, base)
-    taken = stage_flops(job.recipe, cost, job.chosen)
-    return TrainingFlops(sum(taken.get(stage, 0) for stage in ROWS[row].after), model, base)
+    taken, stages = stage_flops(job.recipe, cost, job.chosen), ROWS[row].after
+    return TrainingFlops(
+        sum(taken[stage] for stage in (*stages, *(("teach",) if stages else ()))), model, base
+    )
 
 
 def stage_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> dict[str, int]:
-    """FLOPs of each stage of training that a recipe has, all processes together."""
-    return {
-        name: stage.flops(recipe, cost, chosen)
-        for name, stage in STAGES.items()
-        if getattr(recipe, name, None)
-    }
+    """FLOPs of each stage, all processes together; none where nothing is trained."""
+    return {name: stage.flops(recipe, cost, chosen) for name, stage in STAGES.items()}
