@@ -47,6 +47,7 @@ from grafting.weights.portable import Base
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 DTYPE = "float32"
+HYENAS = ("hyena-se", "hyena-x", "hyena-y")
 Run = Callable[[], Any]
 
 
@@ -199,27 +200,25 @@ class PlainHyenaX(nn.Module):
 def mixers() -> Iterator[Row]:
     """Mixers against attention modules, and against other code for the same operator, forward and backward."""
     dim, heads = 384, 6
+    attention, mlp, plain = Attention(dim, heads), Mlp(dim, 4 * dim), PlainHyenaX(dim, 4)
+    causal = {"name": "mamba2", "direction": "causal"}
+    cases: list[tuple[str, dict[str, Any], str, nn.Module]] = [
+        *((name, {"name": name}, "DiT's attention", attention) for name in (*HYENAS, "mamba2")),
+        ("hyena-x", {"name": "hyena-x"}, "the same by nn.Conv1d", plain),
+        ("mamba2, causal", causal, "transformers' Mamba2Mixer", _mamba2_of_transformers(dim)),
+        ("mlp r=3", {"name": "mlp", "ratio": 3}, "DiT's MLP", mlp),
+        ("mlp-hyena-x", {"name": "mlp-hyena-x"}, "DiT's MLP", mlp),
+    ]
     for side, batch in ((16, 4), (64, 1)):
-        grid = Grid(side, side)
-        layout, tokens = TokenLayout(grid), side * side
-        x = torch.randn(batch, tokens, dim, requires_grad=True)
-        for role, others, names in (
-            ("attention", {"DiT's attention": Attention(dim, heads)}, ("hyena-se", "hyena-x", "hyena-y", "mamba2")),
-            ("mlp", {"DiT's MLP": Mlp(dim, 4 * dim)}, ("mlp", "mlp-hyena-x")),
-        ):  # fmt: skip
-            site = site_of(grid, heads=heads, head_dim=dim // heads, role=role)
-            for name in names:
-                config = parse_operator({"name": "mlp", "ratio": 3} if name == "mlp" else name)
-                floor = device().floor_ms(flops=3 * batch * site_flops(config, site).total)
-                ours = both_passes(config.build(site), [x], layout)
-                theirs = dict(others)
-                if name == "hyena-x":
-                    theirs["the same by nn.Conv1d"] = PlainHyenaX(dim, config.kernel_size)
-                if name == "mamba2" and side == 16:
-                    theirs["transformers' Mamba2Mixer, one direction"] = _mamba2_of_transformers(dim)
-                for alternative, module in theirs.items():
-                    row = f"{name}, {tokens:,} tokens"
-                    yield compared(row, ours, alternative, both_passes(module, [x]), floor_ms=floor)
+        x = torch.randn(batch, side * side, dim, requires_grad=True)
+        for name, settings, alternative, module in cases:
+            role = "mlp" if name.startswith("mlp") else "attention"
+            site = site_of(Grid(side, side), heads=heads, head_dim=dim // heads, role=role)
+            config = parse_operator(settings)
+            floor = device().floor_ms(flops=3 * batch * site_flops(config, site).total)
+            ours = both_passes(config.build(site), [x], TokenLayout(site.grid))
+            row = f"{name}, {side * side:,} tokens"
+            yield compared(row, ours, alternative, both_passes(module, [x]), floor_ms=floor)
 
 
 def _mamba2_of_transformers(dim: int) -> nn.Module:
