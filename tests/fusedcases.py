@@ -6,6 +6,7 @@ from closeness import assert_close
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
 from grafting.functional.gated_conv import Filter, gated_conv, gated_conv_plain
+from grafting.functional.linear import linear_attention, linear_attention_reference
 from grafting.functional.window import (
     window_1d,
     window_1d_reference,
@@ -123,6 +124,44 @@ def assert_window(name, layout, *, device, dtype=torch.float32, dims=(6, 10), ba
         assert_close(f"gradient of {letter}", got_grad, want_grad, ratio)
 
 
+LINEAR = ["elu", "relu", "softmax"]
+LINEAR_LENGTHS = [(70, 300), (1, 1), (257, 256), (2049, 700)]  # queries and keys
+
+
+def assert_linear(
+    feature_map, lengths, *, device, dtype, ratios, dims=(6, 10), batch=2, heads=2, masked=False, mean=0.0
+):
+    """The kernels on fp32 too, which `linear_attention` sends another way; `mean` is that of values."""
+    from grafting.functional._triton.linear import linear_attention as fused
+
+    torch.manual_seed(0)
+    shapes = [(lengths[0], dims[0]), (lengths[1], dims[0]), (lengths[1], dims[1])]
+    drawn = [torch.randn(batch, n, heads, d, device=device).transpose(1, 2) for n, d in shapes]
+    drawn[2] += mean
+    qkv = [x.to(dtype).requires_grad_() for x in drawn]
+    mask = None
+    if masked:
+        mask = torch.rand(batch, lengths[1], device=device) < 0.7
+        mask[:, 0] = True
+    if dtype == torch.float32:
+        got, _ = fused(*qkv, mask, feature_map, 0.3)
+    else:
+        got = linear_attention(*qkv, feature_map=feature_map, scale=0.3, key_mask=mask)
+        assert ("grafting_linear_attention" in got.grad_fn.name()) == _triton.can_fuse(*qkv)
+    assert got.dtype == dtype
+    grad = torch.randn_like(got)
+    got_grads = torch.autograd.grad(got, qkv, grad)
+    of_exact = [x.detach().double().requires_grad_() for x in qkv]
+    want = linear_attention_reference(*of_exact, feature_map=feature_map, scale=0.3, key_mask=mask)
+    want_grads = torch.autograd.grad(want, of_exact, grad.double())
+    assert_close("output", got, want, ratios[0])
+    for letter, got_grad, want_grad in zip("qkv", got_grads, want_grads, strict=True):
+        assert got_grad.dtype == dtype
+        # with one key the weights are 1 whatever q and k are, up to the epsilon
+        if lengths[1] > 1 or letter == "v":
+            assert_close(f"gradient of {letter}", got_grad, want_grad, ratios[1])
+
+
 def fits(name, layout):
     reach = WINDOWS[name][2].get("radius", 0)
     grid = layout.grid
@@ -138,7 +177,9 @@ def assert_compiles(device, backend):
 
     def both(x, q):
         seen = window_2d(q, q, q, layout, radius=1)
-        return gated_conv(x, short, None, layout).sum() + seen.square().sum()
+        half = q.to(torch.float16)
+        summed = linear_attention(half, half, half).float()
+        return gated_conv(x, short, None, layout).sum() + seen.square().sum() + summed.square().sum()
 
     got, want = torch.compile(both, backend=backend, fullgraph=True)(x, q), both(x, q)
     assert_close("output", got, want, 1e-5)

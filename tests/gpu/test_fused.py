@@ -10,10 +10,13 @@ from closeness import assert_close
 from fusedcases import (
     GATED,
     GATED_LAYOUTS,
+    LINEAR,
+    LINEAR_LENGTHS,
     WINDOW_LAYOUTS,
     WINDOWS,
     assert_compiles,
     assert_gated,
+    assert_linear,
     assert_window,
     exact,
     filters,
@@ -24,6 +27,7 @@ from fusedcases import (
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
 from grafting.functional.gated_conv import gated_conv, gated_conv_plain
+from grafting.functional.linear import linear_attention
 from grafting.functional.window import window_1d, window_1d_reference, window_2d
 
 pytestmark = pytest.mark.gpu
@@ -93,6 +97,40 @@ def test_windows_of_real_size_on_a_gpu(window, settings, monkeypatch, device):
         assert_close("with and without the kernels", got, want, 2e-2)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", LINEAR_LENGTHS)
+@pytest.mark.parametrize("feature_map", LINEAR)
+def test_linear_attention_on_a_gpu(feature_map, lengths, masked, device):
+    settings = {"device": device, "dtype": torch.bfloat16, "masked": masked, "ratios": (7e-3, 3e-2)}
+    assert_linear(feature_map, lengths, **settings)
+    assert_linear(feature_map, lengths, dims=(72, 72), **settings)
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (128, 128), (20, 33), (64, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_attention_of_any_head_dim_on_a_gpu(dims, dtype, device):
+    assert_linear("elu", (300, 300), dims=dims, device=device, dtype=dtype, ratios=(7e-3, 3e-2))
+    assert_linear("softmax", (300, 300), dims=dims, device=device, dtype=dtype, ratios=(7e-3, 3e-2), mean=3.0)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 128 * 128), (64, 256)])
+def test_linear_attention_of_real_size_on_a_gpu(batch, length, monkeypatch, device):
+    qkv = [
+        torch.randn(batch, length, 16, 72, device=device, dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for _ in "qkv"
+    ]
+    grad = torch.randn_like(qkv[0])
+    found = []
+    for enabled in (True, False):
+        monkeypatch.setattr(_triton, "ENABLED", enabled)
+        output = linear_attention(*qkv)
+        found.append([output, *torch.autograd.grad(output, qkv, grad)])
+    for got, want in zip(*found, strict=True):
+        assert_close("with and without the kernels", got, want, 2e-2)
+
+
 def test_a_call_can_be_repeated_bit_for_bit(device):
     layout = TokenLayout(Grid(29, 23), before=3)
     short, inner = filters("se-2d", 72, device)
@@ -102,8 +140,9 @@ def test_a_call_can_be_repeated_bit_for_bit(device):
     runs = []
     for _ in range(2):
         mixed, seen = gated_conv(x, short, inner, layout), window_2d(*qkv, of_image, radius=2)
-        loss = mixed.square().sum() + seen.square().sum()
-        runs.append([mixed, seen, *torch.autograd.grad(loss, [*leaves(x, short, inner), *qkv])])
+        summed = linear_attention(*(x.to(torch.bfloat16) for x in qkv))
+        loss = mixed.square().sum() + seen.square().sum() + summed.float().square().sum()
+        runs.append([mixed, seen, summed, *torch.autograd.grad(loss, [*leaves(x, short, inner), *qkv])])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
