@@ -5,7 +5,13 @@ import torch
 from closeness import assert_close
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
-from grafting.functional.gated_conv import Filter, gated_conv, gated_conv_plain
+from grafting.functional.gated_conv import (
+    Filter,
+    gated_channels,
+    gated_channels_plain,
+    gated_conv,
+    gated_conv_plain,
+)
 from grafting.functional.window import (
     window_1d,
     window_1d_reference,
@@ -93,6 +99,38 @@ def assert_gated(name, layout, *, dim, device, dtype=torch.float32, batch=2, rat
     for place, (got_grad, want_grad, leaf) in enumerate(
         zip(got_grads, want_grads, leaves(x, short, inner), strict=True)
     ):
+        assert got_grad.dtype == leaf.dtype
+        assert_close(f"gradient {place}", got_grad, want_grad, ratio)
+
+
+CHANNELS = {  # taps, filters for 9 tokens, channels of q
+    "shared": (4, 1, 200),
+    "per-token": (4, 9, 30),
+    "one-tap": (1, 1, 5),
+    "long": (25, 9, 7),
+}
+
+
+def assert_channels(name, *, device, num_tokens=9, dtype=torch.float32, batch=2, ratio=1e-5):
+    torch.manual_seed(0)
+    taps, num_filters, dim = CHANNELS[name]
+    qkv = torch.randn(batch, num_tokens, 3 * dim, device=device).to(dtype)
+    own = [torch.randn(num_filters, 1, taps, device=device), torch.randn(num_filters, device=device)]
+    assert_call(gated_channels, gated_channels_plain, [qkv, *own], "grafting_gated_channels", ratio)
+
+
+def assert_call(fused, plain, inputs, name, ratio):
+    """Outputs and gradients, also of a sum, which no memory backs; `name` is in that of the output's node."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = fused(*inputs), plain(*exact_inputs)
+    assert (name in got.grad_fn.name()) == _triton.can_fuse(inputs[0])
+    assert got.dtype == inputs[0].dtype
+    assert_close("output", got, want, ratio)
+    grad = torch.randn(got.shape[-1], device=got.device).to(got.dtype)
+    got_grads = torch.autograd.grad(got, inputs, grad.expand_as(got))
+    want_grads = torch.autograd.grad(want, exact_inputs, grad.double().expand_as(want))
+    for place, (got_grad, want_grad, leaf) in enumerate(zip(got_grads, want_grads, inputs, strict=True)):
         assert got_grad.dtype == leaf.dtype
         assert_close(f"gradient {place}", got_grad, want_grad, ratio)
 

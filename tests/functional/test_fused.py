@@ -12,8 +12,10 @@ import torch
 
 from closeness import assert_close
 from fusedcases import (
+    CHANNELS,
     GATED_LAYOUTS,
     WINDOW_LAYOUTS,
+    assert_channels,
     assert_compiles,
     assert_gated,
     assert_window,
@@ -42,6 +44,14 @@ def test_gated_convolutions_by_the_interpreter(name):
 @interpreted
 def test_gated_convolutions_of_many_channels_by_the_interpreter():
     assert_gated("se-causal", GATED_LAYOUTS[3], dim=70, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("name", CHANNELS)
+def test_filters_along_channels_by_the_interpreter(name):
+    assert_channels(name, device="cpu")
+    assert_channels(name, device="cpu", dtype=torch.float16, ratio=1e-2)
 
 
 @pytest.mark.slow

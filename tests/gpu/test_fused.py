@@ -8,10 +8,12 @@ import torch
 
 from closeness import assert_close
 from fusedcases import (
+    CHANNELS,
     GATED,
     GATED_LAYOUTS,
     WINDOW_LAYOUTS,
     WINDOWS,
+    assert_channels,
     assert_compiles,
     assert_gated,
     assert_window,
@@ -55,6 +57,14 @@ def test_gated_convolutions_of_real_size_on_a_gpu(name, device):
     assert_gated(
         name, TokenLayout(Grid(128, 128)), dim=64, device=device, batch=1, dtype=torch.bfloat16, ratio=2e-2
     )
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_filters_along_channels_on_a_gpu(name, device):
+    assert_channels(name, device=device)
+    assert_channels(name, device=device, dtype=torch.bfloat16, ratio=2e-2)
+    if CHANNELS[name][1] == 1:
+        assert_channels(name, device=device, num_tokens=1024, batch=9, dtype=torch.bfloat16, ratio=2e-2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
