@@ -1,5 +1,7 @@
 """Calls that the Triton kernels take, and what they must equal: the plain definitions in float64, outputs and gradients."""
 
+from functools import partial
+
 import torch
 
 from closeness import assert_close
@@ -12,6 +14,7 @@ from grafting.functional.gated_conv import (
     gated_conv,
     gated_conv_plain,
 )
+from grafting.functional.ssd import ssd, ssd_plain
 from grafting.functional.window import (
     window_1d,
     window_1d_reference,
@@ -133,6 +136,24 @@ def assert_call(fused, plain, inputs, name, ratio):
     for place, (got_grad, want_grad, leaf) in enumerate(zip(got_grads, want_grads, inputs, strict=True)):
         assert got_grad.dtype == leaf.dtype
         assert_close(f"gradient {place}", got_grad, want_grad, ratio)
+
+
+SCANS = {  # tokens, heads, P, N
+    "short": (1, 1, 3, 4),
+    "odd": (70, 18, 5, 6),
+    "whole": (128, 2, 16, 64),
+}
+
+
+def assert_scan(name, *, device, reverse, dtype=torch.float32, ratio=1e-5):
+    torch.manual_seed(0)
+    length, heads, p, n = SCANS[name]
+    x = torch.randn(2, length, heads, p, device=device).to(dtype)
+    dt, A = torch.rand(2, length, heads, device=device), -torch.linspace(0.1, 3, heads, device=device)
+    B, C = (torch.randn(2, length, n, device=device).to(dtype) for _ in "BC")
+    inputs = [x, dt, A, B, C, torch.randn(heads, device=device)]
+    fused, plain = (partial(f, reverse=reverse) for f in (ssd, ssd_plain))
+    assert_call(fused, plain, inputs, "grafting_ssd", ratio)
 
 
 def key_mask(layout, batch, device):

@@ -14,10 +14,12 @@ from closeness import assert_close
 from fusedcases import (
     CHANNELS,
     GATED_LAYOUTS,
+    SCANS,
     WINDOW_LAYOUTS,
     assert_channels,
     assert_compiles,
     assert_gated,
+    assert_scan,
     assert_window,
     filters,
     key_mask,
@@ -52,6 +54,15 @@ def test_gated_convolutions_of_many_channels_by_the_interpreter():
 def test_filters_along_channels_by_the_interpreter(name):
     assert_channels(name, device="cpu")
     assert_channels(name, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", SCANS)
+def test_scans_by_the_interpreter(name, reverse):
+    assert_scan(name, reverse=reverse, device="cpu")
+    assert_scan(name, reverse=reverse, device="cpu", dtype=torch.float16, ratio=2e-2)
 
 
 @pytest.mark.slow
