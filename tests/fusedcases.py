@@ -13,6 +13,8 @@ from grafting.functional.gated_conv import (
     gated_channels_plain,
     gated_conv,
     gated_conv_plain,
+    silu_conv,
+    silu_conv_plain,
 )
 from grafting.functional.ssd import ssd, ssd_plain
 from grafting.functional.window import (
@@ -138,10 +140,20 @@ def assert_call(fused, plain, inputs, name, ratio):
         assert_close(f"gradient {place}", got_grad, want_grad, ratio)
 
 
+def assert_silu(before, *, device, dtype=torch.float32, ratio=1e-5, shape=(2, 37, 70)):
+    """Of a part of longer rows."""
+    torch.manual_seed(0)
+    x = torch.randn(*shape[:2], shape[2] + 10, device=device).to(dtype)[..., 3:-7]
+    own = [torch.randn(shape[2], 1, 4, device=device), torch.randn(shape[2], device=device)]
+    fused, plain = (partial(f, before=before) for f in (silu_conv, silu_conv_plain))
+    assert_call(fused, plain, [x, *own], "grafting_silu_conv", ratio)
+
+
 SCANS = {  # tokens, heads, P, N
     "short": (1, 1, 3, 4),
     "odd": (70, 18, 5, 6),
     "whole": (128, 2, 16, 64),
+    "wide": (200, 3, 64, 128),
 }
 
 

@@ -14,12 +14,12 @@ from closeness import assert_close
 from fusedcases import (
     CHANNELS,
     GATED_LAYOUTS,
-    SCANS,
     WINDOW_LAYOUTS,
     assert_channels,
     assert_compiles,
     assert_gated,
     assert_scan,
+    assert_silu,
     assert_window,
     filters,
     key_mask,
@@ -58,8 +58,16 @@ def test_filters_along_channels_by_the_interpreter(name):
 
 @pytest.mark.slow
 @interpreted
+@pytest.mark.parametrize("before", [0, 3])
+def test_filters_with_silu_by_the_interpreter(before):
+    assert_silu(before, device="cpu")
+    assert_silu(before, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("name", ["short", "odd", "whole"])
 def test_scans_by_the_interpreter(name, reverse):
     assert_scan(name, reverse=reverse, device="cpu")
     assert_scan(name, reverse=reverse, device="cpu", dtype=torch.float16, ratio=2e-2)

@@ -6,6 +6,7 @@ The plain path is the definition; on a GPU the kernels of `_triton/` do the same
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,6 +73,22 @@ def gated_channels_plain(qkv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return q * (k * v)
 
 
+def silu_conv(
+    x: Float[Tensor, "b l d"], weight: Float[Tensor, "d 1 k"], bias: Float[Tensor, " d"], *, before: int
+) -> Float[Tensor, "b l d"]:
+    """silu of x, filtered along its tokens."""
+    if weight.shape[-1] <= MAX_FUSED_TAPS and can_fuse(x, weight):
+        from ._triton.silu import silu_conv as fused  # needs triton
+
+        return fused(in_autocast(x), _packed_matrix(weight, bias), before)
+    return silu_conv_plain(x, weight, bias, before=before)
+
+
+def silu_conv_plain(x: Tensor, weight: Tensor, bias: Tensor, *, before: int) -> Tensor:
+    """The definition of `silu_conv`."""
+    return F.silu(depthwise_1d(x, weight, bias, before=before))
+
+
 def filtered_channels(x: Float[Tensor, "b l c"], weight: Tensor, bias: Tensor) -> Float[Tensor, "b l c"]:
     """A causal filter along each token's channels."""
     num_tokens = x.shape[1]
@@ -121,7 +138,11 @@ def _fused(qkv: Tensor, short: Filter | None, inner: Filter | None, layout: Toke
 
 def _packed(own: Filter | None) -> Tensor | None:
     """The matrix [taps + 1, D] that kernels take: a row for each tap, and the bias."""
-    return None if own is None else torch.cat([own.weight.flatten(1).mT, own.bias[None]])
+    return None if own is None else _packed_matrix(own.weight, own.bias)
+
+
+def _packed_matrix(weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([weight.flatten(1).mT, bias[None]])
 
 
 def _taps(own: Filter | None) -> list[int]:

@@ -87,7 +87,16 @@ def _states(
     states = x.new_empty((items, chunks, heads, rows.shape[2], x.shape[3]), dtype=torch.float32)
     totals = x.new_empty((items, chunks, heads), dtype=torch.float32)
     chunk_kernel[groups, chunks, items](
-        x, rows, dt, A, states, totals, *_strides(x, rows), *x.shape[1:3], OF_GRADIENT=of_gradient, **constants
+        x,
+        rows,
+        dt,
+        A,
+        states,
+        totals,
+        *_strides(x, rows),
+        *x.shape[1:3],
+        OF_GRADIENT=of_gradient,
+        **constants,
     )
     pass_kernel[heads, triton.cdiv(size, BLOCK_PASSED), items](
         states, totals, chunks, heads, BACK=of_gradient, SIZE=size, BLOCK=BLOCK_PASSED

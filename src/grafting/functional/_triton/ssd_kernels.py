@@ -28,7 +28,9 @@ def _tokens(length, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
 def _load(x, stride, t, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Vectors of these tokens [tokens, BLOCK], zero beyond SIZE and for tokens that are not there."""
     d = tl.arange(0, BLOCK)
-    return tl.load(x + t[:, None] * stride + d[None, :], mask=exists[:, None] & (d < SIZE)[None, :], other=0.0)
+    return tl.load(
+        x + t[:, None] * stride + d[None, :], mask=exists[:, None] & (d < SIZE)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -41,7 +43,9 @@ def _store(x, y, stride, t, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _load_state(states, place, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def _load_state(
+    states, place, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
+):
     """A state [BLOCK_N, BLOCK_P]."""
     n = tl.arange(0, BLOCK_N)
     return _load(states + place * N * P, P, n, n < N, P, BLOCK_P)
@@ -131,7 +135,9 @@ def pass_kernel(
     added = tl.load(states + place * SIZE + d, mask=inside, other=0.0)
     for n in range(num_chunks):
         following = tl.load(
-            states + (place + ahead) * SIZE + d, mask=inside & (tl.zeros_like(d) + n + 1 < num_chunks), other=0.0
+            states + (place + ahead) * SIZE + d,
+            mask=inside & (tl.zeros_like(d) + n + 1 < num_chunks),
+            other=0.0,
         )
         total = tl.load(totals + place)
         tl.store(states + place * SIZE + d, state, mask=inside)
@@ -260,7 +266,9 @@ def backward_kernel(
 
         d_weights = tl.dot(dy, tl.trans(values), input_precision="ieee") * decays * step[None, :]
         d_scores += d_weights
-        d_read += tl.dot((exact_dy * from_start[:, None]).to(read.dtype), tl.trans(before), input_precision="ieee")
+        d_read += tl.dot(
+            (exact_dy * from_start[:, None]).to(read.dtype), tl.trans(before), input_precision="ieee"
+        )
         written = exact_values * (step * to_end)[:, None]
         d_write += tl.dot(written.to(read.dtype), tl.trans(d_after), input_precision="ieee")
 
