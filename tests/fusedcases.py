@@ -16,6 +16,7 @@ from grafting.functional.gated_conv import (
     silu_conv,
     silu_conv_plain,
 )
+from grafting.functional.gated_norm import gated_norm, gated_norm_plain
 from grafting.functional.ssd import ssd, ssd_plain
 from grafting.functional.window import (
     window_1d,
@@ -138,6 +139,20 @@ def assert_call(fused, plain, inputs, name, ratio):
     for place, (got_grad, want_grad, leaf) in enumerate(zip(got_grads, want_grads, inputs, strict=True)):
         assert got_grad.dtype == leaf.dtype
         assert_close(f"gradient {place}", got_grad, want_grad, ratio)
+
+
+def assert_norm(*, both, device, dtype=torch.float32, ratio=1e-5, shape=(2, 5, 70)):
+    """Of a gate that is a part of longer rows."""
+    torch.manual_seed(0)
+    y, back = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate = torch.randn(*shape[:2], shape[2] + 9, device=device).to(dtype)[..., 4:-5]
+    weight = torch.randn(shape[2], device=device, dtype=dtype)
+
+    def call(of, y, gate, weight, *rest):
+        return of(y, rest[0] if rest else None, gate, weight, 1e-5)
+
+    fused, plain = (partial(call, f) for f in (gated_norm, gated_norm_plain))
+    assert_call(fused, plain, [y, gate, weight, *[back] * both], "grafting_gated_norm", ratio)
 
 
 def assert_silu(before, *, device, dtype=torch.float32, ratio=1e-5, shape=(2, 37, 70)):

@@ -18,6 +18,7 @@ from fusedcases import (
     assert_channels,
     assert_compiles,
     assert_gated,
+    assert_norm,
     assert_scan,
     assert_silu,
     assert_window,
@@ -62,6 +63,14 @@ def test_filters_along_channels_by_the_interpreter(name):
 def test_filters_with_silu_by_the_interpreter(before):
     assert_silu(before, device="cpu")
     assert_silu(before, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("both", [False, True])
+def test_gated_norms_by_the_interpreter(both):
+    assert_norm(both=both, device="cpu")
+    assert_norm(both=both, device="cpu", dtype=torch.float16, ratio=1e-2)
 
 
 @pytest.mark.slow

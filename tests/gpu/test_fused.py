@@ -17,6 +17,7 @@ from fusedcases import (
     assert_channels,
     assert_compiles,
     assert_gated,
+    assert_norm,
     assert_scan,
     assert_silu,
     assert_window,
@@ -76,6 +77,12 @@ def test_filters_with_silu_on_a_gpu(before, device):
     assert_silu(before, device=device)
     shape = (3, 300, 200)
     assert_silu(before, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=shape)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_gated_norms_on_a_gpu(both, device):
+    assert_norm(both=both, device=device)
+    assert_norm(both=both, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=(2, 3000, 2304))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

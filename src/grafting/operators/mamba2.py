@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
 from ..functional.gated_conv import silu_conv
+from ..functional.gated_norm import gated_norm
 from ..functional.ssd import ssd
 
 # steps at the start, drawn log-uniformly, and rates, drawn uniformly (mamba_ssm's)
@@ -164,11 +165,10 @@ class Mamba2(Mixer):
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
         projected = self.in_proj(x)
         gate, tokens = projected.split([self.inner_dim, projected.shape[-1] - self.inner_dim], dim=-1)
-        y = _scan(self, tokens)
+        y, back = _scan(self, tokens), None
         if self.bidirectional:
             back = _scan(self, tokens, reverse=True) if self.reverse is None else self.reverse(tokens)
-            y = (y + back) / 2
-        return self.out_proj(self.norm(y * F.silu(gate)))
+        return self.out_proj(self.norm(y, back, gate))
 
     @property
     def output_layer(self) -> nn.Linear:
@@ -267,10 +267,12 @@ class ShortFilter(nn.Conv1d):
 
 
 class GatedNorm(nn.RMSNorm):
-    """Root-mean-square norm in the dtype of its weight: under autocast that is more exact than the input's."""
+    """Root-mean-square norm of what both directions made, averaged and gated; see `gated_norm`."""
 
-    def forward(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
-        return super().forward(x.to(self.weight.dtype))
+    def forward(
+        self, y: Float[Tensor, "b l d"], back: Float[Tensor, "b l d"] | None, gate: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b l d"]:
+        return gated_norm(y, back, gate, self.weight, _NORM_EPS)
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def _states(
     groups, chunks, items = _programs(x, constants)
     states = x.new_empty((items, chunks, heads, rows.shape[2], x.shape[3]), dtype=torch.float32)
     totals = x.new_empty((items, chunks, heads), dtype=torch.float32)
+    passed = torch.empty_like(states, dtype=x.dtype)
     chunk_kernel[groups, chunks, items](
         x,
         rows,
@@ -99,9 +100,9 @@ def _states(
         **constants,
     )
     pass_kernel[heads, triton.cdiv(size, BLOCK_PASSED), items](
-        states, totals, chunks, heads, BACK=of_gradient, SIZE=size, BLOCK=BLOCK_PASSED
+        states, totals, passed, chunks, heads, BACK=of_gradient, SIZE=size, BLOCK=BLOCK_PASSED
     )
-    return states
+    return passed
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -122,9 +122,9 @@ def chunk_kernel(
 @triton.jit(do_not_specialize=["num_chunks"])
 @no_type_check
 def pass_kernel(
-    states, totals, num_chunks, heads, BACK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    states, totals, passed, num_chunks, heads, BACK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """From what each chunk adds to a state, in its place the state before it; with BACK, from the last chunk to the first."""
+    """From what each chunk adds to a state, the state before it, rounded for products; with BACK, from the last chunk to the first."""
     head = tl.program_id(0)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < SIZE
@@ -140,7 +140,7 @@ def pass_kernel(
             other=0.0,
         )
         total = tl.load(totals + place)
-        tl.store(states + place * SIZE + d, state, mask=inside)
+        tl.store(passed + place * SIZE + d, state.to(passed.dtype.element_ty), mask=inside)
         state = state * tl.exp(total) + added
         added = following
         place += ahead
@@ -187,7 +187,7 @@ def output_kernel(
         step, _, log_decay = _steps(dt, A, heads, head, t, exists)
         values = _load(x + head * P, x_token, t, exists, P, BLOCK_P)
         place = (item * tl.num_programs(1) + tl.program_id(1)) * heads + head
-        state = _load_state(states, place, N, P, BLOCK_N, BLOCK_P).to(read.dtype)
+        state = _load_state(states, place, N, P, BLOCK_N, BLOCK_P)
         mixed = tl.dot(read, state, input_precision="ieee") * tl.exp(log_decay)[:, None]
         weights = scores * _decays(log_decay, BLOCK_T) * step[None, :]
         mixed += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
@@ -259,8 +259,9 @@ def backward_kernel(
         place = (item * tl.num_programs(1) + tl.program_id(1)) * heads + head
         before = _load_state(states, place, N, P, BLOCK_N, BLOCK_P)
         d_after = _load_state(dstates, place, N, P, BLOCK_N, BLOCK_P)
-        of_total = tl.exp(total) * tl.sum(tl.sum(before * d_after, axis=1), axis=0)
-        before, d_after = before.to(read.dtype), d_after.to(read.dtype)
+        of_total = tl.exp(total) * tl.sum(
+            tl.sum(before.to(tl.float32) * d_after.to(tl.float32), axis=1), axis=0
+        )
         from_start, to_end = tl.exp(log_decay), tl.exp(total - log_decay)
         decays = _decays(log_decay, BLOCK_T)
 
