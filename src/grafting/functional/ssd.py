@@ -70,8 +70,8 @@ def ssd_plain(
 ) -> Tensor:
     """`ssd` without kernels."""
     if reverse:
-        tokens = [t.flip(1) for t in (x, dt, B, C)]
-        return ssd_plain(*tokens[:2], A, *tokens[2:], D, chunk_size=chunk_size).flip(1)
+        x, dt, B, C = (t.flip(1) for t in (x, dt, B, C))
+        return ssd_plain(x, dt, A, B, C, D, chunk_size=chunk_size).flip(1)
     state = x.new_zeros(x.shape[0], x.shape[2], B.shape[2], x.shape[3], dtype=_at_least_float32(x.dtype))
     parts = [t.split(_CHUNKS_AT_ONCE * chunk_size, dim=1) for t in (x, dt, B, C)]
     outputs = []

@@ -159,7 +159,7 @@ class Mamba2(Mixer):
         )
         self.reverse = Direction(self.sizes, num_heads, conv_size) if separate else None
         self.bidirectional = bidirectional
-        self.norm = GatedNorm(inner_dim, eps=_NORM_EPS)
+        self.norm = GatedNorm(inner_dim)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
@@ -266,8 +266,12 @@ class ShortFilter(nn.Conv1d):
         return silu_conv(x, self.weight, self.bias, before=self.kernel_size[0] - 1)
 
 
-class GatedNorm(nn.RMSNorm):
+class GatedNorm(nn.Module):
     """Root-mean-square norm of what both directions made, averaged and gated; see `gated_norm`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(
         self, y: Float[Tensor, "b l d"], back: Float[Tensor, "b l d"] | None, gate: Float[Tensor, "b l d"]
