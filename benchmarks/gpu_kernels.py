@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
-from grafting.functional.gated_conv import Filter, gated_conv
+from grafting.functional.gated_conv import Filter, gated_channels, gated_conv, silu_conv
+from grafting.functional.gated_norm import gated_norm
 from grafting.functional.linear import linear_attention
+from grafting.functional.ssd import ssd
 from grafting.functional.window import window_1d, window_2d
 
 NUM_INPUTS = 3
@@ -89,7 +92,7 @@ def main() -> int:
     elif not _triton.ENABLED:
         print(f"the kernels are off ({_triton.VARIABLE}=0, or there is no triton): plain against plain")
     speed = None if toy else copy_speed(device)
-    makers = conv_cases, window_cases, linear_cases
+    makers = conv_cases, mixer_cases, window_cases, linear_cases
     cases = itertools.chain.from_iterable(make(device, toy, args.quick) for make in makers)
     rows = []
     for case in cases:
@@ -144,6 +147,36 @@ def conv_call(has_short: bool, has_inner: bool, before: int, layout: TokenLayout
 def own_filter(dim: int, taps: int, axes: int, device: torch.device) -> Filter:
     weight = torch.randn(dim, 1, *[taps] * axes, device=device) / taps
     return Filter(weight.requires_grad_(), torch.randn(dim, device=device).requires_grad_(), taps // 2)
+
+
+def mixer_cases(device: torch.device, toy: bool, quick: bool) -> Iterator[Case]:
+    """The middle of MLP Hyena-X and the parts of Mamba-2, at width 1152 with 16,384 tokens."""
+    dim, length = (16, 64) if toy else (1152, 16384)
+    inner, heads, state = 2 * dim, 2 * dim // 16, 64
+    leaf = partial(torch.randn, device=device, requires_grad=True)
+
+    def case(
+        name: str, call: Callable[..., Tensor], shapes: list[tuple[int, ...]], own: list[Tensor]
+    ) -> Case:
+        inputs = [[*(random((1, length, *s), device) for s in shapes), *own] for _ in range(NUM_INPUTS)]
+        read = sum(x.nbytes for x in inputs[0][: len(shapes)])
+        written = length * inner * 2
+        return Case(f"{name} [1, {length}, {inner}]", inputs, call, read + written, 2 * read + written)
+
+    yield case("mlp-hyena-x K=4", gated_channels, [(3 * inner,)], [leaf(1, 1, 4), leaf(1)])
+    steps = torch.rand(1, length, heads, device=device).requires_grad_()
+    rates = (-torch.rand(heads, device=device)).requires_grad_()
+
+    def scan(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A: Tensor, D: Tensor) -> Tensor:
+        return ssd(x, dt, A, B, C, D)
+
+    yield case("mamba2 scan", scan, [(heads, 16), (state,), (state,)], [steps, rates, leaf(heads)])
+    if quick:
+        return
+    silu = partial(silu_conv, before=3)
+    yield case("mamba2 filter K=4", silu, [(inner,)], [leaf(inner, 1, 4), leaf(inner)])
+    norm = partial(gated_norm, eps=1e-5)
+    yield case("mamba2 norm", norm, [(inner,)] * 3, [leaf(inner)])
 
 
 def window_cases(device: torch.device, toy: bool, quick: bool) -> Iterator[Case]:

@@ -1,12 +1,24 @@
 """Calls that the Triton kernels take, and what they must equal: the plain definitions in float64, outputs and gradients."""
 
+from functools import partial
+
 import torch
 
 from closeness import assert_close
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
-from grafting.functional.gated_conv import Filter, gated_conv, gated_conv_plain
+from grafting.functional.gated_conv import (
+    Filter,
+    gated_channels,
+    gated_channels_plain,
+    gated_conv,
+    gated_conv_plain,
+    silu_conv,
+    silu_conv_plain,
+)
+from grafting.functional.gated_norm import gated_norm, gated_norm_plain
 from grafting.functional.linear import linear_attention, linear_attention_reference
+from grafting.functional.ssd import ssd, ssd_plain
 from grafting.functional.window import (
     window_1d,
     window_1d_reference,
@@ -96,6 +108,80 @@ def assert_gated(name, layout, *, dim, device, dtype=torch.float32, batch=2, rat
     ):
         assert got_grad.dtype == leaf.dtype
         assert_close(f"gradient {place}", got_grad, want_grad, ratio)
+
+
+CHANNELS = {  # taps, filters for 9 tokens, channels of q
+    "shared": (4, 1, 200),
+    "per-token": (4, 9, 30),
+    "one-tap": (1, 1, 5),
+    "long": (25, 9, 7),
+}
+
+
+def assert_channels(name, *, device, num_tokens=9, dtype=torch.float32, batch=2, ratio=1e-5):
+    torch.manual_seed(0)
+    taps, num_filters, dim = CHANNELS[name]
+    qkv = torch.randn(batch, num_tokens, 3 * dim, device=device).to(dtype)
+    own = [torch.randn(num_filters, 1, taps, device=device), torch.randn(num_filters, device=device)]
+    assert_call(gated_channels, gated_channels_plain, [qkv, *own], "grafting_gated_channels", ratio)
+
+
+def assert_call(fused, plain, inputs, name, ratio):
+    """Outputs and gradients, also of a sum, which no memory backs; `name` is in that of the output's node."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = fused(*inputs), plain(*exact_inputs)
+    assert (name in got.grad_fn.name()) == _triton.can_fuse(inputs[0])
+    assert got.dtype == inputs[0].dtype
+    assert_close("output", got, want, ratio)
+    grad = torch.randn(got.shape[-1], device=got.device).to(got.dtype)
+    got_grads = torch.autograd.grad(got, inputs, grad.expand_as(got))
+    want_grads = torch.autograd.grad(want, exact_inputs, grad.double().expand_as(want))
+    for place, (got_grad, want_grad, leaf) in enumerate(zip(got_grads, want_grads, inputs, strict=True)):
+        assert got_grad.dtype == leaf.dtype
+        assert_close(f"gradient {place}", got_grad, want_grad, ratio)
+
+
+def assert_norm(*, both, device, dtype=torch.float32, ratio=1e-5, shape=(2, 5, 70)):
+    """Of a gate that is a part of longer rows."""
+    torch.manual_seed(0)
+    y, back = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate = torch.randn(*shape[:2], shape[2] + 9, device=device).to(dtype)[..., 4:-5]
+    weight = torch.randn(shape[2], device=device, dtype=dtype)
+
+    def call(of, y, gate, weight, *rest):
+        return of(y, rest[0] if rest else None, gate, weight, 1e-5)
+
+    fused, plain = (partial(call, f) for f in (gated_norm, gated_norm_plain))
+    assert_call(fused, plain, [y, gate, weight, *[back] * both], "grafting_gated_norm", ratio)
+
+
+def assert_silu(before, *, device, dtype=torch.float32, ratio=1e-5, shape=(2, 37, 70)):
+    """Of a part of longer rows."""
+    torch.manual_seed(0)
+    x = torch.randn(*shape[:2], shape[2] + 10, device=device).to(dtype)[..., 3:-7]
+    own = [torch.randn(shape[2], 1, 4, device=device), torch.randn(shape[2], device=device)]
+    fused, plain = (partial(f, before=before) for f in (silu_conv, silu_conv_plain))
+    assert_call(fused, plain, [x, *own], "grafting_silu_conv", ratio)
+
+
+SCANS = {  # tokens, heads, P, N
+    "short": (1, 1, 3, 4),
+    "odd": (70, 18, 5, 6),
+    "whole": (128, 2, 16, 64),
+    "wide": (200, 3, 64, 128),
+}
+
+
+def assert_scan(name, *, device, reverse, dtype=torch.float32, ratio=1e-5):
+    torch.manual_seed(0)
+    length, heads, p, n = SCANS[name]
+    x = torch.randn(2, length, heads, p, device=device).to(dtype)
+    dt, A = torch.rand(2, length, heads, device=device), -torch.linspace(0.1, 3, heads, device=device)
+    B, C = (torch.randn(2, length, n, device=device).to(dtype) for _ in "BC")
+    inputs = [x, dt, A, B, C, torch.randn(heads, device=device)]
+    fused, plain = (partial(f, reverse=reverse) for f in (ssd, ssd_plain))
+    assert_call(fused, plain, inputs, "grafting_ssd", ratio)
 
 
 def key_mask(layout, batch, device):

@@ -12,12 +12,17 @@ import torch
 
 from closeness import assert_close
 from fusedcases import (
+    CHANNELS,
     GATED_LAYOUTS,
     LINEAR,
     WINDOW_LAYOUTS,
+    assert_channels,
     assert_compiles,
     assert_gated,
     assert_linear,
+    assert_norm,
+    assert_scan,
+    assert_silu,
     assert_window,
     filters,
     key_mask,
@@ -45,6 +50,39 @@ def test_gated_convolutions_by_the_interpreter(name):
 @interpreted
 def test_gated_convolutions_of_many_channels_by_the_interpreter():
     assert_gated("se-causal", GATED_LAYOUTS[3], dim=70, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("name", CHANNELS)
+def test_filters_along_channels_by_the_interpreter(name):
+    assert_channels(name, device="cpu")
+    assert_channels(name, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("before", [0, 3])
+def test_filters_with_silu_by_the_interpreter(before):
+    assert_silu(before, device="cpu")
+    assert_silu(before, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("both", [False, True])
+def test_gated_norms_by_the_interpreter(both):
+    assert_norm(both=both, device="cpu")
+    assert_norm(both=both, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", ["short", "odd", "whole"])
+def test_scans_by_the_interpreter(name, reverse):
+    assert_scan(name, reverse=reverse, device="cpu")
+    assert_scan(name, reverse=reverse, device="cpu", dtype=torch.float16, ratio=2e-2)
 
 
 @pytest.mark.slow

@@ -8,15 +8,21 @@ import torch
 
 from closeness import assert_close
 from fusedcases import (
+    CHANNELS,
     GATED,
     GATED_LAYOUTS,
     LINEAR,
     LINEAR_LENGTHS,
+    SCANS,
     WINDOW_LAYOUTS,
     WINDOWS,
+    assert_channels,
     assert_compiles,
     assert_gated,
     assert_linear,
+    assert_norm,
+    assert_scan,
+    assert_silu,
     assert_window,
     exact,
     filters,
@@ -28,6 +34,7 @@ from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
 from grafting.functional.gated_conv import gated_conv, gated_conv_plain
 from grafting.functional.linear import linear_attention
+from grafting.functional.ssd import ssd
 from grafting.functional.window import window_1d, window_1d_reference, window_2d
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +66,34 @@ def test_gated_convolutions_of_real_size_on_a_gpu(name, device):
     assert_gated(
         name, TokenLayout(Grid(128, 128)), dim=64, device=device, batch=1, dtype=torch.bfloat16, ratio=2e-2
     )
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_filters_along_channels_on_a_gpu(name, device):
+    assert_channels(name, device=device)
+    assert_channels(name, device=device, dtype=torch.bfloat16, ratio=2e-2)
+    if CHANNELS[name][1] == 1:
+        assert_channels(name, device=device, num_tokens=1024, batch=9, dtype=torch.bfloat16, ratio=2e-2)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_filters_with_silu_on_a_gpu(before, device):
+    assert_silu(before, device=device)
+    shape = (3, 300, 200)
+    assert_silu(before, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=shape)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_gated_norms_on_a_gpu(both, device):
+    assert_norm(both=both, device=device)
+    assert_norm(both=both, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=(2, 3000, 2304))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", SCANS)
+def test_scans_on_a_gpu(name, reverse, device):
+    assert_scan(name, reverse=reverse, device=device)
+    assert_scan(name, reverse=reverse, device=device, dtype=torch.bfloat16, ratio=2e-2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -172,6 +207,18 @@ def test_autocast_gives_what_a_product_gives(device):
         seen = window_2d(q, q, q, layout, radius=1)
     assert seen.dtype == torch.bfloat16
     assert torch.autograd.grad(seen.sum(), q)[0].dtype == torch.float32
+
+
+def test_scans_of_real_size_can_be_repeated_bit_for_bit(device):
+    for dtype, ratio in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        assert_scan("wide", reverse=True, device=device, dtype=dtype, ratio=ratio)
+    x = torch.randn(2, 1000, 20, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    dt = torch.rand(2, 1000, 20, device=device, requires_grad=True)
+    A = -torch.rand(20, device=device).requires_grad_()
+    B = torch.randn(2, 1000, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    runs = [torch.autograd.grad(ssd(x, dt, A, B, B).float().square().sum(), [x, dt, B]) for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.usefixtures("_untyped")
