@@ -15,7 +15,6 @@ from pydantic import (
     PrivateAttr,
     StringConstraints,
     Tag,
-    ValidationInfo,
     field_validator,
 )
 
@@ -138,7 +137,7 @@ class Recipe(Settings):
     @field_validator("finetune")
     @classmethod
     def _check_phases(
-        cls, finetune: FinetuneConfig | Phases | None, info: ValidationInfo
+        cls, finetune: FinetuneConfig | Phases | None, info: Any
     ) -> FinetuneConfig | Phases | None:
         """The phases, which follow each other and have an objective on these data; a list of one is that one."""
         if finetune is None:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..contract import Denoiser
+from ..errors import TrainingError
 from ..machine.devices import mixed_precision
 from ..machine.precision import Precision
 from ..machine.randomness import generator
@@ -146,6 +147,11 @@ class _Hand:
             visit = next(self._visits)
             t = torch.full((len(visit.x),), visit.step)
             found = [visit.x.cpu(), t, visit.prediction.cpu()]
+            if not all(a.isfinite().all() for a in found):
+                raise TrainingError(
+                    f"the teacher's own trajectories are not finite at step {visit.step:g} of the process: use precision: fp32, "
+                    "or another sampler"
+                )
             if not self._states:
                 self._states = tuple(a.new_empty((self._num_dealt, *a.shape)) for a in found)
             places = self._order[:, self._taken]
