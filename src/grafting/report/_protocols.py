@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..machine.files import flatten
+from ..machine.reading import JsonObject
 from ..words import ABSENT
 
 # these say where and how fast a run went, not what came out
@@ -27,7 +28,7 @@ class ProtocolTable(NamedTuple):
         return [(name, values) for name, values, differ in self.lines if differ]
 
 
-def compared(row: Mapping[str, Any]) -> dict[str, Any]:
+def compared(row: Mapping[str, Any]) -> JsonObject:
     """The fields of a row's protocol that its figures depend on."""
     fields = flatten(row.get("protocol") or {})
     return {k: v for k, v in fields.items() if k not in _CIRCUMSTANCES and not k.startswith("recorded.")}

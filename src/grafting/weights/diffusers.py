@@ -151,7 +151,7 @@ class _Config(BaseModel):
     norm_eps: float = 1e-5
 
 
-def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], JsonObject, JsonObject]:
     """The tensors under native names, DiT's settings, and the origin."""
     described = read_json(folder / CONFIG_NAME, _Config, kind=f"a config of {_DIFFUSERS_CLASS}")
     settings = described.model_extra or {}
