@@ -350,7 +350,7 @@ def _import(
     from ..machine.processes import is_main, rank, world_size
 
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    config = ImportConfig.model_validate(stored | classes)
+    config = ImportConfig.model_validate({**stored, **classes})
     found = open_published(source)
     if is_main():
         target = import_target(found, folder, config)

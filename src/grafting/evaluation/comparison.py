@@ -68,8 +68,9 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
         found[key] = {"difference": difference}
     notes += [KERNEL_NOTE] if "kid" in found else []
     notes += [POINTS_NOTE] if {"recall", "coverage"} & found.keys() else []
-    return {key: {kind: e._asdict() for kind, e in parts.items()} for key, parts in found.items()} | {
-        "notes": notes
+    return {
+        **{key: {kind: e._asdict() for kind, e in parts.items()} for key, parts in found.items()},
+        "notes": [*notes],
     }
 
 

@@ -286,7 +286,7 @@ class Prompting:
             dropout=dropout,
         )
 
-    def _facts(self, pipeline: Any) -> JsonObject:
+    def _facts(self, pipeline: Any) -> dict[str, int | str | list[str]]:
         """What the tensors depend on beside the words: by two prompts, so that other weights and other versions are told apart."""
         rows = {"prompt": self.capture.row("a red cat").tensors, "null": self.capture.null or {}}
         tensors = {f"{kind}.{name}": tensor for kind, row in rows.items() for name, tensor in row.items()}

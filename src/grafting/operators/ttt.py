@@ -51,7 +51,7 @@ class TTTConfig(KernelConfig):
         return fast_weights + convs
 
     @property
-    def _local(self) -> dict[str, str | int]:
+    def _local(self) -> dict[str, str | int | None]:
         return {"name": "window-2d", "radius": self.window}
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..machine.files import flatten
-from ..machine.reading import JsonObject
 from ..words import ABSENT
 
 # these say where and how fast a run went, not what came out
@@ -28,7 +27,7 @@ class ProtocolTable(NamedTuple):
         return [(name, values) for name, values, differ in self.lines if differ]
 
 
-def compared(row: Mapping[str, Any]) -> JsonObject:
+def compared(row: Mapping[str, Any]) -> dict[str, object]:
     """The fields of a row's protocol that its figures depend on."""
     fields = flatten(row.get("protocol") or {})
     return {k: v for k, v in fields.items() if k not in _CIRCUMSTANCES and not k.startswith("recorded.")}

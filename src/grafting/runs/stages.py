@@ -119,7 +119,7 @@ def _evaluate(work: Opened) -> list[Path]:
             if (per_image := evaluator.per_image()) is not None:
                 kept.append(influences_path(run.path, row))
                 save_influences(kept[-1], per_image, figures=figures)
-        metrics.append({"name": row} | _cost(job, run, row) | figures)
+        metrics.append({"name": row, **_cost(job, run, row), **figures})
     write_json(run.path / "metrics.json", with_pretrained(run.path, metrics))
     return [run.path / "metrics.json", *kept]
 
@@ -130,7 +130,7 @@ def _evaluate_inputs(job: Job, run: RunFolder, part: Part) -> list[Any]:
     return [fingerprints, suite]
 
 
-def _origin(job: Job) -> JsonObject:
+def _origin(job: Job) -> dict[str, object]:
     """Sampling part of the protocol of a job's figures."""
     assert job.recipe.sample is not None
     vae = job.decoder.identity if job.decoder else None
