@@ -21,6 +21,7 @@ from ._shared import (
     open_recipe,
     out,
     print_json,
+    uncollected,
 )
 from .display import follow, plain_table, say, show_cost
 from .options import Options, command
@@ -38,6 +39,7 @@ app = typer.Typer()
 
 
 @app.command()
+@uncollected()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
     """Check a recipe, and show what it would do.
 
