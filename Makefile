@@ -19,7 +19,7 @@ help:
 	@echo "make lint        ruff: rules and formatting;  make format applies both"
 	@echo "make types       mypy"
 	@echo "make docs        the site, in build/site: strict, without network"
-	@echo "make bench       every benchmark of benchmarks/"
+	@echo "make bench       what it costs on one CPU thread beside what one would use in its place: benchmarks/results/cpu.json"
 	@echo "make hosts       trace, graft and train every transformer class of diffusers: results/hosts.json, docs/hosts.md"
 	@echo "make schema      the JSON Schema of recipes, for editors: recipes/recipe.schema.json"
 	@echo "make pages       the pages of docs/ that come from the code: operators, hosts"
@@ -59,7 +59,7 @@ docs: $(INSTALLED)
 	@echo "build/site/index.html"
 
 bench: $(INSTALLED)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py
 
 hosts: $(INSTALLED)
 	JAXTYPING_DISABLE=1 PYTHONPATH=tests $(BIN)/python -m hosts.trials

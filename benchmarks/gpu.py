@@ -47,6 +47,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "window-2d r=3": {"name": "window-2d", "radius": 3},
     "window-2d r=8": {"name": "window-2d", "radius": 8},
     "linear": {"name": "linear"},
+    "hybrid": {"name": "hybrid", "first": {"name": "window-2d", "radius": 1}, "second": "linear"},
     "ttt": {"name": "ttt"},
     "gated-conv-x": {"name": "gated-conv-x"},
 }

@@ -229,6 +229,16 @@ def test_base_and_differences(tmp_path):
     assert (recipe.name, recipe.distill.steps, recipe.distill.batch_size) == ("longer", 9, 4)
 
 
+def test_settings_of_another_kind_replace_those_of_the_base(tmp_path):
+    scenes = {"name": "scenes", "seeds": "0-9"}
+    base = {"source": "scenes", "name": "b", "data": scenes, "plan": TINY["plan"]}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "r.yaml").write_text("base: base.yaml\nname: r\ndata: {name: teacher, num_images: 5}\n")
+    (tmp_path / "s.yaml").write_text("base: base.yaml\nname: s\ndata: {name: scenes}\n")
+    assert load_recipe(tmp_path / "r.yaml").data.num_images == 5
+    assert len(load_recipe(tmp_path / "s.yaml").data.load()) == 10
+
+
 def test_source_described_by_its_config_with_weights_of_a_folder(tmp_path):
     source = FreshModel.model_validate(TINY["source"])
     saved, _ = load_source(source)

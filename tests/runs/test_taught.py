@@ -1,16 +1,22 @@
 """Runs without data: the source makes latents first, and everything after trains on them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import grafting
 from grafting.cli import app
 from grafting.data.latents import LatentsConfig
 from grafting.data.prompts import Prompts
+from grafting.runs.file import load_recipe
+from grafting.runs.job import prepare
+from grafting.runs.stages import training_flops
 from latents.textpipelines import pixart, sd3
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
@@ -85,6 +91,15 @@ def test_a_recipe_without_data_makes_a_thousand(begun):
     assert told["stages"]["teach"] == "1000 latents of the source, dpm-solver++ with 20 steps"
 
 
+def test_the_teachers_work_is_a_cost_of_what_was_trained_on_it(begun):
+    recipe = load_recipe(begun / "recipe.yaml")
+    guided = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cfg_scale": 2.0})})
+    costs = [training_flops(prepare(r), "finetuned") for r in (recipe, guided)]
+    # 12 latents of two steps, and each step a second time for guidance
+    assert costs[1].training - costs[0].training == 12 * 2 * costs[0].base
+    assert training_flops(prepare(recipe), "pretrained").training == 0
+
+
 def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
     recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
     recipe["conditions"] = {"name": "words", "file": str(begun / "words.txt"), "shard_size": 2}
@@ -99,6 +114,18 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
         "folder": str(tmp_path / "run/prompts"),
         "verify": True,
     }
+    # the pipeline as it was, with the graft in it; what was not edited takes no room
+    folder = tmp_path / "run/pipeline"
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    saved = load_file(tmp_path / "run/model/model.safetensors")
+    own = pipeline.transformer.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in saved.items())
+    assert grafting.plan_of(pipeline.transformer).edits
+    source = Path(recipe["source"])
+    others = [path for path in source.rglob("*") if path.is_file() and path.parent.name != "transformer"]
+    assert [p for p in others if not (folder / p.relative_to(source)).samefile(p)] == [
+        source / "model_index.json"
+    ]
     # the same prompts by another way: the same model, and nothing is done twice
     same = [load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", begun / "run2")]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..runs.sweep import Point, Sweep
 
 # what a run can stop after; the keys of recipe.STAGES, which are not imported for `--help`
-StageName = Literal["teach", "calibrate", "distill", "finetune", "sample", "evaluate", "report"]
+StageName = Literal["teach", "calibrate", "distill", "finetune", "pipeline", "sample", "evaluate", "report"]
 
 Track = Annotated[
     list[str] | None,
@@ -250,7 +250,13 @@ def _carry_out(
     metrics = folder / "metrics.json"
     has_figures = until in ("evaluate", "report") and metrics.is_file()
     rows = list(rows_of(folder)) if has_figures else []
-    results = {"distill": "distill", "finetune": "model", "sample": "samples", "evaluate": "metrics.json"}
+    results = {
+        "distill": "distill",
+        "finetune": "model",
+        "pipeline": "pipeline",
+        "sample": "samples",
+        "evaluate": "metrics.json",
+    }
     result = folder / results.get(until, "report.html")
     if as_json:
         found = str(result) if result.exists() else None

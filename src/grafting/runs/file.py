@@ -89,13 +89,18 @@ def read_settings(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`; mappings merge, everything else is replaced."""
+    """`base` with `changes`; mappings merge, but for one of another `name`; everything else is replaced."""
     nested = {
         key: merge(base[key], value)
         for key, value in changes.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and not _is_another(base[key], value)
     }
     return base | changes | nested
+
+
+def _is_another(base: dict[str, Any], changes: dict[str, Any]) -> bool:
+    """Whether these settings are of another kind of data, conditions or process, which has keys of its own."""
+    return "name" in base and changes.get("name", base["name"]) != base["name"]
 
 
 def changed(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:

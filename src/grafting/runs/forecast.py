@@ -204,7 +204,7 @@ def _logged_rate(log: Path, phase: int | None) -> float | None:
 def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForecast]:
     flops, found = stage_flops(recipe, shapes.cost, shapes.chosen), []
     if isinstance(recipe.data, TaughtConfig):
-        found.append(_teaching(recipe.data, shapes, clock))
+        found.append(_teaching(recipe.data, flops["teach"], shapes, clock))
     if recipe.calibrate and shapes.chosen:
         images = recipe.calibrate.samples
         hours, basis = clock.hours(
@@ -242,10 +242,8 @@ def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
     return [*found, *_phases(recipe, shapes, clock)]
 
 
-def _teaching(config: TaughtConfig, shapes: Shapes, clock: _Clock) -> StageForecast:
+def _teaching(config: TaughtConfig, flops: int, shapes: Shapes, clock: _Clock) -> StageForecast:
     """The latents that the source makes itself."""
-    passes = config.calls * (1 if config.cfg_scale == 1 else 2)
-    flops = config.num_images * passes * shapes.cost.before.flops
     batches = math.ceil(config.num_images / config.batch_size)
     hours, basis = clock.hours(
         "teach",
@@ -256,7 +254,7 @@ def _teaching(config: TaughtConfig, shapes: Shapes, clock: _Clock) -> StageForec
     )
     return StageForecast(
         name="teach",
-        work=f"{config.num_images:,} latents, {passes:,} passes each",
+        work=f"{config.num_images:,} latents, {config.passes:,} passes each",
         images=config.num_images,
         flops=flops,
         hours=hours,

@@ -167,6 +167,11 @@ class Recipe(Settings):
         return phases_of(self.finetune)
 
     @property
+    def trains(self) -> bool:
+        """Whether any stage needs data."""
+        return any((self.calibrate, self.distill, self.finetune))
+
+    @property
     def edits(self) -> Plan:
         return Plan(edits=self.plan)
 

@@ -22,6 +22,7 @@ from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
 from ..sampling.taught import Taught, TaughtConfig, teach
+from ..weights.pipelinefolder import pipeline_in, write_pipeline
 from ..words import RowName
 from .folder import RunFolder, read_log
 from .job import Job
@@ -37,6 +38,7 @@ from .training import (
     distill_operators,
     finetune_flops,
     finetune_model,
+    teach_flops,
 )
 
 
@@ -61,6 +63,18 @@ def _teach(work: Opened) -> list[Path]:
     work.follow(steps)
     barrier()
     return sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def _assemble(work: Opened) -> list[Path]:
+    """The source's pipeline with the run's model in it."""
+    run, source = work.run.path, work.job.recipe.source
+    assert isinstance(source, str)
+    return write_pipeline(run / "pipeline", source, run / "model")
+
+
+def _has_pipeline(job: Job) -> bool:
+    source = job.recipe.source
+    return bool(job.recipe.finetune) and isinstance(source, str) and pipeline_in(source) is not None
 
 
 def _sample(work: Opened) -> list[Path]:
@@ -170,18 +184,15 @@ def _once(name: str, applies: Callable[[Job], Any]) -> Callable[[Job], list[Part
     return lambda job: [Part(name, name)] if applies(job) else []
 
 
-def _trains(recipe: Recipe) -> bool:
-    return any((recipe.calibrate, recipe.distill, recipe.finetune))
-
-
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
             name="teach",
-            parts=_once("teach", lambda job: isinstance(job.data, Taught) and _trains(job.recipe)),
+            parts=_once("teach", lambda job: isinstance(job.data, Taught) and job.recipe.trains),
             inputs=lambda job, run, part: identity.teach_inputs(job),
             do=_teach,
+            flops=teach_flops,
             is_shared=True,
         ),
         Stage(
@@ -206,6 +217,12 @@ STAGES: dict[str, Stage] = {
             do=finetune_model,
             flops=finetune_flops,
             is_shared=True,
+        ),
+        Stage(
+            name="pipeline",
+            parts=_once("pipeline", _has_pipeline),
+            inputs=lambda job, run, part: [job.recipe.source, run.stage_outputs("finetune")],
+            do=_assemble,
         ),
         Stage(
             name="sample",
@@ -241,14 +258,12 @@ def training_flops(job: Job, row: RowName) -> TrainingFlops:
     base, model = cost.before.flops, cost.after.flops
     if not ROWS[row].is_edited:
         return TrainingFlops(0, base, base)
-    taken = stage_flops(job.recipe, cost, job.chosen)
-    return TrainingFlops(sum(taken.get(stage, 0) for stage in ROWS[row].after), model, base)
+    taken, stages = stage_flops(job.recipe, cost, job.chosen), ROWS[row].after
+    return TrainingFlops(
+        sum(taken[stage] for stage in (*stages, *(("teach",) if stages else ()))), model, base
+    )
 
 
 def stage_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> dict[str, int]:
-    """FLOPs of each stage of training that a recipe has, all processes together."""
-    return {
-        name: stage.flops(recipe, cost, chosen)
-        for name, stage in STAGES.items()
-        if getattr(recipe, name, None)
-    }
+    """FLOPs of each stage, all processes together; none where nothing is trained."""
+    return {name: stage.flops(recipe, cost, chosen) for name, stage in STAGES.items()}

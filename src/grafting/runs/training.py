@@ -18,6 +18,7 @@ from ..editing.surgery import build_operators, place, sharing_copy
 from ..machine.devices import default_device
 from ..machine.processes import barrier, broadcast, is_main, world_size
 from ..runs import identity
+from ..sampling.taught import TaughtConfig
 from ..sampling.trajectories import TrajectoriesConfig
 from ..training.calibration import calibrate
 from ..training.distillation import DistillConfig, distill
@@ -148,6 +149,13 @@ def _new_flops(cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
     if any(isinstance(choice, Merge) for choice in chosen.values()):
         return cost.after.flops
     return sum(site.flops.total for site in cost.after.sites if site.operator is not None)
+
+
+def teach_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
+    data = recipe.data
+    if not isinstance(data, TaughtConfig) or not recipe.trains:
+        return 0
+    return data.num_images * data.passes * cost.before.flops
 
 
 def calibrate_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:

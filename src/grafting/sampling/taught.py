@@ -36,6 +36,11 @@ class TaughtConfig(SamplingConfig):
     batch_size: PositiveInt = 16
     """Latents per batch."""
 
+    @property
+    def passes(self) -> int:
+        """Passes through the model per latent."""
+        return self.calls * (1 if self.cfg_scale == 1 else 2)
+
     def pinned(self) -> "TaughtConfig":
         """This config: it names no file."""
         return self

@@ -47,7 +47,7 @@ from .locate import (
 PREFIX = "Grafted"
 
 # where pipelines that were saved look for a grafted class; that module imports this one when it is asked
-_HOME = "grafting.portable"
+HOME = "grafting.portable"
 
 
 class Base(Settings):
@@ -209,7 +209,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
     members = {
         "__init__": initialise,
         "save_pretrained": save_pretrained,
-        "__module__": _HOME,
+        "__module__": HOME,
         "__doc__": f"`{base.__name__}` with operators of a plan in place.",
         "from_pretrained": classmethod(from_pretrained),
         "ungrafted": base,
@@ -282,7 +282,7 @@ def _class_in_folder(name: str) -> type[Any]:
         model_class: Any = record.described.model_class
         return grafted_class(model_class).from_pretrained(path, **options)
 
-    members = {"__module__": _HOME, "from_pretrained": classmethod(from_pretrained)}
+    members = {"__module__": HOME, "from_pretrained": classmethod(from_pretrained)}
     return type(name, (ModelMixin,), members)
 
 
@@ -294,4 +294,4 @@ def __getattr__(name: str) -> Any:
                 return grafted_class(model_class)
         if name.isidentifier() and "UNet" not in name:
             return _class_in_folder(name)
-    raise AttributeError(f"module {_HOME!r} has no attribute {name!r}")
+    raise AttributeError(f"module {HOME!r} has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""A pipeline's folder with another transformer in it, as a run leaves it: what is not edited is linked, not copied."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import CheckpointError
+from ..machine.files import atomic_files, write_json
+from ..machine.reading import read_json
+from .folder import read_config
+from .locate import CONFIG_NAME, HUB_NAME, MODEL_FILES, PIPELINE_NAME, find_folder, model_in
+from .portable import HOME, PREFIX
+
+
+class _Index(BaseModel):
+    """`model_index.json`: settings of the pipeline, and for each part its library and class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    transformer: tuple[str, str]
+
+
+def pipeline_in(source: str | Path) -> Path | None:
+    """The folder of the pipeline that a source names, if it is one's with a transformer. Raises as `find_folder`."""
+    folder = find_folder(source, patterns=MODEL_FILES)
+    is_one = (folder / PIPELINE_NAME).is_file() and model_in(folder) != folder
+    return folder if is_one else None
+
+
+def write_pipeline(folder: Path, source: str | Path, model: Path) -> list[Path]:
+    """Write a copy of a pipeline with the model of a folder as its transformer; returns the files that are new.
+
+    Its other parts are the source's files, linked where the disk allows it, else copied; of a pipeline on the Hub those that
+    are not here yet are downloaded. It loads by `DiffusionPipeline.from_pretrained`, after `import grafting`.
+
+    Raises:
+        CheckpointError: there is no such pipeline. RunError: the folder cannot be written; what was there is then gone.
+    """
+    found = pipeline_in(_whole(source))
+    if found is None:
+        raise CheckpointError(f"{source} is no pipeline with a transformer")
+    index = read_json(found / PIPELINE_NAME, _Index, error=CheckpointError).model_dump(mode="json")
+    shutil.rmtree(folder, ignore_errors=True)  # parts that this pipeline has not got
+    with atomic_files(folder, last=PIPELINE_NAME) as made:
+        for part in _parts(index, found):
+            shutil.copytree(found / part, made / part, copy_function=_link)
+        shutil.copytree(model, made / "transformer", copy_function=_link)
+        name = str(read_config(model)["_class_name"])
+        place = {"transformer": [HOME, name]} if name.startswith(PREFIX) else {}
+        write_json(made / PIPELINE_NAME, index | place)
+    return [folder / PIPELINE_NAME, folder / "transformer" / CONFIG_NAME]
+
+
+def _whole(source: str | Path) -> str | Path:
+    """The folder of a pipeline on the Hub, with all its parts; anything else as it is."""
+    if Path(source).expanduser().exists() or not HUB_NAME.fullmatch(str(source)):
+        return source
+    from diffusers import DiffusionPipeline
+
+    return str(DiffusionPipeline.download(str(source)))
+
+
+def _parts(index: dict[str, Any], folder: Path) -> list[str]:
+    """Folders of a pipeline's parts, but for its transformer's."""
+    return [
+        name
+        for name, value in index.items()
+        if name != "transformer" and isinstance(value, list) and (folder / name).is_dir()
+    ]
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for the same file, or a copy of it where it is on another disk."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
