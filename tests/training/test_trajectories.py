@@ -11,12 +11,14 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import build_operators, graft
 from grafting.errors import TrainingError
 from grafting.hosts import hosts
+from grafting.machine import processes
 from grafting.machine.randomness import generator
 from grafting.sampling.trajectories import Trajectories, TrajectoriesConfig
 from grafting.training.calibration import CalibrateConfig, calibrate
 from grafting.training.dealing import Dealt, Walked
 from grafting.training.distillation import DistillConfig, distill
 from grafting.training.finetuning import FinetuneConfig, finetune
+from processes import run_in_processes
 from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]
@@ -237,3 +239,17 @@ def test_trajectories_that_leave_the_numbers_are_an_error(teacher):
 
     with pytest.raises(TrainingError, match="own trajectories are not finite at step 333"):
         next(finetuned(teacher, student_of(teacher), how=denoiser(predict)))
+
+
+def _curve(teacher, **settings):
+    """Losses of a little stage 2, by as many processes as there are."""
+    with processes.together():
+        steps = finetuned(teacher, student_of(teacher), precision="fp32", **settings)
+        return [step.values["loss"] for step in steps]
+
+
+def test_two_processes_and_micro_batches_train_as_one(teacher):
+    want = _curve(teacher)
+    assert _curve(teacher, accumulate=2) == pytest.approx(want, rel=1e-3)
+    first, second = run_in_processes(_curve, teacher)
+    assert first == second == pytest.approx(want, rel=1e-3)

@@ -6,7 +6,6 @@ kinds of steps at once, and a state costs one pass of the teacher. While states 
 by one call a step, so that all steps take equally long; a stage that begins in the middle walks anew what stands there.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,12 +75,15 @@ class Dealt:
         # states of a trajectory, and those of them that are dealt: few batches in all leave some over
         self.num_states = walked.data.config.calls
         self.num_dealt = self.num_states if count is None else min(self.num_states, end)
-        self.seconds_waited = 0.0
         self._blocks: dict[int, list[_Hand]] = {}
+
+    @property
+    def seconds_waited(self) -> float:
+        """None: walking is work, not waiting."""
+        return 0.0
 
     def at(self, number: int) -> NoisedBatch:
         """The states of a batch, each with the teacher's prediction for it."""
-        started = time.perf_counter()
         block, place = divmod(number, self.num_dealt)
         is_last = (block + 1) * self.num_dealt >= self.end
         wanted = {block: self.num_states} | ({} if is_last else {block + 1: place + 1})
@@ -98,9 +100,7 @@ class Dealt:
         )
         x_t, t, target, numbers = dealt
         # numbers stay here: what a table of prompts holds is found by them
-        batch = NoisedBatch(x_t.to(device), numbers, t.to(device), target=target.to(device))
-        self.seconds_waited += time.perf_counter() - started
-        return batch
+        return NoisedBatch(x_t.to(device), numbers, t.to(device), target=target.to(device))
 
     def close(self) -> None:
         self._blocks.clear()
