@@ -48,6 +48,7 @@ def test_benchmark_of_the_kernels_runs_at_toy_sizes():
         "hyena-y",
         "window-1d",
         "window-2d",
+        "linear",
     }
     assert all(row["error"] == 0 for row in rows), "plain against plain"
 
