@@ -67,14 +67,19 @@ def _teach(work: Opened) -> list[Path]:
 
 def _assemble(work: Opened) -> list[Path]:
     """The source's pipeline with the run's model in it."""
-    run, source = work.run.path, work.job.recipe.source
-    assert isinstance(source, str)
+    run, source = work.run.path, _weights(work.job.recipe)
+    assert source is not None
     return write_pipeline(run / "pipeline", source, run / "model")
 
 
 def _has_pipeline(job: Job) -> bool:
-    source = job.recipe.source
-    return bool(job.recipe.finetune) and isinstance(source, str) and pipeline_in(source) is not None
+    source = _weights(job.recipe)
+    return bool(job.recipe.finetune) and source is not None and pipeline_in(source) is not None
+
+
+def _weights(recipe: Recipe) -> str | None:
+    """Where the source's weights are, if they are anywhere."""
+    return recipe.source if isinstance(recipe.source, str) else recipe.source.weights
 
 
 def _sample(work: Opened) -> list[Path]:
@@ -221,7 +226,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="pipeline",
             parts=_once("pipeline", _has_pipeline),
-            inputs=lambda job, run, part: [job.recipe.source, run.stage_outputs("finetune")],
+            inputs=lambda job, run, part: [_weights(job.recipe), run.stage_outputs("finetune")],
             do=_assemble,
         ),
         Stage(
