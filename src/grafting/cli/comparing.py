@@ -1,10 +1,11 @@
-"""The command that compares two measured rows, of one run or of two, image by image."""
+"""The command that compares measured rows, of one run or of several, image by image."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RunError
 from ..words import FIGURES, Figure, headline, is_number
 from ._shared import Json, out, print_json
 from .display import plain_table, say
@@ -14,32 +15,72 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Row = Annotated[
-    str,
+Rows = Annotated[
+    list[str],
     typer.Argument(
-        metavar="RUN[:ROW]", help="Run folder, and a row such as finetuned. [dim]Default: its last row.[/]"
+        metavar="RUN[:ROW]...",
+        help="Two run folders or more, and of each a row such as finetuned. [dim]Default: its last row.[/]",
     ),
 ]
 
 
 @app.command()
-def compare(first: Row, second: Row, as_json: Json = False) -> None:
-    """Say whether two models differ, by images of the same seeds.
+def compare(rows: Rows, as_json: Json = False) -> None:
+    """Say whether models differ, by images of the same seeds; of more than two, each is compared with the first.
 
     Shows differences with intervals. Figures of two rows may differ by less than their own intervals and still be told apart, because image i of both was
     drawn from the same noise.
 
     [dim]$ grafting compare runs/a runs/b
-    $ grafting compare runs/a:finetuned runs/a:distilled[/]
+    $ grafting compare runs/a:finetuned runs/a:distilled
+    $ grafting compare runs/a runs/b runs/c[/]
     """
     from ..runs.pairing import paired, read_row, seen_in_images
 
-    a, b = (read_row(*_parse_row(text)) for text in (first, second))
-    found = paired(a, b) | seen_in_images(a, b)
+    if len(rows) < 2:
+        raise RunError(f"compare needs two rows or more, RUN or RUN:ROW; found {len(rows)}")
+    first, *others = (read_row(*_parse_row(text)) for text in rows)
+    if len(others) > 1:
+        _show_all(first, [(other, paired(other, first)) for other in others], as_json=as_json)
+        return
+    (other,) = others
+    found = paired(first, other) | seen_in_images(first, other)
     if as_json:
-        print_json({"first": a.measured.name, "second": b.measured.name, **found})
+        print_json({"first": first.measured.name, "second": other.measured.name, **found})
     else:
-        _show(a, b, found)
+        _show(first, other, found)
+
+
+def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *, as_json: bool) -> None:
+    """A line for each row: its figures, and under the main one what it is of the first's, by images of the same seeds."""
+    if as_json:
+        pairs = [{"name": row.measured.name, **found} for row, found in others]
+        print_json({"first": first.measured.name, "others": pairs})
+        return
+    figures = [first.measured.figures, *(row.measured.figures for row, _ in others)]
+    main = headline(figures)
+    shown = [f for f in FIGURES.values() if "main" in f.shown and f is not main]
+    shown = [f for f in shown if any(is_number(row.get(f.key)) for row in figures)]
+    lines = [
+        [
+            name,
+            _with_interval(main, row),
+            main.paired({"paired": found}),
+            *(f.write(row.get(f.key)) for f in shown),
+        ]
+        for name, row, found in (
+            (first.measured.name, figures[0], {}),
+            *((row.measured.name, row.measured.figures, found) for row, found in others),
+        )
+    ]
+    out.print(
+        plain_table(["row", main.name(figures), "against the first", *(f.inline for f in shown)], lines)
+    )
+    for row, found in others:
+        if reason := found.get("reason"):
+            say(out, f"{row.measured.name} is not compared image by image: {reason}")
+        elif said := _verdict(found, [row.measured.figures, first.measured.figures], row.measured.name):
+            say(out, said)
 
 
 def _parse_row(text: str) -> tuple[Path, str | None]:
@@ -76,18 +117,19 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
         say(out, f"Note: {note}")
 
 
-def _verdict(found: dict[str, Any], rows: list[Any]) -> str | None:
+def _verdict(found: dict[str, Any], rows: list[Any], name: str | None = None) -> str | None:
     """Whether the two can be told apart by the figure that they are compared by first; None if it was not compared."""
     figure = headline(rows)
     part = found.get(figure.key)
     if not part:
         return None
     none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
-    name = f"By {figure.name(rows)} of {rows[0]['num_images']} images"
+    by = f"By {figure.name(rows)} of {rows[0]['num_images']} images"
     if estimate["low"] <= none <= estimate["high"]:
-        return f"{name} the two cannot be told apart"
+        return f"{by} {f'{name} and the first' if name else 'the two'} cannot be told apart"
     is_better = (estimate["value"] < none) == (figure.better == "low")
-    return f"{name} the first is {'better' if is_better else 'worse'}"
+    better = "better" if is_better else "worse"
+    return f"{by} {name} is {better} than the first" if name else f"{by} the first is {better}"
 
 
 def _is_of_both(figure: Figure, rows: list[Any]) -> bool:
@@ -96,4 +138,4 @@ def _is_of_both(figure: Figure, rows: list[Any]) -> bool:
 
 def _with_interval(figure: Figure, row: Any) -> str:
     interval = figure.interval(row)
-    return figure.write(row[figure.key]) + (f" ({interval})" if interval else "")
+    return figure.write(row.get(figure.key)) + (f" ({interval})" if interval else "")

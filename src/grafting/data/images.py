@@ -27,6 +27,8 @@ from .subset import Listing, PartialData
 FASHION_MNIST_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+CLASS_NAMES = {"fashion-mnist": FASHION_MNIST_CLASSES, "testbed-subset": FASHION_MNIST_CLASSES}
+"""Names of classes, by the name of the data in a recipe."""
 
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -7,5 +7,6 @@ from ._page import report_page as report_page
 from ._record import MAX_IMAGES as MAX_IMAGES
 from ._record import RunRecord as RunRecord
 from ._record import Samples as Samples
+from ._record import WrittenLocality as WrittenLocality
 from ._record import WrittenPlan as WrittenPlan
 from ._sweep import write_sweep_picture as write_sweep_picture

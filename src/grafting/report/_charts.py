@@ -1,13 +1,13 @@
 """The report's charts as inline SVG: intervals beside a table's rows, changes from start to end, curves over steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup
 
-from ..words import number, short
+from ..words import amount, number, short
 from ._svg import Scale, element, picture
 
 INTERVAL_WIDTH = 230.0
@@ -102,10 +102,47 @@ def step_chart(
     marks = [
         element("path", d=f"M{across(end):.1f} {top}V{height - bottom}", class_="reference") for end in ends
     ]
-    return picture(*_axes(across, up, width - right), *marks, *drawn, width=width, height=height, label=label)
+    read = [mark for curve in curves[-1:] for mark in _readings(curve, across, (top, height - bottom))]
+    parts = (*_axes(across, up, width - right), *marks, *read, *drawn)
+    return picture(*parts, width=width, height=height, label=label)
 
 
-def _axes(across: Scale, up: Scale, end: float) -> list[Markup]:
+def _readings(curve: Curve, across: Scale, limits: tuple[float, float]) -> list[Markup]:
+    """Unseen lines over a chart, that say a curve's value to who points at them."""
+    if curve.style == "points":
+        return []
+    places = (
+        np.unique(np.linspace(0, len(curve.steps) - 1, 40).round().astype(int)) if len(curve.steps) else []
+    )
+    return [
+        element(
+            "path",
+            element("title", f"step {curve.steps[i]:g}: {number(float(curve.values[i]))}"),
+            d=f"M{across(curve.steps[i]):.1f} {limits[0]}V{limits[1]}",
+            class_="hit",
+        )
+        for i in places
+    ]
+
+
+def scatter(
+    points: Sequence[tuple[str, float, float, bool]], *, across: Scale, up: Scale, label: str
+) -> Markup:
+    """Named points (name, x, y, strong) and where each lies against the pretrained model's, with both axes."""
+    width, height, marks, below = across.end + 130, up.start + 24, [], up.end - 13
+    for name, x, y, strong in sorted(points, key=lambda point: up(point[2])):
+        # names of near points are moved apart
+        below = max(up(y) + 4, below + 13)
+        title = element("title", f"{name}: {number(y)} at {amount(x)}")
+        dot = element("circle", title, cx=across(x), cy=up(y), r=4.5, class_="dot" if strong else "dot quiet")
+        marks += [dot, element("text", name, x=across(x) + 9, y=below)]
+    axes = _axes(across, up, across.end, write=amount)
+    return picture(*axes, *marks, width=width, height=height, label=label)
+
+
+def _axes(
+    across: Scale, up: Scale, end: float, *, write: Callable[[float], str] = "{:g}".format
+) -> list[Markup]:
     ground = max(up.start, up.end)
     marks = []
     for tick in up.ticks():
@@ -116,7 +153,7 @@ def _axes(across: Scale, up: Scale, end: float) -> list[Markup]:
     for tick in steps:
         # the last label would be cut off by the picture's edge if it were centred there
         anchor = "end" if across(tick) > end - 14 else "middle"
-        marks.append(element("text", f"{tick:g}", x=across(tick), y=ground + 16, text_anchor=anchor))
+        marks.append(element("text", write(tick), x=across(tick), y=ground + 16, text_anchor=anchor))
     return marks
 
 

@@ -13,6 +13,8 @@ _SHEET_COLUMNS = 20
 # larger images are fewer
 _LARGE_SHEET_COLUMNS = 8
 _LARGE_SIDE = 64
+# names of classes are short
+_NAMED_SHEET_COLUMNS = 10
 # all pixels of the second, longer sheets; more would make the file large
 _MAX_BYTES = 1_500_000
 
@@ -27,7 +29,7 @@ class Cell(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A model's first images as one picture; over it, where anything is said of them, their cells."""
+    """A model's first images as one picture, and over it their cells."""
 
     name: str
     uri: str
@@ -66,6 +68,8 @@ def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> Gallery 
     longest = max(samples.values(), key=lambda s: len(s.images))
     # captions need room
     columns = _LARGE_SHEET_COLUMNS if side > _LARGE_SIDE or longest.words else _SHEET_COLUMNS
+    if longest.words and asked == "class" and side <= _LARGE_SIDE:
+        columns = _NAMED_SHEET_COLUMNS
     columns = min(columns, max(len(s.images) for s in samples.values()))
     labels = longest.labels[:columns].tolist()
     has_more = len(longest.images) > columns and sum(s.images.nbytes for s in samples.values()) <= _MAX_BYTES
@@ -88,21 +92,20 @@ def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> Gallery 
 
 
 def _sheet(name: str, samples: Samples, asked: str, *, count: int, columns: int) -> Sheet:
-    images, labels = samples.images[:count], samples.labels[:count].tolist()
+    images, labels = samples.images[:count], (samples.words or samples.labels.tolist())[:count]
     alt = f"The first {len(images)} images of {name}, by {asked}: {', '.join(map(str, labels))}"
     height, width = shrunk(images[:1]).shape[2:]
     rows = -(-max(len(images), columns) // columns)
     viewbox = f"0 0 {columns * (width + 1) - 1} {rows * (height + 1) - 1}"
-    cells = [_cell(samples, place, (width, height), columns=columns) for place in range(len(images))]
-    cells = [cell for cell in cells if cell.text]
+    cells = [_cell(samples, place, asked, (width, height), columns=columns) for place in range(len(images))]
     uri = sheet_uri(_filled(images, columns), columns=columns)
     return Sheet(name, uri, alt, (width, height), viewbox, cells)
 
 
-def _cell(samples: Samples, place: int, size: tuple[int, int], *, columns: int) -> Cell:
+def _cell(samples: Samples, place: int, asked: str, size: tuple[int, int], *, columns: int) -> Cell:
     width, height = size
     left, top = place % columns * (width + 1), place // columns * (height + 1)
-    words = samples.words[place] if samples.words else ""
+    words = samples.words[place] if samples.words else f"{asked} {samples.labels[place]}"
     remark = samples.remarks[place] if samples.remarks else Remark("")
     marks = [(left + x * width, top + y * height, w * width, h * height) for x, y, w, h in remark.marks]
     return Cell(left, top, "\n".join(filter(None, (words, remark.text))), marks)

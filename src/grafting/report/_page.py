@@ -1,24 +1,28 @@
 """The page: what each section of the report shows, made from a run's parts, and rendered by `report.html.j2`.
 
-No script and no asset outside the file. The same record always gives the same bytes.
+No asset outside the file, and no script but `report.js`, which the page's policy names by its hash. The same record always
+gives the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
 from ..machine.files import flatten
-from ..words import duration
+from ..words import csv_text, duration
 from ._gallery import gallery
 from ._plan_picture import OperatorKey, operator_keys, plan_picture, plan_width
 from ._protocols import alike, protocol_table
 from ._record import PlannedSite, RunRecord
-from ._results import baseline, further, notes, results
+from ._results import baseline, figure_table, further, notes, results, trade_off
 from ._training import stage_1, stage_2
-from ._words import last_measured, replaced, summary
+from ._words import caveat, last_measured, replaced, summary
 
 
 def report_page(run: RunRecord) -> str:
@@ -30,22 +34,35 @@ def report_page(run: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["csv_uri"] = _csv_uri
+    script = (Path(__file__).parent / "report.js").read_text()
     return environment.get_template("report.html.j2").render(
         run=run,
         recipe=run.recipe or {},
+        script=Markup(script),  # our own file
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         summary=_summary(run),
+        caveat=caveat(run.rows or []),
         results=results(run.rows or []),
         further=further(run.rows or []),
+        trade_off=trade_off(run.rows or []),
+        figure_table=figure_table(run.rows or []),
         notes=notes(run.rows or []),
         gallery=gallery(run.samples, asked="prompt" if (run.recipe or {}).get("conditions") else "class"),
         plan=_plan(_sites(run)),
-        stage_1=stage_1(run.distill_log or [], _sites(run)),
+        stage_1=stage_1(run.distill_log or [], _sites(run), run.locality),
         stage_2=stage_2(run.finetune_log or [], (run.recipe or {}).get("finetune")),
         protocol=protocol_table(run.rows or []),
         stages=_stages(run),
+        stage_table=[["stage", "state", "time"], *(list(stage.values()) for stage in _stages(run))],
         machine=flatten((run.manifest or {}).get("machine") or {}),
         library=_library(run),
     )
+
+
+def _csv_uri(rows: Iterable[Sequence[object]]) -> str:
+    """A table as a file of CSV in a link."""
+    return "data:text/csv;charset=utf-8," + quote(csv_text([str(cell) for cell in row] for row in rows))
 
 
 def _sites(run: RunRecord) -> list[PlannedSite]:

@@ -26,6 +26,10 @@ class ProtocolTable(NamedTuple):
     def differing(self) -> list[tuple[str, list[str]]]:
         return [(name, values) for name, values, differ in self.lines if differ]
 
+    @property
+    def table(self) -> list[list[str]]:
+        return [["", *map(", ".join, self.columns)], *([name, *values] for name, values, _ in self.lines)]
+
 
 def compared(row: Mapping[str, Any]) -> dict[str, object]:
     """The fields of a row's protocol that its figures depend on."""

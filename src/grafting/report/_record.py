@@ -45,6 +45,19 @@ class WrittenPlan(TypedDict):
     sites: list[PlannedSite]
 
 
+class SiteShares(TypedDict):
+    """How much of a site's attention lies in each band, by its width in tokens."""
+
+    path: str
+    bands: dict[str, float]
+
+
+class WrittenLocality(TypedDict):
+    """What `grafting locality --json` writes of a pretrained model; kept by hand as a run's `locality.json`."""
+
+    sites: list[SiteShares]
+
+
 class Samples(NamedTuple):
     """The first images of one model, at most `MAX_IMAGES`, and how many there are in all.
 
@@ -72,6 +85,7 @@ class RunRecord:
     rows: list[Row] | None
     manifest: Mapping[str, Any] | None
     missing: list[str]
+    locality: WrittenLocality | None = None
 
     def leaves_out(self, stage: str) -> bool:
         """True if the recipe itself has no such stage."""

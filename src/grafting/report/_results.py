@@ -16,7 +16,7 @@ from ..words import (
     is_number,
     shown_in,
 )
-from ._charts import INTERVAL_WIDTH, interval_axis, interval_mark
+from ._charts import INTERVAL_WIDTH, interval_axis, interval_mark, scatter
 from ._protocols import alike, protocol_table
 from ._svg import Scale, spans_decade
 from ._words import ratio
@@ -154,6 +154,41 @@ def further(rows: Sequence[Mapping[str, Any]]) -> Further | None:
             for row in rows
         ],
     )
+
+
+class TradeOff(NamedTuple):
+    """The main figure against a cost, drawn."""
+
+    cost: str
+    picture: Markup
+
+
+_COSTS = ("flops", "attention_flops", "attention_mixing_flops", "params", "ms_per_image")
+
+
+def trade_off(rows: Sequence[Mapping[str, Any]]) -> TradeOff | None:
+    """The main figure against the first cost that tells rows apart; None if none does."""
+    figure = headline(rows)
+    measured = [row for row in rows if is_number(row.get(figure.key))]
+    costs = {key: [row.get(key) for row in measured] for key in _COSTS}
+    key = next((k for k, found in costs.items() if all(map(is_number, found)) and len(set(found)) > 1), None)
+    if key is None:
+        return None
+    values = [float(row[figure.key]) for row in measured]
+    across = Scale.around([float(row[key]) for row in measured], start=52.0, end=420.0)
+    up = Scale.around(values, start=216.0, end=12.0, log=figure.ratio and spans_decade(values))
+    points = [
+        (str(r["name"]), float(r[key]), float(r[figure.key]), r["name"] in (PRETRAINED, FINETUNED))
+        for r in measured
+    ]
+    cost = FIGURES[key].inline
+    return TradeOff(cost, scatter(points, across=across, up=up, label=f"{figure.name(rows)} against {cost}"))
+
+
+def figure_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Every number of every row, with all its digits."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value))
+    return [["name", *keys], *([str(row["name"]), *(str(row.get(k, "")) for k in keys)] for row in rows)]
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -7,9 +7,12 @@ import numpy as np
 from markupsafe import Markup
 
 from ..training.phases import FinetuneConfig
-from ..words import ABSENT, MINUS, is_number, number, short, shown_in
+from ..words import ABSENT, MINUS, is_number, number, percent, short, shown_in
 from ._charts import Curve, change_mark, smooth, step_chart
+from ._record import WrittenLocality
 from ._svg import Scale, spans_decade
+
+FAILED_R2 = 0.3
 
 _SMALL, _LARGE = (300.0, 150.0), (380.0, 200.0)
 
@@ -22,6 +25,9 @@ class Fit(NamedTuple):
     loss: list[str]
     r2: list[str]
     plot: Markup | str
+    failed: bool
+    """True if the operator explains less than 0.3 of the variance of what it replaced."""
+    local: str
 
 
 class SiteChart(NamedTuple):
@@ -39,6 +45,18 @@ class Stage1(NamedTuple):
     logarithmic: bool
     fits: list[Fit]
     last: int | None
+    band: str | None
+    """Width in tokens of the band that `Fit.local` is the share of; None where locality is not known."""
+
+    @property
+    def failed(self) -> list[str]:
+        return [fit.name for fit in self.fits if fit.failed]
+
+    @property
+    def table(self) -> list[list[str]]:
+        head = ["site", "operator", "loss at start", "loss", "r2 at start", "r2", f"share within {self.band}"]
+        lines = [[fit.name, fit.operator, *fit.loss, *fit.r2, fit.local] for fit in self.fits]
+        return [head, *lines] if self.band else [line[:-1] for line in (head, *lines)]
 
 
 class Curves(NamedTuple):
@@ -67,7 +85,11 @@ class Stage2(NamedTuple):
     phases: list[Phase]
 
 
-def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> Stage1 | None:
+def stage_1(
+    log: Sequence[Mapping[str, Any]],
+    sites: Sequence[Mapping[str, Any]],
+    locality: WrittenLocality | None = None,
+) -> Stage1 | None:
     """A table line and a chart for each site that the log speaks of, all charts on one axis; None if it is empty."""
     paths = _logged_paths(log)
     if not paths:
@@ -78,7 +100,12 @@ def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]
     held_out = {path: _series(log, f"holdout_loss/{path}") for path in paths}
     everything = np.concatenate([values for _, values in (*training.values(), *held_out.values())])
     log_axis = spans_decade(everything.tolist())
-    fits = [_fit(log, path, names.get(path, path), operators.get(path, "")) for path in paths]
+    bands = {site["path"]: site["bands"] for site in (locality or {"sites": []})["sites"]}
+    band = max((k for shares in bands.values() for k in shares), key=lambda k: int(k), default=None)
+    fits = [
+        _fit(log, path, names.get(path, path), operators.get(path, ""), bands.get(path, {}).get(band or ""))
+        for path in paths
+    ]
     charts = [
         SiteChart(
             title=names.get(path, path),
@@ -93,7 +120,7 @@ def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]
         )
         for path in paths
     ]
-    return Stage1(charts, log_axis, fits, log[-1].get("step"))
+    return Stage1(charts, log_axis, fits, log[-1].get("step"), band)
 
 
 def _site_name(site: Mapping[str, Any]) -> str:
@@ -107,7 +134,7 @@ def _logged_paths(log: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(k.split("/", 1)[1] for k in keys if k.startswith(("loss/", "holdout_loss/"))))
 
 
-def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) -> Fit:
+def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str, local: float | None) -> Fit:
     _, loss = _series(log, f"holdout_loss/{path}")
     _, r2 = _series(log, f"r2/{path}")
     scale = Scale(0.0, 1.0, 8.0, 192.0)
@@ -118,6 +145,8 @@ def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) 
         loss=[number(float(v)) for v in (loss[0], loss[-1])] if len(loss) else [ABSENT, ABSENT],
         r2=[f"{v:.3f}".replace("-", MINUS) for v in (r2[0], r2[-1])] if len(r2) else [ABSENT, ABSENT],
         plot=change_mark(float(r2[0]), float(r2[-1]), scale=scale, label=label) if len(r2) else "",
+        failed=bool(len(r2)) and bool(r2[-1] < FAILED_R2),
+        local=percent(local),
     )
 
 
@@ -127,12 +156,20 @@ def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> Stage2 | 
     Args:
         settings: of stage 2, as the recipe has them: a list where there are phases.
     """
-    charts, phases = [], _phases(log, settings)
+    phases = _phases(log, settings)
+    charts: list[Curves] = []
+    drawn: list[np.ndarray] = []
     for figure in shown_in("curve"):
         key, title = figure.key, figure.title
         steps, values = _series(log, key)
         if not len(steps):
             continue
+        # a loss of one part is that part
+        same = next((i for i, other in enumerate(drawn) if np.array_equal(other, values)), None)
+        if same is not None:
+            charts[same] = charts[same]._replace(title=f"{charts[same].title}, the same as {title.lower()}")
+            continue
+        drawn.append(values)
         in_view = values.tolist() if key != "lr" else [0.0, *values.tolist()]
         curves = _raw_and_smooth(steps, values) if key != "lr" else [Curve(steps, values, "smooth")]
         logarithmic = spans_decade(in_view)

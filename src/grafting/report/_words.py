@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..words import FINETUNED, PRETRAINED, ROW_MEANINGS, Figure, headline, is_number, multiple
+from ..words import FINETUNED, PRETRAINED, ROW_MEANINGS, Figure, count, headline, is_number, multiple, number
 
 
 def operator_label(operator: Mapping[str, Any]) -> str:
@@ -67,6 +67,20 @@ def _outcome(rows: Sequence[Mapping[str, Any]], *, alike: bool) -> str:
         return f"{outcome}, measured differently"
     times = ratio(figure, last, base)
     return f"{outcome}: {times}" if times else outcome
+
+
+def caveat(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What to know before the figure of the summary is compared with any other; empty if there is none."""
+    last, figure = last_measured(rows), headline(rows)
+    if last is None:
+        return ""
+    said = [f"{count(last['num_images'])} images of each model"] if is_number(last.get("num_images")) else []
+    if figure.published and figure.name(rows) != figure.published:
+        network = ((last.get("protocol") or {}).get("feature_network") or {}).get("name", "another network")
+        said.append(f"features of {network}, so this is no {figure.published} and compares with none")
+    if is_number(bias := last.get(f"{figure.key}_bias")):
+        said.append(f"about {number(bias)} too high, as of finitely many images")
+    return "; ".join([*said, "intervals are over images, not over trainings: this is one training"]) + "."
 
 
 def last_measured(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

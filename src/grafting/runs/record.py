@@ -5,19 +5,19 @@ What stages made by an earlier recipe is left out. Nothing is computed here: `re
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 
-from ..contract import Conditions
 from ..data import ConditionsConfig
+from ..data.images import CLASS_NAMES
 from ..errors import GraftingError, RunError
 from ..evaluation import Suite, SuiteConfig, suite_of
 from ..machine.files import write_bytes
 from ..machine.reading import JsonObject, open_safetensors, read_json, read_text, read_yaml
-from ..report import MAX_IMAGES, RunRecord, Samples, WrittenPlan, report_page
+from ..report import MAX_IMAGES, RunRecord, Samples, WrittenLocality, WrittenPlan, report_page
 from ..words import ROW_TITLES, Row
 from .folder import read_log, stale_stages
 from .manifest import read_manifest
@@ -65,6 +65,7 @@ def read_run(folder: Path) -> RunRecord:
         rows=parts["metrics.json"],
         manifest=manifest,
         missing=[],
+        locality=_read_locality(folder / "locality.json"),
     )
     absent = [name for name, part in parts.items() if not part and not run.leaves_out(name.split("/")[0])]
     run.missing.extend(absent if samples else [*absent, "samples/*.safetensors"])
@@ -80,6 +81,10 @@ def _read_recipe(path: Path) -> JsonObject:
 
 def _read_plan(path: Path) -> WrittenPlan:
     return read_json(path, WrittenPlan, kind="a plan", error=RunError)
+
+
+def _read_locality(path: Path) -> WrittenLocality | None:
+    return read_json(path, WrittenLocality, kind="a locality", error=RunError) if path.is_file() else None
 
 
 def _read_manifest(path: Path) -> JsonObject:
@@ -109,16 +114,26 @@ def _sample_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
 
 
-def _tellers(recipe: JsonObject | None) -> tuple[Conditions | None, Suite | None]:
+_Words: TypeAlias = Callable[[int], str]
+
+
+def _tellers(recipe: JsonObject | None) -> tuple[_Words | None, Suite | None]:
     """What has words for conditions and remarks on images, as far as the recipe names them and they can still be read."""
+    class_words = _class_words((recipe or {}).get("data"))
     asked = {name: value for name, value in (recipe or {}).items() if name in ("conditions", "evaluate")}
     try:
         known = _Asked.model_validate(asked)
         conditions = known.conditions.load() if known.conditions else None
     except (GraftingError, ValidationError):
-        return None, None
+        return class_words, None
     name = known.conditions.name if known.conditions else "classes"
-    return conditions, known.evaluate or suite_of(name)
+    return conditions.words if conditions else class_words, known.evaluate or suite_of(name)
+
+
+def _class_words(data: object) -> _Words | None:
+    """Names of the classes that are known by the data's name."""
+    names = CLASS_NAMES.get(str(data.get("name"))) if isinstance(data, dict) else None
+    return (lambda number: names[number] if 0 <= number < len(names) else str(number)) if names else None
 
 
 class _Asked(BaseModel):
@@ -128,12 +143,12 @@ class _Asked(BaseModel):
     evaluate: SuiteConfig | None = None
 
 
-def _read_samples(path: Path, conditions: Conditions | None, suite: Suite | None) -> Samples:
+def _read_samples(path: Path, words_of: _Words | None, suite: Suite | None) -> Samples:
     with open_safetensors(path, framework="np", error=RunError) as file:
         images = _pictures(_first(file.get_slice("images")))
         labels = _first(file.get_slice("labels")).astype(np.int64)
         count = file.get_slice("images").get_shape()[0]
-    words = None if conditions is None else [conditions.words(number) for number in labels.tolist()]
+    words = None if words_of is None else [words_of(number) for number in labels.tolist()]
     remarks = None if suite is None else suite.remarks(torch.from_numpy(images), torch.from_numpy(labels))
     return Samples(images, labels, count, words, remarks)
 

@@ -4,9 +4,6 @@ Several processes may add to one table. What is shown may be opened by a spreads
 nothing else.
 """
 
-import csv
-import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +17,12 @@ from ..machine.files import disk_errors, write_bytes, write_json
 from ..machine.locks import Lock
 from ..machine.reading import JsonObject, parse_json, read_bytes
 from ..report import write_sweep_picture
-from ..words import RowName, markdown_table
+from ..words import RowName, csv_text, markdown_table
 
 TableLine: TypeAlias = JsonObject
 """A line of a sweep's table: labels, the stage, figures, costs and a fingerprint, by column."""
 
 _NOT_SHOWN = frozenset({"fingerprint", "protocol", "notes"})
-
-# how spreadsheets know a formula; a number may begin so too
-_FORMULA, _NUMBER = re.compile(r"[=+\-@\t\r]"), re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @contextmanager
@@ -71,11 +65,7 @@ def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     write_json(table.with_suffix(".json"), lines)
     columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
     cells = [[_cell(line.get(column)) for column in columns] for line in lines]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [[_plain(cell) for cell in row] for row in [columns, *cells]]
-    )
-    write_bytes(table.with_suffix(".csv"), text.getvalue().encode())
+    write_bytes(table.with_suffix(".csv"), csv_text([columns, *cells]).encode())
     write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n".encode())
     write_sweep_picture(table.with_suffix(".svg"), lines)
 
@@ -84,8 +74,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(cell: str) -> str:
-    """A cell that a spreadsheet takes for text, where it is one."""
-    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
