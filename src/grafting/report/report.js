@@ -12,11 +12,12 @@ for (const head of document.querySelectorAll("table.sortable thead th:not(.plot)
   button.append(...head.childNodes);
   head.append(button);
   button.onclick = () => {
-    const table = head.closest("table"), place = head.cellIndex, up = head.ariaSort !== "ascending";
+    const table = head.closest("table"), place = head.cellIndex, sign = head.ariaSort === "ascending" ? -1 : 1;
     for (const other of table.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
-    head.ariaSort = up ? "ascending" : "descending";
-    const lines = [...table.tBodies[0].rows].sort((a, b) => order(read(a.cells[place]), read(b.cells[place])));
-    table.tBodies[0].append(...(up ? lines : lines.reverse()));
+    head.ariaSort = sign > 0 ? "ascending" : "descending";
+    const lines = [...table.tBodies[0].rows];
+    lines.sort((a, b) => sign * order(read(a.cells[place]), read(b.cells[place])));
+    table.tBodies[0].append(...lines);
   };
 }
 
@@ -38,6 +39,7 @@ const settle = (nextRow, nextSeed) => {
   const count = Math.min(...group.map(sheet => cellsOf(sheet).length));
   row = (nextRow + group.length) % group.length;
   seed = (nextSeed + count) % count;
+  dialog.querySelectorAll("nav button")[row].focus();
   show(row);
 };
 for (const sheet of document.querySelectorAll(".sheet")) {
