@@ -109,11 +109,9 @@ def step_chart(
 
 def _readings(curve: Curve, across: Scale, limits: tuple[float, float]) -> list[Markup]:
     """Unseen lines over a chart, that say a curve's value to who points at them."""
-    if curve.style == "points":
+    if curve.style == "points" or not len(curve.steps):
         return []
-    places = (
-        np.unique(np.linspace(0, len(curve.steps) - 1, 40).round().astype(int)) if len(curve.steps) else []
-    )
+    places = np.unique(np.linspace(0, len(curve.steps) - 1, 40).round().astype(int)).tolist()
     return [
         element(
             "path",
