@@ -29,7 +29,7 @@ from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import generator
 from ..machine.settings import Settings
-from .guidance import Guidance
+from .guidance import Guidance, Length
 
 CIRCUMSTANCES = frozenset({"batch_size", "compile"})
 """Settings of sampling that say how fast it runs, not what comes out."""
@@ -56,9 +56,10 @@ class SamplingConfig(Settings):
     """Interval in which guidance is on: two shares of the way from clean (0) to pure noise (1)."""
     guided_channels: PositiveInt | None = None
     """Number of leading channels to guide (3 of 4 in DiT's published protocol); all if omitted."""
-    cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Literal["norm"] = 0.0
+    cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Length = 0.0
     """Rescaling of a guided prediction to the spread of the conditional one (arXiv:2305.08891), from 0 (off) to 1; `norm`
-    rescales it to the conditional one's length at every place."""
+    rescales it to the conditional one's length at every place, `norm-2x2` in every square of 2 x 2 places (Qwen-Image),
+    `norm-rows` in every row of every channel (Lumina 2)."""
     negative: NonNegativeInt | None = None
     """Number of the condition to guide away from; the null one if omitted."""
     shape: Annotated[tuple[PositiveInt, ...] | None, Field(examples=[(4, 32, 32)])] = None
@@ -250,7 +251,8 @@ def _draw(
     device = next(model.parameters()).device
     streams = [generator(config.seed, i) for i in indices]
     x = _initial_noise(streams, shape).to(device)
-    chain = denoiser.process.chain(config.sampler, steps=config.steps, clip=config.clip, streams=streams)
+    process = denoiser.process.at(shape)
+    chain = process.chain(config.sampler, steps=config.steps, clip=config.clip, streams=streams)
     asked = _Asked(model, denoiser, labels, config.guidance)
     with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for step, update in chain:
