@@ -280,6 +280,10 @@ class FlowMatching:
     def sampling_faults(self, sampler: str, *, steps: int, clip: bool) -> list[str]:
         if sampler not in self.samplers:
             return [_unknown(sampler, self.samplers, "a predicted velocity")]
+        if self.terminal is not None and sampler == "euler" and steps == 1:
+            return [
+                f"steps is 1, but process.terminal is {self.terminal:g}, where the last step of several stands: take two or more"
+            ]
         if clip and sampler != "dpm-solver++":
             return [f"{sampler} has no clean image to clip: set clip to false, or sampler to dpm-solver++"]
         return []

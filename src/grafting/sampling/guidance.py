@@ -83,6 +83,8 @@ def _lengths(x: Float[Tensor, "b c *hw"], kind: Length) -> Tensor:
         return lengths
     # what is over at an odd edge makes smaller squares
     rows, cols = x.shape[-2:]
-    squares = F.pad(lengths.square(), (0, cols % 2, 0, rows % 2)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    squares = (
+        F.pad(lengths.square(), (0, cols % 2, 0, rows % 2)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    )
     sums = squares.sum((-3, -1)).repeat_interleave(2, -2).repeat_interleave(2, -1)
     return sums[..., :rows, :cols].sqrt()
