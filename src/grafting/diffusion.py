@@ -184,7 +184,7 @@ class ShiftBySize(Settings):
             raise ValueError(f"a shift is positive: found base {self.base:g} and max {self.max:g}")
         return self
 
-    def at(self, tokens: float) -> float:
+    def at(self, tokens: int) -> float:
         """The shift of an image of so many tokens."""
         slope = (self.max - self.base) / (self.max_tokens - self.base_tokens)
         height = tokens * slope + self.base - slope * self.base_tokens
@@ -218,11 +218,11 @@ class FlowMatching:
         spacing: Spacing = "ends",
         terminal: float | None = None,
         shift_by_size: ShiftBySize | None = None,
-        token_size: float = 1.0,
+        token_size: int = 1,
     ):
         self.scale, self._shift, self.spacing, self.terminal = scale, shift, spacing, terminal
         self.shift_by_size, self.token_size = shift_by_size, token_size
-        self._tokens: float | None = None
+        self._tokens: int | None = None
 
     @property
     def shift(self) -> float:
@@ -245,7 +245,7 @@ class FlowMatching:
         if self.shift_by_size is None:
             return self
         sized = copy.copy(self)
-        sized._tokens = math.prod(shape[1:]) / self.token_size
+        sized._tokens = math.prod(shape[1:]) // self.token_size
         return sized
 
     def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, " count"]:
@@ -337,7 +337,7 @@ class FlowConfig(Settings):
         absent = {n for n in ("spacing", "shift_by_size", "terminal") if getattr(self, n) is None}
         return {key: value for key, value in to_dict(self).items() if key not in by_size | absent}
 
-    def build(self, *, scale: float, token_size: float = 1.0) -> FlowMatching:
+    def build(self, *, scale: float, token_size: int = 1) -> FlowMatching:
         return FlowMatching(
             scale=scale,
             shift=self.shift,

@@ -147,7 +147,7 @@ def euler(
 
     # diffusers' linear kind takes the shift itself
     kind = {"use_dynamic_shifting": True, "time_shift_type": "linear"} if is_by_size else {"shift": shift}
-    scheduler = FlowMatchEulerDiscreteScheduler(**kind, shift_terminal=terminal)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**kind, shift_terminal=terminal)
     asked: dict[str, Any] = {"mu": shift} if is_by_size else {}
     asked |= {"sigmas": [1 - i / steps for i in range(steps)]} if even else {"num_inference_steps": steps}
     scheduler.set_timesteps(**asked)

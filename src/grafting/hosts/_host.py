@@ -259,7 +259,7 @@ class Host(ABC, Generic[Model]):
         if isinstance(config, DiffusionConfig) or config.shift_by_size is None:
             return config.build(scale=self.time_scale)
         shape = self.shape(model)
-        token_size = math.prod(shape[1:]) / self.grid_of(model, shape).num_tokens
+        token_size = math.prod(shape[1:]) // self.grid_of(model, shape).num_tokens
         return config.build(scale=self.time_scale, token_size=token_size)
 
     def denoiser(

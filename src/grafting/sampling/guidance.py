@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..contract import Conditions
 
-
 Length = Literal["norm", "norm-2x2", "norm-rows"]
 """What keeps its length: each place's channels, each square of 2 x 2 places (FLUX's and Qwen's tokens), each channel's rows."""
 
