@@ -31,6 +31,7 @@ import grafting
 from gpu import KERNELS, Bench, Noise, plain_loop, replacing
 from grafting.contract import Grid, Site, TokenLayout
 from grafting.cost.count import site_flops
+from grafting.data.bundled import scenes_pipeline_folder
 from grafting.data.scenes import Captions
 from grafting.diffusion import FlowMatching
 from grafting.editing.surgery import build_operators, graft
@@ -330,13 +331,13 @@ def _parts(teacher: DiT, built: Any, batch: int) -> Run:
 
 
 def loading() -> Iterator[Row]:
-    """A model of 173 million parameters from disk, whole and as a delta to its base."""
+    """A model of some 170 million parameters from disk, whole and as a delta to its base."""
     model = dit(hidden_size=768, depth=12, num_heads=12)
     sizes = {
         "num_attention_heads": 12,
         "attention_head_dim": 64,
         "cross_attention_dim": 768,
-        "num_layers": 12,
+        "num_layers": 18,
     }
     with tempfile.TemporaryDirectory() as folder:
         whole, base, delta = (Path(folder, name) for name in ("whole", "base", "delta"))
@@ -356,39 +357,43 @@ def loading() -> Iterator[Row]:
 
 
 def sampling() -> Iterator[Row]:
-    """Images of the bundled text-to-image model, against diffusers' pipeline on the same weights."""
-    from grafting.data.bundled import bundled_model_folder
-
-    folder = bundled_model_folder("scenes")
-    assert folder is not None
-    images, steps = 4, 4
-    pipe = diffusers.PixArtSigmaPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    captions = Captions()
-    rows = captions.batch(torch.arange(images))
-    denoiser = host_of(pipe.transformer).denoiser(
-        pipe.transformer, captions, FlowMatching(scale=1000.0, shift=1.5)
+    """Images of the bundled text-to-image model, against diffusers' pipeline with the same weights."""
+    pipeline = diffusers.PixArtSigmaPipeline.from_pretrained(
+        scenes_pipeline_folder(), tokenizer=None, text_encoder=None, vae=None, torch_dtype=torch.float32
     )
+    pipeline.set_progress_bar_config(disable=True)
+    model, captions, images, steps = pipeline.transformer, Captions(), 4, 4
+    denoiser = host_of(model).denoiser(model, captions, FlowMatching(scale=1000.0, shift=1.5))
     config = SamplingConfig(
         sampler="dpm-solver++",
         steps=steps,
-        cfg_scale=1.0,
+        cfg_scale=2.0,
         num_images=images,
         batch_size=images,
         precision="fp32",
     )
-
-    def theirs() -> None:
-        pipe(
-            prompt=None, negative_prompt=None, guidance_scale=1.0, num_inference_steps=steps, output_type="latent",
-            prompt_embeds=rows["encoder_hidden_states"], prompt_attention_mask=rows["encoder_attention_mask"],
-            height=32, width=32, use_resolution_binning=False,
-        )  # fmt: skip
-
+    numbers, as_tensors = (
+        torch.arange(images),
+        {"shape": (3, 32, 32), "device": torch.device("cpu"), "dtype": torch.float32},
+    )
+    asked, empty = captions.at(numbers, **as_tensors), captions.at(captions.nulls(numbers), **as_tensors)
+    call = {
+        "prompt_embeds": asked["encoder_hidden_states"],
+        "prompt_attention_mask": asked["encoder_attention_mask"],
+        "negative_prompt": None,
+        "negative_prompt_embeds": empty["encoder_hidden_states"],
+        "negative_prompt_attention_mask": empty["encoder_attention_mask"],
+        "num_inference_steps": steps,
+        "guidance_scale": 2.0,
+        "use_resolution_binning": False,
+        "output_type": "latent",
+    }
     yield compared(
-        f"sampling {images} images in {steps} steps", lambda: list(sample(pipe.transformer, config, denoiser=denoiser)),
-        "diffusers' PixArtSigmaPipeline", theirs,
-    )  # fmt: skip
+        f"{images} guided images in {steps} steps",
+        lambda: list(sample(model, config, denoiser=denoiser)),
+        "diffusers' PixArtSigmaPipeline",
+        lambda: pipeline(**call),
+    )
 
 
 def evaluation() -> Iterator[Row]:

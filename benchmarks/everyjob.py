@@ -83,7 +83,7 @@ def results(folder: Path) -> dict[str, str]:
     """Hashes of all files but locks; of those that tell time, of the rest of them."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(".lock") and not is_temporary(path):
+        if path.is_file() and not path.name.endswith(".lock") and not is_temporary(path):
             found[str(path.relative_to(folder))] = _hash(path)
     return found
 

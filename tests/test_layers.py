@@ -16,7 +16,7 @@ CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 # from the ground up: a room sees all rooms above it in this list, and none of its own line
 LAYERS = (
     {"errors", "words", "portable"},
-    {"machine"},
+    {"machine", "tokens"},
     {"contract"},
     {"conditions", "samplers"},
     {"functional", "models", "diffusion"},

@@ -126,6 +126,14 @@ def test_importing_the_package_imports_no_heavy_library():
     assert result.stdout.strip() == "[]"
 
 
+def test_data_and_what_measures_need_no_diffusers():
+    code = (
+        "import sys, grafting.data, grafting.evaluation, grafting.training; print('diffusers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
 def test_every_function_that_takes_a_path_takes_a_string():
     functions = [getattr(grafting, name) for name in NAMES]
     paths = {

@@ -12,10 +12,17 @@ import torch
 
 from closeness import assert_close
 from fusedcases import (
+    CHANNELS,
     GATED_LAYOUTS,
+    LINEAR,
     WINDOW_LAYOUTS,
+    assert_channels,
     assert_compiles,
     assert_gated,
+    assert_linear,
+    assert_norm,
+    assert_scan,
+    assert_silu,
     assert_window,
     filters,
     key_mask,
@@ -23,6 +30,7 @@ from fusedcases import (
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
 from grafting.functional.gated_conv import gated_conv, gated_conv_plain
+from grafting.functional.linear import linear_attention, linear_attention_reference
 from grafting.functional.window import window_2d, window_2d_reference
 
 interpreted = pytest.mark.skipif(
@@ -42,6 +50,39 @@ def test_gated_convolutions_by_the_interpreter(name):
 @interpreted
 def test_gated_convolutions_of_many_channels_by_the_interpreter():
     assert_gated("se-causal", GATED_LAYOUTS[3], dim=70, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("name", CHANNELS)
+def test_filters_along_channels_by_the_interpreter(name):
+    assert_channels(name, device="cpu")
+    assert_channels(name, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("before", [0, 3])
+def test_filters_with_silu_by_the_interpreter(before):
+    assert_silu(before, device="cpu")
+    assert_silu(before, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("both", [False, True])
+def test_gated_norms_by_the_interpreter(both):
+    assert_norm(both=both, device="cpu")
+    assert_norm(both=both, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", ["short", "odd", "whole"])
+def test_scans_by_the_interpreter(name, reverse):
+    assert_scan(name, reverse=reverse, device="cpu")
+    assert_scan(name, reverse=reverse, device="cpu", dtype=torch.float16, ratio=2e-2)
 
 
 @pytest.mark.slow
@@ -69,6 +110,60 @@ def test_windows_of_the_image_alone_by_the_interpreter():
 
 @pytest.mark.slow
 @interpreted
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("feature_map", LINEAR)
+def test_linear_attention_by_the_interpreter(feature_map, masked):
+    ratios = 5e-7, 2e-6
+    assert_linear(
+        feature_map, (70, 300), device="cpu", dtype=torch.float32, ratios=ratios, heads=1, masked=masked
+    )
+
+
+@pytest.mark.slow
+@interpreted
+def test_linear_attention_in_half_precision_by_the_interpreter():
+    """Of fp16: the interpreter multiplies bf16's bits. Values far from zero leave their gradients exact."""
+    settings = {"device": "cpu", "dtype": torch.float16, "batch": 1, "heads": 1}
+    for feature_map in LINEAR:
+        assert_linear(feature_map, (70, 40), dims=(72, 64), mean=5.0, ratios=(1e-3, 4e-3), **settings)
+
+
+@pytest.mark.slow
+@interpreted
+def test_linear_attention_takes_views_and_a_precision_of_values_alone():
+    q = torch.randn(1, 20, 16, 3).permute(0, 3, 1, 2).requires_grad_()  # nothing beside a vector's numbers
+    k = torch.randn(1, 3, 16, 20, dtype=torch.float16).mT.requires_grad_()
+    v = torch.randn(1, 3, 1, 8, dtype=torch.float16).expand(-1, -1, 20, -1).requires_grad_()
+    mask = torch.arange(20)[None] < 11
+    got = linear_attention(q, k, v, key_mask=mask)
+    assert "grafting_linear_attention" in got.grad_fn.name()
+    assert got.dtype == torch.float16
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = linear_attention_reference(*exact, key_mask=mask)
+    assert_close("output", got, want, 1e-3)
+    # a gradient as of a sum, which no memory backs
+    got_grads = torch.autograd.grad((got * torch.ones(8, dtype=got.dtype)).sum(), (q, k, v))
+    want_grads = torch.autograd.grad(want.sum(), exact)
+    assert [x.dtype for x in got_grads] == [x.dtype for x in (q, k, v)]
+    assert_close("gradient of v", got_grads[2], want_grads[2], 2e-3)
+
+
+@pytest.mark.slow
+@interpreted
+def test_linear_attention_without_a_key_or_a_feature_is_zero():
+    q, k, v = (torch.randn(1, 1, 5, 16, dtype=torch.float16, requires_grad=True) for _ in "qkv")
+    for got in (
+        linear_attention(q, k, v, key_mask=torch.zeros(1, 5, dtype=torch.bool)),
+        linear_attention(-q.abs(), k, v, feature_map="relu"),
+        linear_attention(q.abs(), -k.abs(), v, feature_map="relu"),
+    ):
+        assert (got == 0).all()
+        for gradient in torch.autograd.grad(got.sum(), (k, v), retain_graph=True):
+            assert (gradient == 0).all()
+
+
+@pytest.mark.slow
+@interpreted
 def test_gradients_have_gradients_of_their_own_by_the_plain_path():
     layout = TokenLayout(Grid(2, 3))
     x = torch.randn(1, 6, 6, requires_grad=True)
@@ -86,6 +181,13 @@ def test_gradients_have_gradients_of_their_own_by_the_plain_path():
         found += [*once, *torch.autograd.grad(sum(x.square().sum() for x in once), qkv)]
     for got, want in zip(found[:6], found[6:], strict=True):
         assert_close("gradient", got, want, 1e-5)
+    qkv = [torch.randn(1, 1, 6, 4, dtype=torch.float16, requires_grad=True) for _ in "qkv"]
+    found = []
+    for function in (linear_attention, linear_attention_reference):
+        once = torch.autograd.grad(function(*qkv).float().square().sum(), qkv, create_graph=True)
+        found += [*once, *torch.autograd.grad(sum(x.float().square().sum() for x in once), qkv)]
+    for got, want in zip(found[:6], found[6:], strict=True):
+        assert_close("gradient", got, want, 2e-2)
 
 
 def test_what_the_kernels_do_not_take(monkeypatch):

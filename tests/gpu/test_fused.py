@@ -8,12 +8,21 @@ import torch
 
 from closeness import assert_close
 from fusedcases import (
+    CHANNELS,
     GATED,
     GATED_LAYOUTS,
+    LINEAR,
+    LINEAR_LENGTHS,
+    SCANS,
     WINDOW_LAYOUTS,
     WINDOWS,
+    assert_channels,
     assert_compiles,
     assert_gated,
+    assert_linear,
+    assert_norm,
+    assert_scan,
+    assert_silu,
     assert_window,
     exact,
     filters,
@@ -24,6 +33,8 @@ from fusedcases import (
 from grafting.contract import Grid, TokenLayout
 from grafting.functional import _triton
 from grafting.functional.gated_conv import gated_conv, gated_conv_plain
+from grafting.functional.linear import linear_attention
+from grafting.functional.ssd import ssd
 from grafting.functional.window import window_1d, window_1d_reference, window_2d
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +66,34 @@ def test_gated_convolutions_of_real_size_on_a_gpu(name, device):
     assert_gated(
         name, TokenLayout(Grid(128, 128)), dim=64, device=device, batch=1, dtype=torch.bfloat16, ratio=2e-2
     )
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_filters_along_channels_on_a_gpu(name, device):
+    assert_channels(name, device=device)
+    assert_channels(name, device=device, dtype=torch.bfloat16, ratio=2e-2)
+    if CHANNELS[name][1] == 1:
+        assert_channels(name, device=device, num_tokens=1024, batch=9, dtype=torch.bfloat16, ratio=2e-2)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_filters_with_silu_on_a_gpu(before, device):
+    assert_silu(before, device=device)
+    shape = (3, 300, 200)
+    assert_silu(before, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=shape)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_gated_norms_on_a_gpu(both, device):
+    assert_norm(both=both, device=device)
+    assert_norm(both=both, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=(2, 3000, 2304))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", SCANS)
+def test_scans_on_a_gpu(name, reverse, device):
+    assert_scan(name, reverse=reverse, device=device)
+    assert_scan(name, reverse=reverse, device=device, dtype=torch.bfloat16, ratio=2e-2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -93,6 +132,40 @@ def test_windows_of_real_size_on_a_gpu(window, settings, monkeypatch, device):
         assert_close("with and without the kernels", got, want, 2e-2)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", LINEAR_LENGTHS)
+@pytest.mark.parametrize("feature_map", LINEAR)
+def test_linear_attention_on_a_gpu(feature_map, lengths, masked, device):
+    settings = {"device": device, "dtype": torch.bfloat16, "masked": masked, "ratios": (7e-3, 3e-2)}
+    assert_linear(feature_map, lengths, **settings)
+    assert_linear(feature_map, lengths, dims=(72, 72), **settings)
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (128, 128), (20, 33), (64, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_attention_of_any_head_dim_on_a_gpu(dims, dtype, device):
+    assert_linear("elu", (300, 300), dims=dims, device=device, dtype=dtype, ratios=(7e-3, 3e-2))
+    assert_linear("softmax", (300, 300), dims=dims, device=device, dtype=dtype, ratios=(7e-3, 3e-2), mean=3.0)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 128 * 128), (64, 256)])
+def test_linear_attention_of_real_size_on_a_gpu(batch, length, monkeypatch, device):
+    qkv = [
+        torch.randn(batch, length, 16, 72, device=device, dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for _ in "qkv"
+    ]
+    grad = torch.randn_like(qkv[0])
+    found = []
+    for enabled in (True, False):
+        monkeypatch.setattr(_triton, "ENABLED", enabled)
+        output = linear_attention(*qkv)
+        found.append([output, *torch.autograd.grad(output, qkv, grad)])
+    for got, want in zip(*found, strict=True):
+        assert_close("with and without the kernels", got, want, 2e-2)
+
+
 def test_a_call_can_be_repeated_bit_for_bit(device):
     layout = TokenLayout(Grid(29, 23), before=3)
     short, inner = filters("se-2d", 72, device)
@@ -102,8 +175,9 @@ def test_a_call_can_be_repeated_bit_for_bit(device):
     runs = []
     for _ in range(2):
         mixed, seen = gated_conv(x, short, inner, layout), window_2d(*qkv, of_image, radius=2)
-        loss = mixed.square().sum() + seen.square().sum()
-        runs.append([mixed, seen, *torch.autograd.grad(loss, [*leaves(x, short, inner), *qkv])])
+        summed = linear_attention(*(x.to(torch.bfloat16) for x in qkv))
+        loss = mixed.square().sum() + seen.square().sum() + summed.float().square().sum()
+        runs.append([mixed, seen, summed, *torch.autograd.grad(loss, [*leaves(x, short, inner), *qkv])])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -133,6 +207,18 @@ def test_autocast_gives_what_a_product_gives(device):
         seen = window_2d(q, q, q, layout, radius=1)
     assert seen.dtype == torch.bfloat16
     assert torch.autograd.grad(seen.sum(), q)[0].dtype == torch.float32
+
+
+def test_scans_of_real_size_can_be_repeated_bit_for_bit(device):
+    for dtype, ratio in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        assert_scan("wide", reverse=True, device=device, dtype=dtype, ratio=ratio)
+    x = torch.randn(2, 1000, 20, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    dt = torch.rand(2, 1000, 20, device=device, requires_grad=True)
+    A = -torch.rand(20, device=device).requires_grad_()
+    B = torch.randn(2, 1000, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    runs = [torch.autograd.grad(ssd(x, dt, A, B, B).float().square().sum(), [x, dt, B]) for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.usefixtures("_untyped")

@@ -103,7 +103,7 @@ def test_it_predicts_what_it_predicts_on_the_cpu(host, model, device):
     if isinstance(host, SdpaHost):
         frames = 2 if host.spec.native_grid.frames > 1 else 1
         x = torch.randn(2, *host.at_grid(Grid(6, 4, frames)).shape(model))
-        condition = {n: inputs[n] for n, asked in host._inputs(model).items() if asked.value is None}
+        condition = {name: inputs[name] for name in host.needed(model)}
         t = host.spec.time.scale * torch.rand(2)
     elif host.name == "dit":
         x, t, condition = inputs["x"], inputs["t"], inputs["y"]

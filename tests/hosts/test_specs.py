@@ -89,7 +89,7 @@ def test_it_predicts_images_of_any_size(host, model):
     frames = 2 if host.spec.native_grid.frames > 1 else 1
     x = torch.randn(2, *host.at_grid(Grid(6, 4, frames)).shape(model))
     inputs = example(host, model)
-    condition = {name: inputs[name] for name, asked in host._inputs(model).items() if asked.value is None}
+    condition = {name: inputs[name] for name in host.needed(model)}
     with torch.no_grad():
         prediction = host.predict(model, x, host.spec.time.scale * torch.rand(2), condition)
     assert prediction.shape == x.shape

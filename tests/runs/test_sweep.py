@@ -130,6 +130,14 @@ def test_lines_in_the_table_are_not_measured_again(finished, tmp_path):
     assert row_fingerprint(job, "finetuned") != row_fingerprint(before, "finetuned")
 
 
+def test_what_was_left_half_written_goes_from_finished_runs_too(finished):
+    folder, sweep, _ = finished
+    left = folder / "runs/hyena-x-50/.manifest.json.partial"
+    left.mkdir()
+    list(run_sweep(sweep, folder / "runs", table=folder / "table", only={"design": "none"}))
+    assert not left.exists()
+
+
 def test_a_part_of_it(finished, tmp_path):
     _, sweep, _ = finished
     part = {"only": {"design": "window", "ratio": "50"}, "rows": ["distilled"]}

@@ -257,12 +257,13 @@ def test_guidance_extrapolates_the_guided_channels_and_no_variance(model):
     config = SamplingConfig(cfg_scale=4, guided_channels=2)
     model.eval()
     asked = sampling._Asked(model, denoiser(Recorder()), labels, config.guidance)
-    got = asked.prediction(x, step=300)
+    own, got = asked.predictions(x, step=300)
     t = torch.full((2,), 300)
     with torch.no_grad():
         conditional, null = model(x, t, labels), model(x, t, torch.full((2,), 10))
     assert_close("guided", got[:, :2], null[:, :2] + 4 * (conditional - null)[:, :2], 1e-5)
     assert_close("others and variance", got[:, 2:], conditional[:, 2:], 1e-5)
+    assert_close("the model's own", own, conditional, 1e-5)
 
 
 def test_guidance_of_zero_is_the_null_label(model):

@@ -5,6 +5,7 @@ import torch
 from grafting.machine.randomness import batch_indices, generator
 from grafting.training.batches import Batches, draw
 from grafting.training.distillation import DistillConfig
+from grafting.training.supply import Stored
 from toydata import denoiser, noise_images
 
 CPU = torch.device("cpu")
@@ -20,8 +21,8 @@ def test_shares_and_parts_make_up_the_whole_batch():
     whole = _draw(24)
     for rank in range(3):
         share = _draw(24, part=slice(rank, None, 3))
-        for name, got, want in zip(whole._fields, share, whole, strict=True):
-            assert torch.equal(got, want[rank::3]), name
+        for name in ("x", "noise", "x_t", "numbers", "t"):
+            assert torch.equal(getattr(share, name), getattr(whole, name)[rank::3]), name
         parts = share.split(4)
         assert [len(part.t) for part in parts] == [2, 2, 2, 2]
         assert torch.equal(torch.cat([part.x_t for part in parts]), share.x_t)
@@ -45,12 +46,11 @@ def test_what_is_dropped_changes_nothing_else():
 def test_what_threads_draw_is_what_the_seed_and_the_step_say():
     data, how = noise_images(40, size=16), denoiser(dropout=0.3)
     config = DistillConfig(steps=9, batch_size=8, accumulate=2, seed=3)
-    batches = Batches(data, config, denoiser=how, device=CPU, share=slice(1, None, 2))
+    share = slice(1, None, 2)
+    batches = Batches(Stored(data, how, CPU).steps(config, share=share, end=9), config, share=share)
     for step in (4, 5, 6, 0):
         items = batch_indices(40, 8, step, 3)[1::2]
-        drawn = draw(
-            data.batch(items), generator(3, step), batch_size=8, denoiser=how, part=slice(1, None, 2)
-        )
+        drawn = draw(data.batch(items), generator(3, step), batch_size=8, denoiser=how, part=share)
         want = drawn.noised(how, CPU).split(2)
         for got, part in zip(batches.at(step), want, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(got, part, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(got[:5], part[:5], strict=True))

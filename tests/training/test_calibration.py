@@ -13,9 +13,10 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import build_operators
 from grafting.hosts import hosts
 from grafting.models.dit import DiT
-from grafting.training.activations import shuffled, visiting
+from grafting.training.activations import visiting
 from grafting.training.calibration import CalibrateConfig, _OutputFit, calibrate
 from grafting.training.distillation import DistillConfig, distill
+from grafting.training.supply import shuffled
 from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]

@@ -231,10 +231,10 @@ def test_half_precision_weights_are_not_trained():
 def test_a_distilled_model_is_trained_on_its_teachers_output(settings, objective):
     """The process's loss is used where it is named."""
     config = FinetuneConfig(**settings)
-    (found,) = with_objectives((config,), distilled=True)
+    (found,) = with_objectives((config,), by_output=True)
     assert (found.diffusion_weight, found.output_weight) == objective
-    assert with_objectives((config,), distilled=False) == (config,)
-    assert with_objectives((found,), distilled=True) == (found,)
+    assert with_objectives((config,), by_output=False) == (config,)
+    assert with_objectives((found,), by_output=True) == (found,)
 
 
 def test_a_distilled_model_needs_its_teacher():

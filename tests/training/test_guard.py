@@ -10,10 +10,10 @@ from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import build_operators
 from grafting.errors import TrainingError
 from grafting.hosts import hosts
-from grafting.training.activations import shuffled
 from grafting.training.distillation import DistillConfig, distill
 from grafting.training.finetuning import FinetuneConfig, finetune
 from grafting.training.guard import Guard, GuardConfig
+from grafting.training.supply import shuffled
 from toydata import denoiser, noise_images
 
 HOST = hosts()["dit"]

@@ -33,7 +33,7 @@ from ..errors import HostError
 from ..functional.softmax import softmax_attention
 from ..hosts import Host, host_of
 from ..machine.randomness import sample_noise
-from ..training.activations import shuffled
+from ..training.supply import shuffled
 
 _CHUNK_SCORES = 2**22  # scores held at a time: 16 MiB
 

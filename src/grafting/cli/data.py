@@ -1,7 +1,7 @@
 """Commands on data: encoded prompts, latents of images, and subsets."""
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -344,13 +344,13 @@ def _encode(
 
 
 def _import(
-    source: Path, folder: Path, stored: dict[str, Any], *, num_classes: int | None, dry_run: bool
+    source: Path, folder: Path, stored: Mapping[str, Any], *, num_classes: int | None, dry_run: bool
 ) -> None:
     from ..data.published import ImportConfig, import_published, import_target, open_published
     from ..machine.processes import is_main, rank, world_size
 
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    config = ImportConfig.model_validate(stored | classes)
+    config = ImportConfig.model_validate({**stored, **classes})
     found = open_published(source)
     if is_main():
         target = import_target(found, folder, config)

@@ -21,6 +21,7 @@ from ._shared import (
     open_recipe,
     out,
     print_json,
+    uncollected,
 )
 from .display import follow, plain_table, say, show_cost
 from .options import Options, command
@@ -38,6 +39,7 @@ app = typer.Typer()
 
 
 @app.command()
+@uncollected()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
     """Check a recipe, and show what it would do.
 
@@ -90,6 +92,7 @@ def _summary(job: "Job") -> dict[str, Any]:
 
 def _stages_in_words(job: "Job") -> dict[str, str]:
     from ..sampling.taught import TaughtConfig
+    from ..sampling.trajectories import Trajectories
 
     recipe, words = job.recipe, {}
     if isinstance(recipe.data, TaughtConfig):
@@ -97,14 +100,17 @@ def _stages_in_words(job: "Job") -> dict[str, str]:
         words["teach"] = f"{made.num_images} latents of the source, {made.sampler} with {made.steps} steps"
     if recipe.distill and job.chosen:
         held_out = recipe.distill.holdout
-        words["distill"] = (
-            f"{recipe.distill.steps} steps of {recipe.distill.batch_size} images, "
-            f"{len(job.data) - held_out} to train on and {held_out} held out"
+        images = (
+            f"{job.data}; {held_out} held out"
+            if isinstance(job.data, Trajectories)
+            else f"images, {len(job.data) - held_out} to train on and {held_out} held out"
         )
+        words["distill"] = f"{recipe.distill.steps} steps of {recipe.distill.batch_size} {images}"
     for number, phase in enumerate(recipe.phases, start=1):
         name = "finetune" if len(recipe.phases) == 1 else f"finetune, phase {number}"
         trained = "" if phase.trainable == "all" else f", which train {phase.trained_in_words}"
-        words[name] = f"{phase.steps} steps of {phase.batch_size} of {len(job.data)} images{trained}"
+        images = f"{job.data}" if isinstance(job.data, Trajectories) else f"of {len(job.data)} images"
+        words[name] = f"{phase.steps} steps of {phase.batch_size} {images}{trained}"
     if recipe.sample:
         config = recipe.sample
         words["sample"] = (

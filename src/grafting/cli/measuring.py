@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -199,7 +200,7 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
         raise DataError(fault_list(faults_of(error), f"the settings of suite {name}")) from error
 
 
-def _check_options(name: str, written: dict[str, Any]) -> None:
+def _check_options(name: str, written: Collection[str]) -> None:
     """Raise a DataError if a setting is unknown to the suite, or a required one is missing."""
     from ..evaluation import SUITES
 

@@ -269,7 +269,7 @@ def _carry_out(
     say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
 
 
-def _print_result(found: dict[str, Any]) -> None:
+def _print_result(found: object) -> None:
     from ..machine.processes import is_main
 
     if is_main():

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import ProtocolError
+from ..machine.reading import JsonObject
 from ..metrics.paired import Estimate, mean_estimate, paired_change, paired_difference
 from .per_image import PerImage, dealt_in_turn
 from .protocol import Protocol
@@ -43,7 +44,7 @@ class MeasuredRow:
         return (self.figures.get("protocol") or {}).get("sampling") or {}
 
 
-def comparison(a: MeasuredRow, b: MeasuredRow) -> dict[str, Any]:
+def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
     """Row a against row b as JSON: of each figure's key its `ratio` or `difference`, and `notes`.
 
     Each is a value with its `error`, `low` and `high`.
@@ -53,7 +54,7 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> dict[str, Any]:
     """
     mine, its = _check_paired(a, b)
     how = {"strata": mine.strata_in(a.sampling), "clusters": mine.clusters}
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Estimate]] = {}
     notes = []
     if mine.frechet is not None and its.frechet is not None:
         try:
@@ -67,8 +68,9 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> dict[str, Any]:
         found[key] = {"difference": difference}
     notes += [KERNEL_NOTE] if "kid" in found else []
     notes += [POINTS_NOTE] if {"recall", "coverage"} & found.keys() else []
-    return {key: {kind: e._asdict() for kind, e in parts.items()} for key, parts in found.items()} | {
-        "notes": notes
+    return {
+        **{key: {kind: e._asdict() for kind, e in parts.items()} for key, parts in found.items()},
+        "notes": [*notes],
     }
 
 

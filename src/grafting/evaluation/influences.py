@@ -93,7 +93,7 @@ def _tensors(per_image: PerImage) -> Iterator[tuple[str, Tensor]]:
             yield f"frechet.{name}", tensor
 
 
-def _frechet_facts(frechet: FrechetInfluences | None) -> dict[str, Any] | None:
+def _frechet_facts(frechet: FrechetInfluences | None) -> dict[str, int | float] | None:
     names = ("num_features", "value", "corrected")
     return None if frechet is None else {name: getattr(frechet, name) for name in names}
 

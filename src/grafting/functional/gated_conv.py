@@ -6,6 +6,7 @@ The plain path is the definition; on a GPU the kernels of `_triton/` do the same
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,6 +51,52 @@ def gated_conv_plain(qkv: Tensor, short: Filter | None, inner: Filter | None, la
     return q * (kv if inner is None else filtered(kv, inner, layout))
 
 
+def gated_channels(
+    qkv: Float[Tensor, "b l d3"], weight: Float[Tensor, "filters 1 k"], bias: Float[Tensor, " filters"]
+) -> Float[Tensor, "b l d"]:
+    """q' k' v', where a causal filter runs along the channels of q, k and v joined: one for each token, or one for all."""
+    if channel_kernels_take(qkv, weight):
+        from ._triton.channels import gated_channels as fused  # needs triton
+
+        return fused(in_autocast(qkv), torch.cat([weight[:, 0], bias[:, None]], dim=1))
+    return gated_channels_plain(qkv, weight, bias)
+
+
+def channel_kernels_take(qkv: Tensor, weight: Tensor) -> bool:
+    """Whether kernels do the whole of `gated_channels`."""
+    return weight.shape[-1] <= MAX_FUSED_TAPS and can_fuse(qkv, weight)
+
+
+def gated_channels_plain(qkv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition of `gated_channels`."""
+    q, k, v = filtered_channels(qkv, weight, bias).chunk(3, dim=-1)
+    return q * (k * v)
+
+
+def silu_conv(
+    x: Float[Tensor, "b l d"], weight: Float[Tensor, "d 1 k"], bias: Float[Tensor, " d"], *, before: int
+) -> Float[Tensor, "b l d"]:
+    """silu of x, filtered along its tokens."""
+    if weight.shape[-1] <= MAX_FUSED_TAPS and can_fuse(x, weight):
+        from ._triton.silu import silu_conv as fused  # needs triton
+
+        return fused(in_autocast(x), _packed_matrix(weight, bias), before)
+    return silu_conv_plain(x, weight, bias, before=before)
+
+
+def silu_conv_plain(x: Tensor, weight: Tensor, bias: Tensor, *, before: int) -> Tensor:
+    """The definition of `silu_conv`."""
+    return F.silu(depthwise_1d(x, weight, bias, before=before))
+
+
+def filtered_channels(x: Float[Tensor, "b l c"], weight: Tensor, bias: Tensor) -> Float[Tensor, "b l c"]:
+    """A causal filter along each token's channels."""
+    num_tokens = x.shape[1]
+    # tokens take the place of channels; one filter for all is a view, so nothing is copied
+    weight, bias = weight.expand(num_tokens, -1, -1), bias.expand(num_tokens)
+    return depthwise_1d(x.mT, weight, bias, before=weight.shape[-1] - 1).mT
+
+
 def filtered(x: Float[Tensor, "b l d"], own: Filter, layout: TokenLayout) -> Float[Tensor, "b l d"]:
     """Tokens filtered along their sequence, text included, or on the image's grid, where text sees the centre tap only."""
     weight, bias, before = own
@@ -91,7 +138,11 @@ def _fused(qkv: Tensor, short: Filter | None, inner: Filter | None, layout: Toke
 
 def _packed(own: Filter | None) -> Tensor | None:
     """The matrix [taps + 1, D] that kernels take: a row for each tap, and the bias."""
-    return None if own is None else torch.cat([own.weight.flatten(1).mT, own.bias[None]])
+    return None if own is None else _packed_matrix(own.weight, own.bias)
+
+
+def _packed_matrix(weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([weight.flatten(1).mT, bias[None]])
 
 
 def _taps(own: Filter | None) -> list[int]:

@@ -1,7 +1,7 @@
 """Linear attention: softmax's exp(q k^T) replaced by phi(q) phi(k)^T, so that keys and values are summed once.
 
-Every token sees every other (no past, no future), at O(L). Sums are kept in float32 whatever the inputs' dtype. Also
-here: the depthwise convolution of v over the image that gives back some locality.
+Every token sees every other (no past, no future), at O(L). Sums are kept in float32 whatever the inputs' dtype. On a GPU
+the kernels of `_triton/` do the same for values in half precision, without the copies. Also here: the depthwise convolution of v over the image that gives back some locality.
 """
 
 import math
@@ -13,23 +13,31 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..contract import TokenLayout
+from ._triton import can_fuse
 
 FeatureMap = Literal["elu", "relu", "softmax"]
 
 # relu can leave a query without a single key, hence with a zero sum of weights
-_EPS = 1e-6
+EPSILON = 1e-6
+
+# a GPU program cannot hold the sums of longer vectors
+_MAX_FUSED_HEAD_DIM = 128
 
 
-def features(x: Float[Tensor, "*dims k"], feature_map: FeatureMap) -> Float[Tensor, "*dims k"]:
-    """phi(x), not negative: elu(x) + 1, relu(x), or softmax over the K features of each token.
+def features(
+    x: Float[Tensor, "*dims k"], feature_map: FeatureMap, root: float = 1.0
+) -> Float[Tensor, "*dims k"]:
+    """phi(root x), not negative: elu(x) + 1, relu(x), or softmax over the K features of each token.
 
     Source:
         elu: arXiv:2006.16236. relu: arXiv:2205.14756. softmax over features: arXiv:1812.01243 uses it for q.
     """
+    x = x * root
     if feature_map == "elu":
-        return F.elu(x) + 1
+        # in place, gradients come from the result, with no exponential of their own
+        return F.elu(x, inplace=True) + 1
     if feature_map == "relu":
-        return F.relu(x)
+        return F.relu(x, inplace=True)
     return x.softmax(-1)
 
 
@@ -50,13 +58,31 @@ def linear_attention(
             1/sqrt(K) when None.
         key_mask: False at keys that no query sees.
     """
+    if _kernels_take(q, k, v):
+        from ._triton.linear import linear_attention as fused  # needs triton
+
+        is_key = None if key_mask is None else key_mask.expand(len(k), -1)
+        return fused(q, k, v, is_key, feature_map, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+    return linear_attention_plain(q, k, v, feature_map=feature_map, scale=scale, key_mask=key_mask)
+
+
+def linear_attention_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: FeatureMap,
+    scale: float | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """The definition of `linear_attention`."""
     # autocast would round the sums over all tokens to the inputs' dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, values = _features_of_both(q, k, v, feature_map, scale)
         k = k if key_mask is None else k * key_mask[:, None, :, None]
-        summed = k.mT @ values  # [B, H, K, V]
-        weight = q @ k.sum(2)[..., None]  # [B, H, M, 1]
-        return (q @ summed / (weight + _EPS)).to(v.dtype)
+        sums = torch.cat([k.mT @ values, k.sum(2)[..., None]], dim=-1)  # [B, H, K, V + 1]
+        mixed, weight = (q @ sums).split([v.shape[-1], 1], dim=-1)
+        return (mixed * (weight + EPSILON).reciprocal()).to(v.dtype)
 
 
 def linear_attention_reference(
@@ -72,7 +98,7 @@ def linear_attention_reference(
     q, k, values = _features_of_both(q, k, v, feature_map, scale)
     weights = q @ k.mT  # [B, H, M, L]
     weights = weights if key_mask is None else weights * key_mask[:, None, None]
-    return (weights / (weights.sum(-1, keepdim=True) + _EPS) @ values).to(v.dtype)
+    return (weights / (weights.sum(-1, keepdim=True) + EPSILON) @ values).to(v.dtype)
 
 
 def depthwise_conv(
@@ -94,10 +120,19 @@ def depthwise_conv(
     return F.pad(mixed, (0, 0, layout.before, layout.after))
 
 
+def _kernels_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether kernels do it; in float32, without a GPU's units for products, they would take longer than the copies."""
+    return (
+        v.dtype != torch.float32
+        and max(q.shape[-1], v.shape[-1]) <= _MAX_FUSED_HEAD_DIM
+        and can_fuse(v, q, k)
+    )
+
+
 def _features_of_both(
     q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """phi of scaled q and k, and v, all in float32 or better."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     root = math.sqrt(q.shape[-1] ** -0.5 if scale is None else scale)
-    return features(q.to(dtype) * root, feature_map), features(k.to(dtype) * root, feature_map), v.to(dtype)
+    return features(q.to(dtype), feature_map, root), features(k.to(dtype), feature_map, root), v.to(dtype)

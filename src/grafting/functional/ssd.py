@@ -2,7 +2,7 @@
 
 Work and memory grow with the number of tokens. Sums and decays are kept in float32 whatever the inputs' dtype. All heads
 read and write their states with the same B and C (one group), which makes those two steps single large products. The
-reference is the recurrence itself, token by token. No fast path of another package is used here.
+reference is the recurrence itself, token by token. On a GPU the kernels of `_triton/` do the same, where they take the call.
 
 Source: arXiv:2405.21060 (structured state space duality), section 6.
 """
@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ._triton import can_fuse
+
+MAX_FUSED_STATE, MAX_FUSED_HEAD = 128, 64
+"""Larger states, N and P, go the plain way on a GPU too: kernels hold a whole one in registers."""
 
 # chunks that are worked on at once and recomputed in the backward pass, in memory that stays in the caches
 _CHUNKS_AT_ONCE = 16
@@ -23,10 +28,12 @@ def ssd(
     A: Float[Tensor, " heads"],
     B: Float[Tensor, "b l n"],
     C: Float[Tensor, "b l n"],
+    D: Float[Tensor, " heads"] | None = None,
     *,
+    reverse: bool = False,
     chunk_size: int = 32,
 ) -> Float[Tensor, "b l heads p"]:
-    """y[t] = C[t] h[t], where h[t] = exp(dt[t] A) h[t - 1] + dt[t] B[t] x[t] from h = 0, in the dtype of x.
+    """y[t] = C[t] h[t] + D x[t], where h[t] = exp(dt[t] A) h[t - 1] + dt[t] B[t] x[t] from h = 0, in the dtype of x.
 
     Args:
         x: what is written into each head's state, P channels.
@@ -34,17 +41,56 @@ def ssd(
         A: rates, negative; the state of a head decays by exp(dt A) at each token.
         B: the direction among the N of the state in which a token writes, for all heads.
         C: the direction in which it reads.
-        chunk_size: tokens in a chunk; changes speed and memory only.
+        D: what a head's tokens read of themselves; None is 0.
+        reverse: go from the last token to the first.
+        chunk_size: tokens in a chunk of the plain path; changes speed and memory only.
     """
+    if x.dtype == B.dtype == C.dtype and _kernels_take(x, B):
+        from ._triton.ssd import ssd as fused  # needs triton
+
+        own = torch.zeros_like(A) if D is None else D
+        return fused(x, dt.float(), A.float(), B, C, own.float(), reverse)
+    return ssd_plain(x, dt, A, B, C, D, reverse=reverse, chunk_size=chunk_size)
+
+
+def _kernels_take(x: Tensor, B: Tensor) -> bool:
+    return B.shape[2] <= MAX_FUSED_STATE and x.shape[3] <= MAX_FUSED_HEAD and can_fuse(x, B)
+
+
+def ssd_plain(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    chunk_size: int = 32,
+) -> Tensor:
+    """`ssd` without kernels."""
+    if reverse:
+        x, dt, B, C = (t.flip(1) for t in (x, dt, B, C))
+        return ssd_plain(x, dt, A, B, C, D, chunk_size=chunk_size).flip(1)
     state = x.new_zeros(x.shape[0], x.shape[2], B.shape[2], x.shape[3], dtype=_at_least_float32(x.dtype))
     parts = [t.split(_CHUNKS_AT_ONCE * chunk_size, dim=1) for t in (x, dt, B, C)]
     outputs = []
-    for x, dt, B, C in zip(*parts, strict=True):
+    for part_x, part_dt, part_B, part_C in zip(*parts, strict=True):
         y, state = checkpoint(
-            _scan_part, x, dt, A, B, C, state, chunk_size, use_reentrant=False, preserve_rng_state=False
+            _scan_part,
+            part_x,
+            part_dt,
+            A,
+            part_B,
+            part_C,
+            state,
+            chunk_size,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         outputs.append(y)
-    return torch.cat(outputs, dim=1)
+    y = torch.cat(outputs, dim=1)
+    return y if D is None else y + D.to(x.dtype)[:, None] * x
 
 
 def ssd_reference(

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from ..contract import Grid
 from ..diffusion import FlowConfig, ProcessConfig
 from ._forwards import Inputs, copied, run, tensors_of
-from ._grids import patch_sizes
+from ._grids import Image, patch_sizes
 from ._host import config_of
 from ._observing import AttentionCall, Axis, Observation, is_raster
 from ._spec import Fact, Input, LatentTokens, Output, PackedTokens, Time
-
-Image = LatentTokens | PackedTokens
 
 
 @dataclass(frozen=True)
@@ -174,9 +172,7 @@ def native_grid_of(
     """The grid that the model was trained for, if it says so; else the example's."""
     size = known.latent_size or config_of(model).get("sample_size")
     if isinstance(size, int) and grid.frames == 1 and grid.rows > 1:
-        sides = (
-            patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
-        )
+        sides = patch_sizes(model, image)
         return Grid(size // sides[1], size // sides[2])
     questions.append(
         f"native_grid is the example's, {grid}: set it to the one that the model was trained for, which costs are counted at"

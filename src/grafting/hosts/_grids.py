@@ -5,7 +5,7 @@ What a rule reads it also makes: `packed`, `positions` and `sizes` are the argum
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..contract import Grid, Kwargs
 from ..errors import HostError
 from ._spec import Fact, LatentTokens, PackedTokens
+
+Image: TypeAlias = LatentTokens | PackedTokens
 
 _AXES = {4: "b c h w", 5: "b c f h w"}
 
@@ -36,13 +38,22 @@ def _kept(model: nn.Module, place: str) -> Any:
     return found
 
 
-def patch_sizes(model: nn.Module, image: LatentTokens) -> tuple[int, int, int]:
+def patch_sizes(model: nn.Module, image: Image) -> tuple[int, int, int]:
     """Sides of a patch along frames, rows and columns; 1 along frames where the model says nothing."""
+    if isinstance(image, PackedTokens):
+        return 1, image.patch, image.patch
     size = image.patch_size
     found = [fact(model, part) for part in size] if isinstance(size, tuple) else fact(model, size)
     sides = [found, found] if isinstance(found, int) else list(found)
     frames, rows, cols = [1, *sides][-3:]
     return frames or 1, rows, cols
+
+
+def grid_of_images(model: nn.Module, image: Image, x: Tensor) -> Grid:
+    """The image tokens of images [B, C, H, W] or videos [B, C, F, H, W]."""
+    sides = patch_sizes(model, image)
+    *frames, rows, cols = x.shape[2:]
+    return Grid(rows // sides[1], cols // sides[2], *(n // sides[0] for n in frames))
 
 
 def latent_grid(model: nn.Module, image: LatentTokens, latent: Tensor | Sequence[Tensor]) -> Grid:
@@ -119,6 +130,22 @@ def unpack(tokens: Tensor, grid: Grid, side: int, *, is_video: bool) -> Tensor:
     x = tokens.transpose(1, 2).unflatten(2, (grid.frames, grid.rows, grid.cols))
     x = x.unflatten(1, (-1, side, side)).permute(0, 1, 4, 5, 2, 6, 3).flatten(5).flatten(3, 4)
     return x if is_video else x.squeeze(2)
+
+
+def image_arguments(image: Image, x: Tensor, grid: Grid) -> Kwargs:
+    """Images as the model takes them, and what says their grid."""
+    if isinstance(image, LatentTokens):
+        return {image.argument: as_argument(x, image.axes)}
+    places = {image.positions: positions_of(image, grid).to(x)} if image.positions else {}
+    return {image.argument: pack(x, image.patch), **places, **sizes_of(image, grid, len(x))}
+
+
+def images_of(image: Image, output: Tensor | Sequence[Tensor], grid: Grid, *, is_video: bool) -> Tensor:
+    """The images, or videos, in what the model returns for image tokens of this grid."""
+    if isinstance(image, LatentTokens):
+        return as_images(output, image.axes, is_video=is_video)
+    assert isinstance(output, Tensor)
+    return unpack(output, grid, image.patch, is_video=is_video)
 
 
 def sizes_of(image: PackedTokens, grid: Grid, batch_size: int) -> Kwargs:

@@ -70,6 +70,18 @@ class LayoutTracker:
         """The model's tracker, if it has one."""
         return next((h for h in model._forward_pre_hooks.values() if isinstance(h, LayoutTracker)), None)
 
+    @staticmethod
+    def remove_from(model: nn.Module) -> None:
+        """Remove the model's tracker, if it has one."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, LayoutTracker):
+                hook._grid = None
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, end in list(model._forward_hooks.items()):
+            if isinstance(getattr(end, "__self__", None), LayoutTracker):
+                del model._forward_hooks[key]
+
     @property
     def grid(self) -> Grid:
         """The image tokens of the model's last forward pass.
@@ -321,14 +333,7 @@ class Host(ABC, Generic[Model]):
 
     def untrack_layout(self, model: nn.Module) -> None:
         """Remove the model's tracker, if it has one."""
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, LayoutTracker):
-                hook._grid = None
-                del model._forward_pre_hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, end in list(model._forward_hooks.items()):
-            if isinstance(getattr(end, "__self__", None), LayoutTracker):
-                del model._forward_hooks[key]
+        LayoutTracker.remove_from(model)
 
 
 def config_of(model: nn.Module) -> Mapping[str, Any]:
@@ -340,6 +345,19 @@ def config_of(model: nn.Module) -> Mapping[str, Any]:
 def linear_weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """A linear layer's weight and bias, detached."""
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """This layer.
+
+    Raises:
+        HostError: it is of another kind.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise HostError(
+            f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
+        )
+    return layer
 
 
 def randomise(model: Model, std: float = 0.05) -> Model:

@@ -17,7 +17,7 @@ from ._arguments import Knowledge
 from ._forwards import copied
 from ._spec import Output, Time
 
-_DEFAULTS: dict[str, Any] = {
+_DEFAULTS: Mapping[str, str | int] = {
     "prompt": "a red cube on a table",
     "height": 128,
     "width": 192,

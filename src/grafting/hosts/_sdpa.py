@@ -2,33 +2,19 @@
 
 import copy
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, BlockCall, Grid, Kwargs, MlpWeights, NoiseProcess, Site
+from ..contract import AttentionWeights, Grid, Kwargs, MlpWeights, NoiseProcess, Site
 from ..errors import HostError
-from ._grids import (
-    as_argument,
-    as_images,
-    fact,
-    latent_grid,
-    pack,
-    packed_grid,
-    patch_sizes,
-    positions_of,
-    sizes_of,
-    unpack,
-)
-from ._host import Host, linear_weights, randomise
-from ._spec import ACTIVATIONS, BlockList, Input, LatentTokens, SdpaSpec
-
-_DTYPES = {"float": torch.float32, "long": torch.long, "bool": torch.bool}
-
-_COUNTS = frozenset({"batch", "text", "frames", "rows", "cols", "tokens"})
-"""Sides of an argument that differ from call to call."""
+from . import _inputs
+from ._grids import fact, grid_of_images, image_arguments, images_of, latent_grid, packed_grid, patch_sizes
+from ._host import Host, as_linear, linear_weights, randomise
+from ._sites import blocks_of, sites_of
+from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
 
 
 class SdpaHost(Host[nn.Module]):
@@ -83,63 +69,20 @@ class SdpaHost(Host[nn.Module]):
                 f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}"
             )
         try:
-            return tuple(
-                site
-                for number, (path, blocks) in enumerate(self._block_paths(model))
-                for site in self._sites_of(model, number, path, blocks)
-            )
+            return tuple(sites_of(self.spec, model, self._native_grid))
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise HostError(
                 f"spec {self.name!r} does not fit {type(model).__name__}: {error}; it is for a class as another version of its "
                 "package has it"
             ) from error
 
-    def _sites_of(self, model: nn.Module, number: int, path: str, blocks: BlockList) -> Iterator[Site]:
-        facts = self._facts(model, number, blocks)
-        attention = f"{path}.{blocks.attention}"
-        model.get_submodule(attention)
-        num_heads = fact(model, blocks.num_heads or self.spec.num_heads)
-        yield Site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers, **facts)
-        if blocks.mlp is not None:
-            module = model.get_submodule(f"{path}.{blocks.mlp}")
-            layers = self.spec.mlp
-            placed = getattr(module, "site", None)  # where an operator stands already, it knows its site
-            if placed is not None:
-                width = placed.hidden_dim
-            else:
-                width = _linear(module.get_submodule(layers.down)).in_features if layers else 4 * facts["dim"]
-            yield Site(
-                role="mlp", path=f"{path}.{blocks.mlp}", hidden_dim=width, module=blocks.mlp_call, **facts
-            )
-
-    def _facts(self, model: nn.Module, number: int, blocks: BlockList) -> dict[str, Any]:
-        return {
-            "block": number,
-            "dim": fact(model, blocks.num_heads or self.spec.num_heads) * fact(model, self.spec.head_dim),
-            "grid": self.grid or self.spec.native_grid,
-            "num_text": self.spec.native_num_text,
-            "attention": blocks.call(self.spec.order),
-        }
-
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """Lists whose calls the spec describes."""
-        found = []
-        first: dict[str, int] = {}
-        for number, (path, blocks) in enumerate(self._block_paths(model)):
-            place = number - first.setdefault(blocks.path, number)
-            count = len(model.get_submodule(blocks.path))  # type: ignore[arg-type]  # a ModuleList
-            fixed = blocks.fixed.get(place, blocks.fixed.get(place - count, ""))
-            call, facts = BlockCall(blocks.arguments, blocks.returns), self._facts(model, number, blocks)
-            if blocks.returns:
-                found.append(Site(role="block", path=path, call=call, fixed=fixed, **facts))
-        return tuple(found)
+        return tuple(blocks_of(self.spec, model, self._native_grid))
 
-    def _block_paths(self, model: nn.Module) -> list[tuple[str, BlockList]]:
-        return [
-            (f"{blocks.path}.{i}", blocks)
-            for blocks in self.spec.blocks
-            for i, _ in enumerate(model.get_submodule(blocks.path).children())
-        ]
+    @property
+    def _native_grid(self) -> Grid:
+        return self.grid or self.spec.native_grid
 
     def image_grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
         image = self.spec.image
@@ -168,18 +111,18 @@ class SdpaHost(Host[nn.Module]):
         if self.spec.projections is None:
             self._refuse("projections that a mixer could inherit (`projections`): use init: random")
         q, k, v, out = (attention.get_submodule(path) for path in self.spec.projections)
-        return AttentionWeights(*(linear_weights(_linear(layer)) for layer in (q, k, v, out)))
+        return AttentionWeights(*(linear_weights(as_linear(layer)) for layer in (q, k, v, out)))
 
     def output_layer(self, attention: nn.Module) -> nn.Linear | None:
         if self.spec.projections is None:
             return None
-        return _linear(attention.get_submodule(self.spec.projections[3]))
+        return as_linear(attention.get_submodule(self.spec.projections[3]))
 
     def mlp_weights(self, mlp: nn.Module) -> MlpWeights:
         layers = self.spec.mlp
         if layers is None:
             self._refuse("the layers of its MLPs (`mlp`): use init: random")
-        up, down = (_linear(mlp.get_submodule(path)) for path in (layers.up, layers.down))
+        up, down = (as_linear(mlp.get_submodule(path)) for path in (layers.up, layers.down))
         if layers.gated or up.out_features != down.in_features:
             raise HostError(
                 f"an MLP from {up.out_features} to {down.in_features} channels is gated and has no plain two-layer form to "
@@ -189,74 +132,19 @@ class SdpaHost(Host[nn.Module]):
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         """The prediction for images, or videos, with the condition's tensors as keyword arguments."""
-        spec, grid, is_video = self.spec, self._grid_of(model, x_t), x_t.ndim == 5
+        spec, grid = self.spec, grid_of_images(model, self.spec.image, x_t)
         time = spec.time.scale - t if spec.time.reversed else t
         given = {spec.time.argument: time.long() if spec.time.whole else time}
-        known = {**self._constants(model, grid, len(x_t), condition, like=x_t), **given, **condition}
+        known = {**_inputs.constants(spec, model, grid, condition, like=x_t), **given, **condition}
         # positions of a condition's tokens and the image's may lie in one argument, which the condition then holds
-        returned = model(**{**self._image_arguments(x_t, grid), **known}, return_dict=False)
+        returned = model(**{**image_arguments(spec.image, x_t, grid), **known}, return_dict=False)
         output = returned if isinstance(returned, Tensor) else returned[0]
-        if isinstance(spec.image, LatentTokens):
-            output = as_images(output, spec.image.axes, is_video=is_video)
-        else:
-            output = unpack(output, grid, spec.image.patch, is_video=is_video)
+        output = images_of(spec.image, output, grid, is_video=x_t.ndim == 5)
         output = output.chunk(2, dim=1)[0] if spec.output.half else output
         return spec.output.sign * output
 
-    def _grid_of(self, model: nn.Module, x: Tensor) -> Grid:
-        """The image tokens of images [B, C, H, W] or videos [B, C, F, H, W]."""
-        image = self.spec.image
-        sides = (
-            patch_sizes(model, image) if isinstance(image, LatentTokens) else (1, image.patch, image.patch)
-        )
-        *frames, rows, cols = x.shape[2:]
-        return Grid(rows // sides[1], cols // sides[2], *(n // sides[0] for n in frames))
-
-    def _image_arguments(self, x: Tensor, grid: Grid) -> Kwargs:
-        """The image as the model takes it, and what says its grid."""
-        image = self.spec.image
-        if isinstance(image, LatentTokens):
-            return {image.argument: as_argument(x, image.axes)}
-        places = {image.positions: positions_of(image, grid).to(x)} if image.positions else {}
-        return {image.argument: pack(x, image.patch), **places, **sizes_of(image, grid, len(x))}
-
-    def _constants(
-        self, model: nn.Module, grid: Grid, batch_size: int, condition: Mapping[str, Any], *, like: Tensor
-    ) -> Kwargs:
-        """The arguments with one value that a condition leaves out."""
-        inputs = self._inputs(model)
-        lengths = {
-            value.shape[i.shape.index("text")]
-            for name, i in inputs.items()
-            if "text" in i.shape and isinstance(value := condition.get(name), Tensor)
-        }
-        sizes = self._sizes(grid, batch_size, max(lengths, default=0))
-        return {
-            name: _made(model, i, sizes, like=like)
-            for name, i in inputs.items()
-            if i.value is not None and name not in condition
-        }
-
-    def _inputs(self, model: nn.Module) -> dict[str, Input]:
-        inputs = {n: i if isinstance(i, Input) else Input(shape=i) for n, i in self.spec.inputs.items()}
-        return {name: i for name, i in inputs.items() if fact(model, i.needs)}
-
     def needed(self, model: nn.Module) -> dict[str, int | None]:
-        found = {name: i for name, i in self._inputs(model).items() if i.value is None}
-        return {
-            name: int(fact(model, i.shape[-1])) if len(i.shape) > 1 and i.shape[-1] not in _COUNTS else None
-            for name, i in found.items()
-        }
-
-    def _sizes(self, grid: Grid, batch_size: int, num_text: int) -> dict[str, int]:
-        return {
-            "batch": batch_size,
-            "text": num_text,
-            "frames": grid.frames,
-            "rows": grid.rows,
-            "cols": grid.cols,
-            "tokens": grid.num_tokens,
-        }
+        return _inputs.needed(self.spec, model)
 
     def process(self, model: nn.Module) -> NoiseProcess:
         if self.spec.process is None:
@@ -267,12 +155,10 @@ class SdpaHost(Host[nn.Module]):
         return self._build(model, self.spec.process)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
-        image, grid = self.spec.image, self.grid or self.spec.native_grid
-        channels = fact(model, self.spec.channels)
-        if isinstance(image, LatentTokens):
-            sides = patch_sizes(model, image)
-        else:
-            sides, channels = (1, image.patch, image.patch), channels // image.patch**2
+        image, grid = self.spec.image, self._native_grid
+        sides, channels = patch_sizes(model, image), fact(model, self.spec.channels)
+        if isinstance(image, PackedTokens):
+            channels //= image.patch**2
         frames, rows, cols = (
             n * side for n, side in zip((grid.frames, grid.rows, grid.cols), sides, strict=True)
         )
@@ -289,37 +175,14 @@ class SdpaHost(Host[nn.Module]):
     ) -> Kwargs:
         if not self.spec.inputs:
             self._refuse("its other arguments (`inputs`)")
-        host = self.at_grid(Grid(rows, cols, frames))
-        x = torch.randn(batch_size, *host.shape(model))
-        sizes = self._sizes(Grid(rows, cols, frames), batch_size, num_text)
+        grid = Grid(rows, cols, frames)
+        x = torch.randn(batch_size, *self.at_grid(grid).shape(model))
         time = self.spec.time.scale * torch.rand(batch_size)
         return {
-            **self._image_arguments(x, Grid(rows, cols, frames)),
+            **image_arguments(self.spec.image, x, grid),
             self.spec.time.argument: time.long() if self.spec.time.whole else time,
-            **{name: _made(model, i, sizes, like=x) for name, i in self._inputs(model).items()},
+            **_inputs.examples(self.spec, model, grid, num_text=num_text, like=x),
         }
 
     def _refuse(self, what: str) -> NoReturn:
         raise HostError(f"the spec of host {self.name!r} does not declare {what}")
-
-
-def _linear(layer: nn.Module) -> nn.Linear:
-    if not isinstance(layer, nn.Linear):
-        raise HostError(
-            f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
-        )
-    return layer
-
-
-def _made(model: nn.Module, asked: Input, sizes: Mapping[str, int], *, like: Tensor) -> Any:
-    """An argument by its description, with random values where it has none of its own."""
-    if not asked.shape and asked.value is not None:
-        return asked.value
-    shape = [sizes[str(size)] if size in sizes else fact(model, size) for size in asked.shape]
-    if asked.each:
-        one = asked.model_copy(update={"each": False})
-        return [_made(model, one, sizes, like=like) for _ in range(sizes["batch"])]
-    dtype = like.dtype if asked.dtype == "float" else _DTYPES[asked.dtype]
-    if asked.value is None and asked.dtype == "float":
-        return torch.randn(shape).to(like)
-    return torch.full(shape, 1 if asked.value is None else asked.value, dtype=dtype, device=like.device)  # type: ignore[arg-type]  # a number

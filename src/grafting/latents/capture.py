@@ -39,7 +39,7 @@ class _Enough(Exception):  # no error: it ends a pipeline's call
     """The scheduler was asked for its first step."""
 
 
-def first_step(pipeline: Any, **call: Any) -> list[dict[str, Any]]:
+def first_step(pipeline: Any, **call: Any) -> list[Kwargs]:
     """Arguments of the transformer's calls before the scheduler's first step, flat by name, on the CPU; None and {} left out.
 
     A dotted name is an argument inside a mapping; one that ends in `[]` is a list of tensors.

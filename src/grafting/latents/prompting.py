@@ -12,7 +12,7 @@ import torch
 from pydantic import JsonValue, PositiveInt
 from torch import Tensor, nn
 
-from ..contract import Step
+from ..contract import Kwargs, Step
 from ..data.promptfolder import Prompt, PromptFolder
 from ..data.prompts import Dropout, PromptsConfig
 from ..errors import CheckpointError, DataError, HostError
@@ -194,7 +194,7 @@ def open_encoders(
             f"{source} is no pipeline of diffusers: it has no {PIPELINE_NAME}. Name a pipeline's folder, or owner/name on the Hub"
         )
     parts = read_json(index, JsonObject)
-    made: dict[str, Any] = {name: None for name, part in parts.items() if part == [None, None]}
+    made: dict[str, nn.Module | None] = {name: None for name, part in parts.items() if part == [None, None]}
     try:
         for name, part in parts.items():
             if isinstance(part, list) and len(part) == 2 and part[0] == "diffusers":
@@ -286,7 +286,7 @@ class Prompting:
             dropout=dropout,
         )
 
-    def _facts(self, pipeline: Any) -> dict[str, Any]:
+    def _facts(self, pipeline: Any) -> dict[str, int | str | list[str]]:
         """What the tensors depend on beside the words: by two prompts, so that other weights and other versions are told apart."""
         rows = {"prompt": self.capture.row("a red cat").tensors, "null": self.capture.null or {}}
         tensors = {f"{kind}.{name}": tensor for kind, row in rows.items() for name, tensor in row.items()}
@@ -344,7 +344,7 @@ def _host(pipeline: Any) -> Host | None:
         return None
 
 
-def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> dict[str, Any]:
+def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> Kwargs:
     """What the pipeline is called with beside the prompt.
 
     Raises:

@@ -250,10 +250,10 @@ class ParallelBlocks(nn.ModuleList):
     def _prepare(self) -> None:
         self._one_pass = _OnePass(list(self)) if all(map(_is_plain, self)) else None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_one_pass": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """A copy: its parameters have memory of their own."""
         super().__setstate__(state)
         self._prepare()

@@ -94,13 +94,14 @@ def gated(
     filters = [x for x in (short, inner) if x is not None]
     of_short, of_inner = (None if x is None else x.taps for x in (short, inner))
     # filters that are watched may have their weights only while they are called, as those that are offloaded
-    if kernels_take(qkv, of_short, of_inner) and not any(_is_watched(x) for x in filters):
+    if kernels_take(qkv, of_short, of_inner) and not any(is_watched(x) for x in filters):
         return gated_conv(qkv, of_short, of_inner, layout)
     q, k, v = (qkv if short is None else short(qkv, layout)).chunk(3, dim=-1)
     return q * (k * v if inner is None else inner(k * v, layout))
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether something waits for the module to be called."""
     if module._forward_pre_hooks or module._forward_hooks:
         return True
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")

@@ -4,9 +4,7 @@ Each starts at random, as published: nothing is taken from the host. A preset is
 wants others writes them out.
 """
 
-from typing import Any
-
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, str | float]] = {
     "hyena-se-published": {"name": "hyena-se", "geometry": "causal", "init": "random"},
     "hyena-x-published": {"name": "hyena-x", "geometry": "causal", "init": "random"},
     "hyena-y-published": {"name": "hyena-y", "geometry": "causal", "init": "random"},

@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
-from ..functional.conv import depthwise_1d
+from ..functional.gated_conv import silu_conv
+from ..functional.gated_norm import gated_norm
 from ..functional.ssd import ssd
 
 # steps at the start, drawn log-uniformly, and rates, drawn uniformly (mamba_ssm's)
@@ -158,17 +159,16 @@ class Mamba2(Mixer):
         )
         self.reverse = Direction(self.sizes, num_heads, conv_size) if separate else None
         self.bidirectional = bidirectional
-        self.norm = GatedNorm(inner_dim, eps=_NORM_EPS)
+        self.norm = GatedNorm(inner_dim)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
         projected = self.in_proj(x)
         gate, tokens = projected.split([self.inner_dim, projected.shape[-1] - self.inner_dim], dim=-1)
-        y = _scan(self, tokens)
+        y, back = _scan(self, tokens), None
         if self.bidirectional:
-            back = _scan(self, tokens.flip(1)) if self.reverse is None else self.reverse(tokens.flip(1))
-            y = (y + back.flip(1)) / 2
-        return self.out_proj(self.norm(y * F.silu(gate)))
+            back = _scan(self, tokens, reverse=True) if self.reverse is None else self.reverse(tokens)
+        return self.out_proj(self.norm(y, back, gate))
 
     @property
     def output_layer(self) -> nn.Linear:
@@ -239,33 +239,44 @@ class Direction(nn.Module):
         self.D = nn.Parameter(torch.ones(num_heads))
 
     def forward(self, tokens: Float[Tensor, "b l xbcdt"]) -> Float[Tensor, "b l inner"]:
-        return _scan(self, tokens)
+        """The way back."""
+        return _scan(self, tokens, reverse=True)
 
 
-def _scan(direction: Mamba2 | Direction, tokens: Tensor) -> Tensor:
-    """Filter and scan of x, B, C, dt in the order in which they stand, with the parameters of the module that is running."""
+def _scan(direction: Mamba2 | Direction, tokens: Tensor, *, reverse: bool = False) -> Tensor:
+    """Filter and scan of x, B, C, dt, forward or from the last token to the first, with the parameters of the module that is running."""
     num_heads = len(direction.D)
     xBC, dt = tokens.split([tokens.shape[-1] - num_heads, num_heads], dim=-1)
-    x, B, C = F.silu(direction.conv1d(xBC)).split(direction.sizes, dim=-1)
+    x, B, C = direction.conv1d(xBC, reverse=reverse).split(direction.sizes, dim=-1)
     x = x.unflatten(-1, (num_heads, -1))  # [B, L, H, P]
     exact = torch.promote_types(dt.dtype, torch.float32)
     dt = F.softplus(dt.to(exact) + direction.dt_bias.to(exact))
-    y = ssd(x, dt, -direction.A_log.to(exact).exp(), B, C)
-    return (y + direction.D.to(x.dtype)[:, None] * x).flatten(2)
+    rates = -direction.A_log.to(exact).exp()
+    return ssd(x, dt, rates, B, C, direction.D, reverse=reverse).flatten(2)
 
 
 class ShortFilter(nn.Conv1d):
-    """A causal depthwise filter over tokens, x [B, L, D] -> [B, L, D], in the dtype of x; mamba_ssm's `conv1d`."""
+    """silu of a causal depthwise filter over tokens, x [B, L, D] -> [B, L, D], in the dtype of x; mamba_ssm's `conv1d`."""
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        return depthwise_1d(x, self.weight, self.bias, before=self.kernel_size[0] - 1)
+    def forward(self, x: Float[Tensor, "b l d"], *, reverse: bool = False) -> Float[Tensor, "b l d"]:
+        """Filtered forward, or as if the tokens stood in reverse."""
+        assert self.bias is not None
+        if reverse:
+            return silu_conv(x, self.weight.flip(-1), self.bias, before=0)
+        return silu_conv(x, self.weight, self.bias, before=self.kernel_size[0] - 1)
 
 
-class GatedNorm(nn.RMSNorm):
-    """Root-mean-square norm in the dtype of its weight: under autocast that is more exact than the input's."""
+class GatedNorm(nn.Module):
+    """Root-mean-square norm of what both directions made, averaged and gated; see `gated_norm`."""
 
-    def forward(self, x: Float[Tensor, "*dims d"]) -> Float[Tensor, "*dims d"]:
-        return super().forward(x.to(self.weight.dtype))
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(
+        self, y: Float[Tensor, "b l d"], back: Float[Tensor, "b l d"] | None, gate: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b l d"]:
+        return gated_norm(y, back, gate, self.weight, _NORM_EPS)
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

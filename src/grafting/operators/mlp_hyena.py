@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
 from ..errors import HostError
-from ..functional.conv import depthwise_1d
+from ..functional.gated_conv import channel_kernels_take, filtered_channels, gated_channels
+from ._filters import is_watched
 
 # width of q, k and v over D, with which the linears cost what those of an MLP of ratio 4 do
 EXPANSION = 2
@@ -80,8 +81,16 @@ class MLPHyenaX(Mixer):
         self.out_proj = nn.Linear(EXPANSION * dim, dim)
 
     def forward(self, x: Float[Tensor, "b l d"], layout: TokenLayout) -> Float[Tensor, "b l d"]:
-        q, k, v = self.short_filter(self.in_proj(x)).chunk(3, dim=-1)
-        return self.out_proj(q * (k * v))
+        return self.out_proj(self._gated(self.in_proj(x)))
+
+    def _gated(self, qkv: Tensor) -> Tensor:
+        own = self.short_filter
+        # a filter that is watched may have its weights only while it is called, as one that is offloaded
+        if channel_kernels_take(qkv, own.weight) and not is_watched(own):
+            own.check(qkv.shape[1])
+            return gated_channels(qkv, own.weight, own.bias)
+        q, k, v = own(qkv).chunk(3, dim=-1)
+        return q * (k * v)
 
     @property
     def output_layer(self) -> nn.Linear:
@@ -172,12 +181,14 @@ class ChannelFilter(nn.Module):
         self.weight[..., -1] = 1
 
     def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
-        num_filters, num_tokens = len(self.weight), x.shape[1]
+        self.check(x.shape[1])
+        return filtered_channels(x, self.weight, self.bias)
+
+    def check(self, num_tokens: int) -> None:
+        """Raise a HostError if there are other tokens than filters."""
+        num_filters = len(self.weight)
         if num_filters not in (1, num_tokens):
             raise HostError(
                 f"mlp-hyena-x has a filter for each of {num_filters} tokens, and the model passes {num_tokens}: run it "
                 "at its native size, or graft it with `filters: shared`, which takes any number"
             )
-        # tokens take the place of channels; one filter for all is a view, so nothing is copied
-        weight, bias = self.weight.expand(num_tokens, -1, -1), self.bias.expand(num_tokens)
-        return depthwise_1d(x.mT, weight, bias, before=self.weight.shape[-1] - 1).mT

@@ -3,7 +3,7 @@
 The arithmetic is in `functional/ttt.py`.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class TTTConfig(KernelConfig):
         return fast_weights + convs
 
     @property
-    def _local(self) -> dict[str, Any]:
+    def _local(self) -> dict[str, str | int | None]:
         return {"name": "window-2d", "radius": self.window}
 
     @property

@@ -1,7 +1,7 @@
 """The pictures of samples: one sheet a model, the same seeds in the same places."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,38 +15,6 @@ _LARGE_SHEET_COLUMNS = 8
 _LARGE_SIDE = 64
 # all pixels of the second, longer sheets; more would make the file large
 _MAX_BYTES = 1_500_000
-
-
-def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> dict[str, Any] | None:
-    """A short sheet for each model and, where they are small enough, a longer one; None if there is no image."""
-    samples = {name: s for name, s in samples.items() if len(s.images)}
-    if not samples:
-        return None
-    side = max(max(s.images.shape[2:]) for s in samples.values())
-    longest = max(samples.values(), key=lambda s: len(s.images))
-    # captions need room
-    columns = _LARGE_SHEET_COLUMNS if side > _LARGE_SIDE or longest.words else _SHEET_COLUMNS
-    columns = min(columns, max(len(s.images) for s in samples.values()))
-    labels = longest.labels[:columns].tolist()
-    has_more = len(longest.images) > columns and sum(s.images.nbytes for s in samples.values()) <= _MAX_BYTES
-    return {
-        "columns": columns,
-        "asked": asked,
-        "remarked": any(s.remarks for s in samples.values()),
-        "labels": longest.words[:columns] if longest.words else labels,
-        "sheets": [_sheet(name, s, asked, count=columns, columns=columns) for name, s in samples.items()],
-        "more": [_sheet(name, s, asked, count=len(s.images), columns=10) for name, s in samples.items()]
-        if has_more
-        else [],
-        "num_more": len(longest.images),
-        "pixelated": side <= _LARGE_SIDE,
-        "shown_side": MAX_SIDE if side > MAX_SIDE else None,
-        "side": side,
-        "totals": _totals(samples),
-        "labels_differ": any(
-            s.labels[:columns].tolist() != labels[: len(s.labels)] for s in samples.values()
-        ),
-    }
 
 
 class Cell(NamedTuple):
@@ -67,6 +35,56 @@ class Sheet(NamedTuple):
     size: tuple[int, int]  # of an image as it is shown
     viewbox: str
     cells: list[Cell]
+
+
+class Gallery(NamedTuple):
+    """The sheets of all models, the same seeds in the same places."""
+
+    columns: int
+    asked: str
+    """What images are asked for by: class, or prompt."""
+    remarked: bool
+    labels: Sequence[object]
+    sheets: list[Sheet]
+    more: list[Sheet]
+    """Longer sheets, of `num_more` images; empty where they would be too large."""
+    num_more: int
+    pixelated: bool
+    shown_side: int | None
+    """Side in pixels that images are shrunk to; None where they are shown as they are."""
+    side: int
+    totals: str
+    labels_differ: bool
+
+
+def gallery(samples: Mapping[str, Samples], *, asked: str = "class") -> Gallery | None:
+    """A short sheet for each model and, where they are small enough, a longer one; None if there is no image."""
+    samples = {name: s for name, s in samples.items() if len(s.images)}
+    if not samples:
+        return None
+    side = max(max(s.images.shape[2:]) for s in samples.values())
+    longest = max(samples.values(), key=lambda s: len(s.images))
+    # captions need room
+    columns = _LARGE_SHEET_COLUMNS if side > _LARGE_SIDE or longest.words else _SHEET_COLUMNS
+    columns = min(columns, max(len(s.images) for s in samples.values()))
+    labels = longest.labels[:columns].tolist()
+    has_more = len(longest.images) > columns and sum(s.images.nbytes for s in samples.values()) <= _MAX_BYTES
+    return Gallery(
+        columns=columns,
+        asked=asked,
+        remarked=any(s.remarks for s in samples.values()),
+        labels=longest.words[:columns] if longest.words else labels,
+        sheets=[_sheet(name, s, asked, count=columns, columns=columns) for name, s in samples.items()],
+        more=[_sheet(name, s, asked, count=len(s.images), columns=10) for name, s in samples.items()]
+        if has_more
+        else [],
+        num_more=len(longest.images),
+        pixelated=side <= _LARGE_SIDE,
+        shown_side=MAX_SIDE if side > MAX_SIDE else None,
+        side=side,
+        totals=_totals(samples),
+        labels_differ=any(s.labels[:columns].tolist() != labels[: len(s.labels)] for s in samples.values()),
+    )
 
 
 def _sheet(name: str, samples: Samples, asked: str, *, count: int, columns: int) -> Sheet:

@@ -5,14 +5,15 @@ No script and no asset outside the file. The same record always gives the same b
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
 from ..machine.files import flatten
 from ..words import duration
 from ._gallery import gallery
-from ._plan_picture import operator_keys, plan_picture, plan_width
+from ._plan_picture import OperatorKey, operator_keys, plan_picture, plan_width
 from ._protocols import alike, protocol_table
 from ._record import PlannedSite, RunRecord
 from ._results import baseline, further, notes, results
@@ -57,16 +58,26 @@ def _summary(run: RunRecord) -> str:
     return summary(_sites(run), rows, alike=bool(base and last and alike(base, last)))
 
 
-def _plan(sites: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+class _Plan(NamedTuple):
+    """What is shown of the plan; `own` counts the sites that stay as they are."""
+
+    picture: Markup
+    width: float
+    keys: list[OperatorKey]
+    own: int
+    sentence: str
+
+
+def _plan(sites: Sequence[Mapping[str, Any]]) -> _Plan | None:
     if not sites:
         return None
-    return {
-        "picture": plan_picture(sites),
-        "width": plan_width(sites),
-        "keys": list(operator_keys(sites).values()),
-        "own": sum(site["operator"] is None for site in sites),
-        "sentence": replaced(sites),
-    }
+    return _Plan(
+        picture=plan_picture(sites),
+        width=plan_width(sites),
+        keys=list(operator_keys(sites).values()),
+        own=sum(site["operator"] is None for site in sites),
+        sentence=replaced(sites),
+    )
 
 
 def _stages(run: RunRecord) -> list[dict[str, str]]:

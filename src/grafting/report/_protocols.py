@@ -27,7 +27,7 @@ class ProtocolTable(NamedTuple):
         return [(name, values) for name, values, differ in self.lines if differ]
 
 
-def compared(row: Mapping[str, Any]) -> dict[str, Any]:
+def compared(row: Mapping[str, Any]) -> dict[str, object]:
     """The fields of a row's protocol that its figures depend on."""
     fields = flatten(row.get("protocol") or {})
     return {k: v for k, v in fields.items() if k not in _CIRCUMSTANCES and not k.startswith("recorded.")}

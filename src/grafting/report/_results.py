@@ -1,7 +1,7 @@
 """The tables of results: the figures of every model beside their intervals, and what to know about them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -22,7 +22,43 @@ from ._svg import Scale, spans_decade
 from ._words import ratio
 
 
-def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+class Result(NamedTuple):
+    """A line of the main table, as it is written."""
+
+    name: str
+    is_key: bool
+    meaning: str
+    value: str
+    interval: str
+    ratio: str
+    plot: Markup | str
+    cells: list[tuple[str, str | None]]
+    """Of each column a figure and what stands under it."""
+
+
+class Results(NamedTuple):
+    """The main table: its first figure with the axis that intervals are drawn on, further columns, and its lines."""
+
+    title: str
+    figure: Figure
+    is_measured: bool
+    columns: list[Figure]
+    axis: Markup
+    logarithmic: bool
+    rows: list[Result]
+    is_paired: bool
+    """True if a row's ratio to the pretrained one is by images of the same seeds."""
+    protocols_differ: bool
+
+
+class Further(NamedTuple):
+    """A table of figures with their intervals; its heads have a text of help each."""
+
+    heads: list[tuple[str, str]]
+    lines: list[tuple[str, list[tuple[str, str]]]]
+
+
+def results(rows: Sequence[Mapping[str, Any]]) -> Results | None:
     """The main table: a line for each model, with its interval drawn on an axis that all share; None without rows."""
     if not rows:
         return None
@@ -37,17 +73,17 @@ def results(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         end=INTERVAL_WIDTH - 10,
         log=figure.ratio and spans_decade(values),
     )
-    return {
-        "title": figure.name(rows),
-        "figure": figure,
-        "is_measured": bool(values),
-        "columns": columns,
-        "axis": interval_axis(scale),
-        "logarithmic": scale.log,
-        "rows": [_result(row, base, figure, columns, scale) for row in rows],
-        "is_paired": any("ratio" in (row.get("paired") or {}).get(figure.key, {}) for row in rows),
-        "protocols_differ": len(protocol_table(rows).columns) > 1,
-    }
+    return Results(
+        title=figure.name(rows),
+        figure=figure,
+        is_measured=bool(values),
+        columns=columns,
+        axis=interval_axis(scale),
+        logarithmic=scale.log,
+        rows=[_result(row, base, figure, columns, scale) for row in rows],
+        is_paired=any("ratio" in (row.get("paired") or {}).get(figure.key, {}) for row in rows),
+        protocols_differ=len(protocol_table(rows).columns) > 1,
+    )
 
 
 def _result(
@@ -56,18 +92,18 @@ def _result(
     figure: Figure,
     columns: Sequence[Figure],
     scale: Scale,
-) -> dict[str, Any]:
+) -> Result:
     others = {} if row is base or base is None else base
-    return {
-        "name": str(row["name"]),
-        "is_key": row["name"] in (PRETRAINED, FINETUNED),
-        "meaning": ROW_MEANINGS.get(row["name"], ""),
-        "value": figure.write(row.get(figure.key)),
-        "interval": figure.interval(row),
-        "ratio": figure.paired(row) or (ratio(figure, row, others) if others and alike(row, others) else ""),
-        "plot": _interval_mark(row, base, figure, scale),
-        "cells": [_cell(column, row, others) for column in columns],
-    }
+    return Result(
+        name=str(row["name"]),
+        is_key=row["name"] in (PRETRAINED, FINETUNED),
+        meaning=ROW_MEANINGS.get(row["name"], ""),
+        value=figure.write(row.get(figure.key)),
+        interval=figure.interval(row),
+        ratio=figure.paired(row) or (ratio(figure, row, others) if others and alike(row, others) else ""),
+        plot=_interval_mark(row, base, figure, scale),
+        cells=[_cell(column, row, others) for column in columns],
+    )
 
 
 def _cell(column: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -98,7 +134,7 @@ def _interval_mark(
     )
 
 
-def further(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def further(rows: Sequence[Mapping[str, Any]]) -> Further | None:
     """The figures that are not in the first table, those that any row has."""
     first = [headline(rows), *shown_in("main")]
     figures = [
@@ -108,16 +144,16 @@ def further(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     ]
     if not figures:
         return None
-    return {
-        "heads": [(figure.name(rows), figure.help) for figure in figures],
-        "lines": [
+    return Further(
+        heads=[(figure.name(rows), figure.help) for figure in figures],
+        lines=[
             (
                 str(row["name"]),
                 [(f.write(row.get(f.key)), f.paired(row) or f.interval(row)) for f in figures],
             )
             for row in rows
         ],
-    }
+    )
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -1,9 +1,10 @@
 """The curves of both stages, and how well each operator learned its site."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from ..training.phases import FinetuneConfig
 from ..words import ABSENT, MINUS, is_number, number, short, shown_in
@@ -13,7 +14,60 @@ from ._svg import Scale, spans_decade
 _SMALL, _LARGE = (300.0, 150.0), (380.0, 200.0)
 
 
-def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+class Fit(NamedTuple):
+    """A site's held-out loss and R^2, as they are written, at the start and at the end."""
+
+    name: str
+    operator: str
+    loss: list[str]
+    r2: list[str]
+    plot: Markup | str
+
+
+class SiteChart(NamedTuple):
+    """A site's losses over the steps of stage 1."""
+
+    title: str
+    operator: str
+    picture: Markup
+
+
+class Stage1(NamedTuple):
+    """A chart and a table line for each site, up to the step `last`."""
+
+    charts: list[SiteChart]
+    logarithmic: bool
+    fits: list[Fit]
+    last: int | None
+
+
+class Curves(NamedTuple):
+    """One value over the steps of stage 2, and the last that it came to."""
+
+    title: str
+    logarithmic: bool
+    last: str
+    picture: Markup
+
+
+class Phase(NamedTuple):
+    """First and last step of a phase of stage 2, and what it trains."""
+
+    number: int
+    first: int
+    last: int
+    trained: str
+
+
+class Stage2(NamedTuple):
+    """A chart for each value, up to the step `last`."""
+
+    charts: list[Curves]
+    last: int | None
+    phases: list[Phase]
+
+
+def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> Stage1 | None:
     """A table line and a chart for each site that the log speaks of, all charts on one axis; None if it is empty."""
     paths = _logged_paths(log)
     if not paths:
@@ -26,20 +80,20 @@ def stage_1(log: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]
     log_axis = spans_decade(everything.tolist())
     fits = [_fit(log, path, names.get(path, path), operators.get(path, "")) for path in paths]
     charts = [
-        {
-            "title": names.get(path, path),
-            "operator": operators.get(path, ""),
-            "picture": step_chart(
+        SiteChart(
+            title=names.get(path, path),
+            operator=operators.get(path, ""),
+            picture=step_chart(
                 [*_raw_and_smooth(*training[path]), Curve(*held_out[path], "points")],
                 label=f"Loss of {names.get(path, path)} over the steps of stage 1",
                 log=log_axis,
                 values=everything.tolist(),
                 size=_SMALL,
             ),
-        }
+        )
         for path in paths
     ]
-    return {"charts": charts, "logarithmic": log_axis, "fits": fits, "last": log[-1].get("step")}
+    return Stage1(charts, log_axis, fits, log[-1].get("step"))
 
 
 def _site_name(site: Mapping[str, Any]) -> str:
@@ -53,22 +107,21 @@ def _logged_paths(log: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(k.split("/", 1)[1] for k in keys if k.startswith(("loss/", "holdout_loss/"))))
 
 
-def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) -> dict[str, Any]:
-    """A site's held-out loss and R^2 at the start and at the end."""
+def _fit(log: Sequence[Mapping[str, Any]], path: str, name: str, operator: str) -> Fit:
     _, loss = _series(log, f"holdout_loss/{path}")
     _, r2 = _series(log, f"r2/{path}")
     scale = Scale(0.0, 1.0, 8.0, 192.0)
     label = f"R² of {name} from {number(r2[0])} to {number(r2[-1])}" if len(r2) else ""
-    return {
-        "name": name,
-        "operator": operator,
-        "loss": [number(float(v)) for v in (loss[0], loss[-1])] if len(loss) else [ABSENT, ABSENT],
-        "r2": [f"{v:.3f}".replace("-", MINUS) for v in (r2[0], r2[-1])] if len(r2) else [ABSENT, ABSENT],
-        "plot": change_mark(float(r2[0]), float(r2[-1]), scale=scale, label=label) if len(r2) else "",
-    }
+    return Fit(
+        name=name,
+        operator=operator,
+        loss=[number(float(v)) for v in (loss[0], loss[-1])] if len(loss) else [ABSENT, ABSENT],
+        r2=[f"{v:.3f}".replace("-", MINUS) for v in (r2[0], r2[-1])] if len(r2) else [ABSENT, ABSENT],
+        plot=change_mark(float(r2[0]), float(r2[-1]), scale=scale, label=label) if len(r2) else "",
+    )
 
 
-def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> dict[str, Any] | None:
+def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> Stage2 | None:
     """A chart for each value that the log speaks of; None if it is empty.
 
     Args:
@@ -89,27 +142,20 @@ def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> dict[str,
             log=logarithmic,
             values=in_view,
             size=_LARGE,
-            ends=[float(phase["last"]) for phase in phases[:-1]],
+            ends=[float(phase.last) for phase in phases[:-1]],
         )
-        charts.append(
-            {
-                "title": title,
-                "logarithmic": logarithmic,
-                "last": short(float(f"{_end(values):.3g}")),
-                "picture": picture,
-            }
-        )
-    return {"charts": charts, "last": log[-1].get("step"), "phases": phases} if charts else None
+        charts.append(Curves(title, logarithmic, short(float(f"{_end(values):.3g}")), picture))
+    return Stage2(charts, log[-1].get("step"), phases) if charts else None
 
 
-def _phases(log: Sequence[Mapping[str, Any]], settings: Any) -> list[dict[str, Any]]:
-    """First and last step of each phase that the log speaks of, and what it trains; empty where there are no phases."""
+def _phases(log: Sequence[Mapping[str, Any]], settings: Any) -> list[Phase]:
+    """Every phase that the log speaks of; empty where there are none."""
     of_phase: dict[int, list[int]] = {}
     for line in log:
         if is_number(line.get("phase")) and is_number(line.get("step")):
             of_phase.setdefault(int(line["phase"]), []).append(line["step"])
     return [
-        {"number": number, "first": min(steps), "last": max(steps), "trained": _trained(settings, number)}
+        Phase(number, min(steps), max(steps), _trained(settings, number))
         for number, steps in sorted(of_phase.items())
     ]
 

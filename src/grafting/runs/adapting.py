@@ -18,6 +18,7 @@ from ..machine.devices import default_device
 from ..sampling.chain import check_sampling
 from ..sampling.drawing import describe_model
 from ..sampling.taught import Taught, TaughtConfig, teach
+from ..sampling.trajectories import Trajectories, TrajectoriesConfig
 from ..training.distillation import DistillConfig, distill
 from ..training.finetuning import finetune as _finetune
 from ..training.phases import FinetuneConfig, phases_of
@@ -34,7 +35,7 @@ def adapt(
     plan: Plan,
     *,
     prompts: Sequence[str],
-    data: TaughtConfig | None = None,
+    data: TaughtConfig | TrajectoriesConfig | None = None,
     distill_config: DistillConfig | None = DISTILL,
     finetune_config: FinetuneConfig | Sequence[FinetuneConfig] | None = FINETUNE,
     folder: str | Path | None = None,
@@ -51,7 +52,8 @@ def adapt(
     Args:
         pipeline: of diffusers, with its text encoders; moved to the accelerator, if there is one.
         prompts: words; a hundred or more, like those that the model will be asked.
-        data: how many latents are made, and how; by default 1,000 of the native shape.
+        data: how many latents are made, and how, or the trajectories whose states are drawn instead; by default 1,000 latents of the
+            native shape.
         distill_config, finetune_config: stages 1 and 2; None leaves one out.
         folder: keeps the encoded prompts and the latents, so that a second call finds them; by default they go when this returns.
         call: what the pipeline is called with beside the prompt, `{"max_sequence_length": 128}`.
@@ -77,7 +79,7 @@ def adapt(
             tell("prompts", step)
         known = process_of(pipeline)
         denoiser = host.denoiser(model, Prompts(encoded), host.built(model, known) if known else None)
-        made = _taught(model, denoiser, data or TaughtConfig(), place_of_data / "latents", tell)
+        made = _made(model, denoiser, data or TaughtConfig(), place_of_data / "latents", tell)
         teacher = sharing_copy(model).eval().requires_grad_(False)
         operators = build_operators(model, plan, seed=seed)
         if distill_config is not None:
@@ -111,10 +113,18 @@ def _kept(folder: str | Path | None) -> Iterator[Path]:
         yield Path(path)
 
 
-def _taught(model: nn.Module, denoiser: Denoiser, config: TaughtConfig, folder: Path, tell: OnStep) -> Taught:
-    """Latents that the model makes, in the folder."""
+def _made(
+    model: nn.Module,
+    denoiser: Denoiser,
+    config: TaughtConfig | TrajectoriesConfig,
+    folder: Path,
+    tell: OnStep,
+) -> Taught | Trajectories:
+    """Latents that the model makes, in the folder; or its trajectories, of which nothing is stored."""
     shape = config.shape or host_of(model).shape(model)
     check_sampling(config, denoiser=denoiser, channels=shape[0])
+    if isinstance(config, TrajectoriesConfig):
+        return Trajectories(config, shape=shape)
     made = Taught(config, shape=shape, num_classes=len(denoiser.conditions))
     made.folder = folder
     identity = describe_model(model, settings=[type(model).__name__])

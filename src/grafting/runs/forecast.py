@@ -38,7 +38,7 @@ from .recipe import Recipe
 from .rows import ROWS, rows_in
 from .shapes import BF16, FP32, Shapes
 from .stages import stage_flops
-from .training import phase_flops
+from .training import phase_flops, state_passes, teacher_passes
 
 DEFAULT_MFU = 0.3
 
@@ -212,7 +212,9 @@ def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
             flops=flops["calibrate"],
             images=images,
             precision=recipe.calibrate.precision,
-            launches_s=math.ceil(images / recipe.calibrate.batch_size) * _forward_s(shapes),
+            launches_s=math.ceil(images / recipe.calibrate.batch_size)
+            * (1 + state_passes(recipe.data))
+            * _forward_s(shapes),
         )
         found.append(
             StageForecast(
@@ -230,7 +232,8 @@ def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForeca
         memory = distill_memory(recipe.distill, shapes, clock.processes)
         disk = distill_disk(recipe.distill, shapes)
         sites = shapes.num_fitted / (clock.processes if recipe.distill.spread == "sites" else 1)
-        step_s = _forward_s(shapes) + sites * LAUNCHES.fitted / 1000
+        passes = 1 + state_passes(recipe.data)
+        step_s = passes * _forward_s(shapes) + sites * LAUNCHES.fitted / 1000
         found.append(
             _steps(
                 "distill", recipe.distill, flops["distill"], clock, step_s=step_s, memory=memory, disk=disk
@@ -268,10 +271,10 @@ def _phases(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFore
         yield _steps(
             "finetune",
             config,
-            phase_flops(config, shapes.cost),
+            phase_flops(config, shapes.cost, data=recipe.data),
             clock,
             step_s=shapes.num_blocks * LAUNCHES.trained / 1000
-            + (_forward_s(shapes) if config.output_weight else 0),
+            + teacher_passes(config, recipe.data) * _forward_s(shapes),
             phase=number if several else None,
             memory=phase_memory(config, phase, shapes, clock.processes),
             disk=phase_disk(config, phase, shapes),

@@ -22,10 +22,12 @@ from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled_run
 from ..machine.reading import reason_of
-from ..sampling.chain import SamplingConfig, check_sampling
+from ..sampling.chain import ChainConfig, check_sampling
 from ..sampling.taught import Taught, TaughtConfig
+from ..sampling.trajectories import Trajectories, TrajectoriesConfig
 from ..training import distillation
 from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
+from ..training.supply import Data, supply_of
 from ..weights.folder import load_model
 from ..weights.locate import find_model
 from ..weights.tensors import weights_sha256
@@ -34,7 +36,7 @@ from .paths import naming_paths
 from .recipe import FreshModel, Recipe
 from .recorded import recorded
 
-S = TypeVar("S", bound=SamplingConfig)
+S = TypeVar("S", bound=ChainConfig)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Job:
     denoiser: Denoiser
     shape: tuple[int, ...]  # of one input, as the data has it
     chosen: dict[Site, Choice]
-    data: TrainingData
+    data: Data
     identity: dict[str, JsonValue]  # hashes of the model, plan, data, conditions and process
     store: OperatorStore | None = None
     decoder: Decoder | None = None  # where images are sampled
@@ -90,13 +92,14 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     denoiser = denoiser_of(recipe, model)
     recipe = with_objective(recipe, host)
     decoder = None
-    data: TrainingData
+    data: Data
     if recipe.sample is not None:
         native = recipe.sample.shape or host.shape(model)
         check_sampling(recipe.sample, denoiser=denoiser, channels=native[0])
         decoder = load_decoder(native, recipe.vae)
-    if isinstance(recipe.data, TaughtConfig):
-        data, shape = _taught(recipe, recipe.data, denoiser, host, model)
+    if isinstance(recipe.data, TaughtConfig | TrajectoriesConfig):
+        data = _of_source(recipe, recipe.data, denoiser, host, model)
+        shape = data.shape
     else:
         data = recipe.data.load()
         shape = _check_data(data, denoiser, host, model)
@@ -114,7 +117,10 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     if any(phase.lora for phase in recipe.phases):
         check_can_adapt()
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
-        distillation.split(len(data), recipe.distill)
+        supply = supply_of(
+            data, denoiser, teacher=model, device=default_device(), precision=recipe.distill.precision
+        )
+        distillation.split(supply, recipe.distill)
     identity: dict[str, JsonValue] = {
         "grafting": version("grafting"),
         "source": source_sha256,
@@ -191,22 +197,27 @@ def check_asked(model: nn.Module, conditions: Conditions) -> None:
         raise DataError(listed(head, faults))
 
 
-def _taught(
-    recipe: Recipe, config: TaughtConfig, denoiser: Denoiser, host: Host, model: nn.Module
-) -> tuple[TrainingData, tuple[int, ...]]:
-    """The data that the source makes itself, and the shape of its items.
+def _of_source(
+    recipe: Recipe,
+    config: TaughtConfig | TrajectoriesConfig,
+    denoiser: Denoiser,
+    host: Host,
+    model: nn.Module,
+) -> Taught | Trajectories:
+    """The data that the source makes itself.
 
     Raises:
         RecipeError: there is no plan, or the source cannot make such a shape.
     """
     if not recipe.plan:
         raise RecipeError(
-            "data: missing; a recipe without a plan trains the source as it is, which learns nothing from latents of its own"
+            "data: missing; a recipe without a plan trains the source as it is, which learns nothing from what it makes itself"
         )
     config = _with_shape(config, host.shape(model), host, model)
     check_sampling(config, denoiser=denoiser, channels=(config.shape or host.shape(model))[0])
-    data = Taught(config, shape=host.shape(model), num_classes=len(denoiser.conditions))
-    return data, data.shape
+    if isinstance(config, TrajectoriesConfig):
+        return Trajectories(config, shape=host.shape(model))
+    return Taught(config, shape=host.shape(model), num_classes=len(denoiser.conditions))
 
 
 def _check_data(data: TrainingData, denoiser: Denoiser, host: Host, model: nn.Module) -> tuple[int, ...]:
@@ -228,7 +239,8 @@ def _with_shape(config: S, shape: tuple[int, ...], host: Host, model: nn.Module)
     if config.shape is None and shape != host.shape(model):
         config = config.model_copy(update={"shape": shape})
     if config.shape is not None and (faults := host.shape_faults(model, config.shape)):
-        raise RecipeError(f"{'data' if isinstance(config, TaughtConfig) else 'sample'}.shape: {faults[0]}")
+        place = "data" if isinstance(config, TaughtConfig | TrajectoriesConfig) else "sample"
+        raise RecipeError(f"{place}.shape: {faults[0]}")
     return config
 
 
@@ -242,7 +254,7 @@ def with_objective(recipe: Recipe, host: Host) -> Recipe:
     """The same, with the objective of stage 2 that is the host's where the recipe names none."""
     if recipe.finetune is None or not host.distilled:
         return recipe
-    phases = with_objectives(phases_of(recipe.finetune), distilled=True)
+    phases = with_objectives(phases_of(recipe.finetune), by_output=True)
     is_one = isinstance(recipe.finetune, FinetuneConfig)
     return recipe.model_copy(update={"finetune": phases[0] if is_one else phases})
 

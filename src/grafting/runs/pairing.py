@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import DataError, GraftingError, RunError
 from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances
 from ..evaluation.influences import load_influences
-from ..machine.reading import read_json
+from ..machine.reading import JsonObject, read_json
 from ..metrics.paired import Estimate
 from ..sampling.files import open_samples
 from ..words import PRETRAINED, Row, swept, swept_pairs
@@ -48,7 +48,7 @@ def read_row(folder: Path, row: str | None = None) -> RunRow:
     return _run_row(folder, rows[names.index(row)], name=f"{folder}:{row}")
 
 
-def seen_in_images(a: RunRow, b: RunRow) -> dict[str, Any]:
+def seen_in_images(a: RunRow, b: RunRow) -> JsonObject:
     """How far images of a lie from those of b of the same seeds, as JSON; empty where they are not of the same seeds.
 
     Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`.
@@ -74,7 +74,7 @@ def _with_base(folder: Path, row: Mapping[str, Any], base: RunRow) -> dict[str, 
     return {**row, **figures, **({"paired": paired(mine, base)} if "protocol" in row else {})}
 
 
-def paired(row: RunRow, base: RunRow) -> dict[str, Any]:
+def paired(row: RunRow, base: RunRow) -> JsonObject:
     """A row's comparison with another as JSON, or the `reason` that they cannot be compared."""
     try:
         return {"to": base.row, **comparison(row.measured, base.measured)}

@@ -27,9 +27,17 @@ from ..latents.prompting import WordsConfig
 from ..machine.settings import Settings
 from ..sampling.chain import SamplingConfig
 from ..sampling.taught import TaughtConfig
+from ..sampling.trajectories import TrajectoriesConfig
 from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
-from ..training.phases import FinetuneConfig, Phases, phase_faults, phases_of
+from ..training.phases import (
+    FinetuneConfig,
+    Phases,
+    clean_faults,
+    phase_faults,
+    phases_of,
+    with_objectives,
+)
 from ..words import ROW_TITLES, RowName
 from .paths import WrittenPaths
 from .states import Every
@@ -91,7 +99,9 @@ class Recipe(Settings):
     """File that describes the model's class, where grafting does not know it."""
     plan: tuple[Edit, ...] = ()
     """The edits; none trains the model as it is."""
-    data: Annotated[DataConfig | TaughtConfig, Field(discriminator="name")] = TaughtConfig()
+    data: Annotated[DataConfig | TaughtConfig | TrajectoriesConfig, Field(discriminator="name")] = (
+        TaughtConfig()
+    )
     """Data for stages 1 and 2; if omitted, latents that the source makes itself."""
     conditions: Annotated[ConditionsConfig | WordsConfig, Field(discriminator="name")] | None = None
     """What the model is asked for, if it does not define that itself, as classes are: a folder of encoded prompts, words to
@@ -126,15 +136,21 @@ class Recipe(Settings):
 
     @field_validator("finetune")
     @classmethod
-    def _check_phases(cls, finetune: FinetuneConfig | Phases | None) -> FinetuneConfig | Phases | None:
-        """The phases, which follow each other; a list of one is that one."""
-        if not isinstance(finetune, tuple):
-            return finetune
-        if not finetune:
+    def _check_phases(
+        cls, finetune: FinetuneConfig | Phases | None, info: Any
+    ) -> FinetuneConfig | Phases | None:
+        """The phases, which follow each other and have an objective on these data; a list of one is that one."""
+        if finetune is None:
+            return None
+        phases, faults = phases_of(finetune), list[str]()
+        if not phases:
             raise ValueError("a list of phases has at least one; leave `finetune` out for no stage 2")
-        if faults := phase_faults(finetune):
+        if isinstance(info.data.get("data"), TrajectoriesConfig):
+            phases = with_objectives(phases, by_output=True)
+            faults = clean_faults(phases)
+        if faults := phase_faults(phases) + faults:
             raise ValueError("; ".join(faults))
-        return finetune if len(finetune) > 1 else finetune[0]
+        return phases if len(phases) > 1 else phases[0]
 
     @property
     def saving(self) -> Every:

@@ -17,7 +17,7 @@ from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
 from ..machine.files import hash_json, write_json
 from ..machine.processes import barrier, is_main, rank, world_size
-from ..machine.reading import read_json
+from ..machine.reading import JsonObject, read_json
 from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
@@ -124,7 +124,7 @@ def _evaluate(work: Opened) -> list[Path]:
     )
     kept = []
     for row in rows_of(job):
-        figures: dict[str, Any] = {"num_images": job.recipe.sample.num_images}
+        figures: JsonObject = {"num_images": job.recipe.sample.num_images}
         if new_evaluator is not None:
             samples, evaluator = open_samples(run.path / "samples" / f"{row}.safetensors"), new_evaluator()
             for step in evaluate(samples.batches(suite.batch_size), evaluator):
@@ -133,7 +133,7 @@ def _evaluate(work: Opened) -> list[Path]:
             if (per_image := evaluator.per_image()) is not None:
                 kept.append(influences_path(run.path, row))
                 save_influences(kept[-1], per_image, figures=figures)
-        metrics.append({"name": row} | _cost(job, run, row) | figures)
+        metrics.append({"name": row, **_cost(job, run, row), **figures})
     write_json(run.path / "metrics.json", with_pretrained(run.path, metrics))
     return [run.path / "metrics.json", *kept]
 
@@ -144,7 +144,7 @@ def _evaluate_inputs(job: Job, run: RunFolder, part: Part) -> list[Any]:
     return [fingerprints, suite]
 
 
-def _origin(job: Job) -> dict[str, Any]:
+def _origin(job: Job) -> dict[str, object]:
     """Sampling part of the protocol of a job's figures."""
     assert job.recipe.sample is not None
     vae = job.decoder.identity if job.decoder else None
@@ -158,7 +158,7 @@ class _Facts(BaseModel):
     params: NonNegativeInt
 
 
-def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, Any]:
+def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, int | float | None]:
     """Cost of a row's model: parameters, attention FLOPs per image and forward pass, measured sampling time."""
     folder = run.path / "samples" / row
     log = folder / "log.jsonl"

@@ -19,6 +19,7 @@ from ..editing.plan import fault_list
 from ..errors import GraftingError, MissingBackend, RecipeError, RunError
 from ..machine import processes
 from ..machine.devices import default_device
+from ..machine.files import clear_abandoned
 from ..machine.precision import Precision, settled_run, settled_sections
 from ..machine.reading import read_json
 from ..machine.settings import Settings
@@ -168,6 +169,8 @@ def run_sweep(
     folder, table = Path(folder), Path(table)
     chosen = _chosen(sweep, only or {}, rows)
     _check(chosen)
+    if processes.is_main():
+        clear_abandoned(folder)  # of runs that are finished too, whose folders are not opened again
     for point in chosen:
         with following(point) if following else nullcontext() as on_step:
             lines = measure(sweep, point, folder, known=_known(table), rows=rows, on_step=on_step)

@@ -2,8 +2,11 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from ..contract import Site, Step
 from ..cost.plan import PlanCost, plan_cost
@@ -16,6 +19,7 @@ from ..machine.devices import default_device
 from ..machine.processes import barrier, broadcast, is_main, world_size
 from ..runs import identity
 from ..sampling.taught import TaughtConfig
+from ..sampling.trajectories import TrajectoriesConfig
 from ..training.calibration import calibrate
 from ..training.distillation import DistillConfig, distill
 from ..training.finetuning import finetune
@@ -96,7 +100,8 @@ def finetune_model(work: Opened) -> list[Path]:
         new_parameters=record.new_parameters,
         state=work.stage.load_state(),
     )
-    work.follow(_timed(job, phases, phase_flops, steps), save_every=job.recipe.saving)
+    flops_of = partial(phase_flops, data=job.recipe.data)
+    work.follow(_timed(job, phases, flops_of, steps), save_every=job.recipe.saving)
     if not is_main():
         return []
     source = job.recipe.source
@@ -157,21 +162,36 @@ def calibrate_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice
     if recipe.calibrate is None or not chosen:
         return 0
     # an MLP narrower than the host's takes a second pass
-    return 2 * recipe.calibrate.samples * (cost.before.flops + _new_flops(cost, chosen))
+    samples = recipe.calibrate.samples
+    passes = samples * (cost.before.flops + _new_flops(cost, chosen))
+    if isinstance(recipe.data, TrajectoriesConfig):
+        walked = recipe.data.walked(samples, batch_size=recipe.calibrate.batch_size)
+        passes += walked * cost.before.flops
+    return 2 * passes
 
 
 def distill_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
     if recipe.distill is None or not chosen:
         return 0
     images = recipe.distill.steps * recipe.distill.batch_size
-    return images * (cost.before.flops + 3 * _new_flops(cost, chosen))
+    return images * ((1 + state_passes(recipe.data)) * cost.before.flops + 3 * _new_flops(cost, chosen))
 
 
 def finetune_flops(recipe: Recipe, cost: PlanCost, chosen: Mapping[Site, Choice]) -> int:
-    return sum(phase_flops(phase, cost) for phase in recipe.phases)
+    return sum(phase_flops(phase, cost, data=recipe.data) for phase in recipe.phases)
 
 
-def phase_flops(config: FinetuneConfig, cost: PlanCost) -> int:
+def phase_flops(config: FinetuneConfig, cost: PlanCost, *, data: BaseModel) -> int:
     """FLOPs of one phase of stage 2; where not all is trained this is more than it takes."""
-    teacher = cost.before.flops if config.output_weight else 0
+    teacher = teacher_passes(config, data) * cost.before.flops
     return config.steps * config.batch_size * (3 * cost.after.flops + teacher)
+
+
+def teacher_passes(config: FinetuneConfig, data: BaseModel) -> int:
+    """Passes of the teacher for each image of stage 2: a pass that visits a state gives its target too."""
+    return state_passes(data) or int(config.output_weight > 0)
+
+
+def state_passes(data: BaseModel) -> int:
+    """Passes of the source for each input that data are; none where they are stored."""
+    return data.passes if isinstance(data, TrajectoriesConfig) else 0

@@ -7,7 +7,7 @@ alone, so a set of images may be drawn in batches of any size and by any number 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -37,10 +37,9 @@ CIRCUMSTANCES = frozenset({"batch_size", "compile"})
 _LABEL_STREAM = 3  # keeps the draw of a label apart from the noise of the same (seed, i)
 
 
-class SamplingConfig(Settings):
-    """Settings for sampling images. The defaults are DiT's, except for the number of images."""
+class ChainConfig(Settings):
+    """Settings of a model's run from noise, whatever it is drawn for. The defaults are DiT's."""
 
-    hashed_as_absent: ClassVar = FP32_IS_ABSENT
     _absent_by_default: ClassVar[frozenset[str]] = frozenset({"cfg_rescale", "negative", "shape"})
     """Fields that protocols and records leave out at their defaults: those written before had none of them."""
 
@@ -67,26 +66,9 @@ class SamplingConfig(Settings):
     data, else the model's native one."""
     clip: bool = False
     """Clip the predicted clean image to [-1, 1] at each step: for models of pixels, not of latents."""
-    num_images: PositiveInt = 64
-    """Number of images to draw; they are numbered from 0."""
-    batch_size: PositiveInt = 64
-    """Images per batch; changes speed and memory, not the images (up to float rounding)."""
-    seed: NonNegativeInt = 0
-    """Random seed; image i depends on (seed, i) and its label alone."""
-    labels: Annotated[
-        Literal["balanced", "random"] | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)],
-        Field(examples=[(3, 5)]),
-    ] = "balanced"
-    """Condition of image i, by number (a class, or a row of the prompts): `balanced` is i mod their count, `random` is drawn
-    from (seed, i), a list such as 3,5 is repeated."""
-    precision: Precision = "auto"
-    """Precision of the model's forward pass: fp32, bf16 (by autocast) or auto (bf16 where it is faster). The samplers'
-    arithmetic is always fp32."""
-    compile: bool = False
-    """Compile each block, once for all blocks of a kind; changes speed, not the images (up to float rounding)."""
 
     @model_validator(mode="after")
-    def _check(self) -> "SamplingConfig":
+    def _check(self) -> "ChainConfig":
         low, high = self.cfg_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"cfg_interval is [low, high] with 0 <= low <= high <= 1; found [{low}, {high}]")
@@ -116,6 +98,30 @@ class SamplingConfig(Settings):
             negative=self.negative,
             rescale=self.cfg_rescale,
         )
+
+
+class SamplingConfig(ChainConfig):
+    """Settings for sampling images. The defaults are DiT's, except for the number of images."""
+
+    hashed_as_absent: ClassVar = FP32_IS_ABSENT
+
+    num_images: PositiveInt = 64
+    """Number of images to draw; they are numbered from 0."""
+    batch_size: PositiveInt = 64
+    """Images per batch; changes speed and memory, not the images (up to float rounding)."""
+    seed: NonNegativeInt = 0
+    """Random seed; image i depends on (seed, i) and its label alone."""
+    labels: Annotated[
+        Literal["balanced", "random"] | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)],
+        Field(examples=[(3, 5)]),
+    ] = "balanced"
+    """Condition of image i, by number (a class, or a row of the prompts): `balanced` is i mod their count, `random` is drawn
+    from (seed, i), a list such as 3,5 is repeated."""
+    precision: Precision = "auto"
+    """Precision of the model's forward pass: fp32, bf16 (by autocast) or auto (bf16 where it is faster). The samplers'
+    arithmetic is always fp32."""
+    compile: bool = False
+    """Compile each block, once for all blocks of a kind; changes speed, not the images (up to float rounding)."""
 
     @property
     def labels_rule(self) -> str:
@@ -192,7 +198,7 @@ def _regions(model: nn.Module) -> dict[str, nn.Module]:
     return {block.path: model.get_submodule(block.path) for block in blocks} or {"the model": model}
 
 
-def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int | None = None) -> None:
+def check_sampling(config: ChainConfig, *, denoiser: Denoiser, channels: int | None = None) -> None:
     """Raises a ProtocolError that lists why such a model cannot be sampled in this way, if it cannot.
 
     Args:
@@ -209,7 +215,8 @@ def check_sampling(config: SamplingConfig, *, denoiser: Denoiser, channels: int 
         )
     if channels is not None and config.guided_channels is not None and config.guided_channels > channels:
         faults.append(f"guided_channels is {config.guided_channels}, but images have {channels} channels")
-    asked = config.labels if isinstance(config.labels, tuple) else ()
+    labels = config.labels if isinstance(config, SamplingConfig) else ()
+    asked = labels if isinstance(labels, tuple) else ()
     for name, numbers in (
         ("labels", asked),
         ("negative", () if config.negative is None else (config.negative,)),
@@ -250,17 +257,52 @@ def _draw(
     """One batch, on the CPU."""
     device = next(model.parameters()).device
     streams = [generator(config.seed, i) for i in indices]
-    x = _initial_noise(streams, shape).to(device)
-    process = denoiser.process.at(shape)
-    chain = process.chain(config.sampler, steps=config.steps, clip=config.clip, streams=streams)
-    asked = _Asked(model, denoiser, labels, config.guidance)
+    states = visits(model, config, denoiser, shape=shape, numbers=labels, streams=streams)
     with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        for step, update in chain:
-            x = update(asked.prediction(x, step=step).float(), x)
+        for state in states:
+            x = state.after
     return x.cpu()
 
 
-def _initial_noise(streams: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+class Visit(NamedTuple):
+    """A state that a sampler visits, [B, ...]: x at a step, what the model predicts there without guidance, x's successor."""
+
+    step: int | float
+    x: Tensor
+    prediction: Tensor
+    after: Tensor
+
+
+def visits(
+    model: nn.Module,
+    config: ChainConfig,
+    denoiser: Denoiser,
+    *,
+    shape: tuple[int, ...],
+    numbers: Int[Tensor, " b"],
+    streams: Sequence[torch.Generator],
+) -> Iterator[Visit]:
+    """The states that a sampler visits from noise on, one each time that the iterator is asked; the last's successors are samples.
+
+    Mode, precision and gradients of the model are the caller's.
+
+    Args:
+        numbers: of the conditions.
+        streams: a fresh generator for each sample, of its first noise and of what the sampler adds.
+    """
+    x = _initial_noise(streams, shape).to(next(model.parameters()).device)
+    chain = denoiser.process.at(shape).chain(
+        config.sampler, steps=config.steps, clip=config.clip, streams=list(streams)
+    )
+    asked = _Asked(model, denoiser, numbers, config.guidance)
+    for step, update in chain:
+        prediction, guided = asked.predictions(x, step=step)
+        after = update(guided.float(), x)
+        yield Visit(step, x, prediction, after)
+        x = after
+
+
+def _initial_noise(streams: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
@@ -271,15 +313,16 @@ class _Asked:
         self.model, self.denoiser, self.labels, self.guidance = model, denoiser, labels, guidance
         self._known: dict[bool, Any] = {}
 
-    def prediction(self, x: Float[Tensor, "b c *hw"], *, step: int | float) -> Float[Tensor, "b c2 *hw"]:
-        """The model's prediction of c or 2c channels, guided where guidance is on; both halves are one batch."""
+    def predictions(self, x: Float[Tensor, "b c *hw"], *, step: int | float) -> tuple[Tensor, Tensor]:
+        """The model's prediction of c or 2c channels, and the same guided where guidance is on; both halves are one batch."""
         guidance, denoiser = self.guidance, self.denoiser
         t = torch.full((len(x),), step, device=x.device)
         if guidance is None or not guidance.is_on(denoiser.process.share_of(step)):
-            return denoiser.predict(self.model, x, t, self._condition(x, is_guided=False))
+            own = denoiser.predict(self.model, x, t, self._condition(x, is_guided=False))
+            return own, own
         condition = self._condition(x, is_guided=True)
-        both = denoiser.predict(self.model, torch.cat([x, x]), torch.cat([t, t]), condition).float()
-        return guidance(*both.chunk(2), channels=x.shape[1])
+        own, null = denoiser.predict(self.model, torch.cat([x, x]), torch.cat([t, t]), condition).chunk(2)
+        return own, guidance(own.float(), null.float(), channels=x.shape[1])
 
     def _condition(self, x: Tensor, *, is_guided: bool) -> Any:
         if is_guided not in self._known:

@@ -67,9 +67,8 @@ class Drawing:
     ):
         self.config = config = settled(config, default_device())
         self._denoiser, self._sample_shape, self._decoder = denoiser, config.shape or shape, decoder
-        sampling = {k: v for k, v in config.model_dump(mode="json").items() if k not in CIRCUMSTANCES}
         self.description: JsonObject = {
-            "sampling": sampling,
+            "sampling": config.model_dump(mode="json", exclude=set(CIRCUMSTANCES)),
             "vae": decoder.identity,
             **denoiser.identity,
             **identity,
@@ -77,14 +76,13 @@ class Drawing:
         self.shape = decoder.image_shape(self._sample_shape)
         self.pictures = None if pictures is None else Pictures(pictures, shape=self.shape)
         _check_disk(folder, self.shape, num_images=config.num_images)
-        self._told = 0
         self._shards = Shards(
             folder,
             num_images=config.num_images,
             batch_size=config.batch_size,
             drawing=self.description,
         )
-        self._slowest_s = 0.0
+        self._told, self._slowest_s = 0, 0.0
 
     @property
     def num_drawn(self) -> int:
@@ -121,9 +119,8 @@ class Drawing:
             RunError: a file cannot be written, or the disk is too small for shards and samples file.
         """
         mine = range(len(self._shards))[rank::world_size]
-        _check_space(
-            self._shards.folder, self.shape, num_images=self.config.num_images, num_drawn=self.num_drawn
-        )
+        folder, num_images = self._shards.folder, self.config.num_images
+        _check_space(folder, self.shape, num_images=num_images, num_drawn=self.num_drawn)
         self._shards.begin()
         todo, unpictured = [], self._without_pictures()
         for shard in mine:
@@ -140,7 +137,7 @@ class Drawing:
             indices=[i for shard in todo for i in self._shards.images_of(shard)],
         )
         # of those that are damaged there is nothing yet
-        num_there = self.config.num_images - self._num_in(self._missing().union(todo))
+        num_there = num_images - self._num_in(self._missing().union(todo))
         tally = _Tally(num_there, look=lambda: self.num_drawn, alone=world_size == 1)
         started = time.perf_counter()
         for shard, batch in zip(todo, batches, strict=True):
@@ -153,7 +150,7 @@ class Drawing:
             self._write_pictures(shard, images)
             ms_per_image = round(1000 * seconds / len(images), 3)
             self._shards.write(shard, images, batch.labels, ms_per_image=ms_per_image)
-            done = min(tally.more(len(images)), self.config.num_images)
+            done = min(tally.more(len(images)), num_images)
             yield self._step(done, {"ms_per_image": ms_per_image})
             started = time.perf_counter()
 

@@ -18,6 +18,7 @@ from ..data.latents import LatentsConfig, LatentSet
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled
+from ..machine.reading import JsonObject
 from .chain import CIRCUMSTANCES, SamplingConfig, sample
 
 
@@ -45,7 +46,7 @@ class TaughtConfig(SamplingConfig):
         """This config: it names no file."""
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Identity of the data in a run's manifest, beside the source's."""
         return self.model_dump(mode="json", exclude=set(CIRCUMSTANCES))
 

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..contract import Denoiser, Kwargs, TrainingData
+from ..contract import Denoiser, Kwargs
 from ..editing.placed import Placed
 from ..editing.surgery import grafted
 from ..errors import TrainingError
 from ..machine.devices import half_types, is_half, mixed_precision
 from ..machine.files import write_json
 from ..machine.precision import Precision, resolve_precision
-from ..machine.randomness import generator, seeded
-from .batches import Batches, NoisedBatch, draw
-from .loader import read_items
+from ..machine.randomness import seeded
+from .batches import Batches, Feed, NoisedBatch
 
 # what happens at a site: its path, the arguments of the call, the old module's output
 Visit = Callable[[str, tuple, Kwargs, Any], None]
@@ -114,23 +113,16 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Repeatable:
-    """Activations of the teacher on given images, whose noise, steps and dropped conditions are the same at every visit.
-
-    `indices` are the images of each step; all draws come from the seed, the step and `stream`.
-    """
+    """Activations of the teacher on batches that are the same at every visit; what is random in its modules is too."""
 
     visited: Visited
-    data: TrainingData
-    indices: Sequence[Tensor]
-    seed: int
-    stream: tuple[int, ...]
+    feed: Feed
+    entropy: tuple[int, ...]
     paths: Sequence[str]
 
     def visit(self, step: int, visit: Visit) -> None:
-        indices, entropy = self.indices[step], (self.seed, step, *self.stream)
-        denoiser, images = self.visited.denoiser, read_items(self.data, indices)
-        drawn = draw(images, generator(*entropy), batch_size=len(indices), denoiser=denoiser)
-        self.visited.run(drawn.noised(denoiser, self.visited.device), self.paths, (*entropy, 1), visit)
+        seed, *stream = self.entropy
+        self.visited.run(self.feed.at(step), self.paths, (seed, step, *stream, 1), visit)
 
 
 class ActivationCache:
@@ -249,8 +241,3 @@ def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:
         visit(path, *calls.pop(), output)
 
     return before, after
-
-
-def shuffled(num_items: int, seed: int) -> Tensor:
-    """All indices in the order in which stage 1 deals them out: first those that it holds out, then the others."""
-    return torch.randperm(num_items, generator=generator(seed, 2))

@@ -5,33 +5,37 @@ and in however many parts each of them takes its share.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..contract import Denoiser, FolderState, State, Step, TrainingData
+from ..contract import Denoiser, FolderState, State, Step
 from ..errors import TrainingError
-from ..machine.randomness import batch_indices, generator
-from .loader import Loader
+from ..machine.randomness import batch_indices
 
 _WHOLE = slice(None)
 
 
 class NoisedBatch(NamedTuple):
-    """Clean inputs x, standard normal noise and x_t, [B, ...] of any shape; numbers of the conditions and steps t [B]."""
+    """Noised inputs x_t [B, ...] of any shape, numbers of their conditions and steps t [B], and what is known beside them."""
 
-    x: Tensor
-    noise: Tensor
     x_t: Tensor
     numbers: Tensor
     t: Tensor
+    x: Tensor | None = None
+    """Clean inputs, where x_t was made from them and `noise`, which is standard normal."""
+    noise: Tensor | None = None
+    target: Tensor | None = None
+    """The teacher's prediction for x_t, where it was made on the way."""
 
     def split(self, parts: int) -> "list[NoisedBatch]":
         """The same in `parts` batches of equal size."""
         size = len(self.t) // parts
-        return [NoisedBatch(*part) for part in zip(*(a.split(size) for a in self), strict=True)]
+        cut = ([None] * parts if a is None else a.split(size) for a in self)
+        return [NoisedBatch(*part) for part in zip(*cut, strict=True)]
 
 
 class Drawn(NamedTuple):
@@ -46,7 +50,7 @@ class Drawn(NamedTuple):
         """The batch on a device."""
         # numbers stay here: what a table of prompts holds is found by them
         x, noise, t = (a.to(device, non_blocking=True) for a in (self.x, self.noise, self.t))
-        return NoisedBatch(x, noise, denoiser.process.add_noise(x, noise, t), self.numbers, t)
+        return NoisedBatch(denoiser.process.add_noise(x, noise, t), self.numbers, t, x, noise)
 
 
 def draw(
@@ -85,11 +89,29 @@ class BatchConfig(Protocol):
     seed: int
 
 
+@runtime_checkable
+class Feed(Protocol):
+    """Noised batches by number, each the same whenever it is asked for; fast for those that follow one another."""
+
+    @property
+    def seconds_waited(self) -> float:
+        """Time that callers have waited for batches."""
+        ...
+
+    def at(self, number: int) -> NoisedBatch:
+        """A process's share of a batch, on its device."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what was made ahead."""
+        ...
+
+
 class Batches:
-    """A process's share of each training batch; all random draws for step s come from (seed, s).
+    """A process's share of each training batch, in micro-batches.
 
     Args:
-        items: the items of `data` to train on; all when left out.
+        feed: of this share.
         share: the part of each batch that is this process's.
         end: the step up to which there are batches; that of `config` when left out.
         total: steps that are told as those in all; `end` when left out.
@@ -97,34 +119,20 @@ class Batches:
 
     def __init__(
         self,
-        data: TrainingData,
+        feed: Feed,
         config: BatchConfig,
         *,
-        denoiser: Denoiser,
-        device: torch.device,
-        items: Tensor | None = None,
         share: slice = _WHOLE,
         end: int | None = None,
         total: int | None = None,
     ):
-        self.config, self.denoiser, self.device, self.share = config, denoiser, device, share
+        self.feed, self.config, self.share = feed, config, share
         self.end = config.steps if end is None else end
         self.total = self.end if total is None else total
-        self.loader = Loader(
-            data,
-            config.batch_size,
-            seed=config.seed,
-            items=items,
-            steps=self.end,
-            share=share,
-            pin=device.type != "cpu",
-            finish=partial(_draw_step, config=config, denoiser=denoiser, share=share),
-        )
 
     def at(self, step: int) -> list[NoisedBatch]:
         """The noised micro-batches of a step."""
-        whole = Drawn(*self.loader.at(step)).noised(self.denoiser, self.device)
-        return whole.split(self.config.accumulate)
+        return self.feed.at(step).split(self.config.accumulate)
 
     def numbers(self, step: int, num_items: int) -> tuple[Tensor, ...]:
         """Indices of the items that a step takes of `num_items` stored elsewhere, by micro-batch."""
@@ -143,24 +151,16 @@ class Batches:
             take: takes a step; returns its values.
             snapshot: the state after so many steps.
         """
-        with self.loader:
+        with closing(self.feed):
             for step in range(first, self.end):
-                waited = self.loader.seconds_waited
+                waited = self.feed.seconds_waited
                 yield Step(
                     values=take(step),
                     done=step + 1,
                     total=self.total,
                     state=partial(snapshot, step + 1),
-                    seconds_waited=self.loader.seconds_waited - waited,
+                    seconds_waited=self.feed.seconds_waited - waited,
                 )
-
-
-def _draw_step(
-    step: int, images: tuple[Tensor, Tensor], *, config: BatchConfig, denoiser: Denoiser, share: slice
-) -> Drawn:
-    """What a step draws for its images; a pure function, called in the loader's threads."""
-    stream = generator(config.seed, step)
-    return draw(images, stream, batch_size=config.batch_size, denoiser=denoiser, part=share)
 
 
 def check_batch_size(stage: str, batch_size: int, *, processes: int, accumulate: int) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ..contract import Denoiser, Kwargs, MlpWeights, Step, TrainingData
+from ..contract import Denoiser, Kwargs, MlpWeights, Step
 from ..editing.placed import KernelAttention, MixerAdapter, Placed
 from ..errors import TrainingError
 from ..functional.ridge import (
@@ -30,8 +30,9 @@ from ..functional.ridge import (
 from ..hosts import host_of
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.settings import Settings
-from .activations import Repeatable, Visited, shuffled
+from .activations import Repeatable, Visited
 from .guard import check_weights
+from .supply import Data, supply_of
 
 
 class CalibrateConfig(Settings):
@@ -53,7 +54,7 @@ class CalibrateConfig(Settings):
 def calibrate(
     teacher: nn.Module,
     operators: Mapping[str, Placed],
-    data: TrainingData,
+    data: Data,
     config: CalibrateConfig,
     *,
     denoiser: Denoiser | None = None,
@@ -73,17 +74,22 @@ def calibrate(
     visited.prepare("calibration")
     # neurons first: output layers are refitted to those that were chosen
     passes = [sites for sites in (_neuron_choices(teacher, operators), _output_fits(operators)) if sites]
-    batches = _batches(len(data), config)
+    supply = supply_of(
+        data, visited.denoiser, teacher=teacher, device=visited.device, precision=config.precision
+    )
+    num_batches = math.ceil(config.samples / config.batch_size)
     for module in (teacher, *operators.values()):
         module.eval()
     for number, sites in enumerate(passes):
-        source = Repeatable(visited, data, batches, config.seed, stream=(number, 3), paths=tuple(sites))
-        for batch in range(len(batches)):
+        stream = (number, 3)
+        feed = supply.fixed(config.samples, batch_size=config.batch_size, seed=config.seed, stream=stream)
+        source = Repeatable(visited, feed, (config.seed, *stream), paths=tuple(sites))
+        for batch in range(num_batches):
             source.visit(batch, partial(_add, sites))
             yield Step(
-                done=number * len(batches) + batch + 1,
-                total=len(passes) * len(batches),
-                values=_finish(sites, config) if batch + 1 == len(batches) else {},
+                done=number * num_batches + batch + 1,
+                total=len(passes) * num_batches,
+                values=_finish(sites, config) if batch + 1 == num_batches else {},
             )
 
 
@@ -178,12 +184,6 @@ def _output_layer(operator: nn.Module) -> nn.Linear | None:
     if isinstance(operator, KernelAttention):
         return operator.tracker.host.output_layer(operator.attention)
     return operator.mixer.output_layer if isinstance(operator, MixerAdapter) else None
-
-
-def _batches(num_items: int, config: CalibrateConfig) -> tuple[Tensor, ...]:
-    """Indices to calibrate on, from the end of stage 1's order: what that holds out stands at its start."""
-    order = shuffled(num_items, config.seed).flip(0)
-    return order[torch.arange(config.samples) % num_items].split(config.batch_size)
 
 
 def _add(sites: _Sites, path: str, args: tuple, kwargs: Kwargs, output: Any) -> None:

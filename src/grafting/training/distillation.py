@@ -27,7 +27,7 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..contract import Denoiser, Kwargs, Role, State, Step, TrainingData
+from ..contract import Denoiser, Kwargs, Role, State, Step
 from ..editing.placed import Placed
 from ..errors import CheckpointError, TrainingError
 from ..functional.losses import Regression, regression_loss
@@ -36,9 +36,10 @@ from ..machine import processes
 from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.settings import Settings
-from .activations import ActivationCache, Repeatable, Source, Streamed, Visited, shuffled
+from .activations import ActivationCache, Repeatable, Source, Streamed, Visited
 from .batches import Batches, check_batch_size
 from .guard import GuardConfig, check_weights
+from .supply import Data, Supply, supply_of
 from .trainee import Trainee, adamw, take_step
 
 # arXiv:2506.05340 Table 1: L1 is best for attention, L2 for MLPs
@@ -108,7 +109,7 @@ class DistillConfig(Settings):
 def distill(
     teacher: nn.Module,
     operators: Mapping[str, Placed],
-    data: TrainingData,
+    data: Data,
     config: DistillConfig,
     *,
     denoiser: Denoiser | None = None,
@@ -124,6 +125,7 @@ def distill(
     the variance of the teacher's output.
 
     Args:
+        data: images or latents with the numbers of their conditions, or states along the teacher's own trajectories.
         denoiser: how the teacher is called, its process and its conditions, which are dropped in their share, so that
             operators also see the null one of guidance; by default its host's.
         cache_folder: where activations go when `config.cache_samples` is set.
@@ -180,9 +182,12 @@ def check_division(config: DistillConfig) -> None:
 class _Fitting:
     """The operators in training, and where the activations come from that they are fitted to."""
 
-    def __init__(self, visited: Visited, data: TrainingData, config: DistillConfig):
-        self.visited, self.data, self.config = visited, data, config
-        self.train, held_out = split(len(data), config)
+    def __init__(self, visited: Visited, data: Data, config: DistillConfig):
+        self.visited, self.config = visited, config
+        supply = supply_of(
+            data, visited.denoiser, teacher=visited.teacher, device=visited.device, precision=config.precision
+        )
+        self.train, held_out = split(supply, config)
         visited.prepare("stage 1")
         fitted = {path: operator for path, operator in visited.operators.items() if operator.fits}
         self.optimizer = adamw([_trained(operator) for operator in fitted.values()], config)
@@ -192,10 +197,9 @@ class _Fitting:
         if config.spread == "sites":
             mine, share = share, mine
         self.mine = tuple(self.sites)[mine]
-        self.batches = Batches(
-            data, config, denoiser=visited.denoiser, device=visited.device, items=self.train, share=share
-        )
-        self.held_out = self._repeatable(held_out, stream=1, paths=self.mine)
+        feed = self.train.steps(config, share=share, end=config.steps)
+        self.batches = Batches(feed, config, share=share)
+        self.held_out = self._repeatable(held_out, config.holdout, stream=1, paths=self.mine)
 
     def source(self, cache_folder: Path | None) -> Source:
         """The teacher as it runs, or its activations on the first `cache_samples` noised samples, on disk."""
@@ -205,15 +209,15 @@ class _Fitting:
         if cache_folder is None:
             raise TrainingError("cache_samples is set, but there is no folder for the activations")
         cache = ActivationCache(cache_folder, num_samples, batches=self.batches, paths=self.mine)
-        chosen = self.train[torch.arange(num_samples) % len(self.train)]
         with processes.main_first():
-            cache.fill(self._repeatable(chosen, stream=2, paths=tuple(self.sites)))
+            cache.fill(self._repeatable(self.train, num_samples, stream=2, paths=tuple(self.sites)))
         return cache
 
-    def _repeatable(self, items: Tensor, *, stream: int, paths: tuple[str, ...]) -> Repeatable:
-        """These items in batches, which are whole in every process."""
-        indices = items.split(self.config.batch_size)
-        return Repeatable(self.visited, self.data, indices, self.config.seed, (1, stream), paths)
+    def _repeatable(self, supply: Supply, count: int, *, stream: int, paths: tuple[str, ...]) -> Repeatable:
+        """So many inputs in batches, which are whole in every process."""
+        config = self.config
+        feed = supply.fixed(count, batch_size=config.batch_size, seed=config.seed, stream=(1, stream))
+        return Repeatable(self.visited, feed, (config.seed, 1, stream), paths)
 
     def step(self, source: Source, step: int) -> dict[str, float]:
         """One step of every operator. Each site's loss, what its guard found and did, and measurements that are due."""
@@ -296,7 +300,7 @@ class _Fitting:
             measured[path].update(self.sites[path].loss(output, target), output, target)
 
         # whole batches are dealt out, so that each gives what it gives one process
-        for number in range(len(self.held_out.indices))[self.batches.share]:
+        for number in range(math.ceil(self.config.holdout / self.config.batch_size))[self.batches.share]:
             self.held_out.visit(number, visit)
         sums = iter(
             processes.total(torch.stack([site.sums for site in measured.values()]).flatten().tolist())
@@ -410,20 +414,13 @@ class _Found(NamedTuple):
         return 1 - self.error / max(self.variation, 1e-30)
 
 
-def split(num_items: int, config: DistillConfig) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices held out, by seed."""
-    if num_items <= config.holdout:
-        raise TrainingError(
-            f"stage 1 holds out {config.holdout} images, but the data has {num_items}: set `distill.holdout` to at most {num_items - 1}, or have more data"
-        )
-    rest = num_items - config.holdout
-    if config.images is not None and config.images > rest:
-        raise TrainingError(
-            f"stage 1 is to train on {config.images} images, but the data has {num_items}, of which "
-            f"{config.holdout} are held out: {rest} are left"
-        )
-    held_out, train = shuffled(num_items, config.seed).split([config.holdout, rest])
-    return train[: config.images], held_out
+def split(supply: Supply, config: DistillConfig) -> tuple[Supply, Supply]:
+    """What stage 1 trains on, and what it holds out.
+
+    Raises:
+        TrainingError: there is too little.
+    """
+    return supply.split(holdout=config.holdout, images=config.images, seed=config.seed)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from ..contract import Denoiser, State, Step, TrainingData
+from ..contract import Denoiser, State, Step
 from ..editing.adapters import adapters_of
 from ..editing.surgery import keep_apart, merge_adapters
 from ..errors import CheckpointError, TrainingError
@@ -34,13 +34,14 @@ from .guard import GuardState, check_weights
 from .phases import FinetuneConfig as FinetuneConfig
 from .phases import check_phases, phases_of, with_objectives
 from .student import Student, block_linears, held_in_bf16
+from .supply import Data, has_clean, supply_of
 from .trained import Trained, mark, names_of, operator_parameters, selection
 from .trainee import Trainee, adamw, take_step
 
 
 def finetune(
     model: nn.Module,
-    data: TrainingData,
+    data: Data,
     config: FinetuneConfig | Sequence[FinetuneConfig],
     *,
     trainable: Any = None,
@@ -57,7 +58,8 @@ def finetune(
 
     Args:
         model: the grafted model.
-        data: images or latents with the numbers of their conditions.
+        data: images or latents with the numbers of their conditions, or states along the teacher's own trajectories, whose only
+            objective is the teacher's output.
         config: of the one phase, or of each phase in turn.
         trainable: what is trained, in the place of what a config of one phase says, such as `{"lora": {"rank": 16}}`.
         denoiser: how a model is called, its process and loss, and its conditions, which are dropped in their share;
@@ -78,8 +80,8 @@ def finetune(
     """
     denoiser = denoiser or host_of(model).denoiser(model)
     given = phases_of(config if trainable is None else _with_trainable(config, trainable))
-    phases = with_objectives(given, distilled=denoiser.distilled)
-    check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks))
+    phases = with_objectives(given, by_output=denoiser.distilled or not has_clean(data))
+    check_phases(phases, has_teacher=teacher is not None, has_blocks=bool(blocks), has_clean=has_clean(data))
     for weights in (model, *([] if teacher is None else [teacher])):
         check_weights(weights, "stage 2")
     device = default_device()
@@ -128,7 +130,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        data: TrainingData,
+        data: Data,
         denoiser: Denoiser,
         blocks: Sequence[str],
         teacher: nn.Module | None,
@@ -166,17 +168,15 @@ class _Run:
             keep_apart(kept, self.teacher)
         with held_in_bf16(self._held(kept) if config.frozen == "bf16" else []):
             student = Student(model, self.blocks, config, self.denoiser)
-            batches = Batches(
-                self.data,
-                config,
-                denoiser=self.denoiser,
-                device=device,
-                share=processes.share(),
-                end=first + config.steps,
-                total=self.total,
+            names, end, share = names_of(kept, model), first + config.steps, processes.share()
+            supply = supply_of(
+                self.data, self.denoiser, teacher=self.teacher, device=device, precision=config.precision
             )
-            names = names_of(kept, model)
-            training = _Training(student, batches, config, self.teacher, names, first=first, number=number)
+            feed = supply.steps(config, share=share, end=end)
+            batches = Batches(feed, config, share=share, end=end, total=self.total)
+            training = _Training(
+                student, batches, config, self.teacher, self.denoiser, names, first=first, number=number
+            )
             at = first if state is None else training.load(state)
             with compiled(student.regions):
                 yield from batches.steps(at, training.step, training.snapshot)
@@ -206,12 +206,14 @@ class _Training:
         batches: Batches,
         config: FinetuneConfig,
         teacher: nn.Module | None,
+        denoiser: Denoiser,
         names: Sequence[str],
         *,
         first: int,
         number: int | None,
     ):
-        self.student, self.batches, self.config, self.teacher = student, batches, config, teacher
+        self.student, self.batches, self.config = student, batches, config
+        self.teacher, self.denoiser = teacher, denoiser
         self.first, self.number = first, number
         parameters = [p for p in student.model.parameters() if p.requires_grad]
         on_cpu = torch.device("cpu") if config.ema_device == "cpu" else None
@@ -271,20 +273,24 @@ class _Training:
 
     def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
         """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""
-        config, denoiser = self.config, self.batches.denoiser
-        precision = partial(mixed_precision, self.batches.device, config.precision)
+        config, denoiser = self.config, self.denoiser
+        precision = partial(mixed_precision, batch.x_t.device, config.precision)
         losses: dict[str, Tensor] = {}
         with seeded(*entropy), precision():
             prediction = self.student(batch)
         if config.diffusion_weight:
+            assert batch.x is not None
+            assert batch.noise is not None
             per_item = denoiser.process.loss(
                 prediction, x=batch.x, x_t=batch.x_t, noise=batch.noise, t=batch.t
             )
             losses["diffusion"] = per_item.mean()
         if config.output_weight:
-            assert self.teacher is not None
-            with torch.no_grad(), precision():
-                target = denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
+            target = batch.target
+            if target is None:
+                assert self.teacher is not None
+                with torch.no_grad(), precision():
+                    target = denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
             losses["output"] = (prediction.float() - target.float()).square().mean()
         weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
         return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}

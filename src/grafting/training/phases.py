@@ -197,9 +197,12 @@ def phases_of(config: FinetuneConfig | Sequence[FinetuneConfig] | None) -> Phase
     return (config,) if isinstance(config, FinetuneConfig) else tuple(config)
 
 
-def with_objectives(phases: Phases, *, distilled: bool) -> Phases:
-    """The same, with a distilled model's objective where one names none of the process's loss: the teacher's output alone."""
-    if not distilled:
+def with_objectives(phases: Phases, *, by_output: bool) -> Phases:
+    """The same, where phases are `by_output`: each that says nothing of the process's loss has the teacher's output alone.
+
+    So are those of distilled models, and those of data without clean inputs.
+    """
+    if not by_output:
         return phases
     return tuple(
         phase
@@ -218,6 +221,16 @@ def phase_faults(phases: Phases) -> list[str]:
     ]
 
 
+def clean_faults(phases: Phases) -> list[str]:
+    """Reasons why phases cannot train on states that have no clean inputs; empty if they can."""
+    return [
+        f"{'' if len(phases) == 1 else f'phase {number}: '}states along trajectories have no clean image, and so no loss of the "
+        "process: set objective: output, the teacher's prediction, or have other data"
+        for number, config in enumerate(phases, start=1)
+        if config.diffusion_weight
+    ]
+
+
 def check_division(phases: Phases) -> None:
     """Raises a TrainingError if a batch does not divide among processes and micro-batches."""
     for number, config in enumerate(phases, start=1):
@@ -227,12 +240,12 @@ def check_division(phases: Phases) -> None:
         )
 
 
-def check_phases(phases: Phases, *, has_teacher: bool, has_blocks: bool) -> None:
+def check_phases(phases: Phases, *, has_teacher: bool, has_blocks: bool, has_clean: bool = True) -> None:
     """Raises a TrainingError if stage 2 cannot be carried out as these say."""
     check_division(phases)
     if not phases:
         raise TrainingError("stage 2 has no phases")
-    if faults := phase_faults(phases):
+    if faults := phase_faults(phases) + ([] if has_clean else clean_faults(phases)):
         raise TrainingError("; ".join(faults))
     for config in phases:
         for name, is_asked in (

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..machine.reading import read_json, read_text
+from ..machine.reading import JsonObject, read_json, read_text
 from ..words import FIGURES, Row, fenced, in_markdown, markdown_table
 
 CARD_NAME = "README.md"
@@ -68,7 +68,7 @@ def recipe_of(folder: Path) -> str:
 
 def _header(grafting: Mapping[str, Any]) -> str:
     base = grafting.get("base") or {}
-    header: dict[str, Any] = {"library_name": "grafting", "tags": ["grafting", "diffusion", "transformer"]}
+    header: JsonObject = {"library_name": "grafting", "tags": ["grafting", "diffusion", "transformer"]}
     if base.get("licence"):
         header["license"] = base["licence"].lower()
     if base.get("id", "").count("/") == 1 and not Path(base["id"]).exists():
@@ -132,7 +132,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _protocol(row: Mapping[str, Any]) -> dict[str, Any]:
+def _protocol(row: Mapping[str, Any]) -> JsonObject:
     return {key: value for key, value in (row.get("protocol") or {}).items() if key != "recorded"}
 
 

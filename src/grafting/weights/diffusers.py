@@ -12,7 +12,7 @@ here, and what is written here with `original_embeddings`, at most 3e-7; diffuse
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -54,6 +54,21 @@ _BUILT_IN = {
     "norm_elementwise_affine": False,
     "norm_type": "ada_norm_zero",
 }
+
+
+class DiTSettings(TypedDict):
+    """The arguments of a DiT, as published weights say them."""
+
+    input_size: int
+    patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    class_dropout_prob: float
+    num_classes: int
+    learn_sigma: bool
 
 
 def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
@@ -151,7 +166,7 @@ class _Config(BaseModel):
     norm_eps: float = 1e-5
 
 
-def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], DiTSettings, JsonObject]:
     """The tensors under native names, DiT's settings, and the origin."""
     described = read_json(folder / CONFIG_NAME, _Config, kind=f"a config of {_DIFFUSERS_CLASS}")
     settings = described.model_extra or {}
@@ -164,7 +179,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dic
         raise CheckpointError(listed(f"{folder} is not the DiT that was published:", faults))
     tensors = read_weights(folder)
     hidden_size = described.num_attention_heads * described.attention_head_dim
-    config = {
+    config: DiTSettings = {
         "input_size": described.sample_size,
         "patch_size": described.patch_size,
         "in_channels": described.in_channels,
@@ -179,7 +194,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dic
     native = _from_diffusers_names(tensors, described.num_layers, source=str(folder))
     side = described.sample_size // described.patch_size
     native["pos_embed"] = sincos_2d(hidden_size, side, side)
-    origin = {
+    origin: JsonObject = {
         "format": f"diffusers {_DIFFUSERS_CLASS}",
         "time_embedding": "read as the original's frequencies, 10000^(-i/128); diffusers computes 10000^(-i/127)",
         "norm_eps": f"read as the original's 1e-6; diffusers' config has {described.norm_eps:g}",

@@ -18,6 +18,7 @@ from ..editing.plan import Plan
 from ..editing.surgery import Graft, edits_of, holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import Host, config_of, host_of
+from ..machine.reading import JsonObject
 from .portable import Record, grafted_class
 
 
@@ -71,7 +72,7 @@ def carry_plan(model: nn.Module) -> None:
         setattr(pipeline, name, model)
 
 
-def _record_of(model: nn.Module, base: type[Any]) -> dict[str, Any] | None:
+def _record_of(model: nn.Module, base: type[Any]) -> JsonObject | None:
     """The record of what stands in a model, as JSON; None if nothing does, or nobody could read it."""
     if not holds_operators(model):
         return None

@@ -156,7 +156,7 @@ def _under_diffusers_names(folder: Path) -> Iterator[Path]:
         yield Path(linked)
 
 
-def _folder_of(path: str | PathLike, options: dict[str, Any]) -> Path:
+def _folder_of(path: str | PathLike, options: Mapping[str, Any]) -> Path:
     """The folder that arguments of `from_pretrained` name; downloaded where it is on the Hub."""
     subfolder = options.get("subfolder") or ""
     patterns = (f"{subfolder}/*",) if subfolder else MODEL_FILES
@@ -266,7 +266,7 @@ def plan_of(model: nn.Module) -> Plan:
     return Plan(edits=edits_of(model))
 
 
-def settings_of(model: nn.Module) -> dict[str, Any]:
+def settings_of(model: nn.Module) -> JsonObject:
     """The constructor arguments of a model's class before any graft."""
     return {k: v for k, v in config_of(model).items() if not k.startswith("_") and k != "grafting"}
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..machine.reading import JsonObject, read_json
 from ..machine.settings import Settings
 from ..models.dit import DIT_PRESETS, DiT
 from .checkpoints import state_dict_of
-from .diffusers import diffusers_folder, read_diffusers
+from .diffusers import DiTSettings, diffusers_folder, read_diffusers
 from .folder import load_model, save_model
 from .locate import CONFIG_NAME, find_folder, model_in
 from .portable import Base
@@ -67,7 +67,7 @@ class Published(NamedTuple):
 
     model: nn.Module
     plan: Plan
-    origin: dict[str, Any]
+    origin: JsonObject
     """Provenance, for the folder's config."""
 
 
@@ -81,7 +81,7 @@ class Layout:
     role: Literal["attention", "mlp"]
     operator: str
     tensors: Mapping[str, str]
-    settings: Callable[["Shapes", PublishedFacts], dict[str, Any] | None]
+    settings: Callable[["Shapes", PublishedFacts], JsonObject | None]
 
 
 def convert_weights(
@@ -149,7 +149,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def recognise(
     tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
-) -> tuple[dict[str, Any], Plan, dict[str, Tensor]]:
+) -> tuple[DiTSettings, Plan, dict[str, Tensor]]:
     """DiT's settings, the plan, and the tensors under the names of the grafted model. Raises as `convert_weights`."""
     config, faults = _sizes(tensors, facts, source=source)
     if facts.window is None and config["hidden_size"] == PUBLISHED_WIDTH:
@@ -203,8 +203,8 @@ def _by_module(
 
 def _sizes(
     tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
-) -> tuple[dict[str, Any], list[str]]:
-    """DiT's settings as its outer tensors show them, and what is wrong with them."""
+) -> tuple[DiTSettings, list[str]]:
+    """DiT's settings as its outer tensors show them, and what is wrong with them; a number that is not known is 0."""
     ranks = {
         "x_embedder.proj.weight": 4,
         "pos_embed": 3,
@@ -249,16 +249,16 @@ def _sizes(
         )
     if side**2 != shapes["pos_embed"][1]:
         faults.append(f"pos_embed has {shapes['pos_embed'][1]} tokens, expected a square number")
-    config = {
+    config: DiTSettings = {
         "input_size": side * patch,
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": width,
         "depth": 1 + max(blocks),
-        "num_heads": num_heads,
+        "num_heads": num_heads or 0,
         "mlp_ratio": facts.mlp_ratio,
         "class_dropout_prob": 0.0 if num_labels == num_classes else 0.1,
-        "num_classes": num_classes,
+        "num_classes": num_classes or 0,
         "learn_sigma": out_channels == 2 * channels,
     }
     return config, faults
@@ -270,16 +270,16 @@ def _linears(prefix: str, *names: str, **renamed: str) -> dict[str, str]:
     return {f"{a}.{kind}": f"{prefix}{b}.{kind}" for a, b in pairs.items() for kind in ("weight", "bias")}
 
 
-def _hyena(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
+def _hyena(shapes: Shapes, facts: PublishedFacts) -> JsonObject:
     filters = (shapes[name] for name in ("short_filter.weight", "inner_filter.weight") if name in shapes)
     return {"kernel_size": next(filters)[-1], "geometry": facts.geometry, "init": "random"}
 
 
-def _window(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
+def _window(shapes: Shapes, facts: PublishedFacts) -> JsonObject:
     return {"window": facts.window, "projections": "random"}
 
 
-def _mamba2(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
+def _mamba2(shapes: Shapes, facts: PublishedFacts) -> JsonObject:
     (width, inner), (heads,) = shapes["out_proj.weight"], shapes["D"]
     filtered, _, taps = shapes["conv1d.weight"]
     return {
@@ -292,14 +292,14 @@ def _mamba2(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
     }
 
 
-def _mlp(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any] | None:
+def _mlp(shapes: Shapes, facts: PublishedFacts) -> JsonObject | None:
     hidden, width = shapes["fc1.weight"]
     if hidden == int(facts.mlp_ratio * width):
         return None
     return {"ratio": _ratio(hidden, width), "init": "random"}
 
 
-def _mlp_hyena(shapes: Shapes, facts: PublishedFacts) -> dict[str, Any]:
+def _mlp_hyena(shapes: Shapes, facts: PublishedFacts) -> JsonObject:
     num_filters, _, taps = shapes["short_filter.weight"]
     return {
         "kernel_size": taps,

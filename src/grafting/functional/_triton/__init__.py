@@ -1,4 +1,4 @@
-"""Fused forms of gated convolutions and of windows for a GPU, in Triton; what they must equal stands in the files above.
+"""Fused forms for a GPU, in Triton: gated convolutions, windows, linear attention, scans. What they must equal stands in the files above.
 
 Calls choose by device: CUDA tensors of a size and precision that the kernels take go to them, all else to the plain path, as do
 the transforms of `torch.func` and forward-mode gradients. `GRAFTING_FUSED=0` in the environment leaves out the kernels. They are

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...contract import Grid, TokenLayout
 from ..window import Window, in_tiles
 from . import differentiable_gradients
+from .heads import block_of, bytes_of, empty_heads, strides_of, with_rows
 from .window_kernels import forward_kernel, key_backward_kernel, query_backward_kernel
 
 _ARGUMENTS = "Tensor? is_key, int[] grid, int[] reach, bool shifted, float scale"
@@ -37,13 +38,13 @@ def window_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H, N, V], and the logarithms of what its weights are divided by [B, H, N]."""
-    q, k, v = map(_rows, (q, k, v))
+    q, k, v = map(with_rows, (q, k, v))
     out, lse = _empty_outputs(q, v)
-    unit, strides = _strides(q, k, v, out)
+    unit, strides = strides_of(q, k, v, out)
     constants = _constants(q, v, is_key, grid, shifted) | {"UNIT": unit}
     with torch.cuda.device_of(q):
         forward_kernel[q.shape[1], _num_tiles(grid, constants), q.shape[0]](
-            q, k, v, _bytes(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
+            q, k, v, bytes_of(is_key), out, lse, *strides, *_sizes(k, grid, reach), scale * math.log2(math.e),
             **constants, BLOCK_N=_run(q),
         )  # fmt: skip
     return out, lse
@@ -75,22 +76,22 @@ def window_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    grad, q, k, v, out = map(_rows, (grad, q, k, v, out))
-    dq, dk, dv = map(_empty_heads, (q, k, v))
+    grad, q, k, v, out = map(with_rows, (grad, q, k, v, out))
+    dq, dk, dv = map(empty_heads, (q, k, v))
     delta = torch.empty_like(lse)
-    sizes, key_bytes = _sizes(k, grid, reach), _bytes(is_key)
+    sizes, key_bytes = _sizes(k, grid, reach), bytes_of(is_key)
     constants = _constants(q, v, is_key, grid, shifted)
     batch, heads, tiles = q.shape[0], q.shape[1], _num_tiles(grid, constants)
     scales = scale * math.log2(math.e), scale
     num_others = k.shape[2] - q.shape[2]
     runs_of_others = triton.cdiv(num_others, constants["TILE_R"] * constants["TILE_C"])
     with torch.cuda.device_of(q):
-        unit, strides = _strides(q, k, v, out, grad, dq)
+        unit, strides = strides_of(q, k, v, out, grad, dq)
         query_backward_kernel[heads, tiles, batch](
             q, k, v, key_bytes, out, grad, lse, delta, dq, *strides, *sizes, *scales,
             **constants, UNIT=unit, BLOCK_N=_run(q),
         )  # fmt: skip
-        unit, strides = _strides(q, k, v, grad, dk, dv)
+        unit, strides = strides_of(q, k, v, grad, dk, dv)
         for of_others, programs in ((False, tiles), (True, runs_of_others)):
             if programs:
                 key_backward_kernel[heads, programs, batch](
@@ -102,38 +103,12 @@ def window_attention_backward(
 
 @window_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+    return empty_heads(q), empty_heads(k), empty_heads(v)
 
 
 def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
-    return _heads_of(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-def _heads_of(q: Tensor, dim: int) -> Tensor:
-    """Memory for [B, H, N, dim] with a token's heads beside each other, as what follows attention reads it."""
-    batch, heads, length, _ = q.shape
-    return q.new_empty((batch, length, heads, dim)).transpose(1, 2)
-
-
-def _empty_heads(x: Tensor) -> Tensor:
-    return _heads_of(x, x.shape[3])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With the numbers of each vector beside each other."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _bytes(is_key: Tensor | None) -> Tensor | None:
-    return None if is_key is None else is_key.contiguous().view(torch.uint8)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """A unit that divides every stride of items, heads and tokens, 8 or 1, and these in that unit."""
-    strides = [s for x in tensors for s in x.stride()[:3]]
-    unit = 1 if any(s % 8 for s in strides) else 8
-    return unit, [s // unit for s in strides]
+    return empty_heads(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
 
 
 def _sizes(k: Tensor, grid: Sequence[int], reach: Sequence[int]) -> tuple[int, ...]:
@@ -144,7 +119,6 @@ def _constants(
     q: Tensor, v: Tensor, is_key: Tensor | None, grid: Sequence[int], shifted: bool
 ) -> dict[str, int]:
     """What kernels are compiled for. Tiles are squares of 64 queries, of which a grid's few rows leave a strip."""
-    block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
     tile_rows = min(8, triton.next_power_of_2(grid[2]))
     is_wide = q.dtype == torch.float32  # twice as large in registers, and no work for tensor cores
     tile = 32 if is_wide else 64
@@ -153,8 +127,8 @@ def _constants(
         "HAS_MASK": is_key is not None,
         "K": q.shape[3],
         "V": v.shape[3],
-        "BLOCK_K": block_k,
-        "BLOCK_V": block_v,
+        "BLOCK_K": block_of(q),
+        "BLOCK_V": block_of(v),
         "TILE_R": tile_rows,
         "TILE_C": tile // tile_rows,
         "num_warps": 8 if is_wide else 4,

@@ -2,14 +2,15 @@
 
 A program takes, of a head, a tile of TILE_R x TILE_C image tokens of a frame, and goes through what the tile sees: the box of image tokens around it
 in raster order, then the other tokens. Queries are the image's, [B, H, N, K]; keys and values are of all tokens, the image's after
-`before` others. Strides are of items, heads and tokens, in units of UNIT elements, so that the compiler knows how far loads are
-aligned. Scores are in powers of two, and held in float32 as all that is added up.
+`before` others. Scores are in powers of two, and held in float32 as all that is added up.
 """
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
+
+from .heads import load_tokens, store_tokens, stride_names
 
 
 @triton.jit
@@ -62,24 +63,6 @@ def _tile(tile, rows, cols, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _load(x, token_stride, token, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """Vectors of these tokens [tokens, BLOCK], zero beyond SIZE and for tokens outside the sequence."""
-    place = token.to(tl.int64) * token_stride * UNIT
-    d = tl.arange(0, BLOCK)
-    return tl.load(x + place[:, None] + d[None, :], mask=exists[:, None] & (d < SIZE)[None, :], other=0.0)
-
-
-@triton.jit
-@no_type_check
-def _store(x, y, token_stride, token, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    place = token.to(tl.int64) * token_stride * UNIT
-    d = tl.arange(0, BLOCK)
-    mask = exists[:, None] & (d < SIZE)[None, :]
-    tl.store(x + place[:, None] + d[None, :], y.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-@no_type_check
 def _seen_keys(
     n,
     frame,
@@ -123,10 +106,9 @@ def _seen_keys(
 
 
 def _numbers(*tensors: str) -> list[str]:
-    """Arguments whose values do not trigger a recompile: strides, whose alignment UNIT tells, and sizes."""
-    strides = [f"{x}_{of}" for x in tensors for of in ("item", "head", "token")]
+    """Arguments whose values do not trigger a recompile: strides and sizes."""
     reach = ["reach_frames", "reach_rows", "reach_cols"]
-    return [*strides, "heads", "num_keys", "before", "frames", "rows", "cols", *reach]
+    return [*stride_names(*tensors), "heads", "num_keys", "before", "frames", "rows", "cols", *reach]
 
 
 @triton.jit(do_not_specialize=_numbers("q", "k", "v", "out"))
@@ -184,7 +166,7 @@ def forward_kernel(
     row, col = row0 + m // TILE_C, col0 + m % TILE_C
     exists = (row < rows) & (col < cols)
     token = (frame * rows + row) * cols + col
-    queries = _load(q, q_token, token, exists, K, BLOCK_K, UNIT)
+    queries = load_tokens(q, q_token, token, exists, K, BLOCK_K, UNIT)
     frame0, num_frames = _keys_of(frame, frame + 1, frames, reach_frames, SHIFTED)
     key_row0, num_rows = _keys_of(row0, row0 + TILE_R, rows, reach_rows, SHIFTED)
     key_col0, num_cols = _keys_of(col0, col0 + TILE_C, cols, reach_cols, SHIFTED)
@@ -199,8 +181,8 @@ def forward_kernel(
             n, frame, row, col, frame0, num_frames, key_row0, num_rows, key_col0, num_cols, is_key, num_keys, before,
             frames, rows, cols, reach_frames, reach_rows, reach_cols, SHIFTED, HAS_MASK,
         )  # fmt: skip
-        keys = _load(k, k_token, key_token, key_exists, K, BLOCK_K, UNIT)
-        values = _load(v, v_token, key_token, key_exists, V, BLOCK_V, UNIT)
+        keys = load_tokens(k, k_token, key_token, key_exists, K, BLOCK_K, UNIT)
+        values = load_tokens(v, v_token, key_token, key_exists, V, BLOCK_V, UNIT)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -214,7 +196,7 @@ def forward_kernel(
         top = new_top
     sees_any = total > 0
     total = tl.where(sees_any, total, 1.0)
-    _store(out, mixed / total[:, None], out_token, token, exists, V, BLOCK_V, UNIT)
+    store_tokens(out, mixed / total[:, None], out_token, token, exists, V, BLOCK_V, UNIT)
     lse += (item * heads + head) * frames * rows * cols
     tl.store(lse + token, tl.where(sees_any, top + tl.log2(total), 0.0), mask=exists)
 
@@ -288,9 +270,9 @@ def query_backward_kernel(
     row, col = row0 + m // TILE_C, col0 + m % TILE_C
     exists = (row < rows) & (col < cols)
     token = (frame * rows + row) * cols + col
-    queries = _load(q, q_token, token, exists, K, BLOCK_K, UNIT)
-    d_out = _load(grad, grad_token, token, exists, V, BLOCK_V, UNIT)
-    output = _load(out, out_token, token, exists, V, BLOCK_V, UNIT)
+    queries = load_tokens(q, q_token, token, exists, K, BLOCK_K, UNIT)
+    d_out = load_tokens(grad, grad_token, token, exists, V, BLOCK_V, UNIT)
+    output = load_tokens(out, out_token, token, exists, V, BLOCK_V, UNIT)
     log_total = tl.load(lse + token, mask=exists, other=0.0)
     own_delta = tl.sum(output.to(tl.float32) * d_out.to(tl.float32), axis=1)
     tl.store(delta + token, own_delta, mask=exists)
@@ -306,14 +288,14 @@ def query_backward_kernel(
             n, frame, row, col, frame0, num_frames, key_row0, num_rows, key_col0, num_cols, is_key, num_keys, before,
             frames, rows, cols, reach_frames, reach_rows, reach_cols, SHIFTED, HAS_MASK,
         )  # fmt: skip
-        keys = _load(k, k_token, key_token, key_exists, K, BLOCK_K, UNIT)
-        values = _load(v, v_token, key_token, key_exists, V, BLOCK_V, UNIT)
+        keys = load_tokens(k, k_token, key_token, key_exists, K, BLOCK_K, UNIT)
+        values = load_tokens(v, v_token, key_token, key_exists, V, BLOCK_V, UNIT)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         weights = tl.where(seen, tl.exp2(scores - log_total[:, None]), 0.0)
         d_weights = tl.dot(d_out, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights - own_delta[:, None])
         d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
-    _store(dq, d_queries * grad_scale, dq_token, token, exists, K, BLOCK_K, UNIT)
+    store_tokens(dq, d_queries * grad_scale, dq_token, token, exists, K, BLOCK_K, UNIT)
 
 
 @triton.jit(do_not_specialize=_numbers("q", "k", "v", "grad", "dk", "dv"))
@@ -396,8 +378,8 @@ def key_backward_kernel(
         frame0, num_frames = _queries_of(frame, frame + 1, frames, reach_frames, SHIFTED)
         row0, num_rows = _queries_of(tile_row, tile_row + TILE_R, rows, reach_rows, SHIFTED)
         col0, num_cols = _queries_of(tile_col, tile_col + TILE_C, cols, reach_cols, SHIFTED)
-    keys = _load(k, k_token, key_token, exists, K, BLOCK_K, UNIT)
-    values = _load(v, v_token, key_token, exists, V, BLOCK_V, UNIT)
+    keys = load_tokens(k, k_token, key_token, exists, K, BLOCK_K, UNIT)
+    values = load_tokens(v, v_token, key_token, exists, V, BLOCK_V, UNIT)
     is_seen = exists
     if HAS_MASK:
         is_seen = is_seen & (tl.load(is_key + key_token, mask=exists, other=0) != 0)
@@ -416,8 +398,8 @@ def key_backward_kernel(
             seen = seen & _near(frame, _first(q_frame, frames, reach_frames, SHIFTED), reach_frames)[None, :]
             seen = seen & _near(row[:, None], _first(q_row, rows, reach_rows, SHIFTED)[None, :], reach_rows)
             seen = seen & _near(col[:, None], _first(q_col, cols, reach_cols, SHIFTED)[None, :], reach_cols)
-        queries = _load(q, q_token, token, q_exists, K, BLOCK_K, UNIT)
-        d_out = _load(grad, grad_token, token, q_exists, V, BLOCK_V, UNIT)
+        queries = load_tokens(q, q_token, token, q_exists, K, BLOCK_K, UNIT)
+        d_out = load_tokens(grad, grad_token, token, q_exists, V, BLOCK_V, UNIT)
         log_total = tl.load(lse + token, mask=q_exists, other=0.0)
         q_delta = tl.load(delta + token, mask=q_exists, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
@@ -426,5 +408,5 @@ def key_backward_kernel(
         d_weights = tl.dot(values, tl.trans(d_out), input_precision="ieee")
         d_scores = weights * (d_weights - q_delta[None, :])
         d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
-    _store(dk, d_keys * grad_scale, dk_token, key_token, exists, K, BLOCK_K, UNIT)
-    _store(dv, d_values, dv_token, key_token, exists, V, BLOCK_V, UNIT)
+    store_tokens(dk, d_keys * grad_scale, dk_token, key_token, exists, K, BLOCK_K, UNIT)
+    store_tokens(dv, d_values, dv_token, key_token, exists, V, BLOCK_V, UNIT)

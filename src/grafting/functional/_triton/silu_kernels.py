@@ -1,0 +1,47 @@
+"""Triton kernels of a filter along tokens with silu after it; `silu.py` beside this launches them. Filters are as in `conv_kernels.py`."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from .conv_kernels import _filtered, _neighbours, _place
+
+
+@triton.jit(do_not_specialize=["length"])
+@no_type_check
+def silu_kernel(
+    x,
+    weight,
+    grad,
+    out,
+    x_item,
+    x_token,
+    length,
+    dim,
+    BACKWARD: tl.constexpr,
+    K: tl.constexpr,
+    BEFORE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = silu(z) of z, the filtered x; or BACKWARD the gradient of z."""
+    c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    item = tl.program_id(2).to(tl.int64)
+    is_channel = c < dim
+    row, col, is_image, exists = _place(t, length, 0, length, 1, length)
+    z = _filtered(
+        x + item * x_item, x_token, weight, dim, t, c, c, is_channel, row, col, is_image, exists, 1, length,
+        1, K, 0, BEFORE, False,
+    )  # fmt: skip
+    y = 1 / (1 + tl.exp(-z))
+    if BACKWARD:
+        dy = _neighbours(
+            grad + item * length * dim, dim, t, c, is_channel, row, col, is_image, exists, 1, length, 0, 0
+        )
+        y = dy * y * (1 + z * (1 - y))
+    else:
+        y = z * y
+    place = (item * length + t)[:, None] * dim + c[None, :]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
