@@ -7,16 +7,18 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from pydantic import ValidationError
 
 from closeness import assert_close
 from grafting.contract import Conditions, NoiseProcess
-from grafting.diffusion import Diffusion, FlowMatching
+from grafting.diffusion import Diffusion, FlowConfig, FlowMatching, ShiftBySize
 from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import build_operators, place
 from grafting.errors import ProtocolError
 from grafting.hosts import hosts
 from grafting.machine.randomness import generator
 from grafting.sampling.chain import SamplingConfig, check_sampling, sample
+from grafting.training.batches import draw
 from grafting.training.distillation import DistillConfig, distill
 from grafting.training.finetuning import FinetuneConfig, finetune
 from toydata import denoiser
@@ -27,6 +29,7 @@ PROCESSES = {
     "sd3": FlowMatching(scale=1000.0, shift=3.0),
     "wan": FlowMatching(scale=1000.0),
 }
+LINE = ShiftBySize(base=0.5, max=1.15, base_tokens=256, max_tokens=4096)
 
 
 class Latents:
@@ -96,6 +99,77 @@ def test_steps_are_shifted_as_those_of_diffusers():
     assert_close("shifted", shifted, 3 * plain / (1 + 2 * plain), 1e-6)
     # diffusers shifts its own grid: 0.5 becomes 0.75
     assert scheduler.sigmas[500].item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5), abs=1e-6)
+
+
+def test_a_shift_by_size_goes_along_a_line():
+    assert [LINE.at(n) for n in (256, 4096)] == pytest.approx([math.exp(0.5), math.exp(1.15)])
+    linear = ShiftBySize(base=1.0, max=3.0, base_tokens=100, max_tokens=300, kind="linear")
+    assert [linear.at(n) for n in (100, 150, 500)] == pytest.approx([1.0, 1.5, 5.0])
+
+
+def test_training_and_sampling_have_the_shift_of_the_size():
+    process = FlowMatching(shift_by_size=LINE, token_size=4)
+    for shape, tokens in (((4, 32, 32), 256), ((4, 16, 24), 96), ((4, 2, 16, 24), 192)):
+        plain = FlowMatching(shift=LINE.at(tokens))
+        drawn = [p.at(shape).draw_steps(9, torch.Generator().manual_seed(0)) for p in (process, plain)]
+        assert torch.equal(*drawn)
+        how = denoiser(process=process)
+        batch = draw(
+            (torch.zeros(9, *shape), torch.zeros(9).long()), generator(0), batch_size=9, denoiser=how
+        )
+        same = draw(
+            (torch.zeros(9, *shape), torch.zeros(9).long()),
+            generator(0),
+            batch_size=9,
+            denoiser=denoiser(process=plain),
+        )
+        assert torch.equal(batch.t, same.t)
+        for sampler in process.samplers:
+            how = {"steps": 5, "clip": False, "streams": []}
+            chains = [[t for t, _ in p.at(shape).chain(sampler, **how)] for p in (process, plain)]
+            last = slice(
+                0, 4 if sampler == "euler" else 5
+            )  # a fixed shift moves the last of Euler's own steps twice
+            assert chains[0][last] == pytest.approx(chains[1][last], rel=1e-2 if sampler == "euler" else 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("spacing", ["ends", "even"])
+def test_eulers_steps_by_size_and_to_a_terminal_are_those_of_diffusers(spacing, kind):
+    line = ShiftBySize(base=1.0, max=2.0, kind=kind)
+    process = FlowMatching(spacing=spacing, shift_by_size=line, token_size=4, terminal=0.1).at((4, 64, 64))
+    got = [t for t, _ in process.chain("euler", steps=4, clip=False, streams=[])]
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type=kind, shift_terminal=0.1
+    )
+    steps = {"sigmas": [1, 0.75, 0.5, 0.25]} if spacing == "even" else {"num_inference_steps": 4}
+    scheduler.set_timesteps(**steps, mu=1.0 + (1024 - 256) / (4096 - 256))
+    assert got == pytest.approx((scheduler.timesteps / 1000).tolist(), rel=1e-6)
+    assert got[-1] == pytest.approx(0.1)
+
+
+def test_configs_of_before_are_written_as_before():
+    assert FlowConfig(shift=3).model_dump(mode="json") == {"name": "flow", "shift": 3.0}
+    assert FlowConfig(shift=3).build(scale=1.0).identity == {"name": "flow", "scale": 1.0, "shift": 3.0}
+    config = FlowConfig(shift_by_size=LINE, terminal=0.1, spacing="even")
+    written = config.model_dump(mode="json")
+    assert written.keys() == {"name", "spacing", "shift_by_size", "terminal"}
+    assert FlowConfig.model_validate(written) == config
+    assert config.build(scale=1.0).identity == {**written, "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"shift": 3, "shift_by_size": {}}, "shift_by_size takes the place of shift: name one of them"),
+        ({"shift_by_size": {"base_tokens": 4096}}, "base_tokens is the smaller size: found 4096, and max_tokens 4096"),
+        ({"shift_by_size": {"base": 0.0, "kind": "linear"}}, "a shift is positive: found base 0 and max 1.15"),
+        ({"terminal": 1.0}, "less than 1"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_shift_by_size(asked, told):
+    with pytest.raises(ValidationError, match=told):
+        FlowConfig.model_validate({"name": "flow", **asked})
 
 
 def test_the_loss_is_that_of_the_velocity():

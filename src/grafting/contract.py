@@ -331,6 +331,10 @@ class NoiseProcess(Protocol):
     @property
     def identity(self) -> dict[str, JsonValue]: ...
 
+    def at(self, shape: tuple[int, ...]) -> "NoiseProcess":
+        """The process for inputs [B, *shape]: what draws steps, and what is sampled."""
+        ...
+
     def draw_steps(self, count: int, draw: Generator) -> Tensor:
         """Random steps [count], in the host's unit."""
         ...

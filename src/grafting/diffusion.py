@@ -7,6 +7,7 @@ Source: arXiv:2006.11239 (process), arXiv:2102.09672 (learned variance, L_vlb), 
 arXiv:2209.03003 (straight paths), arXiv:2403.03206 (the distribution of steps, shift).
 """
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, JsonValue, PositiveFloat, model_serializer
+from pydantic import Field, JsonValue, PositiveFloat, PositiveInt, model_serializer, model_validator
 from torch import Generator, Tensor
 
 from .machine.settings import Settings
@@ -53,6 +54,9 @@ class Diffusion:
         """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, that of t = 1."""
         variance = self.betas * (1 - self._alpha_bars_before) / (1 - self.alpha_bars)
         return torch.cat([variance[1:2], variance[1:]]).log()
+
+    def at(self, shape: tuple[int, ...]) -> "Diffusion":
+        return self
 
     def draw_steps(self, count: int, draw: torch.Generator) -> Int[Tensor, " count"]:
         return torch.randint(0, NUM_STEPS, (count,), generator=draw)
@@ -152,6 +156,41 @@ def _table(name: str, device: torch.device) -> Tensor:
 Spacing = Literal["ends", "even"]
 
 
+class ShiftBySize(Settings):
+    """A shift that grows with the number of image tokens, along a line that two sizes give.
+
+    Source: arXiv:2403.03206 Sec. 5.3.2 has shifts that grow with the size; the line is that of black-forest-labs/flux
+    `sampling.py::get_schedule`, the names of its ends as of diffusers' schedulers.
+    """
+
+    base: float = 0.5
+    """The line at `base_tokens`."""
+    max: float = 1.15
+    """The line at `max_tokens`, beyond which it goes on."""
+    base_tokens: PositiveInt = 256
+    """Image tokens of the smaller size."""
+    max_tokens: PositiveInt = 4096
+    """Image tokens of the larger size."""
+    kind: Literal["exponential", "linear"] = "exponential"
+    """What the line gives: the shift's logarithm, or the shift."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> "ShiftBySize":
+        if self.base_tokens >= self.max_tokens:
+            raise ValueError(
+                f"base_tokens is the smaller size: found {self.base_tokens}, and max_tokens {self.max_tokens}"
+            )
+        if self.kind == "linear" and min(self.base, self.max) <= 0:
+            raise ValueError(f"a shift is positive: found base {self.base:g} and max {self.max:g}")
+        return self
+
+    def at(self, tokens: int) -> float:
+        """The shift of an image of so many tokens."""
+        slope = (self.max - self.base) / (self.max_tokens - self.base_tokens)
+        height = tokens * slope + self.base - slope * self.base_tokens
+        return math.exp(height) if self.kind == "exponential" else height
+
+
 class FlowMatching:
     """Straight paths x_t = (1 - s) x + s noise, of which the model predicts the velocity, noise - x (SD3, Flux, Wan).
 
@@ -164,17 +203,50 @@ class FlowMatching:
             pixels.
         spacing: of Euler's n steps before the shift: `ends` runs from pure noise to the last but one of a thousand, `even` takes
             1, (n - 1) / n, ... 1 / n.
+        terminal: noise of the last of Euler's steps, in 0..1, to which all of them are stretched; None leaves them as they are.
+        shift_by_size: takes the place of `shift`: steps are drawn and spaced by what `at` makes of the process.
+        token_size: elements of a channel that make an image token; `shift_by_size` counts tokens.
     """
 
     samplers: tuple[str, ...] = ("euler", "heun", "dpm-solver++")
 
-    def __init__(self, *, scale: float = 1.0, shift: float = 1.0, spacing: Spacing = "ends"):
-        self.scale, self.shift, self.spacing = scale, shift, spacing
+    def __init__(
+        self,
+        *,
+        scale: float = 1.0,
+        shift: float = 1.0,
+        spacing: Spacing = "ends",
+        terminal: float | None = None,
+        shift_by_size: ShiftBySize | None = None,
+        token_size: int = 1,
+    ):
+        self.scale, self._shift, self.spacing, self.terminal = scale, shift, spacing, terminal
+        self.shift_by_size, self.token_size = shift_by_size, token_size
+        self._tokens: int | None = None
+
+    @property
+    def shift(self) -> float:
+        """Of the size that `at` was told, where it follows the size."""
+        if self.shift_by_size is None:
+            return self._shift
+        assert self._tokens is not None, "the shift follows the size, which `at` is told"
+        return self.shift_by_size.at(self._tokens)
 
     @property
     def identity(self) -> dict[str, JsonValue]:
+        by_size = self.shift_by_size
+        shift: JsonValue = self._shift if by_size is None else by_size.model_dump(mode="json")
         spacing: dict[str, JsonValue] = {"spacing": "even"} if self.spacing == "even" else {}
-        return {"name": "flow", "scale": self.scale, "shift": self.shift, **spacing}
+        terminal: dict[str, JsonValue] = {} if self.terminal is None else {"terminal": self.terminal}
+        name = "shift" if by_size is None else "shift_by_size"
+        return {"name": "flow", "scale": self.scale, name: shift, **spacing, **terminal}
+
+    def at(self, shape: tuple[int, ...]) -> "FlowMatching":
+        if self.shift_by_size is None:
+            return self
+        sized = copy.copy(self)
+        sized._tokens = math.prod(shape[1:]) // self.token_size
+        return sized
 
     def draw_steps(self, count: int, draw: torch.Generator) -> Float[Tensor, " count"]:
         s = torch.randn(count, generator=draw).sigmoid()
@@ -208,6 +280,10 @@ class FlowMatching:
     def sampling_faults(self, sampler: str, *, steps: int, clip: bool) -> list[str]:
         if sampler not in self.samplers:
             return [_unknown(sampler, self.samplers, "a predicted velocity")]
+        if self.terminal is not None and sampler == "euler" and steps == 1:
+            return [
+                f"steps is 1, but process.terminal is {self.terminal:g}, where the last step of several stands: take two or more"
+            ]
         if clip and sampler != "dpm-solver++":
             return [f"{sampler} has no clean image to clip: set clip to false, or sampler to dpm-solver++"]
         return []
@@ -217,7 +293,14 @@ class FlowMatching:
             return dpm_solver_flow(steps=steps, shift=self.shift, scale=self.scale, clip=clip)
         if sampler == "heun":
             return heun(steps=steps, shift=self.shift, scale=self.scale)
-        return euler(steps=steps, shift=self.shift, scale=self.scale, even=self.spacing == "even")
+        return euler(
+            steps=steps,
+            shift=self.shift,
+            scale=self.scale,
+            even=self.spacing == "even",
+            is_by_size=self.shift_by_size is not None,
+            terminal=self.terminal,
+        )
 
 
 class DiffusionConfig(Settings):
@@ -237,13 +320,32 @@ class FlowConfig(Settings):
     """Shift of the steps towards noise, in training and sampling; 1 leaves them as they are."""
     spacing: Spacing | None = None
     """Spacing of Euler's steps: `ends` as of SD3's pipeline, `even` as of FLUX's. If omitted, that of the host's family."""
+    shift_by_size: ShiftBySize | None = None
+    """Shift that follows the number of image tokens of what is trained on or sampled, in the place of `shift`."""
+    terminal: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Noise of the last of Euler's steps, to which all of them are stretched: 0.1 for LTX-Video. If omitted, they are not."""
+
+    @model_validator(mode="after")
+    def _has_one_shift(self) -> "FlowConfig":
+        if self.shift_by_size is not None and "shift" in self.model_fields_set:
+            raise ValueError("shift_by_size takes the place of shift: name one of them")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_absent(self, to_dict: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in to_dict(self).items() if key != "spacing" or value is not None}
+        by_size = {"shift"} if self.shift_by_size is not None else set()
+        absent = {n for n in ("spacing", "shift_by_size", "terminal") if getattr(self, n) is None}
+        return {key: value for key, value in to_dict(self).items() if key not in by_size | absent}
 
-    def build(self, *, scale: float) -> FlowMatching:
-        return FlowMatching(scale=scale, shift=self.shift, spacing=self.spacing or "ends")
+    def build(self, *, scale: float, token_size: int = 1) -> FlowMatching:
+        return FlowMatching(
+            scale=scale,
+            shift=self.shift,
+            spacing=self.spacing or "ends",
+            terminal=self.terminal,
+            shift_by_size=self.shift_by_size,
+            token_size=token_size,
+        )
 
     def like(self, family: object) -> "FlowConfig":
         """This config, with the family's own spacing where it says none."""

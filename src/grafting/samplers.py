@@ -127,16 +127,31 @@ def dpm_solver(betas: Float[Tensor, " steps"], *, steps: int, clip: bool) -> Cha
     return _timed(scheduler, steps)
 
 
-def euler(*, steps: int, shift: float, scale: float, even: bool = False) -> Chain:
+def euler(
+    *,
+    steps: int,
+    shift: float,
+    scale: float,
+    even: bool = False,
+    is_by_size: bool = False,
+    terminal: float | None = None,
+) -> Chain:
     """Euler's method along a straight path's velocity; the steps are those that diffusers' pipelines take.
 
     Args:
         even: take 1, (n - 1) / n, ... 1 / n before the shift, as FLUX's pipeline asks; else the scheduler's own, as SD3's.
+        is_by_size: the shift is one image size's: the last of the scheduler's own steps is then shifted once, else twice.
+        terminal: noise of the last step, in 0..1, to which all steps are stretched.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    sigmas = [1 - i / steps for i in range(steps)] if even else None
-    return _timed(FlowMatchEulerDiscreteScheduler(shift=shift), steps, unit=scale / 1000, sigmas=sigmas)
+    # diffusers' linear kind takes the shift itself
+    kind = {"use_dynamic_shifting": True, "time_shift_type": "linear"} if is_by_size else {"shift": shift}
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**kind, shift_terminal=terminal)
+    asked: dict[str, Any] = {"mu": shift} if is_by_size else {}
+    asked |= {"sigmas": [1 - i / steps for i in range(steps)]} if even else {"num_inference_steps": steps}
+    scheduler.set_timesteps(**asked)
+    return _along(scheduler, unit=scale / 1000)
 
 
 def heun(*, steps: int, shift: float, scale: float) -> Chain:
@@ -161,11 +176,14 @@ def dpm_solver_flow(*, steps: int, shift: float, scale: float, clip: bool) -> Ch
     return _timed(scheduler, steps, unit=scale / 1000)
 
 
-def _timed(
-    scheduler: Any, steps: int, *, unit: float | None = None, sigmas: Sequence[float] | None = None
-) -> Chain:
-    """A scheduler's own steps, or those of these noise levels, told to the model as they are, or in its unit."""
-    scheduler.set_timesteps(**({"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}))
+def _timed(scheduler: Any, steps: int, *, unit: float | None = None) -> Chain:
+    """So many of a scheduler's own steps."""
+    scheduler.set_timesteps(steps)
+    return _along(scheduler, unit=unit)
+
+
+def _along(scheduler: Any, *, unit: float | None) -> Chain:
+    """A scheduler's steps, told to the model as they are, or in its unit."""
     for t in scheduler.timesteps:
 
         def update(prediction: Tensor, x: Tensor, t: Tensor = t) -> Tensor:

@@ -51,13 +51,14 @@ def clip(*, projects: bool = False) -> nn.Module:
     return kind(config).eval()
 
 
-def language_model(kind: str) -> nn.Module:
+def language_model(kind: str, *, heads: bool = False) -> nn.Module:
+    """A small one; with `heads` it says the next word."""
     torch.manual_seed(3)
     sizes = {"hidden_size": DIM, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 12}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    places = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ids = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1}
-    config = getattr(transformers, f"{kind}Config")(vocab_size=40, **sizes, **heads, **ids)
-    return getattr(transformers, f"{kind}Model")(config).eval()
+    config = getattr(transformers, f"{kind}Config")(vocab_size=40, **sizes, **places, **ids)
+    return getattr(transformers, f"{kind}ForCausalLM" if heads else f"{kind}Model")(config).eval()
 
 
 def vae() -> nn.Module:

@@ -114,7 +114,7 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
         "folder": str(tmp_path / "run/prompts"),
         "verify": True,
     }
-    # the pipeline as it was, with the graft in it; what was not edited takes no room
+    # the pipeline as it was, with the graft in it; weights that were not edited take no room
     folder = tmp_path / "run/pipeline"
     pipeline = DiffusionPipeline.from_pretrained(folder)
     saved = load_file(tmp_path / "run/model/model.safetensors")

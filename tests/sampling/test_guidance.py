@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.linalg import vector_norm
 
 from closeness import assert_close
 from grafting.errors import ProtocolError
@@ -37,6 +38,25 @@ def test_rescaling_gives_back_the_spread_of_the_conditional_prediction():
 def test_the_norm_gives_back_the_length_at_every_place():
     got = Guidance(scale=7.5, rescale="norm")(COND, NULL, channels=6)
     assert_close("lengths", got.norm(dim=1), COND.norm(dim=1), 1e-5)
+
+
+def test_lengths_of_rows_and_of_squares_are_given_back():
+    rows, squares = (
+        Guidance(scale=7.5, rescale=kind)(COND, NULL, channels=6) for kind in ("norm-rows", "norm-2x2")
+    )
+    assert_close("rows", rows.norm(dim=-1), COND.norm(dim=-1), 1e-5)
+    got, want = (x.unflatten(-1, (2, 2)).unflatten(-3, (2, 2)) for x in (squares, COND))
+    assert_close("squares", vector_norm(got, dim=(1, 3, 5)), vector_norm(want, dim=(1, 3, 5)), 1e-5)
+
+
+def test_lengths_of_squares_where_a_side_is_odd():
+    cond, null = torch.randn(2, 1, 3, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    got = Guidance(scale=7.5, rescale="norm-2x2")(cond, null, channels=3)
+    for rows, cols in ((slice(0, 2), slice(2, 4)), (slice(2, 3), slice(4, 5))):
+        part = (..., rows, cols)
+        assert_close(
+            "lengths", vector_norm(got[part], dim=(1, 3, 4)), vector_norm(cond[part], dim=(1, 3, 4)), 1e-5
+        )
 
 
 def test_a_negative_condition_stands_in_the_place_of_the_null():

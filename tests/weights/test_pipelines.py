@@ -9,11 +9,24 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import PixArtSigmaPipeline
+from torch import nn
 from typer.testing import CliRunner
 
 import tinypipeline
-from grafting import CheckpointError, HostError, Plan, Replace, build_operators, graft, load, place, plan_of
+from grafting import (
+    CheckpointError,
+    HostError,
+    Plan,
+    Replace,
+    build_operators,
+    graft,
+    load,
+    place,
+    plan_of,
+    trace,
+)
 from grafting.cli import app
 from grafting.hosts import hosts
 from grafting.machine.files import sha256_of
@@ -48,6 +61,54 @@ def test_a_pipeline_saves_the_graft_of_its_transformer(pipeline, tmp_path, of):
     assert pipeline.config["transformer"] == ("diffusers", "PixArtTransformer2DModel")
     assert "grafting" not in pipeline.transformer.config
     assert torch.equal(tinypipeline.draw(pipeline), untouched)
+
+
+class Attending(nn.Module):
+    """A layer of attention of four heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(32), Attending()
+
+    def forward(self, x):
+        return x + self.attention(self.norm(x))
+
+
+class Plain(nn.Module):
+    """A transformer that is none of diffusers' models, on images [B, H, W, 4]."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 32), nn.Linear(32, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x, t):
+        y = self.inner(x).flatten(1, 2) + t[:, None, None]
+        for block in self.blocks:
+            y = block(y)
+        return self.outer(y).unflatten(1, x.shape[1:3])
+
+
+def test_a_graft_of_a_model_without_a_config_stays_in_memory():
+    model = Plain()
+    inputs = {"x": torch.randn(1, 6, 8, 4), "t": torch.tensor([0.3])}
+    before = model(**inputs)
+    found = trace(model, example=inputs)
+    record = graft(model, Plan(edits=[Replace(role="attention", operator="window-2d")]), host=found.host)
+    assert type(model) is Plain
+    assert not torch.equal(model(**inputs), before)
+    record.undo()
+    assert torch.equal(model(**inputs), before)
 
 
 @pytest.mark.slow

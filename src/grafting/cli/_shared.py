@@ -141,7 +141,8 @@ def open_denoiser(
             f"--shift is a setting of flow, and {host.name} predicts noise; if this model was trained as flow, add --process flow"
         )
     if shift is not None:
-        config = FlowConfig(shift=shift)
+        kept = config.model_dump(exclude={"shift_by_size"}) if isinstance(config, FlowConfig) else {}
+        config = FlowConfig(**kept | {"shift": shift})
     conditions = known.conditions.load() if known.conditions else None
     if prompts is not None:
         conditions = Captions() if prompts == "scenes" else Prompts(prompts)

@@ -191,7 +191,8 @@ def dry_run(
         return tensor
 
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_OF_CPU)
-    with FakeTensorMode(), torch.enable_grad():
+    # what a model holds beside its parameters and buffers, such as positions, is none of ours to replace
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         tensors = {name: _fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         kept |= {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors.values()}
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

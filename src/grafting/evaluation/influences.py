@@ -71,7 +71,7 @@ def load_influences(path: Path, *, figures: Mapping[str, Any]) -> PerImage:
     if words.of != hash_json({key: figures.get(key) for key in words.names}):
         raise DataError(f"{path} is of other figures than those beside it: measure the images again")
     with damage(path, kind, error=DataError):
-        tensors = {name: torch.from_numpy(file.array(name)) for name in file.names - {"words"}}
+        tensors = {name: torch.from_numpy(file.array(name)) for name in file.names if name != "words"}
         own: Any = {name: tensors.get(name) for name in _OWN}
         kinds: Any = {each: _under(tensors, each) for each in _KINDS}
         facts: Any = {} if words.frechet is None else words.frechet.model_dump()

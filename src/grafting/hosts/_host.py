@@ -4,6 +4,7 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 """
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from ..contract import (
     Site,
     TokenLayout,
 )
-from ..diffusion import Diffusion, FlowConfig, ProcessConfig
+from ..diffusion import Diffusion, DiffusionConfig, FlowConfig, ProcessConfig
 from ..errors import HostError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -264,7 +265,14 @@ class Host(ABC, Generic[Model]):
         if isinstance(config, FlowConfig):
             with suppress(HostError):
                 config = config.like(self.process(model))
-        return config.build(scale=self.time_scale)
+        return self._build(model, config)
+
+    def _build(self, model: Model, config: ProcessConfig) -> NoiseProcess:
+        if isinstance(config, DiffusionConfig) or config.shift_by_size is None:
+            return config.build(scale=self.time_scale)
+        shape = self.shape(model)
+        token_size = math.prod(shape[1:]) // self.grid_of(model, shape).num_tokens
+        return config.build(scale=self.time_scale, token_size=token_size)
 
     def denoiser(
         self,

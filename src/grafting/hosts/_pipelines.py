@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Kwargs
-from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig
+from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig, ShiftBySize
 from ..errors import HostError
 from ._arguments import Knowledge
 from ._forwards import copied
@@ -31,6 +30,10 @@ _DEFAULTS: Mapping[str, str | int] = {
 
 _LIKE = 0.3
 """Cosine above which what the scheduler is given is the output, guided or not, and not another quantity."""
+
+
+_OF_THEIR_OWN = ("CogView4", "Flux2", "HiDream", "Lumina2", "QwenImageLayered")
+"""Pipelines whose shift follows the size, or the number of steps, by a rule that their scheduler does not hold."""
 
 
 @dataclass(frozen=True)
@@ -235,11 +238,14 @@ def _samples(output: Any) -> list[Tensor]:
 def process_of(pipeline: Any) -> ProcessConfig | None:
     """The process that a pipeline's scheduler runs back; None where its predictions are of another kind."""
     scheduler = pipeline.scheduler
-    return process_of_scheduler(type(scheduler).__name__, dict(getattr(scheduler, "config", {})))
+    config = dict(getattr(scheduler, "config", {}))
+    return process_of_scheduler(type(scheduler).__name__, config, pipeline=type(pipeline).__name__)
 
 
-def process_of_scheduler(scheduler: str, config: Mapping[str, Any]) -> ProcessConfig | None:
-    """The same by the name of its class and its config."""
+def process_of_scheduler(
+    scheduler: str, config: Mapping[str, Any], *, pipeline: str = ""
+) -> ProcessConfig | None:
+    """The same by the names of both classes and the scheduler's config."""
     is_flow = (
         "Flow" in scheduler
         or config.get("prediction_type") == "flow_prediction"
@@ -247,6 +253,21 @@ def process_of_scheduler(scheduler: str, config: Mapping[str, Any]) -> ProcessCo
     )
     if not is_flow:
         return DiffusionConfig() if config.get("prediction_type") == "epsilon" else None
-    if config.get("use_dynamic_shifting"):
-        return FlowConfig(shift=math.exp(config.get("max_shift", 1.15)))
-    return FlowConfig(shift=float(config.get("shift") or config.get("flow_shift") or 1))
+    terminal = config.get("shift_terminal") or None
+    if not config.get("use_dynamic_shifting"):
+        shift = float(config.get("shift") or config.get("flow_shift") or 1)
+        return FlowConfig(shift=shift, terminal=terminal)
+    if pipeline.startswith(_OF_THEIR_OWN):
+        return None
+    return FlowConfig(shift_by_size=_by_size(config), terminal=terminal)
+
+
+def _by_size(config: Mapping[str, Any]) -> ShiftBySize:
+    names = {
+        "base": "base_shift",
+        "max": "max_shift",
+        "base_tokens": "base_image_seq_len",
+        "max_tokens": "max_image_seq_len",
+        "kind": "time_shift_type",
+    }
+    return ShiftBySize(**{name: config[key] for name, key in names.items() if config.get(key) is not None})

@@ -152,7 +152,7 @@ class SdpaHost(Host[nn.Module]):
                 f"host {self.name!r} is trained with a noise process that grafting has not: name one under `process:`, or with "
                 "--process"
             )
-        return self.spec.process.build(scale=self.spec.time.scale)
+        return self._build(model, self.spec.process)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
         image, grid = self.spec.image, self._native_grid

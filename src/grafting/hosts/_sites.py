@@ -62,4 +62,9 @@ def _hidden_width(spec: SdpaSpec, mlp: nn.Module, dim: int) -> int:
     placed = getattr(mlp, "site", None)  # where an operator stands already, it knows its site
     if isinstance(placed, Site):
         return placed.hidden_dim
-    return as_linear(mlp.get_submodule(spec.mlp.down)).in_features if spec.mlp else 4 * dim
+    if spec.mlp is None:
+        return 4 * dim
+    down = mlp.get_submodule(spec.mlp.down)
+    return as_linear(
+        getattr(down, "base_layer", down)
+    ).in_features  # an adapter's own layer has another class

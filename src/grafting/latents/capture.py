@@ -27,8 +27,8 @@ _TRIED = (
     "a small house beside the sea under three tall trees",
 )
 """Two prompts of as many words, and a longer one."""
-_SIZES = ((512, 768), (256, 384), (64, 96), (32, 64), (128, 256))
-"""Heights and widths to try, until two are taken: one of them differs from the pipeline's own in both."""
+_SIZES = ((512, 768), (384, 256), (64, 96), (32, 64), (128, 256))
+"""Heights and widths to try, until two are taken: one of them differs from the pipeline's own in both, and one in their ratio."""
 _FRAMES = (9, 17)
 _TIMES = frozenset({"timestep", "timesteps", "t"})
 _SAME = 1e-5

@@ -246,7 +246,7 @@ class NpzFile:
         self.path = path
         with self._archive() as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
-        self.names = frozenset(name.removesuffix(".npy") for name in members)
+        self.names = dict.fromkeys(name.removesuffix(".npy") for name in members).keys()  # in their order
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype, bool]:
         """An array's shape and dtype, and whether it is stored by columns."""

@@ -39,7 +39,10 @@ def recorded(source: str | Path) -> Recorded:
     scheduler = Path(source) / "scheduler" / "scheduler_config.json"
     if (Path(source) / PIPELINE_NAME).is_file() and scheduler.is_file():
         config = read_json(scheduler, JsonObject, kind="a scheduler's config")
-        return Recorded(process=process_of_scheduler(str(config.get("_class_name")), config))
+        pipeline = str(read_json(Path(source) / PIPELINE_NAME, JsonObject).get("_class_name"))
+        with damage(scheduler, "a scheduler's config"):
+            process = process_of_scheduler(str(config.get("_class_name")), config, pipeline=pipeline)
+        return Recorded(process=process)
     for folder in (Path(source), Path(source).parent):
         if (folder / "manifest.json").is_file() and (folder / "recipe.yaml").is_file():
             return _of_run(folder / "recipe.yaml")

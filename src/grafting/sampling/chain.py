@@ -29,7 +29,7 @@ from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import generator
 from ..machine.settings import Settings
-from .guidance import Guidance
+from .guidance import Guidance, Length
 
 CIRCUMSTANCES = frozenset({"batch_size", "compile"})
 """Settings of sampling that say how fast it runs, not what comes out."""
@@ -55,9 +55,10 @@ class ChainConfig(Settings):
     """Interval in which guidance is on: two shares of the way from clean (0) to pure noise (1)."""
     guided_channels: PositiveInt | None = None
     """Number of leading channels to guide (3 of 4 in DiT's published protocol); all if omitted."""
-    cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Literal["norm"] = 0.0
+    cfg_rescale: Annotated[float, Field(ge=0, le=1)] | Length = 0.0
     """Rescaling of a guided prediction to the spread of the conditional one (arXiv:2305.08891), from 0 (off) to 1; `norm`
-    rescales it to the conditional one's length at every place."""
+    rescales it to the conditional one's length at every place, `norm-2x2` in every square of 2 x 2 places (Qwen-Image),
+    `norm-rows` in every row of every channel (Lumina 2)."""
     negative: NonNegativeInt | None = None
     """Number of the condition to guide away from; the null one if omitted."""
     shape: Annotated[tuple[PositiveInt, ...] | None, Field(examples=[(4, 32, 32)])] = None
@@ -290,7 +291,7 @@ def visits(
         streams: a fresh generator for each sample, of its first noise and of what the sampler adds.
     """
     x = _initial_noise(streams, shape).to(next(model.parameters()).device)
-    chain = denoiser.process.chain(
+    chain = denoiser.process.at(shape).chain(
         config.sampler, steps=config.steps, clip=config.clip, streams=list(streams)
     )
     asked = _Asked(model, denoiser, numbers, config.guidance)

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..contract import Conditions
+
+Length = Literal["norm", "norm-2x2", "norm-rows"]
+"""What keeps its length: each place's channels, each square of 2 x 2 places (FLUX's and Qwen's tokens), each channel's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +24,15 @@ class Guidance:
         channels: how many of the first channels it moves; all of an input's when None.
         negative: the number of the condition to lead away from, in the place of the null.
         rescale: share in which the result is given back the spread of the conditional prediction (arXiv:2305.08891 Eq. 15
-            and 16); `norm` gives it back its length at every place.
+            and 16). `norm` gives it back its length at every place, `norm-2x2` in every square of 2 x 2 places, as Qwen-Image's
+            pipeline does, and `norm-rows` in every row of every channel, as Lumina 2's.
     """
 
     scale: int | float
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
     negative: int | None = None
-    rescale: float | Literal["norm"] = 0.0
+    rescale: float | Length = 0.0
 
     def is_on(self, share: int | float) -> bool:
         """True if guidance is on at this share of the way from clean to noise."""
@@ -58,11 +63,27 @@ class Guidance:
         return torch.cat([guided, conditional[:, moved:]], dim=1)
 
     def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
-        if self.rescale == "norm":
-            lengths = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (conditional, guided)]
-            return guided * (lengths[0] / lengths[1].clamp(min=1e-12))
+        if isinstance(self.rescale, str):
+            wanted, found = (_lengths(x, self.rescale) for x in (conditional, guided))
+            return guided * (wanted / found.clamp(min=1e-12))
         if not self.rescale:
             return guided
         axes = tuple(range(1, guided.ndim))
         factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-12)
         return guided * (self.rescale * factor + (1 - self.rescale))
+
+
+def _lengths(x: Float[Tensor, "b c *hw"], kind: Length) -> Tensor:
+    """Lengths of x, each where it is divided by: x's shape, or one that expands to it."""
+    if kind == "norm-rows":
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    if kind == "norm":
+        return lengths
+    # what is over at an odd edge makes smaller squares
+    rows, cols = x.shape[-2:]
+    squares = (
+        F.pad(lengths.square(), (0, cols % 2, 0, rows % 2)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    )
+    sums = squares.sum((-3, -1)).repeat_interleave(2, -2).repeat_interleave(2, -1)
+    return sums[..., :rows, :cols].sqrt()

@@ -71,7 +71,7 @@ def draw(
     """
     x, numbers = images
     noise = torch.randn((batch_size, *x.shape[1:]), generator=stream)[part]
-    t = denoiser.process.draw_steps(batch_size, stream)[part]
+    t = denoiser.process.at(tuple(x.shape[1:])).draw_steps(batch_size, stream)[part]
     if dropout := denoiser.conditions.dropout:
         nulls = denoiser.conditions.nulls(numbers)
         assert nulls is not None, "conditions that are dropped have a null"

@@ -1,7 +1,8 @@
-"""A pipeline's folder with another transformer in it, as a run leaves it: what is not edited is linked, not copied."""
+"""A pipeline's folder with another transformer in it, as a run leaves it: weights that are not edited are linked, not copied."""
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def pipeline_in(source: str | Path) -> Path | None:
 def write_pipeline(folder: Path, source: str | Path, model: Path) -> list[Path]:
     """Write a copy of a pipeline with the model of a folder as its transformer; returns the files that are new.
 
-    Its other parts are the source's files, linked where the disk allows it, else copied; of a pipeline on the Hub those that
-    are not here yet are downloaded. It loads by `DiffusionPipeline.from_pretrained`, after `import grafting`.
+    Its other parts are the source's files: safetensors are linked where the disk allows it, which whoever saves others in their
+    place replaces, and all else is copied. Of a pipeline on the Hub what is not here yet is downloaded. It loads by
+    `DiffusionPipeline.from_pretrained`, after `import grafting`.
 
     Raises:
         CheckpointError: there is no such pipeline. RunError: the folder cannot be written; what was there is then gone.
@@ -73,8 +75,9 @@ def _parts(index: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _link(source: str, target: str) -> None:
-    """Another name for the same file, or a copy of it where it is on another disk."""
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """Another name for the same weights where they are on the same disk; a copy of all else, which may be edited in place."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(Path(source).resolve(), target)
+            return
+    shutil.copyfile(source, target)

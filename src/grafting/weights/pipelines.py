@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch import nn
 
 from ..editing import surgery
@@ -57,7 +57,7 @@ def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = Tru
 def carry_plan(model: nn.Module) -> None:
     """Make a model an instance of its `GraftedX`, with what stands in it on record; of its own class if nothing does.
 
-    So it is too where it could not be loaded again: its class, or an operator in it, is known to this process alone.
+    So it is too where it could not be loaded again: its class keeps no config, or is known to this process alone, or an operator is.
     """
     base: Any = getattr(type(model), "ungrafted", type(model))
     own: Any = model
@@ -76,7 +76,7 @@ def _record_of(model: nn.Module, base: type[Any]) -> JsonObject | None:
     """The record of what stands in a model, as JSON; None if nothing does, or nobody could read it."""
     if not holds_operators(model):
         return None
-    if host_of(model).model_class is not base:
+    if not isinstance(model, ConfigMixin) or host_of(model).model_class is not base:
         return None
     try:
         record = Record.of(model, Plan(edits=edits_of(model))).model_dump(mode="json")
