@@ -3,11 +3,9 @@
 Reports, cards, sweeps and the command line look figures up here. A suite of `evaluation/` adds its figures as rows.
 """
 
-import csv
-import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypeGuard
 
@@ -45,10 +43,6 @@ _ACTIVE = re.compile(r"[\\|]|(?<=\])(?=\()")
 
 ABSENT = "\u2013"
 MINUS, TIMES, THIN_SPACE = "\u2212", "\u00d7", "\u202f"
-
-
-# how spreadsheets know a formula; a number may begin so too
-_FORMULA, _NUMBER = re.compile(r"[=+\-@\t\r]"), re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class Row(TypedDict):
@@ -427,17 +421,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         *("| " + " | ".join(map(in_markdown, row)) + " |" for row in rows),
     ]
     return "\n".join(lines)
-
-
-def csv_text(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as CSV, in whose cells a spreadsheet sees text or a number, and no formula."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_plain(cell) for cell in row] for row in rows)
-    return text.getvalue()
-
-
-def _plain(cell: str) -> str:
-    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
 
 
 def in_markdown(text: str) -> str:

@@ -265,14 +265,7 @@ class Host(ABC, Generic[Model]):
         if isinstance(config, FlowConfig):
             with suppress(HostError):
                 config = config.like(self.process(model))
-        return self._build(model, config)
-
-    def _build(self, model: Model, config: ProcessConfig) -> NoiseProcess:
-        if isinstance(config, DiffusionConfig) or config.shift_by_size is None:
-            return config.build(scale=self.time_scale)
-        shape = self.shape(model)
-        token_size = math.prod(shape[1:]) // self.grid_of(model, shape).num_tokens
-        return config.build(scale=self.time_scale, token_size=token_size)
+        return built_of(self, model, config)
 
     def denoiser(
         self,
@@ -334,6 +327,15 @@ class Host(ABC, Generic[Model]):
     def untrack_layout(self, model: nn.Module) -> None:
         """Remove the model's tracker, if it has one."""
         LayoutTracker.remove_from(model)
+
+
+def built_of(host: Host[Model], model: Model, config: ProcessConfig) -> NoiseProcess:
+    """The process of a config, which knows how large a token is where its shift follows the size."""
+    if isinstance(config, DiffusionConfig) or config.shift_by_size is None:
+        return config.build(scale=host.time_scale)
+    shape = host.shape(model)
+    token_size = math.prod(shape[1:]) // host.grid_of(model, shape).num_tokens
+    return config.build(scale=host.time_scale, token_size=token_size)
 
 
 def config_of(model: nn.Module) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from ..contract import AttentionWeights, Grid, Kwargs, MlpWeights, NoiseProcess,
 from ..errors import HostError
 from . import _inputs
 from ._grids import fact, grid_of_images, image_arguments, images_of, latent_grid, packed_grid, patch_sizes
-from ._host import Host, as_linear, linear_weights, randomise
+from ._host import Host, as_linear, built_of, linear_weights, randomise
 from ._sites import blocks_of, sites_of
 from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
 
@@ -152,7 +152,7 @@ class SdpaHost(Host[nn.Module]):
                 f"host {self.name!r} is trained with a noise process that grafting has not: name one under `process:`, or with "
                 "--process"
             )
-        return self._build(model, self.spec.process)
+        return built_of(self, model, self.spec.process)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
         image, grid = self.spec.image, self._native_grid

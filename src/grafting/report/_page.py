@@ -15,7 +15,8 @@ import jinja2
 from markupsafe import Markup
 
 from ..machine.files import flatten
-from ..words import csv_text, duration
+from ..machine.sheets import csv_text
+from ..words import duration
 from ._gallery import gallery
 from ._plan_picture import OperatorKey, operator_keys, plan_picture, plan_width
 from ._protocols import alike, protocol_table

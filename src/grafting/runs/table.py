@@ -16,8 +16,9 @@ from ..errors import RunError
 from ..machine.files import disk_errors, write_bytes, write_json
 from ..machine.locks import Lock
 from ..machine.reading import JsonObject, parse_json, read_bytes
+from ..machine.sheets import csv_text
 from ..report import write_sweep_picture
-from ..words import RowName, csv_text, markdown_table
+from ..words import RowName, markdown_table
 
 TableLine: TypeAlias = JsonObject
 """A line of a sweep's table: labels, the stage, figures, costs and a fingerprint, by column."""
