@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from grafting.cost.plan import PlanCost, plan_cost
@@ -13,7 +14,10 @@ from grafting.editing.surgery import resolve
 from grafting.runs.file import load_recipe
 from grafting.runs.job import skeleton
 from grafting.runs.recipe import FreshModel, Recipe
+from grafting.runs.run import run
 from grafting.runs.sweep import load_sweep, points
+from grafting.weights.portable import plan_of
+from latents.textpipelines import flux, sd3, wan
 
 ROOT = Path(__file__).parents[1] / "recipes"
 FILES = sorted(path for path in ROOT.rglob("*.yaml") if path.name != "base.yaml")
@@ -148,3 +152,38 @@ def test_stages_are_the_published_ones():
         10,
         "auto",
     )
+
+
+# of each recipe for a pipeline: a small pipeline of its class, and what makes it small
+SMALL = {
+    "flux": ({"shape": [4, 16, 16]}, {"kernel_size": 3}),
+    "sd35_medium": ({}, {"radius": 1}),
+    "wan": ({"shape": [4, 2, 8, 12]}, {"radius": 1, "frames": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_for_a_pipeline_ends_in_one(name, tmp_path):
+    pytest.importorskip("peft")
+    pipelines = {"flux": flux, "sd35_medium": sd3, "wan": wan}
+    pipelines[name]().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "captions.txt").write_text("a red cat\nsun and moon\n")
+    shape, operator = SMALL[name]
+    recipe = yaml.safe_load((ROOT / f"text_to_image/{name}.yaml").read_text())
+    recipe["source"] = str(tmp_path / "pipe")
+    recipe["conditions"] |= {"file": str(tmp_path / "captions.txt"), "pipeline": str(tmp_path / "pipe")}
+    recipe["data"] = {
+        "name": "teacher",
+        "num_images": 4,
+        "sampler": "euler",
+        "steps": 2,
+        "batch_size": 2,
+    } | shape
+    recipe["plan"][0]["operator"] |= operator
+    phases = recipe["finetune"] if isinstance(recipe["finetune"], list) else [recipe["finetune"]]
+    recipe["finetune"] = [phase | {"steps": 2, "batch_size": 2, "warmup_steps": 0} for phase in phases]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", until="pipeline")
+    made = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert plan_of(made.transformer).edits == load_recipe(tmp_path / "recipe.yaml").plan
