@@ -38,6 +38,11 @@ class BlockCall:
     arguments: tuple[str, ...]
     returns: tuple[str, ...]
 
+    @property
+    def merges(self) -> bool:
+        """Whether two such blocks can run side by side: they give one tensor of tokens."""
+        return len(self.returns) == 1
+
     def argument(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The argument of this name in a call."""
         place = self.arguments.index(name)

@@ -1,5 +1,7 @@
 """The generic host: Flux, which is it with a spec, and models that a user describes."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,10 @@ from grafting.hosts import (
     SdpaSpec,
     host_of,
     hosts,
+    load_spec,
 )
 from grafting.hosts._host import randomise
+from grafting.hosts._spec import MlpLayers, Time
 
 FLUX, WAN = hosts()["flux"], hosts()["wan"]
 GRID = Grid(rows=4, cols=6)
@@ -198,6 +202,67 @@ def test_a_spec_that_does_not_fit_says_where(cogview):
     host = SdpaHost(COGVIEW.spec.model_copy(update={"num_heads": "config.n_head"}))
     with pytest.raises(HostError, match=r"does not fit .*n_head"):
         graft(cogview, plan("softmax"), host=host)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"image": LatentTokens(argument="latent")},
+            "image.argument says 'latent', and its forward takes hidden",
+        ),
+        ({"time": Time(argument="t")}, "time.argument says 't', and its forward takes hidden_states"),
+        (
+            {"mlp": MlpLayers(up="net.0.up", down="net.2")},
+            "mlp.up says 'net.0.up', and net.0 is a GELU, which has proj",
+        ),
+        ({"mlp": MlpLayers(up="in", down="net.2")}, "mlp.up says 'in', and a FeedForward has net"),
+        ({"mlp": MlpLayers(up="net.0.proj", down="net.9")}, "mlp.down says 'net.9', and net is a ModuleList"),
+    ],
+)
+def test_a_key_of_a_spec_that_names_what_is_not_there_is_one_error(cogview, change, says):
+    blocks = (COGVIEW.spec.blocks[0].model_copy(update={"mlp": "ff"}),)
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"blocks": blocks, **change}))
+    with pytest.raises(HostError, match=f"spec 'cogview' does not fit .*: {says}"):
+        graft(cogview, plan("softmax"), host=host)
+
+
+def test_projections_that_are_not_there_are_one_error():
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"projections": ("q", "k", "v", "out")}))
+    for ask in (host.attention_weights, host.output_layer):
+        with pytest.raises(HostError, match=r"projections says '(q|out)', and a Linear has no parts"):
+            ask(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"native_grid": {"rows": -4, "cols": 4}}, r"native_grid: Grid\(rows=-4.* has no tokens"),
+        ({"name": "../x"}, "name: a host's name is a word, and no path"),
+        ({"name": ""}, "name: a host's name is a word, and no path"),
+        ({"name": "dit"}, "name: there is a host 'dit' already, of DiT: give the spec another name"),
+        ({"num_heads": 0}, "num_heads.*greater than 0"),
+        ({"native_num_text": -1}, "native_num_text: .*greater than or equal to 0"),
+        ({"blocks": [{"path": "b", "attention": "mlp", "mlp": "mlp"}]}, "they are two modules"),
+        ({"blocks": [{"path": "b", "attention": "ff", "mlp": "ff.mlp"}]}, "they are two modules"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused(tmp_path, change, says):
+    facts = COGVIEW.spec.model_dump(mode="json") | change
+    (tmp_path / "spec.yaml").write_text(json.dumps(facts))
+    with pytest.raises(HostError, match=says):
+        load_spec(tmp_path / "spec.yaml")
+
+
+def test_an_attention_that_makes_no_call_is_an_error(cogview):
+    blocks = (BlockList(path="transformer_blocks", attention="ff"),)
+    host = SdpaHost(COGVIEW.spec.model_copy(update={"blocks": blocks}))
+    graft(cogview, plan("softmax"), host=host)
+    with pytest.raises(
+        HostError,
+        match=r"transformer_blocks.0.ff, a FeedForward, called scaled_dot_product_attention 0 times",
+    ):
+        COGVIEW.predict(cogview, torch.randn(2, 4, 8, 12), torch.rand(2), cogview_condition())
 
 
 def test_what_a_spec_does_not_say_is_refused():

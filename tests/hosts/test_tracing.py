@@ -1,6 +1,8 @@
 """Tracing: what each attention of a transformer is seen to hold, and the spec that follows."""
 
 import json
+import re
+from types import MethodType
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from typer.testing import CliRunner
 
 from grafting.cli import app
 from grafting.contract import Grid, ModuleCall
-from grafting.editing.plan import Plan, Replace
+from grafting.editing.plan import Merge, Plan, Replace
 from grafting.editing.surgery import graft
-from grafting.errors import HostError
+from grafting.errors import HostError, PlanError
 from grafting.hosts import load_spec, trace
 from grafting.hosts._forwards import perturbed, unmixed_forward
 from grafting.hosts._observing import AttentionCall, Axis, Run, observe
@@ -209,6 +211,100 @@ def test_pipelines_without_a_transformer_are_an_error():
         trace(pipe, **call, heihgt=64)
     with pytest.raises(HostError, match="does not run on prompt, height"):
         trace(pipe)
+
+
+def test_a_message_quotes_little_of_what_a_pipeline_says():
+    pipe, call = pipelines.pixart()
+    with pytest.raises(HostError, match="does not run on .*Cannot forward both `prompt`") as told:
+        trace(pipe, **call, prompt="x")
+    assert len(str(told.value).splitlines()) == 1
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (NameError("name 'ftfy' is not defined", name="ftfy"), "the package 'ftfy' seems to be missing"),
+        (
+            ModuleNotFoundError("No module named 'a.b'", name="a.b"),
+            "the package 'a' seems to be missing: install it",
+        ),
+        (ImportError("needs the tokens library"), "needs the tokens library; a package seems to be missing"),
+    ],
+)
+def test_a_package_that_a_pipeline_lacks_is_named(monkeypatch, error, says):
+    def fails(*args, **kwargs):
+        raise error
+
+    pipe, call = pipelines.pixart()
+    monkeypatch.setattr(pipe, "encode_prompt", fails)
+    with pytest.raises(HostError, match=says) as told:
+        trace(pipe, **call)
+    assert "height=" not in str(told.value)
+
+
+def test_only_what_surgery_accepts_is_said_to_be_taken():
+    subject = specimen("SD3")
+    traced = trace(subject.model(), example=subject.example())
+    assert traced.takes == ("kernels, MLPs, drop",)
+    assert "transformer_blocks.*.attn takes kernels, MLPs, drop" in str(traced)
+    with pytest.raises(PlanError, match="only one tensor of tokens can be merged"):
+        graft(traced.model, Plan(edits=(Merge(blocks=(0, 1)),)), host=traced.host)
+
+
+def test_mixers_without_projections_to_inherit_are_said_to_start_at_random():
+    torch.manual_seed(0)
+    fused = nn.ModuleDict({"blocks": nn.ModuleList(Fused() for _ in range(2))})
+    fused.forward = MethodType(
+        lambda self, hidden_states: self["blocks"][1](self["blocks"][0](hidden_states)), fused
+    )
+    traced = trace(fused, example={"hidden_states": torch.randn(1, 6, 8)})
+    assert traced.takes == ("kernels, mixers with init: random, merge and drop",)
+    inherits, draws = (
+        Plan(edits=(Replace(role="attention", operator={"name": "hyena-x", "kernel_size": 3, "init": init}),))
+        for init in ("inherit", "random")
+    )
+    with pytest.raises(HostError, match="use init: random"):
+        graft(fused, inherits, host=traced.host)
+    graft(fused, draws, host=traced.host)
+
+
+class FusedAttention(nn.Module):
+    """One layer for queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Fused(nn.Module):
+    """A block without an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = FusedAttention()
+
+    def forward(self, x):
+        return x + self.attention(x)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (None, "there is no model in"),
+        ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel; .* is a UNet"),
+    ],
+)
+def test_the_command_refuses_a_folder_without_a_transformer(tmp_path, config, says):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["sites", str(tmp_path), "--trace"])
+    assert result.exit_code == 1
+    assert re.search(says, " ".join(result.output.split()))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import published
 from closeness import assert_close
 from grafting.data import bundled
 from grafting.editing.plan import Plan
-from grafting.errors import CheckpointError
+from grafting.errors import CheckpointError, HostError
 from grafting.weights.folder import load
 from grafting.weights.portable import Base, plan_of
 from grafting.weights.published import LAYOUTS, PublishedFacts, convert_weights
@@ -315,5 +315,10 @@ def test_files_that_hold_no_state_dict_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is a model folder already, not published weights"):
         convert_weights(bundled.testbed_model_folder(), tmp_path / "out")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.safetensors").touch()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(HostError, match=r"holds a UNet2DConditionModel; .* is a UNet"):
+        convert_weights(tmp_path / "unet", tmp_path / "out")
     with pytest.raises(CheckpointError, match="should hold one weights file .* found none"):
         convert_weights(tmp_path / "empty", tmp_path / "out")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HostError
-from ..machine.reading import JsonObject, read_json
+from ..machine.reading import JsonObject, cut, failure_of, read_json
 from ._shared import out, parse_setting, print_json
 from .display import plain_table, say
 
@@ -58,12 +58,28 @@ def _traced(name: str, call: list[str], example: Path | None) -> "Trace":
     index = Path(name) / "model_index.json"
     if index.is_file() or not Path(name).exists():
         return trace(_load("DiffusionPipeline", name, **_left_out(index)), **tensors, **given)
+    _check_model(Path(name))
     if not tensors:
         raise HostError(
             f"{name} is a model alone, which says nothing of its inputs: give --example FILE.safetensors, the keyword arguments of a "
             "forward pass by name, or trace its pipeline"
         )
     return trace(_load("AutoModel", name), example={**tensors, **given})
+
+
+def _check_model(folder: Path) -> None:
+    """Raise where there is no model, or one that grafting does not edit, before anything is asked of it."""
+    from ..hosts import unknown_class
+
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(
+            f"there is no model in {folder}: it has neither model_index.json, as a pipeline's folder has, nor config.json, "
+            "as a model's"
+        )
+    name = str(read_json(config, JsonObject).get("_class_name"))
+    if "UNet" in name:
+        raise HostError(f"{folder} holds a {cut(name)}; {unknown_class(cut(name))}")
 
 
 def _left_out(index: Path) -> dict[str, None]:
@@ -78,7 +94,10 @@ def _load(loader: str, name: str, **parts: Any) -> Any:
     try:
         return getattr(diffusers, loader).from_pretrained(name, **parts)
     except Exception as error:
-        raise CheckpointError(f"{name} cannot be read as a {loader} of diffusers: {error}") from error
+        advice = "name the folder of a whole one, as save_pretrained writes it"
+        raise CheckpointError(
+            f"{name} cannot be read as a {loader} of diffusers: {failure_of(error, advice)}"
+        ) from error
 
 
 def _is_exact(traced: "Trace") -> bool:

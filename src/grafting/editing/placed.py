@@ -60,7 +60,12 @@ class KernelAttention(Placed):
         with _Interception(self._answer, self.site.attention.turn, calls):
             output = self.attention(*args, **kwargs)
         turn = len(self.site.attention.turn)
-        if not calls or len(calls) % turn or (len(calls) > turn and max(calls) > 1):
+        if not calls:
+            raise HostError(
+                f"{self.site.path}, a {type(self.attention).__name__}, called scaled_dot_product_attention 0 times: the "
+                "attention of a host, `attention` in a spec, is a module that calls it"
+            )
+        if len(calls) % turn or (len(calls) > turn and max(calls) > 1):
             raise HostError(
                 f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} times on {calls} images; "
                 f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image"

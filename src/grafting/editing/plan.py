@@ -292,7 +292,7 @@ def _unlike(first: Site, second: Site) -> list[str]:
     if lists[0] != lists[1]:
         return [f"blocks {first.block} and {second.block} are of different kinds ({' and '.join(lists)})"]
     assert first.call is not None
-    if len(first.call.returns) > 1:
+    if not first.call.merges:
         streams = " and ".join(first.call.returns)
         return [
             f"blocks {first.block} and {second.block} give {streams}: only one tensor of tokens can be merged"

@@ -21,6 +21,7 @@ from ..contract import Kwargs
 from ..errors import HostError
 from ..functional.softmax import HIDDEN_SCORE
 from ..machine.randomness import generator, restarted
+from ..machine.reading import failure_of
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of a forward pass: tensors, numbers, and lists and mappings of these."""
@@ -169,7 +170,8 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
             return model.eval()(**inputs)
     except Exception as error:
         raise HostError(
-            f"{type(model).__name__} does not run on the example inputs {_described(inputs)}: {error}"
+            f"{type(model).__name__} does not run on the example inputs {_described(inputs)}: "
+            f"{failure_of(error, 'give the keyword arguments of its forward')}"
         ) from error
     finally:
         for module, training in modes.items():

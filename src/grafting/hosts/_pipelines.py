@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..contract import Kwargs
 from ..diffusion import DiffusionConfig, FlowConfig, ProcessConfig, ShiftBySize
 from ..errors import HostError
+from ..machine.reading import failure_of
 from ._arguments import Knowledge
 from ._forwards import copied
 from ._spec import Output, Time
@@ -93,9 +94,12 @@ def catch(pipeline: Any, call: Mapping[str, Any]) -> Caught:
     except _Enough:
         pass
     except Exception as error:
+        advice = (
+            "give what it is called with, such as height=, width=, num_frames=, or prompt_embeds= where it has no text "
+            "encoder"
+        )
         raise HostError(
-            f"{type(pipeline).__name__} does not run on {', '.join(given)}: {error}; give what it is called with, such as "
-            "height=, width=, num_frames=, or prompt_embeds= where it has no text encoder"
+            f"{type(pipeline).__name__} does not run on {', '.join(given)}: {failure_of(error, advice)}"
         ) from error
     if not spy.calls:
         raise HostError(f"{type(pipeline).__name__} did not call its transformer")

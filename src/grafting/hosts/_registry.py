@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..errors import HostError, listed
-from ..machine.reading import read_yaml
+from ..machine.reading import faults_of, read_yaml
 from ._host import Host, LayoutTracker
 from ._sdpa import SdpaHost
 from ._spec import SdpaSpec
@@ -41,9 +41,7 @@ def use_spec(spec: SdpaSpec | str | Path) -> Host:
     host = SdpaHost(spec if isinstance(spec, SdpaSpec) else load_spec(spec))
     other = hosts().get(host.name, host)
     if not isinstance(other, SdpaHost) or other.spec != host.spec:
-        raise HostError(
-            f"there is a host {host.name!r} already, of {other.class_name}: give the spec another name"
-        )
+        raise HostError(_taken(other))
     _ = host.model_class
     _given[host.name] = host
     return host
@@ -90,17 +88,25 @@ def load_spec(path: str | Path) -> SdpaSpec:
     """The spec in a YAML or JSON file.
 
     Raises:
-        HostError: the file is missing or describes no spec; lists what is wrong with it.
+        HostError: the file is missing or describes no spec; lists what is wrong with it. Or its name is that of a host of
+            another class.
     """
+    spec = _read_spec(path)
+    other = hosts().get(spec.name)
+    if other is not None and other.class_name != SdpaHost(spec).class_name:
+        raise HostError(f"{path}: name: {_taken(other)}")
+    return spec
+
+
+def _taken(other: Host) -> str:
+    return f"there is a host {other.name!r} already, of {other.class_name}: give the spec another name"
+
+
+def _read_spec(path: str | Path) -> SdpaSpec:
     try:
         return SdpaSpec.model_validate(read_yaml(Path(path), error=HostError))
     except ValidationError as error:
-        raise HostError(listed(f"{path} is no spec of a host:", spec_faults(error))) from error
-
-
-def spec_faults(error: ValidationError) -> list[str]:
-    """What is wrong with a spec, a line for each fault."""
-    return [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise HostError(listed(f"{path} is no spec of a host:", faults_of(error))) from error
 
 
 def _own_classes() -> Iterator[Host]:
@@ -113,7 +119,7 @@ def _own_classes() -> Iterator[Host]:
 
 def _own_specs() -> Iterator[Host]:
     for path in sorted((_FOLDER / "specs").glob("*.yaml")):
-        yield SdpaHost(load_spec(path))
+        yield SdpaHost(_read_spec(path))
 
 
 def _of_packages() -> Iterator[Host]:
@@ -130,7 +136,7 @@ def _as_host(found: Any, name: str) -> Host:
     if isinstance(found, SdpaSpec):
         return SdpaHost(found)
     if isinstance(found, str | Path):
-        return SdpaHost(load_spec(found))
+        return SdpaHost(_read_spec(found))
     raise HostError(
         f"entry point {name!r} of grafting.hosts gives {found!r}: it must name a Host, a SdpaSpec, or the path of a spec"
     )

@@ -2,7 +2,8 @@
 
 import copy
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import HostError
 from . import _inputs
 from ._grids import fact, grid_of_images, image_arguments, images_of, latent_grid, packed_grid, patch_sizes
 from ._host import Host, as_linear, built_of, linear_weights, randomise
-from ._sites import blocks_of, sites_of
+from ._sites import blocks_of, check_arguments, part_of, sites_of
 from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
 
 
@@ -68,17 +69,25 @@ class SdpaHost(Host[nn.Module]):
             raise HostError(
                 f"spec {self.name!r} is of {self.class_name}, and the model is a {type(model).__name__}"
             )
-        try:
+        with self._fitting(model):
+            check_arguments(self.spec, model)
             return tuple(sites_of(self.spec, model, self._native_grid))
+
+    @contextmanager
+    def _fitting(self, module: nn.Module) -> Iterator[None]:
+        """Inside, what a module lacks of the spec is one error."""
+        try:
+            yield
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise HostError(
-                f"spec {self.name!r} does not fit {type(model).__name__}: {error}; it is for a class as another version of its "
-                "package has it"
+                f"spec {self.name!r} does not fit {type(module).__name__}: {error}; mend the spec, or it is for a class as "
+                "another version of its package has it"
             ) from error
 
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """Lists whose calls the spec describes."""
-        return tuple(blocks_of(self.spec, model, self._native_grid))
+        with self._fitting(model):
+            return tuple(blocks_of(self.spec, model, self._native_grid))
 
     @property
     def _native_grid(self) -> Grid:
@@ -110,19 +119,24 @@ class SdpaHost(Host[nn.Module]):
     def attention_weights(self, attention: nn.Module) -> AttentionWeights:
         if self.spec.projections is None:
             self._refuse("projections that a mixer could inherit (`projections`): use init: random")
-        q, k, v, out = (attention.get_submodule(path) for path in self.spec.projections)
-        return AttentionWeights(*(linear_weights(as_linear(layer)) for layer in (q, k, v, out)))
+        with self._fitting(attention):
+            layers = [as_linear(part_of(attention, path, "projections")) for path in self.spec.projections]
+        q, k, v, out = map(linear_weights, layers)
+        return AttentionWeights(q, k, v, out)
 
     def output_layer(self, attention: nn.Module) -> nn.Linear | None:
         if self.spec.projections is None:
             return None
-        return as_linear(attention.get_submodule(self.spec.projections[3]))
+        with self._fitting(attention):
+            return as_linear(part_of(attention, self.spec.projections[3], "projections"))
 
     def mlp_weights(self, mlp: nn.Module) -> MlpWeights:
         layers = self.spec.mlp
         if layers is None:
             self._refuse("the layers of its MLPs (`mlp`): use init: random")
-        up, down = (as_linear(mlp.get_submodule(path)) for path in (layers.up, layers.down))
+        with self._fitting(mlp):
+            up = as_linear(part_of(mlp, layers.up, "mlp.up"))
+            down = as_linear(part_of(mlp, layers.down, "mlp.down"))
         if layers.gated or up.out_features != down.in_features:
             raise HostError(
                 f"an MLP from {up.out_features} to {down.in_features} channels is gated and has no plain two-layer form to "

@@ -1,14 +1,16 @@
 """The sites of a model and their facts, as its spec names them."""
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 
 from torch import nn
 
 from ..contract import BlockCall, Grid, Site
+from ..machine.reading import cut
 from ._grids import fact
 from ._host import as_linear
-from ._spec import BlockList, SdpaSpec
+from ._spec import BlockList, PackedTokens, SdpaSpec, Time
 
 
 def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
@@ -19,12 +21,14 @@ def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
     """
     for number, (path, blocks) in enumerate(_block_paths(spec, model)):
         site, attention = _site(spec, model, number, blocks, grid), f"{path}.{blocks.attention}"
-        model.get_submodule(attention)
+        block = model.get_submodule(path)
+        part_of(block, blocks.attention, "attention")
         num_heads = fact(model, blocks.num_heads or spec.num_heads)
         yield site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers)
         if blocks.mlp is not None:
             mlp = f"{path}.{blocks.mlp}"
-            width = _hidden_width(spec, model.get_submodule(mlp), num_heads * fact(model, spec.head_dim))
+            module = part_of(block, blocks.mlp, "mlp")
+            width = _hidden_width(spec, module, num_heads * fact(model, spec.head_dim))
             yield site(role="mlp", path=mlp, hidden_dim=width, module=blocks.mlp_call)
 
 
@@ -42,7 +46,7 @@ def blocks_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
 
 def _block_paths(spec: SdpaSpec, model: nn.Module) -> Iterator[tuple[str, BlockList]]:
     for blocks in spec.blocks:
-        for i, _ in enumerate(model.get_submodule(blocks.path).children()):
+        for i, _ in enumerate(part_of(model, blocks.path, "path").children()):
             yield f"{blocks.path}.{i}", blocks
 
 
@@ -64,7 +68,47 @@ def _hidden_width(spec: SdpaSpec, mlp: nn.Module, dim: int) -> int:
         return placed.hidden_dim
     if spec.mlp is None:
         return 4 * dim
-    down = mlp.get_submodule(spec.mlp.down)
-    return as_linear(
-        getattr(down, "base_layer", down)
-    ).in_features  # an adapter's own layer has another class
+    part_of(mlp, spec.mlp.up, "mlp.up")
+    down = part_of(mlp, spec.mlp.down, "mlp.down")
+    # an adapter's own layer has another class
+    return as_linear(getattr(down, "base_layer", down)).in_features
+
+
+def part_of(module: nn.Module, path: str, key: str) -> nn.Module:
+    """The part of a module that a key of the spec names.
+
+    Raises:
+        AttributeError: there is none; says the key, and what there is.
+    """
+    whole, names = module, path.split(".")
+    for i, name in enumerate(names):
+        part = getattr(whole, name, None)
+        if not isinstance(part, nn.Module):
+            where = (
+                f"{'.'.join(names[:i])} is a {type(whole).__name__}, which"
+                if i
+                else f"a {type(whole).__name__}"
+            )
+            has = ", ".join(dict(whole.named_children())) or "no parts"
+            raise AttributeError(f"{key} says {path!r}, and {where} has {cut(has)}")
+        whole = part
+    return whole
+
+
+def check_arguments(spec: SdpaSpec, model: nn.Module) -> None:
+    """Raise an AttributeError where the spec's image or time is an argument that the model's forward does not take."""
+    takes = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    image = spec.image
+    said = [("image.argument", image.argument)]
+    if spec.time.argument != Time().argument:  # what stands where nothing is known of it
+        said.append(("time.argument", spec.time.argument))
+    if isinstance(image, PackedTokens):
+        sizes = (image.sizes,) if isinstance(image.sizes, str) else image.sizes or ()
+        said += [("image.positions", image.positions)] if image.positions else []
+        said += [("image.after", name) for name in image.after]
+        said += [("image.sizes", name) for name in sizes]
+    for key, name in said:
+        if name not in takes:
+            raise AttributeError(f"{key} says {name!r}, and its forward takes {', '.join(takes)}")

@@ -11,12 +11,15 @@ from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     JsonValue,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     Tag,
     field_serializer,
     model_validator,
@@ -26,9 +29,11 @@ from torch import Tensor
 from ..contract import AttentionCall, Grid, ModuleCall
 from ..diffusion import FlowConfig, ProcessConfig
 
-Fact = str | int
+Fact = str | NonNegativeInt
 """A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`, an entry of a list such as
 `config.caption_channels.0`, or the quotient of two, `config.dim / config.n_heads`."""
+Size = str | PositiveInt
+"""A fact that is at least 1."""
 Activation = Literal["gelu", "gelu-tanh", "silu", "relu"]
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -36,6 +41,18 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
 }
+
+
+def _has_tokens(grid: Grid) -> Grid:
+    if min(grid.rows, grid.cols, grid.frames) < 1:
+        raise ValueError(f"{grid} has no tokens: each side is at least 1")
+    return grid
+
+
+def _is_word(name: str) -> str:
+    if not name.isprintable() or not name.strip() or name[0] == "." or {"/", "\\"} & set(name):
+        raise ValueError("a host's name is a word, and no path")
+    return name
 
 
 class _Spec(BaseModel):
@@ -69,7 +86,7 @@ class BlockList(_Spec):
     those marked `other`, such as of text alone, go through as they are."""
     masked: bool = False
     """True if its calls may have a key mask, as for padded prompts: operators that cannot honour one are then refused."""
-    num_heads: Fact | None = None
+    num_heads: Size | None = None
     """Heads, where these blocks have other heads than the spec says."""
     mixers: ModuleCall | None = None
     """How the block calls its attention, if tokens come and go as one tensor: mixers may then replace it."""
@@ -83,6 +100,14 @@ class BlockList(_Spec):
     """Names of the updated inputs it returns, in order; if omitted, these blocks cannot be merged or dropped."""
     fixed: dict[int, str] = {}
     """Blocks of this list, by number from 0 (-1 is the last), that cannot be merged or dropped, and why."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> "BlockList":
+        if self.mlp is not None and f"{self.mlp}.".startswith(f"{self.attention}."):
+            raise ValueError(
+                f"`attention` says {self.attention!r}, and `mlp` {self.mlp!r}: they are two modules"
+            )
+        return self
 
     def call(self, order: tuple[str, ...]) -> AttentionCall:
         """What stands in the calls that kernels answer; `order` is the spec's own."""
@@ -101,7 +126,7 @@ class LatentTokens(_Spec):
     axes: str | None = None
     """The argument's axes: `b` sample, `c` channels, `f` frames, `h` height, `w` width, such as `b f c h w`; without `b`, it is
     a list of such tensors, one a sample. By default `b c h w` or `b c f h w`, as many as there are."""
-    patch_size: Fact | tuple[Fact, ...] = "config.patch_size"
+    patch_size: Size | tuple[Size, ...] = "config.patch_size"
     """Side of a patch, or its size along frames, height and width (or the last two)."""
 
 
@@ -113,14 +138,14 @@ class PackedTokens(_Spec):
     """Argument [L, n] or [B, L, n] that holds each token's place."""
     after: tuple[str, ...] = ()
     """Arguments whose tokens [B, T, C] stand in `positions` before the image's."""
-    width: int = 3
+    width: PositiveInt = 3
     """Entries of a place, n."""
     columns: tuple[int, ...] = (-2, -1)
     """Which of them are the row and the column, or the frame, the row and the column."""
     sizes: str | tuple[str, ...] | None = None
     """Where there are no positions: the arguments that hold frames, rows and columns as numbers, or the one that holds, for
     each sample, a list of them."""
-    patch: int = Field(default=2, gt=0)
+    patch: PositiveInt = 2
     """A token is a square of this side, its channels the slowest: [C, patch, patch]."""
 
     @model_validator(mode="after")
@@ -183,26 +208,26 @@ class Input(_Spec):
 class SdpaSpec(_Spec):
     """A model class as data."""
 
-    name: str
-    """Of the host."""
+    name: Annotated[str, AfterValidator(_is_word)]
+    """Of the host; it is part of no path."""
     about: str = ""
     """What these models are, in a sentence or two."""
     model_class: str
     """Import path: `package.module:Class`."""
     blocks: tuple[BlockList, ...] = Field(min_length=1)
     """The lists of blocks, in the order in which they run; blocks are counted through all of them."""
-    num_heads: Fact = "config.num_attention_heads"
-    head_dim: Fact = "config.attention_head_dim"
+    num_heads: Size = "config.num_attention_heads"
+    head_dim: Size = "config.attention_head_dim"
     order: tuple[str, ...] = ("image",)
     """Runs of tokens among the keys, in their order: `image`, `rest` for all others (text, registers, history), and names of
     arguments, each as many tokens as it is long, where there are others on both sides. It ends with `image` and `padding` where
     texts are cut to their own lengths and what is padded stands behind the image."""
     image: Image = LatentTokens()
-    native_grid: Grid
+    native_grid: Annotated[Grid, AfterValidator(_has_tokens)]
     """The image tokens that the model was trained for; a forward pass may have another grid."""
-    native_num_text: int = 0
+    native_num_text: NonNegativeInt = 0
     """Other tokens beside them."""
-    channels: Fact = "config.in_channels"
+    channels: Size = "config.in_channels"
     """Of an input; where it is packed, of a token."""
     projections: tuple[str, str, str, str] | None = None
     """Paths, inside an attention, of its linear layers q, k, v and out, which mixers then start from."""

@@ -2,9 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Trace:
     """Of the example's image tokens."""
     num_forwards: int
     seen: tuple[SeenAttention, ...]
+    takes: tuple[str, ...]
+    """What may be edited in each of the spec's lists of blocks."""
     model: nn.Module
     example: Mapping[str, Any]
     """The keyword arguments of the forward pass that was traced."""
@@ -79,7 +82,10 @@ class Trace:
         lines = [
             f"{type(self.model).__name__}: {grid.frames} x {grid.rows} x {grid.cols} image tokens, {self.num_forwards} forward passes",
             *(f"  {row.count} x {row.path}: {row.kind}, {row.tokens}, mask: {row.mask}" for row in self.seen),
-            *(f"{b.path}.*.{b.attention} takes {', '.join(_takes(b))}" for b in spec.blocks),
+            *(
+                f"{b.path}.*.{b.attention} takes {edits}"
+                for b, edits in zip(spec.blocks, self.takes, strict=True)
+            ),
             *(f"To check: {question}" for question in self.questions),
         ]
         return "\n".join(lines)
@@ -136,7 +142,6 @@ def trace(
     name = proposal.spec.name
     spec = proposal.spec.model_copy(update={"name": f"{name}-traced"}) if name in hosts() else proposal.spec
     host = SdpaHost(spec)
-    host.sites(caught.model)
     return Trace(
         spec=spec,
         questions=tuple(proposal.questions),
@@ -144,6 +149,7 @@ def trace(
         grid=host.image_grid(caught.model, caught.inputs),
         num_forwards=len(forwards),
         seen=tuple(_rows(seen)),
+        takes=tuple(", ".join(_takes(host, caught.model, blocks)) for blocks in spec.blocks),
         model=caught.model,
         example=caught.inputs,
     )
@@ -181,10 +187,33 @@ def _counting(model: nn.Module) -> Iterator[list[None]]:
         handle.remove()
 
 
-def _takes(blocks: BlockList) -> list[str]:
-    """What may be edited in the blocks of a list."""
-    edits = {"kernels": True, "mixers": blocks.mixers, "MLPs": blocks.mlp, "merge and drop": blocks.returns}
-    return [word for word, can in edits.items() if can]
+def _takes(host: SdpaHost, model: nn.Module, blocks: BlockList) -> Iterator[str]:
+    """What surgery may edit in the blocks of a list."""
+    inside = [site for site in host.sites(model) if site.path.startswith(f"{blocks.path}.")]
+    yield "kernels"
+    for role, word, weights in (
+        ("attention", "mixers", host.attention_weights),
+        ("mlp", "MLPs", host.mlp_weights),
+    ):
+        modules = [model.get_submodule(s.path) for s in inside if s.role == role and s.module is not None]
+        if modules:
+            yield word if all(_has(weights, module) for module in modules) else f"{word} with init: random"
+    free = [s for s in host.blocks(model) if s.path.startswith(f"{blocks.path}.") and not s.fixed]
+    can_merge = any(
+        b.block == a.block + 1 and a.call is not None and a.call.merges for a, b in pairwise(free)
+    )
+    can_drop = bool(free) and len({site.block for site in host.sites(model)}) > 1
+    if can_merge or can_drop:
+        yield " and ".join(["merge"] * can_merge + ["drop"] * can_drop)
+
+
+def _has(weights: Callable[[nn.Module], object], module: nn.Module) -> bool:
+    """Whether a host gives weights of a module for a mixer to inherit."""
+    try:
+        weights(module)
+    except HostError:
+        return False
+    return True
 
 
 def _rows(seen: Observation) -> list[SeenAttention]:

@@ -20,6 +20,7 @@ from ..contract import Kwargs
 from ..data.promptfolder import Prompt
 from ..errors import HostError
 from ..hosts import Host, stepping_by, transformer_of
+from ..machine.reading import failure_of, shown
 
 _TRIED = (
     "a red cat on the mat",
@@ -57,9 +58,10 @@ def first_step(pipeline: Any, **call: Any) -> list[Kwargs]:
     except _Enough:
         pass
     except Exception as error:
-        told = ", ".join(f"{k}={v!r}" for k, v in call.items())
+        told = ", ".join(f"{k}={shown(v)}" for k, v in call.items())
         raise HostError(
-            f"{type(pipeline).__name__} does not run on {told}: {type(error).__name__}: {error}; give what else it needs"
+            f"{type(pipeline).__name__} does not run on {told}: {type(error).__name__}: "
+            f"{failure_of(error, 'give what else it needs')}"
         ) from error
     if not calls:
         raise HostError(f"{type(pipeline).__name__} did not call its transformer")

@@ -20,7 +20,7 @@ from ..hosts import Host, call_of, host_of, transformer_of
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.processes import barrier, rank, world_size
-from ..machine.reading import JsonObject, parse_json, read_json, read_text
+from ..machine.reading import JsonObject, failure_of, parse_json, read_json, read_text
 from ..machine.settings import Settings
 from ..metrics.features import tensors_sha256
 from ..weights.locate import PIPELINE_NAME, find_folder
@@ -208,7 +208,10 @@ def open_encoders(
                 str(folder), variant=variant, torch_dtype=kind_of_weights, **made
             )
     except Exception as error:
-        raise CheckpointError(f"{source} cannot be read as a pipeline of diffusers: {error}") from error
+        advice = "name a whole pipeline"
+        raise CheckpointError(
+            f"{source} cannot be read as a pipeline of diffusers: {failure_of(error, advice)}"
+        ) from error
     for part in pipeline.components.values():
         if isinstance(part, nn.Module) and not isinstance(part, _StandIn):
             part.to(device)

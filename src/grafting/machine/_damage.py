@@ -17,7 +17,7 @@ Kind: TypeAlias = type[GraftingError]
 PICTURES = ("PNG", "JPEG", "WEBP")
 """Formats of pictures that are read."""
 
-_FAULTS, _QUOTED, _LONGEST_MESSAGE = 6, 200, 800
+_FAULTS, _QUOTED, _FOREIGN, _LONGEST_MESSAGE = 6, 200, 400, 800
 
 _shortened = reprlib.Repr()
 _shortened.maxlevel, _shortened.maxstring, _shortened.maxother, _shortened.maxlong = 3, 160, 160, 60
@@ -28,9 +28,9 @@ def shown(value: object) -> str:
     return cut(_shortened.repr(value))
 
 
-def cut(text: str) -> str:
+def cut(text: str, most: int = _QUOTED) -> str:
     """The beginning of a text, as much as a message quotes."""
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def faults_of(error: ValidationError) -> list[str]:
@@ -95,6 +95,19 @@ def reason_of(fault: Exception) -> str:
         case KeyError():
             return f"it has no {shown(fault.args[0]) if fault.args else 'such key'}"
     return cut(" ".join(str(fault).split())) or type(fault).__name__
+
+
+def failure_of(error: Exception, advice: str) -> str:
+    """Why foreign code failed, in its own words but not all of them, and what to do: `advice`, unless a package is missing."""
+    words = cut(" ".join(str(error).split()), _FOREIGN) or type(error).__name__
+    if isinstance(error, KeyError):
+        words = reason_of(error)
+    if not isinstance(error, NameError | ImportError) or isinstance(error, UnboundLocalError):
+        return f"{words}; {advice}"
+    package = (error.name or "").partition(".")[0]
+    return (
+        f"{words}; {f'the package {package!r}' if package else 'a package'} seems to be missing: install it"
+    )
 
 
 def _pickle_fault(error: Exception) -> str:

@@ -31,6 +31,7 @@ from ..errors import CheckpointError, DataError
 from ._damage import PICTURES, Kind
 from ._damage import cut as cut
 from ._damage import damage as damage
+from ._damage import failure_of as failure_of
 from ._damage import fault_of as fault_of
 from ._damage import faults_of as faults_of
 from ._damage import reason_of as reason_of

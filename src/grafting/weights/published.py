@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import graft
-from ..errors import CheckpointError, PlanError, listed
+from ..errors import CheckpointError, HostError, PlanError, listed
+from ..hosts import hosts, unknown_class
 from ..machine.files import sha256_of
-from ..machine.reading import JsonObject, read_json
+from ..machine.reading import JsonObject, cut, read_json
 from ..machine.settings import Settings
 from ..models.dit import DIT_PRESETS, DiT
 from .checkpoints import state_dict_of
 from .diffusers import DiTSettings, diffusers_folder, read_diffusers
 from .folder import load_model, save_model
 from .locate import CONFIG_NAME, find_folder, model_in
-from .portable import Base
+from .portable import PREFIX, Base
 from .tensors import filled, load_tensors, read_pickle
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -371,7 +372,10 @@ def _weights_file(source: Path) -> Path:
             f"{source} should hold one weights file (.pt, .pth, .safetensors); found {listed}"
         )
     config = source / CONFIG_NAME
-    if config.is_file() and "_class_name" in read_json(config, JsonObject):
+    name = read_json(config, JsonObject).get("_class_name") if config.is_file() else None
+    if name is not None:
+        if not any(f"{name}".removeprefix(PREFIX) == host.class_name for host in hosts().values()):
+            raise HostError(f"{source} holds a {cut(str(name))}; {unknown_class(cut(str(name)))}")
         raise CheckpointError(
             f"{source} is a model folder already, not published weights; `--to diffusers` writes it in diffusers' form"
         )
