@@ -157,12 +157,13 @@ def test_stages_are_the_published_ones():
 # of each recipe for a pipeline: a small pipeline of its class, and what makes it small
 SMALL = {
     "flux": ({"shape": [4, 16, 16]}, {"kernel_size": 3}),
-    "sd35_medium": ({}, {"radius": 1}),
+    "sd35_medium": ({"shape": [4, 16, 16]}, {"radius": 1}),
     "wan": ({"shape": [4, 2, 8, 12]}, {"radius": 1, "frames": 1}),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # norms in fp32 on what autocast made bf16
 @pytest.mark.parametrize("name", SMALL)
 def test_a_recipe_for_a_pipeline_ends_in_one(name, tmp_path):
     pytest.importorskip("peft")
