@@ -119,6 +119,12 @@ def test_extending_shows_an_operator_a_host_and_scores(capsys):
     assert torch.isfinite(names["model"](images, torch.tensor([5, 500]), labels)).all()
 
 
+def test_a_delta_is_saved_as_it_is_shown():
+    names = run("faq.md", {})
+    assert grafting.plan_of(names["again"]) == names["plan"]
+    assert Path("my-delta/delta.safetensors").is_file()
+
+
 def test_calibration_runs_as_it_is_shown(capsys):
     model = hosts()["dit"].tiny()
     edit = grafting.Replace(role="mlp", operator={"name": "mlp", "ratio": 3.0})

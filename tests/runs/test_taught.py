@@ -123,9 +123,13 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
     assert grafting.plan_of(pipeline.transformer).edits
     source = Path(recipe["source"])
     others = [path for path in source.rglob("*") if path.is_file() and path.parent.name != "transformer"]
-    assert [p for p in others if not (folder / p.relative_to(source)).samefile(p)] == [
-        source / "model_index.json"
-    ]
+    same = {p for p in others if (folder / p.relative_to(source)).samefile(p)}
+    assert same == {p for p in others if p.suffix == ".safetensors"}
+    # saving into it leaves the source as it was
+    before = {p: p.read_bytes() for p in others}
+    pipeline.vae.to(torch.float64).save_pretrained(folder / "vae")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    assert {p: p.read_bytes() for p in others} == before
     # the same prompts by another way: the same model, and nothing is done twice
     same = [load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", begun / "run2")]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])

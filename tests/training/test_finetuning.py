@@ -63,13 +63,16 @@ def test_ends_with_averaged_weights():
     assert all(torch.equal(a, b) for a, b in zip(shadow, trained, strict=True))
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_changes_nothing(precision):
     start = HOST.tiny()
     plain, checkpointed = copy.deepcopy(start), copy.deepcopy(start)
-    list(_run(plain, steps=2))
-    list(_run(checkpointed, steps=2, gradient_checkpointing=True))
+    list(_run(plain, steps=2, precision=precision))
+    list(_run(checkpointed, steps=2, gradient_checkpointing=True, precision=precision))
     for name, tensor in plain.state_dict().items():
-        assert torch.allclose(tensor, checkpointed.state_dict()[name], atol=1e-6), name
+        # in bf16 attention is rounded too where it is computed again
+        atol = 1e-6 if precision == "fp32" else 5e-3
+        assert torch.allclose(tensor, checkpointed.state_dict()[name], atol=atol), name
 
 
 def test_averages_on_the_cpu_are_the_same():

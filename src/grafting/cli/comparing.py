@@ -26,9 +26,9 @@ Rows = Annotated[
 
 @app.command()
 def compare(rows: Rows, as_json: Json = False) -> None:
-    """Say whether models differ, by images of the same seeds; of more than two, each is compared with the first.
+    """Say whether models differ, by images of the same seeds.
 
-    Shows differences with intervals. Figures of two rows may differ by less than their own intervals and still be told apart, because image i of both was
+    Shows differences with intervals; of more than two models, each is compared with the first. Figures of two rows may differ by less than their own intervals and still be told apart, because image i of both was
     drawn from the same noise.
 
     [dim]$ grafting compare runs/a runs/b

@@ -60,16 +60,22 @@ def half_types(tensors: Iterable[Tensor]) -> str:
 
 
 @contextmanager
-def mixed_precision(device: torch.device, precision: Precision) -> Iterator[None]:
+def mixed_precision(
+    device: torch.device, precision: Precision, *, is_checkpointed: bool = False
+) -> Iterator[None]:
     """Inside, models run in `precision`: bf16 is autocast, fp32 is as they are.
 
     On a CPU, attention over few tokens that will be differentiated runs in float32 all the same: the backward pass of its
     fused attention is slow in bfloat16.
+
+    Args:
+        is_checkpointed: parts of the forward pass run again in the backward pass, to which autocast alone comes along: so
+            attention is as autocast has it.
     """
     enabled = resolve_precision(precision, device) == "bf16"
     # torch 2.6 keeps a weight that was cast without gradients for a later use with them; each is used once in any case
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
-        if enabled and device.type == "cpu":
+        if enabled and device.type == "cpu" and not is_checkpointed:
             with _Float32Attention():
                 yield
         else:

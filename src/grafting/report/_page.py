@@ -36,7 +36,7 @@ def report_page(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["csv_uri"] = _csv_uri
-    script = (Path(__file__).parent / "report.js").read_text()
+    script = environment.get_template("report.js").render()
     return environment.get_template("report.html.j2").render(
         run=run,
         recipe=run.recipe or {},

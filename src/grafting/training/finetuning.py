@@ -274,7 +274,12 @@ class _Training:
     def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
         """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""
         config, denoiser = self.config, self.denoiser
-        precision = partial(mixed_precision, batch.x_t.device, config.precision)
+        precision = partial(
+            mixed_precision,
+            batch.x_t.device,
+            config.precision,
+            is_checkpointed=config.gradient_checkpointing,
+        )
         losses: dict[str, Tensor] = {}
         with seeded(*entropy), precision():
             prediction = self.student(batch)
