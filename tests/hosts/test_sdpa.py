@@ -260,7 +260,7 @@ def test_an_attention_that_makes_no_call_is_an_error(cogview):
     graft(cogview, plan("softmax"), host=host)
     with pytest.raises(
         HostError,
-        match=r"transformer_blocks.0.ff, a FeedForward, called scaled_dot_product_attention 0 times",
+        match=r"transformer_blocks.0.ff: FeedForward called scaled_dot_product_attention 0 times",
     ):
         COGVIEW.predict(cogview, torch.randn(2, 4, 8, 12), torch.rand(2), cogview_condition())
 

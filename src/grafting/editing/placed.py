@@ -62,13 +62,13 @@ class KernelAttention(Placed):
         turn = len(self.site.attention.turn)
         if not calls:
             raise HostError(
-                f"{self.site.path}, a {type(self.attention).__name__}, called scaled_dot_product_attention 0 times: the "
-                "attention of a host, `attention` in a spec, is a module that calls it"
+                f"{self.site.path}: {type(self.attention).__name__} called scaled_dot_product_attention 0 times, and its host "
+                f"declares {_calls(turn)}: the attention of a host, `attention` in a spec, is a module that calls it"
             )
         if len(calls) % turn or (len(calls) > turn and max(calls) > 1):
             raise HostError(
                 f"{type(self.attention).__name__} called scaled_dot_product_attention {len(calls)} times on {calls} images; "
-                f"its host declares {turn} {'call' if turn == 1 else 'calls'}, or as many for each image"
+                f"its host declares {_calls(turn)}, or as many for each image"
             )
         return output
 
@@ -129,6 +129,10 @@ class KernelAttention(Placed):
                     f"{words_of(self.site)}: {faults[0]}: use another operator, or prompts of one length"
                 )
         return known[1]
+
+
+def _calls(count: int) -> str:
+    return f"{count} {'call' if count == 1 else 'calls'}"
 
 
 def _pin_to_native(attention: nn.Module) -> None:
