@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grafting
-from gpu import KERNELS, Bench, Noise, plain_loop, replacing
+from gpu import KERNELS, Bench, Noise, calls_of, parts_of, plain_loop, replacing, without_zeros
 from grafting.contract import Grid, Site, TokenLayout
 from grafting.cost.count import site_flops
 from grafting.data.bundled import scenes_pipeline_folder
@@ -271,7 +271,7 @@ def training() -> Iterator[Row]:
         "stage 1, 28 sites, a step",
         partial(next, steps),
         "teacher's pass and the operators'",
-        _parts(teacher, built, batch),
+        partial(parts_of, bench, teacher, built, calls_of(bench, teacher, built, batch), batch),
     )
     steps.close()
     model = copy.deepcopy(teacher)
@@ -299,40 +299,11 @@ def training() -> Iterator[Row]:
 
 def dit(**sizes: int) -> DiT:
     torch.manual_seed(0)
-    model = DiT(input_size=8, **sizes).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.02)  # a layer of zeros hides its work
-    return model
-
-
-def _parts(teacher: DiT, built: Any, batch: int) -> Run:
-    """What stage 1 cannot do without: a pass of the teacher, and both passes of each operator on what its site is given."""
-    x, t = torch.randn(batch, 4, 8, 8), torch.zeros(batch, dtype=torch.long)
-    calls: dict[str, Tensor] = {}
-    handles = [
-        teacher.get_submodule(path).register_forward_pre_hook(
-            lambda _, given, path=path: calls.update({path: given[0]})
-        )
-        for path in built
-    ]
-    teacher(x, t, t)
-    for handle in handles:
-        handle.remove()
-
-    def run() -> None:
-        with torch.no_grad():
-            teacher(x, t, t)
-        for path, operator in built.items():
-            operator(calls[path].detach()).abs().mean().backward()
-
-    return run
+    return without_zeros(DiT(input_size=8, **sizes).eval())
 
 
 def loading() -> Iterator[Row]:
     """A model of some 170 million parameters from disk, whole and as a delta to its base."""
-    model = dit(hidden_size=768, depth=12, num_heads=12)
     sizes = {
         "num_attention_heads": 12,
         "attention_head_dim": 64,

@@ -501,12 +501,15 @@ def dit_of(bench: Bench) -> DiT:
     torch.manual_seed(0)
     with bench.device:
         model = DiT(input_size=8 if bench.toy else 32, **sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if (
-                parameter.requires_grad and not parameter.any()
-            ):  # layers that start at zero would hide their work
-                parameter.normal_(std=0.02)
+    return without_zeros(model)
+
+
+@torch.no_grad()
+def without_zeros(model: DiT) -> DiT:
+    """The model, whose layers that start at zero would hide their work."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.normal_(std=0.02)
     return model
 
 
@@ -539,9 +542,9 @@ def _distilled(bench: Bench, row: Row, teacher: DiT, plan: Plan, batch: int) -> 
     )
     steps = distill(teacher, built, Noise(bench), config)
     next(steps)  # measures on the held-out images
-    calls = _calls_of(bench, teacher, built, batch)
+    calls = calls_of(bench, teacher, built, batch)
     with bench.measuring_memory(row):
-        bench.compared(row, lambda: next(steps), lambda: _parts(bench, teacher, built, calls, batch))
+        bench.compared(row, lambda: next(steps), lambda: parts_of(bench, teacher, built, calls, batch))
     steps.close()
 
 
@@ -552,7 +555,7 @@ def _teacher_pass(bench: Bench, teacher: nn.Module, batch: int) -> None:
         teacher(x, zeros, zeros.long())
 
 
-def _calls_of(bench: Bench, teacher: nn.Module, built: Any, batch: int) -> dict[str, Tensor]:
+def calls_of(bench: Bench, teacher: nn.Module, built: Any, batch: int) -> dict[str, Tensor]:
     """The tokens that each site sees, of one forward pass."""
     calls: dict[str, Tensor] = {}
     handles = [
@@ -567,7 +570,7 @@ def _calls_of(bench: Bench, teacher: nn.Module, built: Any, batch: int) -> dict[
     return calls
 
 
-def _parts(bench: Bench, teacher: nn.Module, built: Any, calls: dict[str, Tensor], batch: int) -> None:
+def parts_of(bench: Bench, teacher: nn.Module, built: Any, calls: dict[str, Tensor], batch: int) -> None:
     _teacher_pass(bench, teacher, batch)
     for path, operator in built.items():
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=not bench.toy):

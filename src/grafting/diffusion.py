@@ -166,7 +166,7 @@ class ShiftBySize(Settings):
     base: float = 0.5
     """The line at `base_tokens`."""
     max: float = 1.15
-    """The line at `max_tokens`, beyond which it goes on."""
+    """The line at `max_tokens`; it continues beyond."""
     base_tokens: PositiveInt = 256
     """Image tokens of the smaller size."""
     max_tokens: PositiveInt = 4096

@@ -191,7 +191,7 @@ def dry_run(
         return tensor
 
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_OF_CPU)
-    # what a model holds beside its parameters and buffers, such as positions, is none of ours to replace
+    # some models hold tensors that are neither parameters nor buffers, such as positions
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         tensors = {name: _fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         kept |= {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors.values()}

@@ -78,7 +78,7 @@ def part_of(module: nn.Module, path: str, key: str) -> nn.Module:
     """The part of a module that a key of the spec names.
 
     Raises:
-        AttributeError: there is none; says the key, and what there is.
+        AttributeError: there is no such part; names the key and the parts that there are.
     """
     whole, names = module, path.split(".")
     for i, name in enumerate(names):

@@ -70,7 +70,7 @@ def _outcome(rows: Sequence[Mapping[str, Any]], *, alike: bool) -> str:
 
 
 def caveat(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What to know before the figure of the summary is compared with any other; empty if there is none."""
+    """What to know before comparing the summary's figure with another; empty if there is nothing."""
     last, figure = last_measured(rows), headline(rows)
     if last is None:
         return ""

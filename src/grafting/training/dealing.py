@@ -1,9 +1,9 @@
-"""Batches of states along a teacher's own trajectories, drawn as training goes on.
+"""Batches of states along a teacher's own trajectories, drawn during training.
 
 A sampler of N calls meets N states on its way from noise. So for every N steps of training each row of the batch has a trajectory
 of its own, whose states are dealt to those steps in an order of its own: a batch holds as many trajectories as rows, all
 kinds of steps at once, and a state costs one pass of the teacher. While states are dealt the next trajectories are walked
-by one call a step, so that all steps take equally long; a stage that begins in the middle walks anew what stands there.
+by one call a step, so that all steps take equally long; a resumed stage walks its block again.
 """
 
 from collections.abc import Iterator
