@@ -30,10 +30,11 @@ from grafting.evaluation import (
     ratio,
 )
 from grafting.machine.reading import NpzFile
-from grafting.metrics.adm import adm_inception_score, adm_precision_recall
+from grafting.metrics.adm import adm_precision_recall
 from grafting.metrics.features import ModuleNetwork, extract
 from grafting.metrics.frechet import FeatureStatistics, frechet_distance
 from grafting.metrics.inception import Inception
+from grafting.metrics.inception_score import adm_inception_score
 from grafting.runs.identity import row_fingerprint
 from grafting.runs.job import prepare
 from grafting.runs.recipe import Recipe

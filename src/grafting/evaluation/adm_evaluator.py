@@ -8,9 +8,10 @@ from torch import Tensor
 from ..errors import ProtocolError, listed
 from ..machine.devices import default_device
 from ..machine.settings import Settings
-from ..metrics.adm import adm_inception_score, adm_precision_recall
+from ..metrics.adm import adm_precision_recall
 from ..metrics.features import FeatureNetwork
 from ..metrics.frechet import FeatureStatistics, FrechetInfluences, frechet_distance
+from ..metrics.inception_score import adm_inception_score
 from ..metrics.manifold import neighbourhoods
 from ..words import INCEPTION_NAME
 from ._gathered import Gathered, check_width, spatial_features

@@ -100,9 +100,7 @@ class Evaluator(PairedEvaluator[Evaluation]):
             recall=fidelity.recall,
             density=spread.density,
             coverage=spread.coverage,
-            inception_score=None
-            if logits is None
-            else inception_score(logits, splits=config.score_splits).value,
+            inception_score=None if logits is None else inception_score(logits, splits=config.score_splits),
             agreement=None if logits is None else float(scores["agreement"].mean()),
             num_images=len(features),
             notes=tuple(_notes(features, frechet.bias, config)),

@@ -123,7 +123,7 @@ class GenevalEvaluator(PairedEvaluator[GenevalEvaluation]):
         if len(asked) == len(TAGS):
             score = sum(shares.values()) / len(TAGS)
             influences["geneval"] = _influences(scores, tags, torch.ones_like(tags, dtype=torch.bool))
-            found = spread(influences["geneval"], strata=tags, clusters=labels).of_share(score, 0.95)
+            found = spread(influences["geneval"], strata=tags, clusters=labels).of_share(score)
             figures |= {"geneval": score, "geneval_low": found.low, "geneval_high": found.high}
         evaluation = GenevalEvaluation.model_validate(
             figures
