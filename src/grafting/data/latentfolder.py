@@ -72,16 +72,13 @@ class LatentFolder:
     def _work(self) -> WorkFolder[Record]:
         return WorkFolder(self.folder, self.facts, Record, what="latents")
 
-    def check(self) -> None:
-        """Raises a RunError if the folder holds anything else than a part of this work, and says what differs."""
-        self._work.check()
-
-    def check_space(self) -> tuple[int, int]:
+    def check(self) -> tuple[int, int]:
         """Bytes that the shards still to be written take, and bytes that are free.
 
         Raises:
-            RunError: they do not fit.
+            RunError: they do not fit, or the folder holds anything else than a part of this work; says what differs.
         """
+        self._work.check()
         left = [number for number in range(self.num_shards) if not self._work.path(number).is_file()]
         needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
         return needed, self._work.check_space(needed, remedy="a smaller dtype")

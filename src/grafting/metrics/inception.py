@@ -33,9 +33,8 @@ class InceptionOutput(NamedTuple):
 
     pooled: Float[Tensor, "b 2048"]  # pool_3
     logits: Float[Tensor, "b 1008"]  # of pooled without the biases, as ADM and torch-fidelity take them
-    spatial: Float[
-        Tensor, "b 2023"
-    ]  # mixed_6/conv, 17 x 17 positions of its first 7 channels, in TensorFlow's order
+    # mixed_6/conv, 17 x 17 positions of its first 7 channels, in TensorFlow's order
+    spatial: Float[Tensor, "b 2023"]
 
 
 class Inception(nn.Module):

@@ -81,9 +81,8 @@ class Forecast:
     mfu: float
     stages: tuple[StageForecast, ...]
     data: dict[str, int | None]  # items and bytes of what stages train on; None: not known
-    dump: dict[
-        str, int
-    ]  # bytes of activations that stage 1 would keep by the published way, and that it keeps here
+    # bytes of activations that stage 1 would keep by the published way, and that it keeps here
+    dump: dict[str, int]
 
     def to_json(self) -> dict[str, object]:
         stages = [
