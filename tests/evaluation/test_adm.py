@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner
 
-from grafting import cli
+from commandline import call
 from grafting.data.bundled import bundled_subset
 from grafting.errors import CheckpointError, DataError, ProtocolError, RecipeError
 from grafting.evaluation import (
@@ -357,10 +356,6 @@ def test_as_many_images_as_the_protocol_says(network, npz):
 
 
 # the command line
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -343,11 +343,7 @@ def write_latents(
                 f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
             )
         shape = tuple(latents.shape[1:])
-        path = folder / f"latents-{number:05}.safetensors"
-        tensors = {"latents": latents.to(dtype).contiguous(), "labels": labels.to(torch.int32).contiguous()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-        shards.append(Shard(**facts_of(path), count=len(labels)))
+        shards.append(write_shard(folder, number, latents.to(dtype), labels))
     if shape is None:
         raise DataError(f"no latents to write to {folder}")
     index = LatentIndex(
@@ -364,6 +360,16 @@ def write_latents(
     )
     write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
     return index
+
+
+def write_shard(
+    folder: Path, number: int, latents: Float[Tensor, "n c *fhw"], labels: Int[Tensor, " n"]
+) -> Shard:
+    """Writes a folder's shard of that number, in the dtype that its latents have; gives its entry of the index."""
+    path = folder / f"latents-{number:05}.safetensors"
+    with atomic_path(path) as temporary:
+        save_file({"latents": latents.contiguous(), "labels": labels.to(torch.int32).contiguous()}, temporary)
+    return Shard(**facts_of(path), count=len(labels))
 
 
 def _regrouped(
