@@ -62,11 +62,11 @@ class WorkFolder(Generic[R]):
         path = self.folder / WORK_NAME
         # looked at first: whoever makes the folder now says what it is before anything else
         empty = is_empty(self.folder)
-        if not path.is_file() and not empty:
-            raise RunError(
-                f"{self.folder} exists and is not a folder of {self.what} that was begun: name another, or empty it"
-            )
         if not path.is_file():
+            if not empty:
+                raise RunError(
+                    f"{self.folder} exists and is not a folder of {self.what} that was begun: name another, or empty it"
+                )
             return
         found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
         asked = flatten(self.facts)

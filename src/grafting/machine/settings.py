@@ -1,6 +1,7 @@
 """What all settings of recipes have in common: they are frozen, know their keys, and take no number that is none."""
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import EllipsisType
@@ -21,7 +22,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_booleans(cls, values: Any) -> Any:
-        fields = cls.model_fields
+        fields: Mapping[str, Any] = cls.model_fields
         wrong = [
             f"{name} is {str(value).lower() if isinstance(value, bool) else 'a list with a boolean'}"
             for name, value in (values.items() if isinstance(values, dict) else ())
