@@ -29,11 +29,9 @@ from .recipe import FreshModel
 _BUNDLED = {
     "testbed": """\
 data: {name: testbed-subset}
-calibrate: {samples: 256}
-distill: {steps: 60, batch_size: 64, lr: 2.0e-3, cooldown_steps: 45, holdout_every: 20}
-finetune: {trainable: new, objective: output, steps: 220, batch_size: 64, lr: 2.0e-3, warmup_steps: 10, cooldown_steps: 180, ema_decay: 0.95, clip_norm: 1.0}
-sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 1000, batch_size: 250}
-rows: [pretrained, distilled, finetuned]
+distill: {steps: 200, batch_size: 64, lr: 2.0e-3, cooldown_steps: 100, holdout_every: 50}
+finetune: {steps: 500, batch_size: 64, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 250, ema_decay: 0.99, clip_norm: 1.0}
+sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 2000, batch_size: 250}
 """,
     "scenes": """\
 data: {name: scenes, seeds: 10000000-10999999}
@@ -42,7 +40,6 @@ finetune: {steps: 200, batch_size: 16, lr: 5.0e-4, warmup_steps: 20, cooldown_st
 sample: {sampler: dpm-solver++, steps: 10, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
 """,
 }
-_OPERATORS = {"testbed": "{name: hyena-x, geometry: 2d, kernel_size: 3}"}
 _SMOKE = """\
 # A minute: two steps of each stage, few images. Its figures mean nothing.
 #     grafting run {smoke}
@@ -140,14 +137,12 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         relative = os.path.relpath(target, path.parent)
         return relative if relative.startswith("../") else f"./{relative}"
 
-    role, operator = _operator(start.operator, host, model)
-    if start.operator is None:
-        operator = _OPERATORS.get(start.source, operator)
+    operator = _operator(start.operator, host, model)
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
         f"source: {start.source if folder is None else near(folder)}",
-        f"plan:\n  - {{role: {role}, blocks: {start.blocks!r}, operator: {operator}}}",
+        f"plan:\n  - {{role: {operator[0]}, blocks: {start.blocks!r}, operator: {operator[1]}}}",
     ]
     if start.source in _BUNDLED:
         return "\n".join([*lines, _BUNDLED[start.source]])
