@@ -199,7 +199,7 @@ def _levels(log: Sequence[Mapping[str, Any]]) -> list[Curves]:
     logarithmic = spans_decade(everything)
     return [
         Curves(
-            f"{name} of the way to noise",
+            f"{name} noise",
             logarithmic,
             short(float(f"{_end(values):.3g}")),
             step_chart(
