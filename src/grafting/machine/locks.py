@@ -11,7 +11,6 @@ import platform
 import stat
 import weakref
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import RunError
 
@@ -46,9 +45,7 @@ class Lock:
     def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -73,7 +70,7 @@ def _open(path: Path) -> int:
         # a link, symbolic or hard, would have another file emptied
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
         raise _refused(path) from None
     found = os.fstat(descriptor)

@@ -25,7 +25,7 @@ class Settings(BaseModel):
         wrong = [
             f"{name} is {str(value).lower() if isinstance(value, bool) else 'a list with a boolean'}"
             for name, value in (values.items() if isinstance(values, dict) else ())
-            if name in fields and _holds_boolean(value) and not _may_hold(fields[name])
+            if name in fields and _holds_boolean(value) and not _may_hold_booleans(fields[name].annotation)
         ]
         if wrong:
             said = "true and false, in YAML also yes, no, on and off, are no numbers and no names"
@@ -48,10 +48,6 @@ class Settings(BaseModel):
 def is_no_name(text: str) -> bool:
     """True of what no file could be called."""
     return "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/"))
-
-
-def _may_hold(field: Any) -> bool:
-    return _may_hold_booleans(field.annotation)
 
 
 def _holds_boolean(value: object) -> bool:

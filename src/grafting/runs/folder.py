@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from ..contract import FolderState, State, Step
@@ -96,9 +95,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -360,6 +357,8 @@ class Stage:
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if step_of(line) <= self._first_step]
             write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
+            if step and not kept:
+                _warn(f"{self._log_path} lost its steps up to {step}: curves of {self.name} begin after them")
 
 
 def _line_of(step: Mapping[str, Any]) -> str:

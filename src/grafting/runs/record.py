@@ -4,6 +4,7 @@ What stages made by an earlier recipe is left out. Nothing is computed here: `re
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -133,29 +134,19 @@ def _read_recipe(path: Path) -> JsonObject:
     return value
 
 
-def _read_plan(path: Path) -> WrittenPlan:
-    return read_json(path, WrittenPlan, kind="a plan", error=RunError)
-
-
 def _read_locality(path: Path) -> WrittenLocality | None:
     return read_json(path, WrittenLocality, kind="a locality", error=RunError) if path.is_file() else None
 
 
-def _read_manifest(path: Path) -> JsonObject:
-    return read_manifest(path).on_record()
-
-
-def _read_rows(path: Path) -> list[Row]:
-    return read_json(path, list[Row], kind="a list of rows, each with a name", error=RunError)
-
-
 _READERS: dict[str, Callable[[Path], Any]] = {
     "recipe.yaml": _read_recipe,
-    "plan.json": _read_plan,
+    "plan.json": partial(read_json, form=WrittenPlan, kind="a plan", error=RunError),
     "distill/log.jsonl": read_log,
     "finetune/log.jsonl": read_log,
-    "metrics.json": _read_rows,
-    "manifest.json": _read_manifest,
+    "metrics.json": partial(
+        read_json, form=list[Row], kind="a list of rows, each with a name", error=RunError
+    ),
+    "manifest.json": lambda path: read_manifest(path).on_record(),
 }
 
 _STAGE_OF = {"distill/log.jsonl": "distill", "finetune/log.jsonl": "finetune", "metrics.json": "evaluate"}

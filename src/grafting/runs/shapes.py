@@ -11,7 +11,7 @@ from torch import nn
 
 from ..contract import Grid
 from ..cost.count import count_parameters, dry_run
-from ..cost.plan import PlanCost, plan_cost
+from ..cost.plan import PlanCost, example_of, plan_cost
 from ..editing.adapters import is_of_adapter
 from ..editing.plan import Drop
 from ..editing.surgery import build_operators, grafted, merge_adapters, resolve
@@ -72,8 +72,12 @@ class Shapes:
         with torch.device("meta"):
             operators = build_operators(model, recipe.edits, host=host.at_grid(cost.grid))
         with grafted(model, operators):
-            saved = saved_an_image(model, recipe.distill.precision, cost.grid) if recipe.distill else 0
-            phases = _phases(model, recipe, cost.grid, blocks)
+            counted: dict[tuple[object, Precision], int] = {}
+            if recipe.distill:
+                precision = recipe.distill.precision
+                counted["all", precision] = saved_an_image(model, precision, cost.grid)
+            saved = max(counted.values(), default=0)
+            phases = _phases(model, recipe, cost.grid, blocks, counted)
         site = host.sites(model)[0]
         return cls(
             cost=cost,
@@ -102,11 +106,20 @@ class Shapes:
         return 2 * BF16 * samples * math.prod(self.tokens) * self.num_fitted
 
 
-def _phases(model: nn.Module, recipe: Recipe, grid: Grid, blocks: list[str]) -> tuple[PhaseShapes, ...]:
-    """Each phase on the grafted model, which is left as it was."""
+def _phases(
+    model: nn.Module,
+    recipe: Recipe,
+    grid: Grid,
+    blocks: list[str],
+    counted: dict[tuple[object, Precision], int],
+) -> tuple[PhaseShapes, ...]:
+    """Each phase on the grafted model, which is left as it was.
+
+    Args:
+        counted: bytes kept for the backward pass, by what is trained and in which precision; gains those of the phases.
+    """
     candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
     new, changed, found = operator_parameters(model), set[int](), []
-    counted: dict[tuple[object, Precision], int] = {}
     for phase in recipe.phases:
         selected = selection(model, candidates, phase, new)
         trained = mark(model, candidates, selected, phase, first=0)
@@ -130,17 +143,12 @@ def _phases(model: nn.Module, recipe: Recipe, grid: Grid, blocks: list[str]) -> 
 
 def saved_an_image(model: nn.Module, precision: Precision, grid: Grid) -> int:
     """Bytes kept for the backward pass per image; bf16 copies of weights, kept once, are not among them."""
-    host = host_of(model)
-    num_text = host.sites(model)[0].num_text
-    size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames} | (
-        {"num_text": num_text} if num_text else {}
-    )
 
     def saved(batch_size: int) -> int:
         with mixed_precision(torch.device("cpu"), precision), warnings.catch_warnings():
             # a norm in fp32 of activations in bf16 says that it will be slower here, where nothing is computed
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            parts = dry_run(model, [], lambda: host.example(model, batch_size=batch_size, **size))
+            parts = dry_run(model, [], lambda: example_of(model, grid, batch_size=batch_size))
         return parts[""].saved_bytes
 
     return saved(2) - saved(1)

@@ -9,6 +9,7 @@ fresh model.
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired
@@ -125,28 +126,17 @@ def _step_of(state: State | Path | None) -> int:
     return read_facts(state, _Facts)["step"] if isinstance(state, Path) else state["step"]
 
 
+@dataclass
 class _Run:
     """What all phases have in common, and the parameters that those before have changed."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        denoiser: Denoiser,
-        blocks: Sequence[str],
-        teacher: nn.Module | None,
-        *,
-        total: int,
-    ):
-        self.model, self.data, self.denoiser, self.blocks, self.teacher = (
-            model,
-            data,
-            denoiser,
-            blocks,
-            teacher,
-        )
-        self.total = total
-        self.changed: list[nn.Parameter] = []
+    model: nn.Module
+    data: Data
+    denoiser: Denoiser
+    blocks: Sequence[str]
+    teacher: nn.Module | None
+    total: int
+    changed: list[nn.Parameter] = field(default_factory=list)
 
     def phase(
         self,
