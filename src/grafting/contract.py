@@ -37,11 +37,13 @@ class BlockCall:
 
     arguments: tuple[str, ...]
     returns: tuple[str, ...]
+    apart: str = ""
+    """Why the block cannot be merged, though it can be dropped: it is called with other arguments than its neighbours."""
 
     @property
     def merges(self) -> bool:
-        """Whether two such blocks can run side by side: they give one tensor of tokens."""
-        return len(self.returns) == 1
+        """Whether two such blocks can run side by side: they give one tensor of tokens, and are called alike."""
+        return len(self.returns) == 1 and not self.apart
 
     def argument(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The argument of this name in a call."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import ModuleCall
-from ._forwards import Execution, Inputs, again, executions
+from ._forwards import Execution, Inputs, again, executions, tensors_of
 from ._spec import ACTIVATIONS, MlpLayers
 
 
@@ -22,6 +22,7 @@ class BlockConvention:
     arguments: tuple[str, ...] = ()
     returns: tuple[str, ...] = ()
     fixed: dict[int, str] = field(default_factory=dict)
+    apart: dict[int, str] = field(default_factory=dict)
     mlp: str | None = None
     mlp_call: ModuleCall = field(default_factory=ModuleCall)
     mlp_layers: MlpLayers | None = None
@@ -63,8 +64,20 @@ def block_convention(
         usual, fixed = ((), ()), {}
     if set(fixed) == {len(blocks) - 1} and len(blocks) > 1:
         fixed = {-1: fixed[len(blocks) - 1]}
+    given = [_given(block, seen[f"{path}.{i}"]) for i, block in blocks.items()]
+    most = max(given, key=given.count)
+    apart = {i: _OTHER_ARGUMENTS for i, arguments in enumerate(given) if usual[1] and arguments != most}
     mlp, call, layers = _mlp(model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim)
-    return BlockConvention(*usual, fixed, mlp, call, layers)
+    return BlockConvention(*usual, fixed, apart, mlp, call, layers)
+
+
+_OTHER_ARGUMENTS = "it is called with other arguments than most of these blocks"
+
+
+def _given(block: nn.Module, seen: Sequence[Execution]) -> list[tuple[str, str]]:
+    """The arguments of a block's calls, and their shapes."""
+    named = [item for ran in seen for item in ran.arguments(block).items()]
+    return [(name, str([list(t.shape) for t in tensors_of(value)])) for name, value in named]
 
 
 def _block_call(

@@ -200,7 +200,7 @@ def _time(spy: _Spy) -> Time | None:
     moved = [
         name
         for name, value in first.items()
-        if isinstance(value, Tensor) and value.ndim < 2 and not torch.equal(value, second[name])
+        if isinstance(value, Tensor) and value.ndim < 3 and not torch.equal(value, second[name])
     ]
     if len(moved) != 1:
         return None

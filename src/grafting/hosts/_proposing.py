@@ -12,6 +12,7 @@ from ..contract import Grid, ModuleCall
 from ..errors import HostError
 from ._arguments import (
     Knowledge,
+    beside_of,
     channels_of,
     fact_of,
     image_rule,
@@ -21,9 +22,10 @@ from ._arguments import (
     output_of,
     process_of,
     time_of,
+    with_entries,
 )
 from ._conventions import attention_convention, block_convention
-from ._forwards import Inputs, is_mask, tensors_of
+from ._forwards import Inputs, copied, is_mask, run, tensors_of
 from ._host import config_of
 from ._observing import AttentionCall, Observation, Run
 from ._spec import BlockList, Fact, MlpLayers, SdpaSpec
@@ -75,6 +77,9 @@ def propose(
         )
     usual = lists[0].usual
     image, grid = image_rule(model, inputs, seen.image, usual, known, questions)
+    returned = tensors_of(run(model, copied(inputs)))
+    if beside := beside_of(inputs, returned, image):
+        image = image.model_copy(update={"beside": beside})
     if native_grid is None:
         native_grid = native_grid_of(model, image, grid, known, questions)
     orders = [_order(found, inputs) for found in lists]
@@ -92,8 +97,8 @@ def propose(
         channels=channels_of(model, inputs[seen.image], image),
         projections=next((found for _, found, _ in conventions if found), None),
         mlp=next((found for _, _, found in conventions if found), None),
-        time=known.time or time_of(inputs, questions),
-        output=known.output or output_of(model, inputs, image, questions),
+        time=with_entries(known.time or time_of(inputs, questions), inputs, grid),
+        output=known.output or output_of(inputs, returned, image, questions),
         process=known.process or process_of(questions),
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(other_inputs(model, inputs, seen, image, usual)),
@@ -274,6 +279,7 @@ def _conventions(
             arguments=block.arguments,
             returns=block.returns,
             fixed=block.fixed,
+            apart=block.apart if len(block.returns) == 1 else {},
         )
         yield blocks, projections, layers
 

@@ -39,8 +39,9 @@ def blocks_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
         place = number - first.setdefault(blocks.path, number)
         count = len(model.get_submodule(blocks.path))  # type: ignore[arg-type]  # a ModuleList
         fixed = blocks.fixed.get(place, blocks.fixed.get(place - count, ""))
-        site, call = _site(spec, model, number, blocks, grid), BlockCall(blocks.arguments, blocks.returns)
+        site, apart = _site(spec, model, number, blocks, grid), blocks.apart.get(place, "")
         if blocks.returns:
+            call = BlockCall(blocks.arguments, blocks.returns, apart)
             yield site(role="block", path=path, call=call, fixed=fixed)
 
 

@@ -200,7 +200,8 @@ def _takes(host: SdpaHost, model: nn.Module, blocks: BlockList) -> Iterator[str]
             yield word if all(_has(weights, module) for module in modules) else f"{word} with init: random"
     free = [s for s in host.blocks(model) if s.path.startswith(f"{blocks.path}.") and not s.fixed]
     can_merge = any(
-        b.block == a.block + 1 and a.call is not None and a.call.merges for a, b in pairwise(free)
+        b.block == a.block + 1 and all(s.call is not None and s.call.merges for s in (a, b))
+        for a, b in pairwise(free)
     )
     can_drop = bool(free) and len({site.block for site in host.sites(model)}) > 1
     if can_merge or can_drop:
