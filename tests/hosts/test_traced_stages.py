@@ -1,14 +1,22 @@
 """What stages need of a traced host: predictions for images and videos as they are, and blocks that can be taken out."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from grafting.editing.plan import Drop, Merge, Plan
 from grafting.editing.surgery import graft
 from grafting.errors import HostError, PlanError
-from grafting.hosts import trace
+from grafting.hosts import LatentTokens, SdpaHost, hosts, trace
 from hosts.test_tracing import specimen
 from hosts.zoo import COLS, ROWS
+
+
+@cache
+def traced_of(name):
+    case = specimen(name)
+    return trace(case.model(), example=case.example())
 
 
 def image_of(tokens):
@@ -34,12 +42,17 @@ PATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", PATCHES)
+_SLOW = ("AnyFlow", "Latte", "WanAnimate")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in PATCHES]
+)
 def test_a_prediction_is_a_call_of_the_model_in_the_shape_of_images(name):
     images, beside, returned = PATCHES[name]
     case = specimen(name)
     model, example = case.model(), case.example()
-    traced = trace(model, example=example)
+    traced = traced_of(name)
     host, time = traced.host, traced.spec.time.argument
     argument = traced.spec.image.argument
     x, more = images(example[argument]), beside(example[argument])
@@ -53,15 +66,27 @@ def test_a_prediction_is_a_call_of_the_model_in_the_shape_of_images(name):
 
 
 def test_channels_that_only_a_condition_can_hold_are_asked_for():
-    case = specimen("WanAnimate")
-    model = case.model()
-    host = trace(model, example=case.example()).host
+    wan = hosts()["wan"]
+    image = LatentTokens(beside=8)
+    host = SdpaHost(wan.spec.model_copy(update={"image": image, "channels": "config.out_channels"}))
+    model = wan.model_class(**wan.spec.tiny | {"in_channels": 12})
+    assert host.shape(model)[0] == 4
     assert host.needed(model)["hidden_states"] == 8
     assert "it needs hidden_states" in host.condition_faults(model, {"encoder_hidden_states": 24})
     with pytest.raises(
         HostError, match="hidden_states holds 8 channels behind the image's: a condition gives"
     ):
         host.predict(model, torch.randn(2, 4, 3, 8, 12), torch.ones(2), {})
+    more, text = torch.randn(2, 8, 3, 8, 12), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        found = host.predict(
+            model,
+            torch.ones(2, 4, 3, 8, 12),
+            torch.ones(2),
+            {"hidden_states": more, "encoder_hidden_states": text},
+        )
+        whole = torch.cat([torch.ones(2, 4, 3, 8, 12), more], 1)
+        assert torch.equal(found, model(whole, torch.ones(2), text, return_dict=False)[0])
 
 
 def test_what_a_model_reads_of_blocks_is_there_when_they_are_not():
@@ -69,7 +94,7 @@ def test_what_a_model_reads_of_blocks_is_there_when_they_are_not():
     case = specimen("QwenImage21")
     model = case.model()
     before = model.transformer_blocks[1].attn.processor
-    host = trace(model, example=case.example()).host
+    host = traced_of("QwenImage21").host
     record = graft(model, Plan(edits=(Drop(blocks=[1]),)), host=host)
     assert type(model.transformer_blocks[1].attn.processor) is type(before)
     assert not list(model.transformer_blocks[1].parameters())

@@ -106,7 +106,13 @@ class Trial:
         return copy.deepcopy(self.original)
 
     def blocks(self, role: str, *, mixers: bool = False) -> list[int]:
-        return [s.block for s in self.sites if s.role == role and (s.module is not None or not mixers)]
+        """Those where an operator may stand: of attentions a kernel, or a mixer."""
+        needs_call = role == "attention" and not mixers
+        return [
+            s.block
+            for s in self.sites
+            if s.role == role and (s.attention.turn if needs_call else s.module is not None)
+        ]
 
     def run(self, model: nn.Module) -> list[Tensor]:
         torch.manual_seed(2)
@@ -136,15 +142,25 @@ class Trial:
         sum(t.square().mean() for t in self.run(model)).backward()
         return [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
 
-    def window(self, blocks: list[int] | None = None) -> Replace:
-        """A window that hides something on this grid."""
-        grid = self.traced.grid
+    def window(self, *, first: bool = False) -> Replace:
+        """A window that hides something on this grid; where no kernel can stand, a mixer."""
+        grid, blocks = self.traced.grid, self.blocks("attention")
+        if not blocks:
+            return self.hyena()
         operator = (
             {"name": "window-2d", "radius": 1}
             if min(grid.rows, grid.cols) > 2
             else {"name": "window-1d", "window": 2}
         )
-        return Replace(role="attention", blocks=blocks or self.blocks("attention"), operator=operator)
+        return Replace(role="attention", blocks=blocks[:1] if first else blocks, operator=operator)
+
+    def hyena(self) -> Replace:
+        """Hyena-X in the place of whole attentions."""
+        blocks = self.blocks("attention", mixers=True)
+        if not blocks:
+            raise Absent("no attention takes and returns its tokens as one tensor without a mask")
+        init = "inherit" if self.host.spec.projections else "random"
+        return Replace(role="attention", blocks=blocks, operator={"name": "hyena-x", "init": init})
 
     def denoiser(self) -> Denoiser:
         """The host's own, with the example's other arguments as the one condition."""
@@ -175,12 +191,19 @@ def tensors(output: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+def kernels(trial: Trial) -> list[int]:
+    """Blocks where kernels can stand."""
+    if found := trial.blocks("attention"):
+        return found
+    raise Absent("its attention makes no call of scaled_dot_product_attention")
+
+
 def identity(trial: Trial) -> None:
     """With softmax kernels everywhere the output is the same, bit for bit."""
     model = trial.model()
     with torch.no_grad():
         before = trial.run(model)
-        softmax = Replace(role="attention", blocks=trial.blocks("attention"), operator="softmax")
+        softmax = Replace(role="attention", blocks=kernels(trial), operator="softmax")
         graft(model, Plan(edits=(softmax,)), host=trial.host)
         after = trial.run(model)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the output has changed"
@@ -188,16 +211,13 @@ def identity(trial: Trial) -> None:
 
 def kernel(trial: Trial) -> None:
     """Windows everywhere, forward and backward."""
+    kernels(trial)
     trial.both_ways(trial.window())
 
 
 def mixer(trial: Trial) -> None:
     """Hyena-X in the place of whole attentions."""
-    blocks = trial.blocks("attention", mixers=True)
-    if not blocks:
-        raise Absent("no attention takes and returns its tokens as one tensor without a mask")
-    init = "inherit" if trial.host.spec.projections else "random"
-    trial.both_ways(Replace(role="attention", blocks=blocks, operator={"name": "hyena-x", "init": init}))
+    trial.both_ways(trial.hyena())
 
 
 def mlp(trial: Trial) -> None:
@@ -270,7 +290,7 @@ def stage2(trial: Trial) -> None:
 def saved(trial: Trial) -> None:
     """Saved and loaded, a graft is the same, with nothing said of its host."""
     model = trial.model()
-    graft(model, Plan(edits=(trial.window(trial.blocks("attention")[:1]),)), host=trial.host)
+    graft(model, Plan(edits=(trial.window(first=True),)), host=trial.host)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         before = trial.run(model)
         save(model, folder)

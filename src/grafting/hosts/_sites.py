@@ -20,9 +20,10 @@ def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
         AttributeError, KeyError, IndexError, TypeError: the model has no such module or fact.
     """
     for number, (path, blocks) in enumerate(_block_paths(spec, model)):
-        site, attention = _site(spec, model, number, blocks, grid), f"{path}.{blocks.attention}"
+        site, attention = _site(spec, model, number, blocks, grid), blocks.attention_of(path)
         block = model.get_submodule(path)
-        part_of(block, blocks.attention, "attention")
+        if blocks.attention:
+            part_of(block, blocks.attention, "attention")
         num_heads = fact(model, blocks.num_heads or spec.num_heads)
         yield site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers)
         if blocks.mlp is not None:

@@ -76,14 +76,15 @@ class BlockList(_Spec):
     path: str
     """Module path of the list."""
     attention: str
-    """Module path, inside a block, of the attention whose kernel may be replaced."""
+    """Module path, inside a block, of the attention whose kernel may be replaced; empty where the block itself is it."""
     order: tuple[str, ...] | None = None
     """As the spec's own `order`, where these blocks have another."""
     image_queries: bool = False
     """True if the queries are those of the image alone, and the keys are all tokens."""
     turn: tuple[Literal["image", "other"], ...] = ("image",)
     """Calls of `scaled_dot_product_attention` in a pass of the attention, in order: kernels answer those marked `image`, and
-    those marked `other`, such as of text alone, go through as they are."""
+    those marked `other`, such as of text alone, go through as they are. Empty where it makes none, as linear attention: mixers
+    alone may then replace it."""
     masked: bool = False
     """True if its calls may have a key mask, as for padded prompts: operators that cannot honour one are then refused."""
     num_heads: Size | None = None
@@ -105,11 +106,19 @@ class BlockList(_Spec):
 
     @model_validator(mode="after")
     def _apart(self) -> "BlockList":
+        if not self.attention and (self.mlp or self.mixers or self.returns):
+            raise ValueError(
+                "where the block itself is the `attention`, it takes kernels alone: no `mlp`, `mixers` or `returns`"
+            )
         if self.mlp is not None and f"{self.mlp}.".startswith(f"{self.attention}."):
             raise ValueError(
                 f"`attention` says {self.attention!r}, and `mlp` {self.mlp!r}: they are two modules"
             )
         return self
+
+    def attention_of(self, block: str) -> str:
+        """Path of the attention of the block at this path."""
+        return f"{block}.{self.attention}" if self.attention else block
 
     def call(self, order: tuple[str, ...]) -> AttentionCall:
         """What stands in the calls that kernels answer; `order` is the spec's own."""
