@@ -411,11 +411,8 @@ def is_attention(module: nn.Module) -> bool:
 
 def _is_elsewhere(module: nn.Module) -> bool:
     """Whether it runs on a backend of diffusers' that was chosen, and is not torch's."""
-    processor = getattr(module, "processor", None)
-    return str(getattr(processor, "_attention_backend", None) or "native") not in (
-        "native",
-        "AttentionBackendName.NATIVE",
-    )
+    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    return backend not in (None, "native")
 
 
 def _other_attention(module: nn.Module, seen: Execution) -> SdpaCall | None:

@@ -195,6 +195,12 @@ def _is_partial(call: AttentionCall) -> bool:
 
 
 def _seen_instead(seen: Observation) -> str:
+    alone = [call.path for call in seen.calls if call.kind in ("self", "joint", "mixed")]
+    if alone:
+        return (
+            f"{alone[0] or 'its own, of the model itself,'} stands in no list of blocks: what is edited is counted by its place in an "
+            "nn.ModuleList"
+        )
     kinds = ", ".join(sorted({f"{call.path} ({call.kind})" for call in seen.calls})[:4])
     silent = f"; no call was made by {', '.join(seen.silent[:2])}" if seen.silent else ""
     return f"found {kinds}{silent}"
