@@ -349,11 +349,11 @@ _ROWS = (
     ),
     Figure(
         key="mfu", title="Share of the peak of the device (MFU)", brief="MFU", of="run", better="high",
-        shown=("progress", "curve"),
+        write=percent, shown=("progress", "curve"),
     ),
     Figure(
         key="data_wait", title="Waiting for data", brief="waiting for data", of="run", better="low",
-        shown=("progress",),
+        write=percent, shown=("progress",),
     ),
     Figure(key="num_images", title="Images", brief="images", of="run", write=count),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Nothing that is read first is wrapped at 80 columns: the list of commands, and their examples."""
+"""Nothing that is read first is wrapped at 80 columns: the list of commands, their examples, and what a step says."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -9,6 +9,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from grafting.cli import app
+from grafting.cli.display import describe_values
 
 
 def paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -30,3 +31,10 @@ def test_help_fits_80_columns(path: tuple[str, ...]):
         lines[lines.index(next(x for x in lines if "─ Commands" in x)) :] if path in ((), ("data",)) else []
     )
     assert not [line for line in commands if line.startswith("│      ")]
+
+
+def test_a_step_says_its_shares_in_percent():
+    said = describe_values(
+        {"loss/a": 0.03, "loss/b": 0.05, "r2/a": 0.871, "images_per_s": 81.25, "data_wait": 0.0561}
+    )
+    assert said == "loss 0.0400, R² 0.871, images/s 81.2, waiting for data 5.6\u00a0%"

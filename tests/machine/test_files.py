@@ -169,6 +169,12 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_whole(tmp_path, name, w
     assert precious.read_text() == "all that there is"
 
 
+def test_a_folder_in_place_of_a_lock_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(RunError, match=r"\.lock is a link to another file, or no file.*remove it"):
+        RunFolder(tmp_path, recipe_name="r")
+
+
 def test_a_lock_is_free_when_its_holder_was_killed(tmp_path):
     lock = Lock(tmp_path / "lock")
     with pytest.raises(Taken, match=f"process {os.getpid()} on "):

@@ -353,6 +353,16 @@ def test_damaged_line_of_a_log_is_named_and_left_out(tmp_path):
         assert [line["step"] for line in read_log(path)] == [1, 4, 5, 6, 7, 8, 9, 10]
 
 
+def test_a_log_that_was_emptied_is_named(tmp_path):
+    _interrupted(tmp_path)
+    path = tmp_path / "s" / "log.jsonl"
+    path.write_text("")
+    with pytest.warns(
+        FaultWarning, match=r"log\.jsonl lost its steps up to 10: curves of s begin after them"
+    ):
+        _resumed(tmp_path)
+
+
 def test_a_log_that_is_a_link_is_not_written_through(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("all that there is")

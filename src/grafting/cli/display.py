@@ -87,7 +87,7 @@ def describe_values(values: Mapping[str, float]) -> str:
     for name, value in values.items():
         groups[name.partition("/")[0]].append(value)
     return ", ".join(
-        f"{figure.inline} {sum(groups[figure.key]) / len(groups[figure.key]):.3g}"
+        f"{figure.inline} {figure.write(sum(groups[figure.key]) / len(groups[figure.key]))}"
         for figure in shown_in("progress")
         if figure.key in groups
     )

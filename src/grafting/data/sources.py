@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ..errors import DataError, MissingBackend
-from ..machine.huberrors import HUB_ERRORS
+from ..machine.huberrors import HUB_ERRORS, said
 from ..machine.reading import PICTURE_SUFFIXES, JsonObject, damage, parse_json, read_bytes, read_picture
 from .images import class_images
 from .tars import Member, members, tar_files
@@ -238,7 +238,7 @@ def _commit_of(source: str, revision: str | None) -> str:
         found = HfApi().dataset_info(source, revision=revision).sha
     except HUB_ERRORS as error:
         raise DataError(
-            f"no data set {source}: there is no such folder, and the Hub does not give it: {error}"
+            f"no data set {source}: there is no such folder, and the Hub does not give it: {said(error)}"
         ) from error
     assert found is not None
     return found

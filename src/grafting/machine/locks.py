@@ -73,7 +73,7 @@ def _open(path: Path) -> int:
         # a link, symbolic or hard, would have another file emptied
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
         raise _refused(path) from None
     found = os.fstat(descriptor)

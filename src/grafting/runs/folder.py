@@ -360,6 +360,8 @@ class Stage:
         if self._log_path.is_file():
             kept = [line for line in read_log(self._log_path) if step_of(line) <= self._first_step]
             write_bytes(self._log_path, "".join(map(_line_of, kept)).encode())
+            if step and not kept:
+                _warn(f"{self._log_path} lost its steps up to {step}: curves of {self.name} begin after them")
 
 
 def _line_of(step: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 from huggingface_hub import HfApi
 
 from ..errors import CheckpointError, RunError
-from ..machine.huberrors import HUB_ERRORS
+from ..machine.huberrors import HUB_ERRORS, said
 from ..weights.adapter import ADAPTER_CONFIG_NAME
 from ..weights.card import CARD_NAME
 from ..weights.folder import load_model
@@ -59,5 +59,5 @@ def push_to_hub(
             repo_id=repo_id, folder_path=str(folder), commit_message=message, allow_patterns=UPLOADED
         )
     except HUB_ERRORS as error:
-        raise RunError(f"cannot upload {folder} to {repo_id}: {error}") from error
+        raise RunError(f"cannot upload {folder} to {repo_id}: {said(error)}") from error
     return f"https://huggingface.co/{repo_id}"

@@ -72,8 +72,12 @@ class Shapes:
         with torch.device("meta"):
             operators = build_operators(model, recipe.edits, host=host.at_grid(cost.grid))
         with grafted(model, operators):
-            saved = saved_an_image(model, recipe.distill.precision, cost.grid) if recipe.distill else 0
-            phases = _phases(model, recipe, cost.grid, blocks)
+            counted: dict[tuple[object, Precision], int] = {}
+            if recipe.distill:
+                precision = recipe.distill.precision
+                counted["all", precision] = saved_an_image(model, precision, cost.grid)
+            saved = max(counted.values(), default=0)
+            phases = _phases(model, recipe, cost.grid, blocks, counted)
         site = host.sites(model)[0]
         return cls(
             cost=cost,
@@ -102,11 +106,20 @@ class Shapes:
         return 2 * BF16 * samples * math.prod(self.tokens) * self.num_fitted
 
 
-def _phases(model: nn.Module, recipe: Recipe, grid: Grid, blocks: list[str]) -> tuple[PhaseShapes, ...]:
-    """Each phase on the grafted model, which is left as it was."""
+def _phases(
+    model: nn.Module,
+    recipe: Recipe,
+    grid: Grid,
+    blocks: list[str],
+    counted: dict[tuple[object, Precision], int],
+) -> tuple[PhaseShapes, ...]:
+    """Each phase on the grafted model, which is left as it was.
+
+    Args:
+        counted: bytes kept for the backward pass, by what is trained and in which precision; gains those of the phases.
+    """
     candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
     new, changed, found = operator_parameters(model), set[int](), []
-    counted: dict[tuple[object, Precision], int] = {}
     for phase in recipe.phases:
         selected = selection(model, candidates, phase, new)
         trained = mark(model, candidates, selected, phase, first=0)

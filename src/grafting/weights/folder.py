@@ -352,11 +352,16 @@ def _borrowed(
         raise CheckpointError(f"{folder} is a delta but does not name its base")
     where = record.base if base is None else Base(id=str(base))
     revision = "" if record.base.revision is None else f" at {record.base.revision}"
-    found = model_in(find_model(where.id, revision=where.revision))
-    before = _stamps_of(found)
-    tensors = _base_tensors(
-        where, dtype=getattr(torch, delta.dtype), host=record.described, above=(*above, folder.resolve())
-    )
+    try:
+        found = model_in(find_model(where.id, revision=where.revision))
+        before = _stamps_of(found)
+        tensors = _base_tensors(
+            where, dtype=getattr(torch, delta.dtype), host=record.described, above=(*above, folder.resolve())
+        )
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is a delta; its base: {error} (`base` names another place)"
+        ) from error
     known = (hash_json(delta.model_dump(mode="json")), found.resolve(), before)
     if known not in _COMPARED:
         check_is_base(
