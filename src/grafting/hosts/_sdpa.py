@@ -168,8 +168,9 @@ class SdpaHost(Host[nn.Module]):
 
     def needed(self, model: nn.Module) -> dict[str, int | None]:
         image, needed = self.spec.image, _inputs.needed(self.spec, model)
-        beside = isinstance(image, LatentTokens) and image.beside
-        return {image.argument: image.beside, **needed} if beside else needed
+        if isinstance(image, LatentTokens) and image.beside:
+            return {image.argument: image.beside, **needed}
+        return needed
 
     def process(self, model: nn.Module) -> NoiseProcess:
         if self.spec.process is None:
