@@ -156,6 +156,14 @@ def test_a_pipeline_tells_its_process_its_time_and_its_sign():
 
 
 @pytest.mark.slow
+def test_a_process_that_is_none_of_ours_is_not_taken_for_another():
+    pipe, call = pipelines.cog_video_x()
+    traced = trace(pipe, **call)
+    assert traced.spec.process is None
+    assert any("that of CogVideoXDDIMScheduler is none of grafting's" in q for q in traced.questions)
+
+
+@pytest.mark.slow
 def test_a_pipeline_tells_that_time_and_output_are_reversed():
     pipe, call = pipelines.lumina2()
     spec = trace(pipe, **call).spec

@@ -301,7 +301,7 @@ def saved(trial: Trial) -> None:
 
 
 def pipeline(trial: Trial) -> None:
-    """Traced through its pipeline: the same sites, and the pipeline draws with windows in it."""
+    """Traced through its pipeline: the same sites, and the pipeline draws the same with softmax kernels, saved and loaded too."""
     from hosts import pipelines
 
     made = pipelines.PIPELINES.get(trial.specimen.name)
@@ -323,6 +323,11 @@ def pipeline(trial: Trial) -> None:
     )
     after = pipe(**draw, generator=torch.Generator().manual_seed(0))[0]
     assert torch.equal(before, after), "softmax kernels draw another image"
+    with tempfile.TemporaryDirectory() as folder:
+        save(traced.model, folder)
+        pipe.transformer = load(folder)
+    again = pipe(**draw, generator=torch.Generator().manual_seed(0))[0]
+    assert torch.allclose(again, before, rtol=1e-4, atol=1e-4), "the saved graft draws another image"
 
 
 CHECKS: dict[str, Callable[[Trial], None]] = {
@@ -429,7 +434,7 @@ WORDS = {
     "stage1": "operators are fitted to what they replace",
     "stage2": "the graft is trained end to end",
     "saved": "saved and loaded, outputs are equal bit for bit, and the host is known",
-    "pipeline": "traced through its pipeline, which draws the same with softmax kernels (tried for some)",
+    "pipeline": "traced through its pipeline, which draws the same with softmax kernels, and with the saved graft (tried for some)",
 }
 
 

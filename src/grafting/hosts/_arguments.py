@@ -24,6 +24,8 @@ class Knowledge:
     time: Time | None = None
     output: Output | None = None
     process: ProcessConfig | None = None
+    scheduler: str = ""
+    """Class of a scheduler whose process is none of grafting's."""
     latent_size: int | None = None
     """Side of a native latent."""
     latent_channels: int | None = None
@@ -236,7 +238,14 @@ def output_of(inputs: Inputs, returned: Sequence[Tensor], image: Image, question
     return Output(half=bool(returned) and returned[0].numel() == 2 * taken[0].numel())
 
 
-def process_of(questions: list[str]) -> ProcessConfig:
+def process_of(known: Knowledge, questions: list[str]) -> ProcessConfig | None:
+    if known.process is not None:
+        return known.process
+    if known.scheduler:
+        questions.append(
+            f"process: that of {known.scheduler} is none of grafting's: name one with a recipe's `process`"
+        )
+        return None
     questions.append(
         "process: how inputs are noised is not told by an example; taken as flow matching without shift"
     )

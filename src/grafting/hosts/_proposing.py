@@ -103,7 +103,7 @@ def propose(
         mlp=next((found for _, _, found in conventions if found), None),
         time=with_entries(known.time or time_of(inputs, questions), inputs, grid),
         output=known.output or output_of(inputs, returned, image, questions),
-        process=known.process or process_of(questions),
+        process=process_of(known, questions),
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(other_inputs(model, inputs, seen, image, usual)),
     )

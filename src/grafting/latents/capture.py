@@ -265,7 +265,7 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
     if loose := sorted(own.keys() - {*masks, *masks.values()}):
         raise HostError(
             f"{type(pipeline).__name__} passes {', '.join(loose)} as long as each prompt is, and no mask, so that its transformer cannot "
-            "tell the padding of a batch from words: prompts of it cannot be stored"
+            "tell the padding of a batch from words: prompts of it cannot be stored, unless an option of its call (--call) brings all to one length"
         )
     along = {name: axis for name, axis in own.items() if axis}
     null = null and {name: row.movedim(along.get(name, 0), 0) for name, row in null.items()}
