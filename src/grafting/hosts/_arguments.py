@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..contract import Grid
 from ..diffusion import FlowConfig, ProcessConfig
+from ..errors import HostError
 from ._forwards import Inputs, tensors_of
 from ._grids import Image, channel_axis, patch_sizes
 from ._host import config_of
@@ -47,6 +48,11 @@ def image_rule(
     packed = _positions(inputs, name, usual) or _sizes(inputs, name, usual.num_image)
     if packed is not None:
         rule, grid = packed
+        if (count := length_of(inputs, name)) != usual.num_image:
+            raise HostError(
+                f"{name} has {count} tokens, of which {usual.num_image} are the image's: others stand in the same argument, and nothing in "
+                "a spec says how many"
+            )
         if inputs[name].ndim == 6:
             return rule.model_copy(update={"patch": inputs[name].shape[-1], "whole": True}), grid
         return rule.model_copy(update={"patch": _packing(model, inputs[name], known, questions)}), grid

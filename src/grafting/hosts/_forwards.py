@@ -144,7 +144,9 @@ def _mask_seen(mask: Tensor | None) -> MaskSeen:
     if seen.all():
         return "all true"
     rows = seen.reshape(-1, *seen.shape[-2:])  # [B H, M or 1, L]
-    keys = rows.any(dim=1, keepdim=True)
+    # what most is seen from; padding may see itself alone
+    most = rows.sum(-1).argmax(1)
+    keys = rows[torch.arange(len(rows), device=rows.device), most][:, None]
     unlike = rows != keys
     if rows.shape[1] == rows.shape[2]:
         unlike = unlike & keys.transpose(1, 2)
