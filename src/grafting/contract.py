@@ -37,11 +37,13 @@ class BlockCall:
 
     arguments: tuple[str, ...]
     returns: tuple[str, ...]
+    apart: str = ""
+    """Why the block cannot be merged, though it can be dropped: it is called with other arguments than its neighbours."""
 
     @property
     def merges(self) -> bool:
-        """Whether two such blocks can run side by side: they give one tensor of tokens."""
-        return len(self.returns) == 1
+        """Whether two such blocks can run side by side: they give one tensor of tokens, and are called alike."""
+        return len(self.returns) == 1 and not self.apart
 
     def argument(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The argument of this name in a call."""
@@ -75,7 +77,7 @@ class AttentionCall:
     """True if the queries are those of the image alone."""
     turn: tuple[Literal["image", "other"], ...] = ("image",)
     """Calls in a pass, in order: a kernel answers those marked `image`, and those marked `other`, such as of text alone, go
-    through as they are. If there are more turns than one, each is of one sample."""
+    through as they are. If there are more turns than one, each is of one sample. Empty where the attention makes no call."""
     masked: bool = False
     """True if calls may have a key mask, as for padded prompts."""
 
@@ -244,6 +246,10 @@ class KernelConfig(OperatorConfig):
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
     projections: Literal["kept", "random"] = "kept"
     """Keep the host's trained q, k, v and output projections, or initialise them randomly."""
+
+    def call_faults(self, call: AttentionCall) -> list[str]:
+        none = "the attention makes no call of scaled_dot_product_attention that a kernel could answer: use a mixer"
+        return super().call_faults(call) if call.turn else [none]
 
     @abstractmethod
     def build(self, site: Site) -> Kernel: ...

@@ -373,6 +373,20 @@ def headline(rows: Sequence[Measured]) -> Figure:
     return next(measured, FIGURES["frechet"])
 
 
+def verdict(row: Measured, base: Measured) -> str:
+    """Whether a row is better than the one that it was compared with image by image, in words; empty if it was not."""
+    figure = headline([row, base])
+    if not (written := figure.paired(row)):
+        return ""
+    part = row["paired"][figure.key]
+    none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
+    by = f"{figure.name([row, base])} {written}"
+    if estimate["low"] <= none <= estimate["high"]:
+        return f"{row['name']} and {base['name']} cannot be told apart: {by}"
+    found = "better" if (estimate["value"] < none) == (figure.better == "low") else "worse"
+    return f"{row['name']} is {found} than {base['name']}: {by}"
+
+
 def name_of(key: str, rows: Sequence[Measured]) -> str:
     """Name of a figure, or of what is said of one: `frechet_bias` is `Fréchet distance, bias`."""
     if key in FIGURES:

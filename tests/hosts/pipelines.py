@@ -205,6 +205,55 @@ def hunyuan_video() -> Made:
     return made("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", call, vae=None)
 
 
+def cog_view3() -> Made:
+    call = {"prompt_embeds": embeds(1, TEXT, 24), "negative_prompt_embeds": embeds(1, TEXT, 24), **SIZE}
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return made("CogView3PlusPipeline", "CogView3PlusTransformer2DModel", call, scheduler=scheduler)
+
+
+def cog_view4() -> Made:
+    call = {
+        "prompt_embeds": embeds(1, TEXT, 24),
+        "negative_prompt_embeds": embeds(1, TEXT, 24),
+        "height": 32,
+        "width": 48,
+    }
+    scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True)
+    return made("CogView4Pipeline", "CogView4Transformer2DModel", call, scheduler=scheduler)
+
+
+def latte() -> Made:
+    call = {
+        "prompt_embeds": embeds(1, TEXT, 24),
+        "negative_prompt_embeds": embeds(1, TEXT, 24),
+        "negative_prompt": None,
+        "mask_feature": False,
+        "video_length": 3,
+        "height": 16,
+        "width": 16,
+    }
+    return made("LattePipeline", "LatteTransformer3DModel", call, scheduler=diffusers.DDIMScheduler())
+
+
+def sky_reels() -> Made:
+    like, call = wan()
+    parts = {"vae": like.vae, "scheduler": like.scheduler}
+    return made("SkyReelsV2Pipeline", "SkyReelsV2Transformer3DModel", call, **parts)
+
+
+def mochi() -> Made:
+    call = {
+        "prompt_embeds": embeds(1, TEXT, 24),
+        "prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
+        "negative_prompt_embeds": embeds(1, TEXT, 24),
+        "negative_prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
+        "num_frames": 7,
+        "height": 64,
+        "width": 96,
+    }
+    return made("MochiPipeline", "MochiTransformer3DModel", call, vae=None)
+
+
 PIPELINES: dict[str, Callable[[], Made]] = {
     "FluxTransformer2DModel": flux,
     "SD3Transformer2DModel": sd3,
@@ -219,4 +268,9 @@ PIPELINES: dict[str, Callable[[], Made]] = {
     "LTXVideoTransformer3DModel": ltx,
     "CogVideoXTransformer3DModel": cog_video_x,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "CogView3PlusTransformer2DModel": cog_view3,
+    "CogView4Transformer2DModel": cog_view4,
+    "LatteTransformer3DModel": latte,
+    "SkyReelsV2Transformer3DModel": sky_reels,
+    "MochiTransformer3DModel": mochi,
 }

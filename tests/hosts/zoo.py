@@ -439,11 +439,11 @@ _IMAGES = (
         {
             "in_channels": 4,
             "dim": 32,
-            "n_layers": 2,
+            "n_layers": 3,
             "n_refiner_layers": 1,
             "n_heads": 2,
             "cap_feat_dim": 24,
-            "injection_layer_ids": (1,),
+            "injection_layer_ids": (2,),
             "perceiver_num_layers": 1,
             "min_num_gist_tokens": 4,
             "max_num_gist_tokens": 8,

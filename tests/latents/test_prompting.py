@@ -10,8 +10,10 @@ from grafting import Prompts
 from grafting.cli import app
 from grafting.errors import CheckpointError, DataError, HostError, RunError
 from grafting.hosts import host_of
+from grafting.hosts._grids import pack
 from grafting.latents.capture import first_step, watch
 from grafting.latents.prompting import Prompting, PromptingConfig, open_encoders, read_words
+from latents.morepipelines import MORE
 from latents.textpipelines import ALL, pixart, wan
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea", "sun"]
@@ -81,6 +83,81 @@ def test_a_prompt_is_cut_to_its_own_length_only_where_that_changes_nothing(tmp_p
     assert lengths["pixart"] == [4, 7, 6, 2]  # words, and the token that ends them
     assert len(set(lengths["wan"])) == 1
     assert lengths["wan"][0] > 7
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """It passes a mask where prompts of unlike lengths are encoded together, and none where one is alone."""
+    return MORE["qwen"]()
+
+
+def test_a_prompt_whose_pipeline_passes_no_mask_gives_alone_and_padded_what_the_pipeline_gives(
+    qwen, tmp_path
+):
+    prompts = encoded(qwen, tmp_path / "prompts")
+    host, x, t = host_of(qwen.transformer), torch.randn(1, 4, 8, 12), torch.tensor([0.5])
+    together = batch(prompts, [0, 1, 2, 3, len(WORDS)])
+    assert together["encoder_hidden_states_mask"].sum(1).tolist() == [7, 10, 9, 5, 4]
+    with torch.no_grad():
+        padded = host.predict(qwen.transformer, x.expand(5, *x.shape[1:]), t.expand(5), together)
+        for i, words in enumerate(WORDS):
+            given = batch(prompts, [i])
+            calls = first_step(qwen, prompt=words, negative_prompt=" ", height=64, width=96)
+            own = {name: calls[0][name] for name in ("encoder_hidden_states", "img_shapes")}
+            assert given.keys() == {"encoder_hidden_states"}
+            assert torch.equal(given["encoder_hidden_states"], own["encoder_hidden_states"])
+            alone = host.predict(qwen.transformer, x, t, given)
+            packed = pack(x, 2)
+            of_pipeline = qwen.transformer(hidden_states=packed, timestep=t, return_dict=False, **own)[0]
+            assert torch.equal(pack(alone, 2), of_pipeline)
+            torch.testing.assert_close(padded[i : i + 1], alone, atol=2e-6, rtol=1e-5)
+    null = batch(prompts, [len(WORDS)])["encoder_hidden_states"]
+    assert torch.equal(null, calls[1]["encoder_hidden_states"])
+
+
+def otherwise(qwen, change):
+    """That pipeline, which passes what it encodes otherwise: `change` takes and returns embeddings [B, T, C] and a mask."""
+
+    class Pipeline(type(qwen)):
+        def encode_prompt(self, *args, **kwargs):
+            return change(*super().encode_prompt(*args, **kwargs))
+
+    pipe = Pipeline(**qwen.components)
+    pipe.prompt_template_encode = qwen.prompt_template_encode
+    pipe.prompt_template_encode_start_idx = qwen.prompt_template_encode_start_idx
+    return pipe
+
+
+def padded_to_eights(embeds, mask):
+    full = embeds.new_zeros(len(embeds), -(-embeds.shape[1] // 8) * 8, embeds.shape[2])
+    full[:, : embeds.shape[1]] = embeds
+    seen = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
+    seen = torch.cat([seen, seen.new_zeros(len(seen), full.shape[1] - seen.shape[1])], 1)
+    return full, None if seen.all() else seen
+
+
+def test_lengths_may_be_of_another_axis_or_in_steps(qwen, tmp_path):
+    words = [*WORDS, "a cat on"]  # with the template 8 tokens, which are not padded to eights
+    layers = encoded(otherwise(qwen, lambda e, mask: (torch.stack([e, -e], 1), mask)), tmp_path / "a", words)
+    eights = encoded(otherwise(qwen, padded_to_eights), tmp_path / "b", words)
+    alone = [first_step(qwen, prompt=p, height=64, width=96)[0]["encoder_hidden_states"] for p in words]
+    for i, own in enumerate(alone):
+        given = batch(layers, [i])
+        assert given.keys() == {"encoder_hidden_states"}
+        assert torch.equal(given["encoder_hidden_states"], torch.stack([own, -own], 1))
+        assert torch.equal(batch(eights, [i])["encoder_hidden_states"], own)
+    together = batch(layers, [0, 1])
+    assert together["encoder_hidden_states"].shape == (2, 2, 10, 24)
+    assert together["encoder_hidden_states_mask"].sum(1).tolist() == [7, 10]
+
+
+def test_lengths_without_any_mask_are_refused_at_once(qwen, tmp_path):
+    pipe = otherwise(qwen, lambda embeds, _: (embeds, None))
+    with pytest.raises(
+        HostError, match="passes encoder_hidden_states as long as each prompt is, and no mask"
+    ):
+        encoded(pipe, tmp_path / "prompts")
+    assert not (tmp_path / "prompts").exists()
 
 
 def test_an_instruction_before_prompts_is_not_before_the_null():

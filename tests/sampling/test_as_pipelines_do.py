@@ -49,9 +49,7 @@ CASES = {
     "sd3": Case(factor=2),
     "flux": Case(factor=2, off={}, on=TRUE, ours={"cfg_scale": 2.5}, negative="dog"),
     "schnell": Case(factor=2, off={}, on=None),
-    "qwen": Case(
-        off={}, on=TRUE, ours={"cfg_scale": 2.5, "cfg_rescale": "norm-2x2"}, negative="the blue dog"
-    ),
+    "qwen": Case(off={}, on=TRUE, ours={"cfg_scale": 2.5, "cfg_rescale": "norm-2x2"}, negative="dog"),
     "wan": Case(shape=(4, 3, 16, 24), factor=2, call={"num_frames": 5}),
     "ltx": Case(
         shape=(8, 2, 4, 6),

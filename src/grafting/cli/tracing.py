@@ -36,10 +36,9 @@ def trace_sites(name: str, *, to: Path | None, call: list[str], example: Path | 
     for line in str(traced).splitlines():
         if not line.startswith(" "):
             say(out, line)
-    say(
-        out,
-        f"Softmax kernels in all of them give {'the same output, bit for bit' if exact else 'ANOTHER output: do not use this spec'}.",
-    )
+    if exact is not None:
+        found = "the same output, bit for bit" if exact else "ANOTHER output: do not use this spec"
+        say(out, f"Softmax kernels in all of them give {found}.")
     say(
         out,
         f"Spec: {to}; pass it with --spec {to}"
@@ -100,13 +99,15 @@ def _load(loader: str, name: str, **parts: Any) -> Any:
         ) from error
 
 
-def _is_exact(traced: "Trace") -> bool:
-    """Whether the model gives the same output with softmax kernels in all its sites."""
+def _is_exact(traced: "Trace") -> bool | None:
+    """Whether the model gives the same output with softmax kernels in all its sites; None if none can stand there."""
     import torch
 
     from ..editing.plan import Plan, Replace
     from ..editing.surgery import graft
 
+    if not traced.blocks:
+        return None
     before = traced.outputs()
     plan = Plan(
         edits=(Replace.model_validate({"role": "attention", "blocks": traced.blocks, "operator": "softmax"}),)
@@ -119,7 +120,7 @@ def _is_exact(traced: "Trace") -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _facts(traced: "Trace", exact: bool) -> dict[str, object]:
+def _facts(traced: "Trace", exact: bool | None) -> dict[str, object]:
     return {
         "class": type(traced.model).__name__,
         "seen": [vars(row) for row in traced.seen],

@@ -24,6 +24,14 @@ WORDS_NAME = "words.jsonl"
 COMMON_NAME = "common.safetensors"
 
 
+class Form(TypedDict, total=False):
+    """What a `Column` says of its argument beside its tensor."""
+
+    axis: int
+    along: int
+    optional: bool
+
+
 class Prompt(NamedTuple):
     """A prompt to write."""
 
@@ -109,7 +117,7 @@ class PromptFolder:
         words: of all prompts, in their order.
         like: a prompt as all others are.
         per_shard: prompts a shard; the nulls have one of their own.
-        axes: where a batch's prompts stand in an argument, if not along its first axis.
+        forms: how arguments are made of their tensors, where that is not along the first axis and always.
         lengths, nulls, common, constants, dropout: as of `write_prompts`.
     """
 
@@ -123,7 +131,7 @@ class PromptFolder:
         nulls: Sequence[Prompt],
         per_shard: int,
         lengths: Mapping[str, str],
-        axes: Mapping[str, int],
+        forms: Mapping[str, Form],
         common: Mapping[str, Tensor],
         constants: Mapping[str, Any],
         dropout: float,
@@ -134,7 +142,7 @@ class PromptFolder:
         self.folder, self.words, self.nulls, self.per_shard = folder, words, nulls, per_shard
         self.common, self.constants, self.dropout = common, constants, dropout
         self._table = _Table(
-            lengths, torch.bool, num_nulls=len(nulls), others=[*common, *constants], axes=axes
+            lengths, torch.bool, num_nulls=len(nulls), others=[*common, *constants], forms=forms
         )
         self.prompt_bytes = sum(tensor.nbytes for tensor in self._table.admit(like).values())
         """Bytes of a prompt, of that one's length."""
@@ -240,10 +248,10 @@ class _Table:
         *,
         num_nulls: int,
         others: Collection[str],
-        axes: Mapping[str, int] = MappingProxyType({}),
+        forms: Mapping[str, Form] = MappingProxyType({}),
     ):
         self.lengths, self.mask_dtype, self.num_nulls, self.others = lengths, mask_dtype, num_nulls, others
-        self.axes = axes
+        self.forms = forms
         self.columns: dict[str, Column] = {}
         self.lines: list[str] = []
 
@@ -292,7 +300,7 @@ class _Table:
         ragged = name in self.lengths or name in self.lengths.values() or name.endswith("[]")
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape = tuple(tensor.shape[1:] if ragged else tensor.shape)
-        return Column(dtype=dtype, shape=shape, ragged=ragged, axis=self.axes.get(name, 0))
+        return Column(dtype=dtype, shape=shape, ragged=ragged, **self.forms.get(name, {}))
 
 
 def _difference(name: str, found: Column, first: Column) -> str:

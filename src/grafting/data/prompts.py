@@ -51,6 +51,10 @@ class Column(BaseModel):
     shape: tuple[NonNegativeInt, ...]  # of a prompt's; where lengths differ, without the first axis
     ragged: bool = False  # each prompt has its own length along a first axis
     axis: NonNegativeInt = 0  # where a batch's prompts stand in the argument
+    along: NonNegativeInt = (
+        0  # ragged: the axis of a prompt's tensor in the argument that is stored as its first
+    )
+    optional: bool = False  # a mask that is passed only where it hides something
 
 
 class PromptShard(Shard):
@@ -106,7 +110,9 @@ class PromptIndex(BaseModel):
         if odd := odd_names([*self.columns, *self.shared, *self.values]):
             raise ValueError(f"arguments without names of their own: {odd}")
         if wrong := [
-            n for n, c in self.columns.items() if c.axis > len(c.shape) or (c.axis and n.endswith("[]"))
+            n
+            for n, c in self.columns.items()
+            if max(c.axis, c.along) > len(c.shape) or ((c.axis or c.along) and n.endswith("[]"))
         ]:
             raise ValueError(f"arguments without that axis: {wrong}")
         return self
@@ -208,8 +214,11 @@ class Prompts:
         groups = list(by_shard(self._ends, self._checked(numbers)))
         found = {name: self._read(name, groups, count=len(numbers)) for name in self.index.columns}
         for name, column in self.index.columns.items():
-            if column.axis:
-                found[name] = torch.movedim(cast(Tensor, found[name]), 0, column.axis)
+            if column.axis or column.along:
+                rows = torch.movedim(cast(Tensor, found[name]), 1, 1 + column.along)
+                found[name] = torch.movedim(rows, 0, column.axis)
+            if column.optional and cast(Tensor, found[name]).all():
+                del found[name]
         for name, tensor in self._shared.items():
             is_common = self.index.shared[name] == "common"
             found[name] = tensor.expand(len(numbers), *tensor.shape) if is_common else tensor

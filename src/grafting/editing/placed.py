@@ -5,6 +5,7 @@ stands behind an adapter. A merged pair stands in the place of its first block; 
 tokens on.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,11 +29,22 @@ class Placed(nn.Module):
     """True if stage 1 has anything to fit."""
     choice: Choice | None = None
     """The plan's choice for this site; None of what only keeps the place of a merged pair's second block."""
+    read_of: tuple[nn.Module, ...] = ()
+    """The module that is read in its place, such as its processor, by a host that knows its parts: itself, or its `outline`."""
 
     def __init__(self, site: Site, tracker: LayoutTracker):
         super().__init__()
         self.site = site
         self.tracker = tracker
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the host reads of the module that stood here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not self.read_of:
+                raise
+            return getattr(self.read_of[0], name)
 
     @property
     def replaces(self) -> tuple[str, ...]:
@@ -45,6 +57,14 @@ class Placed(nn.Module):
         return module(*args, **kwargs)
 
 
+def outline(module: nn.Module) -> nn.Module:
+    """A copy of a module that is no more, without values."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(
+        module, {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
+    )
+
+
 class KernelAttention(Placed):
     """A host's attention module in which a kernel does what softmax attention did."""
 
@@ -52,6 +72,7 @@ class KernelAttention(Placed):
         super().__init__(site, tracker)
         self.attention = attention
         self.kernel = kernel
+        self.read_of = (attention,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.tracker.check()
@@ -71,15 +92,6 @@ class KernelAttention(Placed):
                 f"its host declares {_calls(turn)}, or as many for each image"
             )
         return output
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the host reads of its attention, such as its processor."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "attention":
-                raise
-            return getattr(self.attention, name)
 
     def _answer(
         self,

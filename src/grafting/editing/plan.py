@@ -292,12 +292,16 @@ def _unlike(first: Site, second: Site) -> list[str]:
     if lists[0] != lists[1]:
         return [f"blocks {first.block} and {second.block} are of different kinds ({' and '.join(lists)})"]
     assert first.call is not None
-    if not first.call.merges:
+    if len(first.call.returns) > 1:
         streams = " and ".join(first.call.returns)
         return [
             f"blocks {first.block} and {second.block} give {streams}: only one tensor of tokens can be merged"
         ]
-    return []
+    return [
+        f"block {site.block} cannot be merged: {site.call.apart}"
+        for site in (first, second)
+        if site.call is not None and site.call.apart
+    ]
 
 
 def _left_without_block(chosen: Mapping[Site, Choice], num_blocks: int) -> list[str]:

@@ -21,7 +21,7 @@ from ..errors import MissingBackend, PlanError
 from ..hosts import Host, LayoutTracker, host_of
 from ..machine.randomness import seeded
 from .adapters import adapters_of, is_of_adapter
-from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed
+from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed, outline
 from .plan import Choice, Drop, Edit, Merge, Plan, Replace, fault_list, merged_pairs, words_of
 
 
@@ -77,6 +77,8 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
         operators[first.path] = _merged(host, model, (first, second), merge, operators)
         operators[first.path].choice = merge
         operators[second.path] = Passage(second, LayoutTracker(host))
+    for path, operator in operators.items():
+        operator.read_of = operator.read_of or (outline(model.get_submodule(path)),)
     _track(operators, host, model)
     return operators
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..contract import Grid
 from ..diffusion import FlowConfig, ProcessConfig
-from ._forwards import Inputs, copied, run, tensors_of
-from ._grids import Image, patch_sizes
+from ..errors import HostError
+from ._forwards import Inputs, tensors_of
+from ._grids import Image, channel_axis, patch_sizes
 from ._host import config_of
 from ._observing import AttentionCall, Axis, Observation, is_raster
 from ._spec import Fact, Input, LatentTokens, Output, PackedTokens, Time
@@ -24,6 +25,8 @@ class Knowledge:
     time: Time | None = None
     output: Output | None = None
     process: ProcessConfig | None = None
+    scheduler: str = ""
+    """Class of a scheduler whose process is none of grafting's."""
     latent_size: int | None = None
     """Side of a native latent."""
     latent_channels: int | None = None
@@ -45,6 +48,13 @@ def image_rule(
     packed = _positions(inputs, name, usual) or _sizes(inputs, name, usual.num_image)
     if packed is not None:
         rule, grid = packed
+        if (count := length_of(inputs, name)) != usual.num_image:
+            raise HostError(
+                f"{name} has {count} tokens, of which {usual.num_image} are the image's: others stand in the same argument, and nothing in "
+                "a spec says how many"
+            )
+        if inputs[name].ndim == 6:
+            return rule.model_copy(update={"patch": inputs[name].shape[-1], "whole": True}), grid
         return rule.model_copy(update={"patch": _packing(model, inputs[name], known, questions)}), grid
     questions.append(
         f"the grid of the {usual.num_image} image tokens stands in no argument: they are taken as one row, which is right for "
@@ -66,6 +76,8 @@ def _latent_rule(model: nn.Module, value: Any, name: str, axes: Sequence[Axis]) 
     written = " ".join(letters[i] for i in range(latent.ndim))
     sides = {letters[axis.index]: axis.size // axis.count for axis in axes}
     rule = LatentTokens(argument=name, axes=None if written in ("b c h w", "b c f h w") else written)
+    frames = [latent.shape[i] for i, letter in letters.items() if letter == "n"]
+    rule = rule.model_copy(update={"native_frames": frames[0]}) if len(frames) == 1 else rule
     return rule.model_copy(update={"patch_size": _patch(model, rule, [sides.get(a, 1) for a in "fhw"])})
 
 
@@ -188,11 +200,22 @@ def length_of(inputs: Inputs, argument: str) -> int | None:
 def channels_of(model: nn.Module, value: Any, image: Image) -> Fact:
     tensor = tensors_of(value)[0]
     if isinstance(image, PackedTokens):
-        count = tensor.shape[2]
+        count = tensor[0, 0].numel()
     else:
-        axes = (image.axes or ("b c h w" if tensor.ndim == 4 else "b c f h w")).split()
-        count = tensor.shape[axes.index("c")]
+        count = tensor.shape[channel_axis(image, tensor)] - image.beside
     return fact_of(model, count, "channels", "in_channels")
+
+
+def beside_of(inputs: Inputs, returned: Sequence[Tensor], image: Image) -> int:
+    """Channels of the image's argument that the model does not return: they stand behind those that it does."""
+    taken = inputs[image.argument]
+    if isinstance(image, PackedTokens) or not isinstance(taken, Tensor) or not returned:
+        return 0
+    axis = channel_axis(image, taken)
+    same = returned[0].ndim == taken.ndim and all(
+        i == axis or m == n for i, (m, n) in enumerate(zip(returned[0].shape, taken.shape, strict=True))
+    )
+    return max(0, taken.shape[axis] - returned[0].shape[axis]) if same else 0
 
 
 def time_of(inputs: Inputs, questions: list[str]) -> Time:
@@ -207,15 +230,28 @@ def time_of(inputs: Inputs, questions: list[str]) -> Time:
     return Time(argument=name, scale=scale, whole=is_whole)
 
 
-def output_of(model: nn.Module, inputs: Inputs, image: Image, questions: list[str]) -> Output:
+def with_entries(time: Time, inputs: Inputs, grid: Grid) -> Time:
+    """With what has an entry of its own in the argument of the step."""
+    count = length_of(inputs, time.argument)
+    per = {grid.num_tokens: "token", grid.frames: "frame"}
+    return time.model_copy(update={"per": per.get(count, "sample")}) if count else time
+
+
+def output_of(inputs: Inputs, returned: Sequence[Tensor], image: Image, questions: list[str]) -> Output:
     """Whether the model returns twice as many channels as it takes; its sign is a question."""
     questions.append("output: the sign of what the model returns is not told by an example")
-    returned = tensors_of(run(model, copied(inputs)))
     taken = tensors_of(inputs[image.argument])
     return Output(half=bool(returned) and returned[0].numel() == 2 * taken[0].numel())
 
 
-def process_of(questions: list[str]) -> ProcessConfig:
+def process_of(known: Knowledge, questions: list[str]) -> ProcessConfig | None:
+    if known.process is not None:
+        return known.process
+    if known.scheduler:
+        questions.append(
+            f"process: that of {known.scheduler} is none of grafting's: name one with a recipe's `process`"
+        )
+        return None
     questions.append(
         "process: how inputs are noised is not told by an example; taken as flow matching without shift"
     )

@@ -3,7 +3,7 @@
 A convention is stated only where the calls that were seen prove it; elsewhere a reason is given instead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import ModuleCall
-from ._forwards import Execution, Inputs, again, executions
+from ._forwards import Execution, Inputs, again, executions, is_attention, tensors_of
 from ._spec import ACTIVATIONS, MlpLayers
 
 
@@ -22,6 +22,7 @@ class BlockConvention:
     arguments: tuple[str, ...] = ()
     returns: tuple[str, ...] = ()
     fixed: dict[int, str] = field(default_factory=dict)
+    apart: dict[int, str] = field(default_factory=dict)
     mlp: str | None = None
     mlp_call: ModuleCall = field(default_factory=ModuleCall)
     mlp_layers: MlpLayers | None = None
@@ -63,8 +64,20 @@ def block_convention(
         usual, fixed = ((), ()), {}
     if set(fixed) == {len(blocks) - 1} and len(blocks) > 1:
         fixed = {-1: fixed[len(blocks) - 1]}
+    given = [_given(block, seen[f"{path}.{i}"]) for i, block in blocks.items()]
+    most = max(given, key=given.count)
+    apart = {i: _OTHER_ARGUMENTS for i, arguments in enumerate(given) if usual[1] and arguments != most}
     mlp, call, layers = _mlp(model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim)
-    return BlockConvention(*usual, fixed, mlp, call, layers)
+    return BlockConvention(*usual, fixed, apart, mlp, call, layers)
+
+
+_OTHER_ARGUMENTS = "it is called with other arguments than most of these blocks"
+
+
+def _given(block: nn.Module, seen: Sequence[Execution]) -> list[tuple[str, str]]:
+    """The arguments of a block's calls, and their shapes."""
+    named = [item for ran in seen for item in ran.arguments(block).items()]
+    return [(name, str([list(t.shape) for t in tensors_of(value)])) for name, value in named]
 
 
 def _block_call(
@@ -167,6 +180,8 @@ def _is_tokens(value: Any, num_tokens: int, dim: int) -> bool:
 def _projections(module: nn.Module, seen: Execution, dim: int) -> tuple[str, str, str, str] | None:
     """Paths of the linear layers q, k, v and out: which of these tensors moves when a layer's output does."""
     calls, output, layers = again(module, seen)
+    if not calls:
+        return _projections_of_other(module, seen, layers, dim)
     if len(calls) != 1:
         return None
     found: dict[tuple[bool, bool, bool], list[str]] = {}
@@ -189,6 +204,36 @@ def _projections(module: nn.Module, seen: Execution, dim: int) -> tuple[str, str
     return q, k, v, out
 
 
+def _projections_of_other(
+    module: nn.Module, seen: Execution, layers: Mapping[str, Sequence[Execution]], dim: int
+) -> tuple[str, str, str, str] | None:
+    """The same of attention that makes no call: what a query does stays at its token, and what comes out is linear in the values."""
+    names = [n for n, used in layers.items() if len(used) == 1 and used[0].output.shape[-1] == dim]
+    outs = [n for n in names if torch.equal(layers[n][0].output, seen.output)]
+    if len(names) != 4 or len(outs) != 1:
+        return None
+    mixed = layers[outs[0]][0].args[0]
+
+    def after(name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
+        moved = module.get_submodule(name)
+        return again(module, seen, moved=moved, change=change)[2][outs[0]][0].args[0]
+
+    others = [name for name in names if name not in outs]
+    alone = {n: (after(n, _first_doubled) != mixed).any(-1)[:, 1:].any() for n in others}
+    queries = [n for n in others if not alone[n]]
+    values = [
+        n for n in others if alone[n] and torch.allclose(after(n, lambda v: 2 * v), 2 * mixed, rtol=1e-4)
+    ]
+    keys = [n for n in others if n not in (*queries, *values)]
+    if [len(queries), len(keys), len(values)] != [1, 1, 1]:
+        return None
+    return queries[0], keys[0], values[0], outs[0]
+
+
+def _first_doubled(tokens: Tensor) -> Tensor:
+    return torch.cat([2 * tokens[:, :1], tokens[:, 1:]], dim=1)
+
+
 _ONE_EACH = ((True, False, False), (False, True, False), (False, False, True))
 
 
@@ -202,7 +247,7 @@ def _mlp(
     parts = {
         name: part
         for name, part in model.get_submodule(paths[0]).named_modules()
-        if name and sum(isinstance(m, nn.Linear) for m in part.modules()) > 1
+        if name and not is_attention(part) and sum(isinstance(m, nn.Linear) for m in part.modules()) > 1
     }
     seen = executions(model, inputs, [f"{paths[0]}.{name}" for name in parts])
     found: list[tuple[str, ModuleCall, MlpLayers]] = []

@@ -1,15 +1,15 @@
 """Forward passes in which no attention mixes tokens, and what each attention call saw in one.
 
-Attention is answered with its values, or with zeros where queries and keys differ in number; a group norm, which mixes too,
-with its input. So every token of every layer is a function of its own source alone, and an input that is perturbed at one
-place shows where that place went.
+Attention is answered with its values, or with zeros where queries and keys differ in number; attention of another kind, such as
+linear, with its input; a group norm, and a convolution over neighbours, which mix too, with what they do at a place alone. So every
+token of every layer is a function of its own source alone, and an input that is perturbed at one place shows where that place went.
 """
 
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -41,7 +41,7 @@ class SdpaCall:
     """One call of `scaled_dot_product_attention`, with the tokens of its heads side by side."""
 
     path: str
-    """Of the innermost module that made it."""
+    """Of the innermost module that made it, or of the attention that makes none."""
     execution: int
     """How often that module had run before, in this forward pass."""
     queries: Tensor  # [B, L, H K]
@@ -54,6 +54,8 @@ class SdpaCall:
     causal: bool
     dropout: float
     scale: float | None
+    is_sdpa: bool = True
+    """False if a module of attention ran and made no call: queries, keys and values are then the tokens that it took."""
 
 
 class _Unmixed(TorchFunctionMode):
@@ -70,6 +72,8 @@ class _Unmixed(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func is F.group_norm:
             return _channelwise(*args, **kwargs)
+        if func in (F.conv1d, F.conv2d, F.conv3d):
+            return _in_place(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(
@@ -119,6 +123,18 @@ def _channelwise(
     return x if bias is None else x + bias.reshape(shape)
 
 
+def _in_place(conv: Any, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A convolution; of one that gives as many places as it takes, over their neighbours, what each place adds to its own."""
+    output = conv(x, weight, *args, **kwargs)
+    sides = weight.shape[2:]
+    if output.shape[2:] != x.shape[2:] or max(sides) == 1 or any(side % 2 == 0 for side in sides):
+        return output
+    for axis, side in enumerate(sides, 2):
+        weight = weight.narrow(axis, side // 2, 1)
+    bias = kwargs.get("bias", args[0] if args else None)
+    return conv(x, weight, bias, groups=x.shape[1] // weight.shape[1])
+
+
 def _mask_seen(mask: Tensor | None) -> MaskSeen:
     if mask is None:
         return "none"
@@ -128,7 +144,9 @@ def _mask_seen(mask: Tensor | None) -> MaskSeen:
     if seen.all():
         return "all true"
     rows = seen.reshape(-1, *seen.shape[-2:])  # [B H, M or 1, L]
-    keys = rows.any(dim=1, keepdim=True)
+    # what most is seen from; padding may see itself alone
+    most = rows.sum(-1).argmax(1)
+    keys = rows[torch.arange(len(rows), device=rows.device), most][:, None]
     unlike = rows != keys
     if rows.shape[1] == rows.shape[2]:
         unlike = unlike & keys.transpose(1, 2)
@@ -153,6 +171,7 @@ def unmixed_forward(model: nn.Module, inputs: Inputs) -> Forward:
     """
     with _watching(model) as watch:
         unmixed = _Unmixed(watch.where)
+        watch.calls = unmixed.calls
         with unmixed:
             run(model, inputs)
     return Forward(unmixed.calls, watch.modules)
@@ -193,6 +212,7 @@ class _Watch:
     stack: list[str] = field(default_factory=list)
     executions: Counter[str] = field(default_factory=Counter)
     modules: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
+    calls: list[SdpaCall] = field(default_factory=list)
 
     def where(self) -> tuple[str, int]:
         """The module that runs now, by its path, and how often it had run before."""
@@ -206,8 +226,17 @@ class _Watch:
 
         return hook
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple, kwargs: Kwargs, output: Any) -> Tensor | None:
+        """Answers attention of another kind than SDPA with the tokens that it took."""
+        path, execution = self.where()
         self.stack.pop()
+        if any(call.path == path or call.path.startswith(f"{path}.") for call in self.calls):
+            return None
+        call = _other_attention(module, Execution(args, kwargs, output))
+        if call is None:
+            return None
+        self.calls.append(replace(call, path=path, execution=execution))
+        return call.values.clone()
 
 
 @contextmanager
@@ -216,7 +245,7 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
     for path, module in model.named_modules():
         if path:
             handles.append(module.register_forward_pre_hook(watch.entering(path)))
-            handles.append(module.register_forward_hook(watch.leave))
+            handles.append(module.register_forward_hook(watch.leave, with_kwargs=True))
     try:
         yield watch
     finally:
@@ -352,18 +381,21 @@ def _adding(found: list[Execution]) -> Callable[..., None]:
 
 
 def again(
-    module: nn.Module, execution: Execution, *, moved: nn.Module | None = None
+    module: nn.Module,
+    execution: Execution,
+    *,
+    moved: nn.Module | None = None,
+    change: Callable[[Tensor], Tensor] = lambda output: _moved(output, None, ()),
 ) -> tuple[list[SdpaCall], Any, dict[str, list[Execution]]]:
     """A module called once more without mixing: its calls of attention, its output, and what its linear layers did.
 
     Args:
-        moved: a layer inside it whose output is perturbed.
+        moved: a layer inside it whose output is changed.
+        change: by default a perturbation.
     """
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     found: dict[str, list[Execution]] = {name: [] for name in linears}
-    handle = (
-        moved.register_forward_hook(lambda *call: _moved(call[-1], None, ())) if moved is not None else None
-    )
+    handle = moved.register_forward_hook(lambda *call: change(call[-1])) if moved is not None else None
     unmixed = _Unmixed(lambda: ("", 0))
     try:
         with _recording(linears, found), unmixed, torch.no_grad():
@@ -372,3 +404,32 @@ def again(
         if handle is not None:
             handle.remove()
     return unmixed.calls, output, found
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module's class is called attention."""
+    return any(word in type(module).__name__ for word in ("Attention", "Attn"))
+
+
+def _is_elsewhere(module: nn.Module) -> bool:
+    """Whether it runs on a backend of diffusers' that was chosen, and is not torch's."""
+    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    return backend not in (None, "native")
+
+
+def _other_attention(module: nn.Module, seen: Execution) -> SdpaCall | None:
+    """What a module of attention took that made no call of SDPA: tokens [B, L, D], alone and in and out; None of any other module."""
+    if not is_attention(module) or any(map(_is_elsewhere, module.modules())):
+        return None
+    arguments = seen.arguments(module)
+    tokens = next(iter(arguments.values()), None)
+    others = [n for n, value in arguments.items() if value is not None and value is not tokens]
+    is_alone = not any(word in name for name in others for word in ("encoder", "context", "mask"))
+    if not (is_alone and isinstance(tokens, Tensor) and isinstance(seen.output, Tensor) and tokens.ndim == 3):
+        return None
+    if seen.output.shape != tokens.shape:
+        return None
+    taken, dim = tokens.detach().clone(), tokens.shape[-1]
+    return SdpaCall(
+        "", 0, taken, taken, taken, 1, 1, dim, "none", causal=False, dropout=0.0, scale=None, is_sdpa=False
+    )

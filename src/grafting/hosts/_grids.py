@@ -132,20 +132,54 @@ def unpack(tokens: Tensor, grid: Grid, side: int, *, is_video: bool) -> Tensor:
     return x if is_video else x.squeeze(2)
 
 
-def image_arguments(image: Image, x: Tensor, grid: Grid) -> Kwargs:
-    """Images as the model takes them, and what says their grid."""
+def image_arguments(image: Image, x: Tensor, grid: Grid, beside: Any = None) -> Kwargs:
+    """Images as the model takes them, and what says their grid.
+
+    Args:
+        beside: what stands behind their channels, as the model takes it.
+    """
     if isinstance(image, LatentTokens):
-        return {image.argument: as_argument(x, image.axes)}
+        latent = as_argument(x, image.axes)
+        if image.beside:
+            if beside is None or not isinstance(latent, Tensor):
+                raise HostError(
+                    f"{image.argument} holds {image.beside} channels behind the image's: a condition gives them under its name"
+                )
+            latent = torch.cat([latent, beside.to(latent)], dim=channel_axis(image, latent))
+        return {image.argument: latent}
     places = {image.positions: positions_of(image, grid).to(x)} if image.positions else {}
-    return {image.argument: pack(x, image.patch), **places, **sizes_of(image, grid, len(x))}
+    tokens = pack(x, image.patch)
+    tokens = tokens.unflatten(2, (-1, 1, image.patch, image.patch)) if image.whole else tokens
+    return {image.argument: tokens, **places, **sizes_of(image, grid, len(x))}
 
 
-def images_of(image: Image, output: Tensor | Sequence[Tensor], grid: Grid, *, is_video: bool) -> Tensor:
-    """The images, or videos, in what the model returns for image tokens of this grid."""
+def images_of(
+    image: Image,
+    output: Tensor | Sequence[Tensor],
+    grid: Grid,
+    *,
+    is_video: bool,
+    order: Sequence[str] = ("image",),
+) -> Tensor:
+    """The images, or videos, in what the model returns for image tokens of this grid.
+
+    Args:
+        order: of the tokens of all kinds, all of which some models return.
+
+    Raises:
+        HostError: others stand on both sides of the image's.
+    """
     if isinstance(image, LatentTokens):
         return as_images(output, image.axes, is_video=is_video)
     assert isinstance(output, Tensor)
-    return unpack(output, grid, image.patch, is_video=is_video)
+    count = output.shape[1]
+    if count != grid.num_tokens and "image" not in (order[0], order[-1]):
+        raise HostError(
+            f"the model returns {count} tokens, and which {grid.num_tokens} are the image's is not known"
+        )
+    start = count - grid.num_tokens if order[-1] == "image" else 0
+    own = output[:, start : start + grid.num_tokens]
+    return unpack(own.flatten(2), grid, image.patch, is_video=is_video)
 
 
 def sizes_of(image: PackedTokens, grid: Grid, batch_size: int) -> Kwargs:
@@ -169,7 +203,11 @@ def as_argument(x: Tensor, axes: str | None) -> Tensor | list[Tensor]:
     """Images [B, C, H, W] or videos [B, C, F, H, W] with these axes; without `b`, a list; without `h`, the first row."""
     if axes is None:
         return x
-    have, wanted = _AXES[x.ndim].split(), axes.split()
+    have, wanted = _AXES[x.ndim].split(), axes.replace("n", "f").split()
+    if len({*wanted}) < len(wanted) or not {*wanted} <= {*_AXES[5].split()}:
+        raise HostError(
+            f"images and videos have no axes {axes}: kernels can be grafted, but stages have no such inputs"
+        )
     if "f" in wanted and "f" not in have:
         x, have = x.unsqueeze(2), _AXES[5].split()
     if "h" not in wanted:
@@ -178,12 +216,17 @@ def as_argument(x: Tensor, axes: str | None) -> Tensor | list[Tensor]:
     return permuted if "b" in wanted else list(permuted.unbind())
 
 
+def channel_axis(image: LatentTokens, latent: Tensor) -> int:
+    return (image.axes or _AXES[latent.ndim]).split().index("c")
+
+
 def as_images(x: Tensor | Sequence[Tensor], axes: str | None, *, is_video: bool) -> Tensor:
     """Undo `as_argument`."""
     stacked = x if isinstance(x, Tensor) else torch.stack(list(x))
     if axes is None:
         return stacked
-    found = axes.split() if "b" in axes.split() else ["b", *axes.split()]
+    found = axes.replace("n", "f").split()
+    found = found if "b" in found else ["b", *found]
     images = stacked.permute([found.index(axis) for axis in _AXES[5].split() if axis in found])
     images = images if "h" in found else images.unsqueeze(-2)
     return images if is_video or images.ndim == 4 else images.squeeze(2)

@@ -21,6 +21,7 @@ from ._forwards import (
     SdpaCall,
     cut_short,
     has_changed,
+    is_attention,
     perturbed,
     tensors_of,
     unmixed_forward,
@@ -75,6 +76,8 @@ class AttentionCall:
     """Its mask when prompts are padded: when the masks among the example's arguments hide a place."""
     causal: bool
     dropout: float
+    is_sdpa: bool = True
+    """False if the module made no call of `scaled_dot_product_attention`."""
 
     @property
     def kind(self) -> str:
@@ -309,6 +312,7 @@ def _attention_call(
         mask_padded=mask_padded,
         causal=call.causal,
         dropout=call.dropout,
+        is_sdpa=call.is_sdpa,
     )
 
 
@@ -352,6 +356,6 @@ def _silent(model: nn.Module, first: Forward) -> tuple[str, ...]:
     return tuple(
         path
         for path in first.modules
-        if any(word in type(model.get_submodule(path)).__name__ for word in ("Attention", "Attn"))
+        if is_attention(model.get_submodule(path))
         and not any(f"{maker}.".startswith(f"{path}.") or path.startswith(f"{maker}.") for maker in makers)
     )

@@ -181,10 +181,12 @@ def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
 def _known(pipeline: Any, spy: _Spy) -> Knowledge:
     vae = dict(getattr(pipeline.components.get("vae"), "config", None) or {})
     size = getattr(pipeline, "default_sample_size", None)
+    scheduler = type(pipeline.scheduler).__name__
     return Knowledge(
         time=_time(spy),
         output=_output(spy),
         process=process_of(pipeline),
+        scheduler="" if _is_flow(scheduler, dict(pipeline.scheduler.config)) else scheduler,
         latent_size=size if isinstance(size, int) else None,
         latent_channels=next(
             (vae[key] for key in ("latent_channels", "z_dim") if isinstance(vae.get(key), int)), None
@@ -200,7 +202,7 @@ def _time(spy: _Spy) -> Time | None:
     moved = [
         name
         for name, value in first.items()
-        if isinstance(value, Tensor) and value.ndim < 2 and not torch.equal(value, second[name])
+        if isinstance(value, Tensor) and value.ndim < 3 and not torch.equal(value, second[name])
     ]
     if len(moved) != 1:
         return None
@@ -250,12 +252,7 @@ def process_of_scheduler(
     scheduler: str, config: Mapping[str, Any], *, pipeline: str = ""
 ) -> ProcessConfig | None:
     """The same by the names of both classes and the scheduler's config."""
-    is_flow = (
-        "Flow" in scheduler
-        or config.get("prediction_type") == "flow_prediction"
-        or config.get("use_flow_sigmas")
-    )
-    if not is_flow:
+    if not _is_flow(scheduler, config):
         return DiffusionConfig() if config.get("prediction_type") == "epsilon" else None
     terminal = config.get("shift_terminal") or None
     if not config.get("use_dynamic_shifting"):
@@ -264,6 +261,11 @@ def process_of_scheduler(
     if pipeline.startswith(_OF_THEIR_OWN):
         return None
     return FlowConfig(shift_by_size=_by_size(config), terminal=terminal)
+
+
+def _is_flow(scheduler: str, config: Mapping[str, Any]) -> bool:
+    asked = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return "Flow" in scheduler or bool(asked)
 
 
 def _by_size(config: Mapping[str, Any]) -> ShiftBySize:

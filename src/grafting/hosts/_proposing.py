@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from ..contract import Grid, ModuleCall
 from ..errors import HostError
 from ._arguments import (
     Knowledge,
+    beside_of,
     channels_of,
     fact_of,
     image_rule,
@@ -21,9 +22,10 @@ from ._arguments import (
     output_of,
     process_of,
     time_of,
+    with_entries,
 )
-from ._conventions import attention_convention, block_convention
-from ._forwards import Inputs, is_mask, tensors_of
+from ._conventions import BlockConvention, attention_convention, block_convention
+from ._forwards import Inputs, copied, is_mask, run, tensors_of
 from ._host import config_of
 from ._observing import AttentionCall, Observation, Run
 from ._spec import BlockList, Fact, MlpLayers, SdpaSpec
@@ -45,8 +47,12 @@ class _List:
 
     path: str
     attention: str
+    """Inside a block; empty where the block itself is it."""
     blocks: tuple[str, ...]
     calls: tuple[AttentionCall, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}.*.{self.attention}".rstrip(".")
 
     @property
     def image_calls(self) -> list[AttentionCall]:
@@ -55,7 +61,7 @@ class _List:
 
     @property
     def usual(self) -> AttentionCall:
-        return self.image_calls[0]
+        return next((call for call in self.image_calls if call.is_sdpa), self.image_calls[0])
 
 
 def propose(
@@ -75,6 +81,9 @@ def propose(
         )
     usual = lists[0].usual
     image, grid = image_rule(model, inputs, seen.image, usual, known, questions)
+    returned = tensors_of(run(model, copied(inputs)))
+    if beside := beside_of(inputs, returned, image):
+        image = image.model_copy(update={"beside": beside})
     if native_grid is None:
         native_grid = native_grid_of(model, image, grid, known, questions)
     orders = [_order(found, inputs) for found in lists]
@@ -92,9 +101,9 @@ def propose(
         channels=channels_of(model, inputs[seen.image], image),
         projections=next((found for _, found, _ in conventions if found), None),
         mlp=next((found for _, _, found in conventions if found), None),
-        time=known.time or time_of(inputs, questions),
-        output=known.output or output_of(model, inputs, image, questions),
-        process=known.process or process_of(questions),
+        time=with_entries(known.time or time_of(inputs, questions), inputs, grid),
+        output=known.output or output_of(inputs, returned, image, questions),
+        process=process_of(known, questions),
         distilled=bool(config_of(model).get("guidance_embeds")),
         inputs=dict(other_inputs(model, inputs, seen, image, usual)),
     )
@@ -114,27 +123,41 @@ def _lists(model: nn.Module, seen: Observation) -> Iterator[_List]:
     """Attentions by their list of blocks, in the order in which they run first."""
     found: dict[tuple[str, str], dict[str, list[AttentionCall]]] = {}
     for call in seen.calls:
-        place = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", call.path)
+        place = re.fullmatch(r"(.*?)\.(\d+)(?:\.(.+))?", call.path)
         if place and isinstance(model.get_submodule(place[1]), nn.ModuleList | nn.Sequential):
-            found.setdefault((place[1], place[3]), {}).setdefault(place[2], []).append(call)
+            call = call if call.is_sdpa else _with_heads_of(model, call)
+            found.setdefault((place[1], place[3] or ""), {}).setdefault(place[2], []).append(call)
     for (path, attention), blocks in found.items():
         calls = tuple(call for calls in blocks.values() for call in calls)
         yield _List(path, attention, tuple(blocks), calls)
 
 
+def _with_heads_of(model: nn.Module, call: AttentionCall) -> AttentionCall:
+    """With the heads that the model's config tells, of attention that makes no call which shows them."""
+    heads = config_of(model).get("num_attention_heads")
+    if not isinstance(heads, int) or call.head_dim % heads:
+        return call
+    return replace(call, num_heads=heads, num_kv_heads=heads, head_dim=call.head_dim // heads)
+
+
 def _usable(lists: Iterator[_List], questions: list[str]) -> Iterator[_List]:
-    """Those over image tokens that a spec can describe; at most one attention of a list of blocks."""
+    """Those over image tokens that a spec can describe; at most one attention of a list of blocks, of SDPA where there is one."""
     taken: dict[str, _List] = {}
-    for found in lists:
-        if not found.image_calls:
+    with_image = [found for found in lists if found.image_calls]
+    of_sdpa = {found.path for found in with_image if found.usual.is_sdpa}
+    for found in with_image:
+        where, usual = str(found), found.usual
+        if not usual.is_sdpa and found.path not in of_sdpa:
+            questions.append(
+                f"{where} makes no call of scaled_dot_product_attention, as linear attention: mixers alone may replace it"
+            )
+        elif not usual.is_sdpa:
+            questions.append(f"{where} is left out: it makes no call of scaled_dot_product_attention")
             continue
-        where, usual = f"{found.path}.*.{found.attention}", found.image_calls[0]
         if reason := _hindrance(found):
             questions.append(f"{where} is left out: {reason}")
         elif found.path in taken:
-            questions.append(
-                f"{where} is left out: {found.path}.*.{taken[found.path].attention} is the attention of these blocks"
-            )
+            questions.append(f"{where} is left out: {taken[found.path]} is the attention of these blocks")
         elif taken and usual.head_dim != (first := next(iter(taken.values())).usual).head_dim:
             questions.append(
                 f"{where} is left out: heads of {usual.head_dim} channels, others of {first.head_dim}"
@@ -172,6 +195,12 @@ def _is_partial(call: AttentionCall) -> bool:
 
 
 def _seen_instead(seen: Observation) -> str:
+    alone = [call.path for call in seen.calls if call.kind in ("self", "joint", "mixed")]
+    if alone:
+        return (
+            f"{alone[0] or 'its own, of the model itself,'} stands in no list of blocks: what is edited is counted by its place in an "
+            "nn.ModuleList"
+        )
     kinds = ", ".join(sorted({f"{call.path} ({call.kind})" for call in seen.calls})[:4])
     silent = f"; no call was made by {', '.join(seen.silent[:2])}" if seen.silent else ""
     return f"found {kinds}{silent}"
@@ -196,7 +225,7 @@ def _order(found: _List, inputs: Inputs) -> tuple[str, ...]:
         if all(length_of(inputs, tokens.argument) == tokens.length for tokens in named):
             return order
     raise HostError(
-        f"{found.path}.*.{found.attention}: tokens stand on both sides of the image, and neither side is as long as "
+        f"{found}: tokens stand on both sides of the image, and neither side is as long as "
         f"arguments are: {', '.join(map(str, keys))}"
     )
 
@@ -252,13 +281,15 @@ def _conventions(
         block = block_convention(
             model, inputs, found.path, num_image=usual.num_image, dim=dim, modules=seen.modules
         )
-        paths = [f"{found.path}.{i}.{found.attention}" for i in found.blocks]
+        paths = [f"{found.path}.{i}.{found.attention}".rstrip(".") for i in found.blocks]
         masked = any("of keys" in (call.mask, call.mask_padded) for call in found.image_calls)
         attention = None
-        if usual.kind != "mixed" and not masked and _turn(found) == ("image",):
+        if usual.kind != "mixed" and not masked and _turn(found) in ((), ("image",)) and found.attention:
             attention = attention_convention(model, inputs, paths, num_tokens=_num_keys(usual), dim=dim)
         if attention and attention.projections and projections in (None, attention.projections):
             projections = attention.projections
+        if not found.attention:
+            block = BlockConvention()
         has_mlp = block.mlp is not None and layers in (None, block.mlp_layers)
         layers = layers or block.mlp_layers
         blocks = BlockList(
@@ -274,6 +305,7 @@ def _conventions(
             arguments=block.arguments,
             returns=block.returns,
             fixed=block.fixed,
+            apart=block.apart if len(block.returns) == 1 else {},
         )
         yield blocks, projections, layers
 
@@ -281,7 +313,7 @@ def _conventions(
 def _turn(found: _List) -> tuple[Any, ...]:
     """What the calls of a pass of the attention are over, in order; calls of one sample each count once."""
     first = [c for c in found.calls if c.path == found.usual.path and c.execution == found.usual.execution]
-    turn = tuple("image" if call in found.image_calls else "other" for call in first)
+    turn = tuple("image" if call in found.image_calls else "other" for call in first if call.is_sdpa)
     if len(turn) > 1 and set(turn) == {"image"} and all(call.batch_size == 1 for call in first):
         return ("image",)
     return turn

@@ -148,17 +148,29 @@ class SdpaHost(Host[nn.Module]):
         """The prediction for images, or videos, with the condition's tensors as keyword arguments."""
         spec, grid = self.spec, grid_of_images(model, self.spec.image, x_t)
         time = spec.time.scale - t if spec.time.reversed else t
-        given = {spec.time.argument: time.long() if spec.time.whole else time}
+        given = self._time_argument(time, grid)
         known = {**_inputs.constants(spec, model, grid, condition, like=x_t), **given, **condition}
+        beside = known.pop(spec.image.argument, None) if isinstance(spec.image, LatentTokens) else None
+        image = image_arguments(spec.image, x_t, grid, beside)
         # positions of a condition's tokens and the image's may lie in one argument, which the condition then holds
-        returned = model(**{**image_arguments(spec.image, x_t, grid), **known}, return_dict=False)
+        returned = model(**{**image, **known}, return_dict=False)
         output = returned if isinstance(returned, Tensor) else returned[0]
-        output = images_of(spec.image, output, grid, is_video=x_t.ndim == 5)
+        output = images_of(spec.image, output, grid, is_video=x_t.ndim == 5, order=spec.order)
         output = output.chunk(2, dim=1)[0] if spec.output.half else output
         return spec.output.sign * output
 
+    def _time_argument(self, time: Tensor, grid: Grid) -> Kwargs:
+        """The argument of these times [B]."""
+        asked = self.spec.time
+        entries = {"frame": grid.frames, "token": grid.num_tokens}
+        time = time[:, None].expand(-1, entries[asked.per]) if asked.per in entries else time
+        return {asked.argument: time.long() if asked.whole else time}
+
     def needed(self, model: nn.Module) -> dict[str, int | None]:
-        return _inputs.needed(self.spec, model)
+        image, needed = self.spec.image, _inputs.needed(self.spec, model)
+        if isinstance(image, LatentTokens) and image.beside:
+            return {image.argument: image.beside, **needed}
+        return needed
 
     def process(self, model: nn.Module) -> NoiseProcess:
         if self.spec.process is None:
@@ -176,6 +188,8 @@ class SdpaHost(Host[nn.Module]):
         frames, rows, cols = (
             n * side for n, side in zip((grid.frames, grid.rows, grid.cols), sides, strict=True)
         )
+        if isinstance(image, LatentTokens) and "n" in (image.axes or ""):
+            return channels, image.native_frames, rows, cols
         is_video = self.spec.native_grid.frames > 1
         return (channels, frames, rows, cols) if is_video else (channels, rows, cols)
 
@@ -191,10 +205,9 @@ class SdpaHost(Host[nn.Module]):
             self._refuse("its other arguments (`inputs`)")
         grid = Grid(rows, cols, frames)
         x = torch.randn(batch_size, *self.at_grid(grid).shape(model))
-        time = self.spec.time.scale * torch.rand(batch_size)
         return {
             **image_arguments(self.spec.image, x, grid),
-            self.spec.time.argument: time.long() if self.spec.time.whole else time,
+            **self._time_argument(self.spec.time.scale * torch.rand(batch_size), grid),
             **_inputs.examples(self.spec, model, grid, num_text=num_text, like=x),
         }
 

@@ -20,9 +20,10 @@ def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
         AttributeError, KeyError, IndexError, TypeError: the model has no such module or fact.
     """
     for number, (path, blocks) in enumerate(_block_paths(spec, model)):
-        site, attention = _site(spec, model, number, blocks, grid), f"{path}.{blocks.attention}"
+        site, attention = _site(spec, model, number, blocks, grid), blocks.attention_of(path)
         block = model.get_submodule(path)
-        part_of(block, blocks.attention, "attention")
+        if blocks.attention:
+            part_of(block, blocks.attention, "attention")
         num_heads = fact(model, blocks.num_heads or spec.num_heads)
         yield site(role="attention", path=attention, num_heads=num_heads, module=blocks.mixers)
         if blocks.mlp is not None:
@@ -39,8 +40,9 @@ def blocks_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
         place = number - first.setdefault(blocks.path, number)
         count = len(model.get_submodule(blocks.path))  # type: ignore[arg-type]  # a ModuleList
         fixed = blocks.fixed.get(place, blocks.fixed.get(place - count, ""))
-        site, call = _site(spec, model, number, blocks, grid), BlockCall(blocks.arguments, blocks.returns)
+        site, apart = _site(spec, model, number, blocks, grid), blocks.apart.get(place, "")
         if blocks.returns:
+            call = BlockCall(blocks.arguments, blocks.returns, apart)
             yield site(role="block", path=path, call=call, fixed=fixed)
 
 

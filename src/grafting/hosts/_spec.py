@@ -76,14 +76,15 @@ class BlockList(_Spec):
     path: str
     """Module path of the list."""
     attention: str
-    """Module path, inside a block, of the attention whose kernel may be replaced."""
+    """Module path, inside a block, of the attention whose kernel may be replaced; empty where the block itself is it."""
     order: tuple[str, ...] | None = None
     """As the spec's own `order`, where these blocks have another."""
     image_queries: bool = False
     """True if the queries are those of the image alone, and the keys are all tokens."""
     turn: tuple[Literal["image", "other"], ...] = ("image",)
     """Calls of `scaled_dot_product_attention` in a pass of the attention, in order: kernels answer those marked `image`, and
-    those marked `other`, such as of text alone, go through as they are."""
+    those marked `other`, such as of text alone, go through as they are. Empty where it makes none, as linear attention: mixers
+    alone may then replace it."""
     masked: bool = False
     """True if its calls may have a key mask, as for padded prompts: operators that cannot honour one are then refused."""
     num_heads: Size | None = None
@@ -100,14 +101,24 @@ class BlockList(_Spec):
     """Names of the updated inputs it returns, in order; if omitted, these blocks cannot be merged or dropped."""
     fixed: dict[int, str] = {}
     """Blocks of this list, by number from 0 (-1 is the last), that cannot be merged or dropped, and why."""
+    apart: dict[int, str] = {}
+    """Blocks of this list, by number from 0, that can be dropped and not merged, and why."""
 
     @model_validator(mode="after")
     def _apart(self) -> "BlockList":
+        if not self.attention and (self.mlp or self.mixers or self.returns):
+            raise ValueError(
+                "where the block itself is the `attention`, it takes kernels alone: no `mlp`, `mixers` or `returns`"
+            )
         if self.mlp is not None and f"{self.mlp}.".startswith(f"{self.attention}."):
             raise ValueError(
                 f"`attention` says {self.attention!r}, and `mlp` {self.mlp!r}: they are two modules"
             )
         return self
+
+    def attention_of(self, block: str) -> str:
+        """Path of the attention of the block at this path."""
+        return f"{block}.{self.attention}" if self.attention else block
 
     def call(self, order: tuple[str, ...]) -> AttentionCall:
         """What stands in the calls that kernels answer; `order` is the spec's own."""
@@ -124,14 +135,20 @@ class LatentTokens(_Spec):
 
     argument: str = "hidden_states"
     axes: str | None = None
-    """The argument's axes: `b` sample, `c` channels, `f` frames, `h` height, `w` width, such as `b f c h w`; without `b`, it is
-    a list of such tensors, one a sample. By default `b c h w` or `b c f h w`, as many as there are."""
+    """The argument's axes: `b` sample, `c` channels, `f` frames, `h` height, `w` width, such as `b f c h w`; `n` is frames that
+    the attention sees one by one; without `b`, it is a list of such tensors, one a sample. By default `b c h w` or `b c f h w`,
+    as many as there are."""
     patch_size: Size | tuple[Size, ...] = "config.patch_size"
     """Side of a patch, or its size along frames, height and width (or the last two)."""
+    native_frames: PositiveInt = 1
+    """Along `n`."""
+    beside: NonNegativeInt = 0
+    """Channels of the argument behind those of `channels`: a condition holds them under the argument's name, such as an image to
+    start from."""
 
 
 class PackedTokens(_Spec):
-    """Image tokens that reach the model as a sequence [B, L, C]."""
+    """Image tokens that reach the model as a sequence [B, L, C]; it returns them so, alone or among all tokens."""
 
     argument: str = "hidden_states"
     positions: str | None = None
@@ -147,6 +164,8 @@ class PackedTokens(_Spec):
     each sample, a list of them."""
     patch: PositiveInt = 2
     """A token is a square of this side, its channels the slowest: [C, patch, patch]."""
+    whole: bool = False
+    """True if its axes are those of the argument, [B, L, C, 1, patch, patch]."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "PackedTokens":
@@ -179,6 +198,8 @@ class Time(_Spec):
     """True if it is 0 for pure noise and `scale` for a clean image."""
     whole: bool = False
     """True if it is a whole number."""
+    per: Literal["sample", "frame", "token"] = "sample"
+    """What has an entry of its own: where each frame or each token of the image has, it is [B, that many]."""
 
 
 class Output(_Spec):
@@ -228,7 +249,7 @@ class SdpaSpec(_Spec):
     native_num_text: NonNegativeInt = 0
     """Other tokens beside them."""
     channels: Size = "config.in_channels"
-    """Of an input; where it is packed, of a token."""
+    """Of an input; where it is packed, of a token. Those `beside` them are not counted."""
     projections: tuple[str, str, str, str] | None = None
     """Paths, inside an attention, of its linear layers q, k, v and out, which mixers then start from."""
     mlp: MlpLayers | None = None

@@ -69,7 +69,9 @@ class Trace:
         """Blocks whose attention a kernel can answer."""
         sites = self.host.sites(self.model)
         return tuple(
-            site.block for site in sites if site.role == "attention" and site.path not in self.partial
+            site.block
+            for site in sites
+            if site.role == "attention" and site.attention.turn and site.path not in self.partial
         )
 
     def outputs(self) -> list[Tensor]:
@@ -83,7 +85,7 @@ class Trace:
             f"{type(self.model).__name__}: {grid.frames} x {grid.rows} x {grid.cols} image tokens, {self.num_forwards} forward passes",
             *(f"  {row.count} x {row.path}: {row.kind}, {row.tokens}, mask: {row.mask}" for row in self.seen),
             *(
-                f"{b.path}.*.{b.attention} takes {edits}"
+                f"{b.attention_of(f'{b.path}.*')} takes {edits}"
                 for b, edits in zip(spec.blocks, self.takes, strict=True)
             ),
             *(f"To check: {question}" for question in self.questions),
@@ -190,7 +192,8 @@ def _counting(model: nn.Module) -> Iterator[list[None]]:
 def _takes(host: SdpaHost, model: nn.Module, blocks: BlockList) -> Iterator[str]:
     """What surgery may edit in the blocks of a list."""
     inside = [site for site in host.sites(model) if site.path.startswith(f"{blocks.path}.")]
-    yield "kernels"
+    if blocks.turn:
+        yield "kernels"
     for role, word, weights in (
         ("attention", "mixers", host.attention_weights),
         ("mlp", "MLPs", host.mlp_weights),
@@ -200,7 +203,8 @@ def _takes(host: SdpaHost, model: nn.Module, blocks: BlockList) -> Iterator[str]
             yield word if all(_has(weights, module) for module in modules) else f"{word} with init: random"
     free = [s for s in host.blocks(model) if s.path.startswith(f"{blocks.path}.") and not s.fixed]
     can_merge = any(
-        b.block == a.block + 1 and a.call is not None and a.call.merges for a, b in pairwise(free)
+        b.block == a.block + 1 and all(s.call is not None and s.call.merges for s in (a, b))
+        for a, b in pairwise(free)
     )
     can_drop = bool(free) and len({site.block for site in host.sites(model)}) > 1
     if can_merge or can_drop:

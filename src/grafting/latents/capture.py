@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Kwargs
-from ..data.promptfolder import Prompt
+from ..data.promptfolder import Form, Prompt
 from ..errors import HostError
 from ..hosts import Host, stepping_by, transformer_of
 from ..machine.reading import failure_of, shown
@@ -25,7 +25,7 @@ from ..machine.reading import failure_of, shown
 _TRIED = (
     "a red cat on the mat",
     "a blue dog in the hat",
-    "a small house beside the sea under three tall trees",
+    "a small house beside the sea under three tall trees with a big red sun in the sea",
 )
 """Two prompts of as many words, and a longer one."""
 _SIZES = ((512, 768), (384, 256), (64, 96), (32, 64), (128, 256))
@@ -149,7 +149,12 @@ class Capture:
     common: dict[str, Tensor]
     constants: Kwargs
     masks: dict[str, str] = field(default_factory=dict)
-    """Tensors that are cut to a prompt's own length, and the mask of each: where that was seen to change nothing."""
+    """Tensors that are cut to a prompt's own length, and the mask of each: where that was seen to change nothing, or the pipeline
+    does so itself."""
+    optional: dict[str, "_Optional"] = field(default_factory=dict)
+    """Masks that the pipeline passes only where they hide something."""
+    along: dict[str, int] = field(default_factory=dict)
+    """Axis of a prompt's tensor that is as long as the prompt, where that is not its first, as which it is stored."""
 
     def row(self, words: str) -> Prompt:
         """A prompt, encoded.
@@ -157,11 +162,22 @@ class Capture:
         Raises:
             HostError: the pipeline does not run on it, or passes it otherwise than those that were tried.
         """
-        calls = first_step(self.pipeline, prompt=words, **self.call)
+        calls = _with_masks(first_step(self.pipeline, prompt=words, **self.call), self.optional)
         rows = {name: _rows(calls, name, axis) for name, axis in self.axes.items()}
         if any(len(found) <= self.place for found in rows.values()):
             raise HostError(f"{type(self.pipeline).__name__} passes {words!r} otherwise than other prompts")
-        return Prompt(words, self._cut({name: found[self.place] for name, found in rows.items()}))
+        first = {name: self.along.get(name, 0) for name in rows}
+        return Prompt(
+            words, self._cut({n: found[self.place].movedim(first[n], 0) for n, found in rows.items()})
+        )
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """How arguments are made of what is stored."""
+        return {
+            name: Form(axis=axis or 0, along=self.along.get(name, 0), optional=name in self.optional)
+            for name, axis in self.axes.items()
+        }
 
     def null_row(self, words: str) -> Prompt | None:
         return None if self.null is None else Prompt(words, self._cut(self.null))
@@ -169,9 +185,25 @@ class Capture:
     def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = dict(tensors)
         for name, mask in self.masks.items():
-            length = max(int(tensors[mask].bool().sum()), 1)
+            length = 1 + max(tensors[mask].nonzero().flatten().tolist(), default=0)
             kept |= {part: tensors[part][:length].clone() for part in (name, mask)}
         return kept
+
+
+@dataclass(frozen=True)
+class _Optional:
+    """A mask that is left out of calls in which it hides nothing."""
+
+    of: str
+    """The tensor whose tokens it hides."""
+    axis: int
+    """Of that tensor's tokens; its prompts stand along the first."""
+    dtype: torch.dtype
+
+    def ones(self, call: Kwargs) -> Tensor:
+        """The mask [B, T] that hides nothing of a call."""
+        shape = call[self.of].shape
+        return torch.ones(shape[0], shape[self.axis], dtype=self.dtype)
 
 
 def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Capture:
@@ -184,10 +216,10 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
     Raises:
         HostError: the pipeline does not run on this call, or passes a prompt in a way that no table can hold.
     """
-    first, other, longer = (first_step(pipeline, prompt=p, **call) for p in _TRIED)
-    seeded = first_step(pipeline, prompt=_TRIED[0], seed=1, **call)
-    two = first_step(pipeline, prompt=list(_TRIED[:2]), **call)
-    sized = _of_other_sizes(pipeline, call)
+    steps = [first_step(pipeline, prompt=prompts, **call) for prompts in (*_TRIED, list(_TRIED[:2]))]
+    steps += [first_step(pipeline, prompt=_TRIED[0], seed=1, **call), *_of_other_sizes(pipeline, call)]
+    optional = _optional_masks([*steps, *_of_unlike_lengths(pipeline, call)])
+    first, other, longer, two, seeded, *sized = (_with_masks(calls, optional) for calls in steps)
     names = [name for name in first[0] if name not in _TIMES and _equal(first[0][name], seeded[0].get(name))]
     axes = {name: _batch_axis(first[0][name], two[0].get(name)) for name in names}
     moved = [name for name in names if _moves(name, first, other) or _moves(name, first, longer)]
@@ -212,12 +244,69 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
         if axes[n] is not None and isinstance(first[0][n], Tensor)
     }
     constants = {n: _plain(first[0][n]) for n in kept if n not in common and first[0][n] != {}}
-    masks = (
-        {}
-        if host is None
-        else _masks(host, {name: _rows(first, name, axis)[place] for name, axis in table.items()})
+    rows, long_rows = (
+        {name: _rows(calls, name, axis)[place] for name, axis in table.items()} for calls in (first, longer)
     )
-    return Capture(pipeline, dict(call), table, place, null, common, constants, masks)
+    own = {
+        name: _length_axis(rows[name], long_rows[name])
+        for name in rows
+        if rows[name].shape != long_rows[name].shape and not name.endswith("[]")
+    }
+    masks = _masks(host, rows) | _own_masks(rows, own)
+    if loose := sorted(own.keys() - {*masks, *masks.values()}):
+        raise HostError(
+            f"{type(pipeline).__name__} passes {', '.join(loose)} as long as each prompt is, and no mask, so that its transformer cannot "
+            "tell the padding of a batch from words: prompts of it cannot be stored, unless an option of its call (--call) brings all to one length"
+        )
+    along = {name: axis for name, axis in own.items() if axis}
+    null = null and {name: row.movedim(along.get(name, 0), 0) for name, row in null.items()}
+    return Capture(pipeline, dict(call), table, place, null, common, constants, masks, optional, along)
+
+
+def _length_axis(a: Tensor, b: Tensor) -> int | None:
+    """The one axis along which two tensors differ in length; None if there is none, or are several."""
+    unlike = [i for i in range(a.ndim) if a.ndim == b.ndim and a.shape[i] != b.shape[i]]
+    return unlike[0] if len(unlike) == 1 else None
+
+
+def _own_masks(rows: Mapping[str, Tensor], own: Mapping[str, int | None]) -> dict[str, str]:
+    """Of tensors in the length of each prompt, along these axes, the mask of each that has one."""
+    masks = [name for name in own if rows[name].ndim == 1 and _is_mask(rows[name])]
+    return {
+        name: mask
+        for mask in masks
+        for name, axis in own.items()
+        if name not in masks and axis is not None and rows[name].shape[axis] == len(rows[mask])
+    }
+
+
+def _optional_masks(steps: Sequence[list[Kwargs]]) -> dict[str, _Optional]:
+    """Masks [B, T] of ones and zeros that some calls have and others have not, by name."""
+    calls = [call for step in steps for call in step]
+    found = {
+        mask: _Optional(name, tensor.shape.index(value.shape[1], 1), value.dtype)
+        for call in calls
+        for mask, value in call.items()
+        if isinstance(value, Tensor) and value.ndim == 2 and _is_mask(value)
+        for name, tensor in call.items()
+        if isinstance(tensor, Tensor)
+        and tensor.ndim > 2
+        and tensor.shape[0] == len(value)
+        and value.shape[1] in tensor.shape[1:-1]
+    }
+    return {mask: of for mask, of in found.items() if any(mask not in call for call in calls)}
+
+
+def _with_masks(calls: list[Kwargs], optional: Mapping[str, _Optional]) -> list[Kwargs]:
+    """The same calls with the masks that they leave out, which hide nothing."""
+    return [
+        call | {m: of.ones(call) for m, of in optional.items() if m not in call and of.of in call}
+        for call in calls
+    ]
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return bool(((tensor == 0) | (tensor == 1)).all() and tensor.any())
 
 
 def _of_other_sizes(pipeline: Any, call: Mapping[str, Any]) -> list[list[Kwargs]]:
@@ -237,6 +326,13 @@ def _of_other_sizes(pipeline: Any, call: Mapping[str, Any]) -> list[list[Kwargs]
     if "num_frames" in takes:
         found += [first_step(pipeline, prompt=_TRIED[0], **{**call, "num_frames": n}) for n in _FRAMES]
     return found
+
+
+def _of_unlike_lengths(pipeline: Any, call: Mapping[str, Any]) -> list[list[Kwargs]]:
+    """A step of a short and a long prompt together; none where the pipeline does not take them so."""
+    with suppress(HostError):
+        return [first_step(pipeline, prompt=list(_TRIED[1:]), **call)]
+    return []
 
 
 def _moves(name: str, a: list[Kwargs], b: list[Kwargs]) -> bool:
@@ -285,10 +381,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _masks(host: Host, row: Mapping[str, Tensor]) -> dict[str, str]:
+def _masks(host: Host | None, row: Mapping[str, Tensor]) -> dict[str, str]:
     """Tensors that may be cut to where their mask ends: if a tiny model of the class gives the same for a prompt that is cut and one
     that is padded."""
-    masks = [n for n, t in row.items() if t.ndim == 1 and len(t) > 1 and bool(((t == 0) | (t == 1)).all())]
+    masks = [n for n, t in row.items() if t.ndim == 1 and len(t) > 1 and _is_mask(t)] if host else []
     found = {
         name: mask
         for mask in masks
@@ -298,7 +394,7 @@ def _masks(host: Host, row: Mapping[str, Tensor]) -> dict[str, str]:
         and not name.endswith("[]")
         and "." not in name + mask
     }
-    return {name: mask for name, mask in found.items() if _cuts(host, name, mask, row[mask].dtype)}
+    return {name: mask for name, mask in found.items() if host and _cuts(host, name, mask, row[mask].dtype)}
 
 
 @torch.no_grad()

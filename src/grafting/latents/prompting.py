@@ -271,7 +271,7 @@ class Prompting:
             nulls=[null] if null else [],
             per_shard=config.shard_size,
             lengths=self.capture.masks,
-            axes={name: axis for name, axis in self.capture.axes.items() if axis},
+            forms=self.capture.forms,
             common=self.capture.common,
             constants=self.capture.constants,
             dropout=dropout,
