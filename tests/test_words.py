@@ -37,5 +37,5 @@ def test_numbers_in_words(written, expected):
 def test_a_difference_of_shares_is_in_points():
     difference = {"value": -0.1312, "low": -0.148, "high": -0.114}
     assert FIGURES["agreement"].paired({"paired": {"agreement": {"difference": difference}}}) == (
-        "−13.1 points (−14.8 to −11.4)"
+        "\u221213.1 points (\u221214.8 to \u221211.4)"
     )
