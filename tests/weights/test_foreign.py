@@ -32,9 +32,20 @@ FRESH = """
 import sys
 sys.path.insert(0, {tests!r})
 import grafting, tinypipeline, torch
+from diffusers import PixArtSigmaPipeline
+from grafting.hosts import _registry
 from safetensors.torch import save_file
-{code}
-save_file({{"images": tinypipeline.draw(pipeline)}}, {out!r})
+
+def of(folder):
+    model = grafting.load(folder)
+    torch.manual_seed(5)
+    return tinypipeline.of(model)
+
+images = {{}}
+for name, open_pipeline in (("whole", of), ("delta", of), ("pipeline", PixArtSigmaPipeline.from_pretrained)):
+    _registry._given.clear()  # each finds its spec by itself
+    images[name] = tinypipeline.draw(open_pipeline(f"{folder}/{{name}}"))
+save_file(images, "{folder}/there.safetensors")
 """
 
 
@@ -50,15 +61,6 @@ def _forget(monkeypatch):
     monkeypatch.setattr(registry, "_given", {})
 
 
-def drawn_afresh(code, folder):
-    """Images that another process draws with a pipeline."""
-    out = str(folder / "there.safetensors")
-    text = FRESH.format(tests=TESTS, code=code, out=out)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return load_file(out)["images"]
-
-
 def test_another_process_loads_it_whole_as_a_delta_and_in_its_pipeline(model, tmp_path):
     transformer = with_plan(model, PLAN)
     torch.manual_seed(5)  # of the other parts
@@ -68,11 +70,11 @@ def test_another_process_loads_it_whole_as_a_delta_and_in_its_pipeline(model, tm
     save_model(tmp_path / "whole", model, PLAN)
     save_delta(tmp_path / "delta", model, PLAN, Base(id=str(tmp_path / "base")))
     pipeline.save_pretrained(tmp_path / "pipeline")
-    for name in ("whole", "delta"):
-        code = f"model = grafting.load({str(tmp_path / name)!r})\ntorch.manual_seed(5)\npipeline = tinypipeline.of(model)"
-        assert_close(name, drawn_afresh(code, tmp_path), here, 1e-5)
-    code = f"from diffusers import PixArtSigmaPipeline\npipeline = PixArtSigmaPipeline.from_pretrained({str(tmp_path / 'pipeline')!r})"
-    assert_close("pipeline", drawn_afresh(code, tmp_path), here, 1e-5)
+    code = FRESH.format(tests=TESTS, folder=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, there in load_file(tmp_path / "there.safetensors").items():
+        assert_close(name, there, here, 1e-5)
 
 
 def _save_base(folder):
