@@ -80,7 +80,8 @@ class Evaluator(PairedEvaluator[Evaluation]):
         frechet = FrechetInfluences.of(features, reference.statistics, strata=strata)
         drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
         some, real = features[drawn], reference.features.float()
-        kid = kernel_distance(real, some, strata=None if strata is None else strata[drawn])
+        some_strata = None if strata is None else strata[drawn]
+        kid = kernel_distance(real, some, strata=some_strata, within_real=reference.mean_kernel)
         few, more = config.precision_neighbours, config.density_neighbours
         fidelity = precision_recall(real, some, k=few, radii=reference.radii(few))
         spread = density_coverage(real, some, k=more, radii=reference.radii(more))

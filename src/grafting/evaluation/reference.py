@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ..machine.randomness import generator
 from ..machine.reading import damage, read_safetensors, shown
 from ..metrics.features import FeatureNetwork, extract, tensors_sha256
 from ..metrics.frechet import FeatureStatistics
+from ..metrics.kid import mean_kernel
 from ..metrics.manifold import neighbour_radii
 from .protocol import Identified, Identity
 
@@ -114,6 +116,11 @@ class Reference:
         if k not in self._radii:
             self._radii[k] = neighbour_radii(self.features.float(), k)
         return self._radii[k]
+
+    @cached_property
+    def mean_kernel(self) -> float:
+        """The kernel distance's mean over pairs of rows of the features."""
+        return mean_kernel(self.features.float())
 
     def check_network(self, network: FeatureNetwork) -> None:
         """Refuses a network that did not make these features.

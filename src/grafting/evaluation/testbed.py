@@ -1,6 +1,7 @@
 """The testbed's suite: figures of small grey images by the bundled classifier, against all of Fashion-MNIST."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from ..data.bundled import CLASSIFIER_NAME, bundled_classifier, bundled_reference_path
@@ -11,6 +12,13 @@ from .reference import Reference
 from .suite import OnStep, Suite, SuiteEvaluator
 
 _SHAPE = (1, 32, 32)
+
+
+@cache
+def _bundled() -> tuple[ModuleNetwork, Reference]:
+    """Opened once: a reference keeps what only its own rows say, which takes seconds to find."""
+    network = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
+    return network, Reference.load(bundled_reference_path(), network)
 
 
 class TestbedSuite(Suite):
@@ -37,7 +45,6 @@ class TestbedSuite(Suite):
     def open(
         self, origin: Mapping[str, Any], *, on_step: OnStep | None = None
     ) -> Callable[[], SuiteEvaluator]:
-        network = ModuleNetwork(bundled_classifier(), CLASSIFIER_NAME)
-        reference = Reference.load(bundled_reference_path(), network)
+        network, reference = _bundled()
         protocol = Protocol.of(network, reference, **origin)
         return lambda: Evaluator(network, reference, protocol)

@@ -29,6 +29,7 @@ def kernel_distance(
     generated: Float[Tensor, "n f"],
     *,
     strata: Int[Tensor, " n"] | None = None,
+    within_real: float | None = None,
     chunk_size: int = 1024,
 ) -> KernelDistance:
     """MMD^2 with kernel (x.y / f + 1)^3, from all pairs, and its delete-one jackknife standard error.
@@ -38,6 +39,10 @@ def kernel_distance(
     Its mean is that of the usual average over random subsets, its variance lower. The real features are taken as
     fixed. Memory is bounded by chunk_size x max(m, n) float64 values.
 
+    Args:
+        strata: of the generated rows, where they were dealt in turn.
+        within_real: the `mean_kernel` of the real rows, if it is known.
+
     Raises:
         ValueError: fewer than two real or three generated rows.
     """
@@ -45,11 +50,10 @@ def kernel_distance(
     if m < 2 or n < 3:
         raise ValueError(f"a kernel distance needs 2 real and 3 generated rows; there are {m} and {n}")
     real, generated = real.double(), generated.double()
-    real_pairs = _row_sums(real, real, chunk_size) - _kernel_diagonal(real)
+    within_real = mean_kernel(real, chunk_size=chunk_size) if within_real is None else within_real
     pairs = _row_sums(generated, generated, chunk_size) - _kernel_diagonal(generated)
     crossed = _row_sums(generated, real, chunk_size)
 
-    within_real = real_pairs.sum() / (m * (m - 1))
     value = within_real + pairs.sum() / (n * (n - 1)) - 2 * crossed.sum() / (n * m)
     # the same, without each generated row in turn
     within = (pairs.sum() - 2 * pairs) / ((n - 1) * (n - 2))
@@ -57,6 +61,13 @@ def kernel_distance(
     left_out = within_real + within - 2 * across
     influence = n * value - (n - 1) * left_out
     return KernelDistance(float(value), spread(influence, strata=strata).error, influence)
+
+
+def mean_kernel(x: Float[Tensor, "n f"], *, chunk_size: int = 1024) -> float:
+    """Mean of the kernel over all pairs of two rows."""
+    x = x.double()
+    pairs = _row_sums(x, x, chunk_size) - _kernel_diagonal(x)
+    return float(pairs.sum() / (len(x) * (len(x) - 1)))
 
 
 def _row_sums(x: Float64[Tensor, "n f"], y: Float64[Tensor, "m f"], chunk_size: int) -> Float64[Tensor, " n"]:
