@@ -118,7 +118,7 @@ def in_place(data: LatentSet, steps: int, seed: int) -> float:
 
 def through_loader(data: LatentSet, steps: int, seed: int, *, workers: int) -> float:
     with Loader(data, BATCH_SIZE, seed=seed, steps=steps, prefetch=2 * workers, workers=workers) as loader:
-        for _ in loader.from_step(0):
+        for _ in map(loader.at, range(steps)):
             pass
         return loader.seconds_waited
 

@@ -18,9 +18,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from grafting import cli
+from commandline import call
 from grafting.data.latents import write_latents
 from grafting.editing.plan import Plan
 from grafting.editing.surgery import graft
@@ -421,10 +420,6 @@ def _write_sweeps(folder: Path) -> None:
     (folder / "second.yaml").write_text(yaml.safe_dump(sweep | {"grids": [{"axes": axes}]}))
     axes = {"lr": {"low": {"distill.deep.lr": 1e-4}}}
     (folder / "placeless.yaml").write_text(yaml.safe_dump(sweep | {"grids": [{"axes": axes}]}))
-
-
-def call(*arguments: str, **environment: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments), env=environment)
 
 
 def plain(text: str) -> str:

@@ -109,12 +109,8 @@ class Site:
     num_text: int = 0  # tokens beside the image's
     num_heads: int = 0  # attention only
     hidden_dim: int = 0  # MLP only
-    attention: AttentionCall = field(
-        default_factory=AttentionCall
-    )  # what stands in the calls that a kernel answers
-    module: ModuleCall | None = (
-        None  # attention and MLP: how a mixer is called in its place; None if it cannot be
-    )
+    attention: AttentionCall = field(default_factory=AttentionCall)  # what a kernel's calls hold
+    module: ModuleCall | None = None  # attention and MLP: how a mixer is called there; None if it cannot be
     call: BlockCall | None = None  # block only
     fixed: str = ""  # block only: why it cannot be merged or dropped; empty if it can
 

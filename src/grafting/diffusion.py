@@ -96,9 +96,8 @@ class Diffusion:
     def sampling_faults(self, sampler: str, *, steps: int, clip: bool) -> list[str]:
         if sampler not in self.samplers:
             return [_unknown(sampler, self.samplers, "predicted noise")]
-        most = NUM_STEPS - (
-            sampler == "dpm-solver++"
-        )  # spaced for one step more, two of them would be the same
+        # spaced for one step more, two of its would be the same
+        most = NUM_STEPS - (sampler == "dpm-solver++")
         return [f"{sampler} takes at most {most} steps; found {steps}"] if steps > most else []
 
     def chain(self, sampler: str, *, steps: int, clip: bool, streams: list[Generator]) -> Chain:

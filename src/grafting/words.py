@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NotRequired, TypeGuard
 
 from typing_extensions import TypedDict
@@ -202,15 +203,17 @@ class Figure:
         return ""
 
 
+_score = partial(Figure, of="images", better="high")
+_share = partial(_score, write=percent)
+_cost = partial(Figure, of="model", better="low", write=amount)
 # in the order in which tables show them; the first that judges images and was measured is a table's main one
 _ROWS = (
     Figure(
         key="frechet", title="Fréchet distance", published="FID", of="images", better="low", ratio=True,
         shown=("sweep",), help="the distance between Gaussians of features of these images and of the reference",
     ),
-    Figure(
-        key="agreement", title="Agreement", brief="agreement", of="images", better="high", write=percent,
-        shown=("main", "sweep"),
+    _share(
+        key="agreement", title="Agreement", brief="agreement", shown=("main", "sweep"),
         help="the share of images whose most likely class, by the feature network, is the label they were sampled with",
     ),
     Figure(
@@ -221,48 +224,48 @@ _ROWS = (
         key="kid", title="Kernel distance", published="KID", of="images", better="low",
         help="the squared maximum mean discrepancy of features, with a cubic kernel",
     ),
-    Figure(
-        key="precision", title="Precision", of="images", better="high", shown=("sweep",),
+    _score(
+        key="precision", title="Precision", shown=("sweep",),
         help="the share of images that lie among those of the reference",
     ),
-    Figure(
-        key="recall", title="Recall", of="images", better="high", shown=("sweep",),
+    _score(
+        key="recall", title="Recall", shown=("sweep",),
         help="the share of the reference that lies among these images",
     ),
-    Figure(
-        key="density", title="Density", of="images", better="high",
+    _score(
+        key="density", title="Density",
         help="how many neighbourhoods of the reference an image lies in, over the number of neighbours",
     ),
-    Figure(
-        key="coverage", title="Coverage", of="images", better="high",
+    _score(
+        key="coverage", title="Coverage",
         help="the share of the reference with an image in its neighbourhood",
     ),
-    Figure(
-        key="inception_score", title="Inception score's formula", published="Inception score", of="images",
-        better="high", help="how sure the classes of images are, and how many there are",
+    _score(
+        key="inception_score", title="Inception score's formula", published="Inception score",
+        help="how sure the classes of images are, and how many there are",
     ),
-    Figure(
-        key="exact", title="Exact", of="images", better="high", write=percent, shown=("main", "sweep"),
+    _share(
+        key="exact", title="Exact", shown=("main", "sweep"),
         help="the share of scenes that are what the caption says, with one pair of twins and nothing else",
     ),
-    Figure(
-        key="true", title="True captions", brief="true", of="images", better="high", write=percent,
-        shown=("main", "sweep"), help="the share of images of which the caption is true, mean over the six tasks",
+    _share(
+        key="true", title="True captions", brief="true", shown=("main", "sweep"),
+        help="the share of images of which the caption is true, mean over the six tasks",
     ),
     *(
-        Figure(
-            key=f"true_{task}", title=f"True: {task}", of="images", better="high", write=percent,
+        _share(
+            key=f"true_{task}", title=f"True: {task}",
             help=f"the share of images of the task {task} of which the caption is true",
         )
         for task in ("single", "two", "counting", "colour", "position", "binding")
     ),
-    Figure(
-        key="twins", title="Twins", brief="twins", of="images", better="high", write=percent,
-        shown=("main", "sweep"), help="the share of unsaid objects whose twin stands at the mirrored cell",
+    _share(
+        key="twins", title="Twins", brief="twins", shown=("main", "sweep"),
+        help="the share of unsaid objects whose twin stands at the mirrored cell",
     ),
     *(
-        Figure(
-            key=f"twins_{name}", title=f"Twins, {name}", of="images", better="high", write=percent,
+        _share(
+            key=f"twins_{name}", title=f"Twins, {name}",
             help=f"the same of objects {cells} from the mirrored cell",
         )
         for name, cells in (
@@ -275,14 +278,13 @@ _ROWS = (
         key="background", title="Background", brief="background", of="images", better="low",
         shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
     ),
-    Figure(
-        key="geneval", title="GenEval (transformers' Mask2Former)", brief="GenEval", of="images", better="high",
-        write=percent, shown=("main", "sweep"),
+    _share(
+        key="geneval", title="GenEval (transformers' Mask2Former)", brief="GenEval", shown=("main", "sweep"),
         help="the share of images that show what their prompts ask for, mean over the six tasks",
     ),
     *(
-        Figure(
-            key=f"geneval_{tag}", title=f"GenEval: {task}", of="images", better="high", write=percent,
+        _share(
+            key=f"geneval_{tag}", title=f"GenEval: {task}",
             help=f"the share of images of {task} that show what their prompts ask for",
         )
         for tag, task in (
@@ -303,32 +305,22 @@ _ROWS = (
         key="feature_distance", title="The same in features", brief="the same in features", of="images",
         help="the root mean square difference of features from those of the pretrained model's image of the same seed",
     ),
-    Figure(
-        key="params", title="Parameters", brief="params", of="model", better="low", write=amount,
-        shown=("main",),
-    ),
-    Figure(key="flops", title="FLOPs", of="model", better="low", write=amount),
-    Figure(
-        key="flops_op", title="Operator FLOPs as in Table 4", brief="operator FLOPs as in Table 4", of="model",
-        better="low", write=amount,
-    ),
-    Figure(
+    _cost(key="params", title="Parameters", brief="params", shown=("main",)),
+    _cost(key="flops", title="FLOPs"),
+    _cost(key="flops_op", title="Operator FLOPs as in Table 4", brief="operator FLOPs as in Table 4"),
+    _cost(
         key="flops_ft", title="Projection and featurizer FLOPs as in Table 4",
-        brief="projection and featurizer FLOPs as in Table 4", of="model", better="low", write=amount,
+        brief="projection and featurizer FLOPs as in Table 4",
     ),
-    Figure(
-        key="attention_flops", title="Attention FLOPs", brief="attention FLOPs", of="model", better="low",
-        write=amount, shown=("main",),
+    _cost(
+        key="attention_flops", title="Attention FLOPs", brief="attention FLOPs", shown=("main",),
         help="those of all attention operators in one forward pass of one image",
     ),
-    Figure(
-        key="attention_mixing_flops", title="Mixing FLOPs", brief="mixing FLOPs", of="model", better="low",
-        write=amount, help="those of all attention operators without their projections",
+    _cost(
+        key="attention_mixing_flops", title="Mixing FLOPs", brief="mixing FLOPs",
+        help="those of all attention operators without their projections",
     ),
-    Figure(
-        key="saved_bytes", title="Bytes kept for the backward pass", brief="bytes kept", of="model", better="low",
-        write=amount,
-    ),
+    _cost(key="saved_bytes", title="Bytes kept for the backward pass", brief="bytes kept"),
     Figure(key="loss", title="Loss", brief="loss", of="run", better="low", shown=("progress", "curve")),
     Figure(key="diffusion", title="Diffusion loss", of="run", better="low", shown=("curve",)),
     Figure(
@@ -379,6 +371,20 @@ def headline(rows: Sequence[Measured]) -> Figure:
     """The figure that these rows are compared by: the first that judges images and that any row has."""
     measured = (f for f in FIGURES.values() if f.judges and any(is_number(row.get(f.key)) for row in rows))
     return next(measured, FIGURES["frechet"])
+
+
+def verdict(row: Measured, base: Measured) -> str:
+    """Whether a row is better than the one that it was compared with image by image, in words; empty if it was not."""
+    figure = headline([row, base])
+    if not (written := figure.paired(row)):
+        return ""
+    part = row["paired"][figure.key]
+    none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
+    by = f"{figure.name([row, base])} {written}"
+    if estimate["low"] <= none <= estimate["high"]:
+        return f"{row['name']} and {base['name']} cannot be told apart: {by}"
+    found = "better" if (estimate["value"] < none) == (figure.better == "low") else "worse"
+    return f"{row['name']} is {found} than {base['name']}: {by}"
 
 
 def name_of(key: str, rows: Sequence[Measured]) -> str:

@@ -11,8 +11,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
+from commandline import call, fails
 from grafting import cli
 from grafting.errors import RunError
 from grafting.operators import PRESETS, operator_configs
@@ -55,19 +56,6 @@ COMMANDS = [
     "schema",
     "doctor",
 ]
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def fails(*arguments: object) -> str:
-    """The one message of a command that fails."""
-    result = call(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stderr.startswith("Error: ")
-    assert "Traceback" not in result.output
-    return result.stderr
 
 
 def write_recipe(folder: Path, **changes: object) -> Path:

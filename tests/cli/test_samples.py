@@ -11,9 +11,8 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from grafting import cli
+from commandline import fails, says
 from grafting.data.latents import write_latents
 from grafting.editing.plan import Plan
 from grafting.errors import ProtocolError
@@ -39,24 +38,6 @@ LATENTS = {
     "num_heads": 2,
     "num_classes": 10,
 }
-
-
-def call(*arguments: object, **environment: str) -> Result:
-    return CliRunner(env=environment).invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def says(*arguments: object, **environment: str) -> str:
-    result = call(*arguments, **environment)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fails(*arguments: object, **environment: str) -> str:
-    """The one message of a command that fails."""
-    result = call(*arguments, **environment)
-    assert result.exit_code == 1, result.output
-    assert result.stderr.startswith("Error: ")
-    return result.stderr
 
 
 @pytest.fixture(scope="module")

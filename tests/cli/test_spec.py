@@ -4,10 +4,9 @@ import json
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import foreignmodel
-from grafting import cli
+from commandline import call
 from grafting.cli import _shared
 from grafting.editing.plan import Plan
 from grafting.hosts import _registry as registry
@@ -35,10 +34,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "foreign.yaml").write_text(yaml.safe_dump(foreignmodel.SPEC.model_dump(mode="json")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def test_sites_of_a_model_with_its_spec(folder):

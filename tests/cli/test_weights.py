@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from grafting import cli
+from commandline import says
 from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.hosts import hosts
@@ -15,12 +14,6 @@ from grafting.weights.folder import load, save_delta, save_model
 from grafting.weights.portable import Base, plan_of
 
 PLAN = Plan(edits=(Replace(role="attention", blocks=[1], operator="hyena-x"),))
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def published(tmp_path):
 
 
 def test_convert(published, tmp_path):
-    said = call(
+    said = says(
         "convert", published, tmp_path / "out", "--num-heads", 2, "--num-classes", 10, "--base", "some/base",
         "--licence", "MIT",
     )  # fmt: skip
@@ -48,7 +41,7 @@ def test_convert(published, tmp_path):
 
 
 def test_convert_asks_for_what_it_cannot_know(published, tmp_path):
-    said = call("convert", published, tmp_path / "out", code=1)
+    said = says("convert", published, tmp_path / "out", code=1)
     assert said.startswith(f"Error: {published} cannot be converted: 2 faults")
     assert "give --num-heads" in said
     assert "give --num-classes" in said
@@ -56,11 +49,11 @@ def test_convert_asks_for_what_it_cannot_know(published, tmp_path):
 
 def test_convert_to_diffusers(tmp_path):
     save_model(tmp_path / "dit", hosts()["dit"].tiny(), Plan())
-    assert "diffusers folder" in call("convert", tmp_path / "dit", tmp_path / "out", "--to", "diffusers")
+    assert "diffusers folder" in says("convert", tmp_path / "dit", tmp_path / "out", "--to", "diffusers")
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["_class_name"] == "DiTTransformer2DModel"
     )
-    call("convert", tmp_path / "out", tmp_path / "back")
+    says("convert", tmp_path / "out", tmp_path / "back")
     assert torch.equal(
         load(tmp_path / "back").blocks[2].attn.qkv.weight,
         load(tmp_path / "dit").blocks[2].attn.qkv.weight,
@@ -72,8 +65,8 @@ def test_merge(tmp_path):
     model = load(tmp_path / "base")
     graft(model, PLAN)
     save_delta(tmp_path / "delta", model, PLAN, Base(id="elsewhere/base"), source=tmp_path / "base")
-    assert "no model in elsewhere/base" in call("merge", tmp_path / "delta", tmp_path / "whole", code=1)
-    assert "Model:" in call("merge", tmp_path / "delta", tmp_path / "whole", "--base", tmp_path / "base")
+    assert "no model in elsewhere/base" in says("merge", tmp_path / "delta", tmp_path / "whole", code=1)
+    assert "Model:" in says("merge", tmp_path / "delta", tmp_path / "whole", "--base", tmp_path / "base")
     whole = load(tmp_path / "whole")
     plan = plan_of(whole)
     assert plan == PLAN
@@ -91,9 +84,9 @@ def test_push(published, tmp_path, monkeypatch):
             calls.append((repo_id, folder_path))
 
     monkeypatch.setattr(hub, "HfApi", Stub)
-    call("convert", published, tmp_path / "run" / "model", "--num-heads", 2, "--num-classes", 10)
+    says("convert", published, tmp_path / "run" / "model", "--num-heads", 2, "--num-classes", 10)
     (tmp_path / "run" / "manifest.json").write_text('{"recipe": ""}')
-    assert "Uploaded: https://huggingface.co/me/mine" in call("push", tmp_path / "run", "me/mine")
+    assert "Uploaded: https://huggingface.co/me/mine" in says("push", tmp_path / "run", "me/mine")
     assert calls == [("me/mine", True), ("me/mine", str(tmp_path / "run" / "model"))]
-    call("push", tmp_path / "run", "me/mine", "--public")
+    says("push", tmp_path / "run", "me/mine", "--public")
     assert calls[2] == ("me/mine", False)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner
 
-from grafting import cli
+from commandline import call
 from grafting.data.bundled import bundled_subset
 from grafting.errors import CheckpointError, DataError, ProtocolError, RecipeError
 from grafting.evaluation import (
@@ -30,10 +29,11 @@ from grafting.evaluation import (
     ratio,
 )
 from grafting.machine.reading import NpzFile
-from grafting.metrics.adm import adm_inception_score, adm_precision_recall
+from grafting.metrics.adm import adm_precision_recall
 from grafting.metrics.features import ModuleNetwork, extract
 from grafting.metrics.frechet import FeatureStatistics, frechet_distance
 from grafting.metrics.inception import Inception
+from grafting.metrics.inception_score import adm_inception_score
 from grafting.runs.identity import row_fingerprint
 from grafting.runs.job import prepare
 from grafting.runs.recipe import Recipe
@@ -356,10 +356,6 @@ def test_as_many_images_as_the_protocol_says(network, npz):
 
 
 # the command line
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

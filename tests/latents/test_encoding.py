@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import imagefiles
 from closeness import assert_close
-from grafting.data import latentfolder
+from grafting.data import latentfolder, latents
 from grafting.data.latents import INDEX_NAME, LatentsConfig, read_index, read_item_names
 from grafting.data.sources import ImageStream, centre_crop, decode, image_folder
 from grafting.errors import DataError, FaultWarning, ResumeWarning, RunError
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_of_shards_and_writes(
     stream: ImageStream, vae: Autoencoder, tmp_path: Path, undisturbed, monkeypatch: pytest.MonkeyPatch
 ):
     """SIGKILL after 1 batch, in the second shard, and while the second shard's file is half-written."""
-    folder, save = tmp_path / "killed", latentfolder.save_file
+    folder, save = tmp_path / "killed", latents.save_file
 
     def die_after(num_steps: int) -> None:
         for count, _ in enumerate(encode(stream, vae, CONFIG, folder)):
@@ -146,7 +146,7 @@ def test_killed_in_the_middle_of_shards_and_writes(
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        latentfolder.save_file = half
+        latents.save_file = half
         run(stream, vae, folder)
 
     assert in_child(lambda: die_after(1)) == signal.SIGKILL

@@ -9,8 +9,9 @@ import scipy.linalg
 import torch
 from safetensors.torch import load_file
 
-from grafting.metrics.adm import adm_inception_score, adm_precision_recall
+from grafting.metrics.adm import adm_precision_recall
 from grafting.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from grafting.metrics.inception_score import adm_inception_score
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FEATURES = load_file(GOLDEN / "adm.safetensors")

@@ -8,7 +8,6 @@ from grafting.metrics.paired import (
     mean_estimate,
     paired_change,
     paired_difference,
-    paired_ratio,
     seeds_estimate,
     share_estimate,
 )
@@ -113,16 +112,7 @@ def test_what_is_common_cancels():
     found = paired_difference(common + 1, common)
     assert found.value == pytest.approx(1)
     assert found.error < 1e-12
-    assert paired_ratio(2.0, 1.0, 2 * common, common) == pytest.approx((2, 0, 2, 2), abs=1e-9)
     assert paired_change(3.0, 1.0, common, common) == (2, 0, 2, 2)
-
-
-def test_a_ratio_is_by_its_logarithm():
-    influence = torch.randn(100).double()
-    found = paired_ratio(0.3, 0.2, 0.3 * influence, 0 * influence)
-    assert found.value == pytest.approx(1.5)
-    assert found.error == pytest.approx(float(influence.std()) / 10)
-    assert found.low * found.high == pytest.approx(found.value**2)
 
 
 def test_seeds_have_students_interval():
@@ -134,5 +124,3 @@ def test_seeds_have_students_interval():
 def test_refusals():
     with pytest.raises(ValueError, match="at least 2 independent values; there are 1"):
         spread(torch.tensor([1.0, float("nan")]))
-    with pytest.raises(ValueError, match="found 0 and 1"):
-        paired_ratio(0.0, 1.0, torch.randn(3), torch.randn(3))

@@ -137,7 +137,7 @@ def write_run(folder: Path, *, name: str = "quickstart") -> Path:
         "data": {"name": "testbed-subset"},
         "distill": {"steps": 300},
         "finetune": {"steps": 900},
-        "sample": {"num_images": 2000},
+        "sample": {"num_images": 100},
         "evaluate": {},
         "seed": 0,
     }

@@ -2,14 +2,10 @@
 
 import ast
 import base64
-import csv
 import hashlib
-import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,6 +15,7 @@ from grafting import report
 from grafting.data.scenes import draw_scene
 from grafting.errors import FaultWarning, RunError
 from grafting.runs.record import write_report
+from report.pages import Page, page_of, tables_of
 from report.synthetic_run import (
     FIGURES,
     SITES,
@@ -31,48 +28,6 @@ from report.synthetic_run import (
     write_run,
     write_samples,
 )
-
-# elements without an end
-VOID = {"meta", "img", "link", "br"}
-
-
-class Page(HTMLParser):
-    """A page's text by section, and whether its elements are closed in order."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()} closes something else"
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.script = data
-        elif self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.words))
-
-    def attributes(self, tag: str, name: str) -> list[str]:
-        return [attributes.get(name) or "" for found, attributes in self.tags if found == tag]
-
-
-def page_of(folder: Path) -> Page:
-    page = Page(write_report(folder).read_text())
-    assert page.open == []
-    return page
 
 
 def rewrite_rows(folder: Path, **changes: dict) -> None:
@@ -128,17 +83,6 @@ def test_the_page_allows_its_own_script_alone(bare_run):
     assert policy.endswith(f"script-src 'sha256-{digest}'")
 
 
-def tables_of(page: Page) -> dict[str, list[list[str]]]:
-    """The tables that the page offers as CSV, by what they hold."""
-    prefix = "data:text/csv;charset=utf-8,"
-    links = [a for tag, a in page.tags if tag == "a"]
-    assert all(a["href"].startswith(prefix) for a in links)
-    return {
-        a["download"].rsplit("-", 1)[1]: list(csv.reader(io.StringIO(unquote(a["href"][len(prefix) :]))))
-        for a in links
-    }
-
-
 def test_every_table_is_offered_as_csv(bare_run):
     tables = tables_of(page_of(bare_run))
     assert list(tables) == ["figures.csv", "sites.csv", "protocol.csv", "stages.csv"]
@@ -182,6 +126,23 @@ def test_a_loss_of_one_part_is_drawn_once(bare_run):
     text = page_of(bare_run).text
     assert "Diffusion loss" not in text
     assert "Loss, the same as diffusion loss" in text
+
+
+def test_the_loss_is_drawn_by_noise_level(bare_run):
+    assert "Loss by noise level" not in page_of(bare_run).text  # a log of before has none
+    levels = {"loss_at_noise/80-100": 0.1, "loss_at_noise/0-20": 0.8}
+    steps = [
+        step | (levels if step["step"] % 2 else {"loss_at_noise/0-20": 0.4}) for step in finetune_steps()
+    ]
+    write_log(bare_run, "finetune", steps)
+    page = page_of(bare_run)
+    assert "Loss by noise level" in page.text
+    assert (
+        sum("of the way from clean to noise" in label for label in page.attributes("svg", "aria-label")) == 2
+    )
+    head, first, *_ = lines = tables_of(page)["levels.csv"]
+    assert head == ["step", "0\u201320\u00a0%", "80\u2013100\u00a0%"]
+    assert (first, len(lines)) == (["9", "0.622222", "0.1"], 101)
 
 
 def test_classes_have_names(run_folder):

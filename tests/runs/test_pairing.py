@@ -6,9 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from grafting import cli
+from commandline import call
 from grafting.errors import DataError, ProtocolError, RunError
 from grafting.evaluation import PerImage
 from grafting.evaluation.comparison import MeasuredRow, comparison
@@ -38,10 +37,6 @@ def ran(tmp_path_factory):
 
 def metrics(folder):
     return {row["name"]: row for row in json.loads((folder / "metrics.json").read_text())}
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def per_image(n=40, *, seed=0, shift=0.0):

@@ -8,10 +8,9 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import grafting
-from grafting.cli import app
+from commandline import one_line, says
 from grafting.data.latents import LatentsConfig
 from grafting.data.prompts import Prompts
 from grafting.runs.file import load_recipe
@@ -23,19 +22,13 @@ WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
 MADE = {"name": "teacher", "num_images": 12, "steps": 2, "batch_size": 5, "shape": [4, 8, 8]}
 
 
-def call(*args):
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return " ".join(result.output.split())
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A pipeline's folder, its prompts, and a recipe without data."""
     folder = tmp_path_factory.mktemp("taught")
     pixart().save_pretrained(folder / "pipe")
     (folder / "words.txt").write_text("\n".join(WORDS))
-    call(
+    says(
         "data",
         "prompts",
         folder / "prompts",
@@ -55,7 +48,7 @@ def begun(tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for name in ("run", "run2"):  # the second stays as it is
-        call("run", folder / "recipe.yaml", "--out", folder / name)
+        says("run", folder / "recipe.yaml", "--out", folder / name)
     return folder
 
 
@@ -74,12 +67,12 @@ def test_the_source_makes_the_data_and_the_rest_trains_on_them(begun):
 
 def test_latents_are_made_once_and_again_where_they_are_lost(begun):
     written = {path: path.stat().st_mtime_ns for path in (begun / "run/teach/latents").glob("*.safetensors")}
-    call("run", begun / "recipe.yaml", "--out", begun / "run")
+    says("run", begun / "recipe.yaml", "--out", begun / "run")
     assert {path: path.stat().st_mtime_ns for path in written} == written
     first = next(iter(written))
     content = first.read_bytes()
     first.unlink()
-    call("run", begun / "recipe.yaml", "--out", begun / "run", "--set", "finetune.steps=3")
+    says("run", begun / "recipe.yaml", "--out", begun / "run", "--set", "finetune.steps=3")
     assert first.read_bytes() == content
 
 
@@ -87,7 +80,7 @@ def test_a_recipe_without_data_makes_a_thousand(begun):
     recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
     del recipe["data"]
     (begun / "none.yaml").write_text(yaml.safe_dump(recipe))
-    told = json.loads(call("check", begun / "none.yaml", "--json"))
+    told = json.loads(one_line("check", begun / "none.yaml", "--json"))
     assert told["stages"]["teach"] == "1000 latents of the source, dpm-solver++ with 20 steps"
 
 
@@ -104,9 +97,9 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
     recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
     recipe["conditions"] = {"name": "words", "file": str(begun / "words.txt"), "shard_size": 2}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe))
-    assert "The recipe is valid." in call("check", tmp_path / "one.yaml")
+    assert "The recipe is valid." in one_line("check", tmp_path / "one.yaml")
     assert not (tmp_path / "run").exists()
-    call("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
+    says("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
     assert Prompts(tmp_path / "run/prompts").words(1) == WORDS[1]
     written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     assert written["conditions"] == {
@@ -134,7 +127,7 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
     same = [load_file(folder / "model/model.safetensors") for folder in (tmp_path / "run", begun / "run2")]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
-    call("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
+    says("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -142,9 +135,7 @@ def test_words_that_are_not_there_are_refused_before_any_work(begun, tmp_path):
     recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
     recipe["conditions"] = {"name": "words", "file": str(tmp_path / "none.txt")}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe))
-    result = CliRunner().invoke(app, ["run", str(tmp_path / "one.yaml"), "--out", str(tmp_path / "run")])
-    assert result.exit_code == 1
-    assert "none.txt" in result.output
+    assert "none.txt" in one_line("run", tmp_path / "one.yaml", "--out", tmp_path / "run", code=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -170,26 +161,21 @@ def test_prompts_of_another_model_are_refused_before_any_work(begun, tmp_path):
             "euler",
         ],
     ):
-        result = CliRunner().invoke(app, [str(word) for word in command])
-        told = " ".join(result.output.split())
-        assert result.exit_code == 1
-        assert "are of another model than SD3Transformer2DModel" in told
-        assert "it takes no encoder_attention_mask" in told
-        assert "it needs pooled_projections" in told
+        refused = one_line(*command, code=1)
+        assert "are of another model than SD3Transformer2DModel" in refused
+        assert "it takes no encoder_attention_mask" in refused
+        assert "it needs pooled_projections" in refused
     assert not (tmp_path / "made").exists()
 
 
 def test_a_shape_that_patches_do_not_divide_is_refused_before_any_work(begun):
-    result = CliRunner().invoke(app, ["check", str(begun / "recipe.yaml"), "--set", "data.shape=[4,7,8]"])
-    assert result.exit_code == 1
-    assert "pixart cuts images into patches of 2 x 2, which 7 x 8 are not a multiple of" in " ".join(
-        result.output.split()
-    )
+    refused = one_line("check", begun / "recipe.yaml", "--set", "data.shape=[4,7,8]", code=1)
+    assert "pixart cuts images into patches of 2 x 2, which 7 x 8 are not a multiple of" in refused
 
 
 def test_a_forecast_counts_what_the_source_makes(begun):
-    told = json.loads(call("run", begun / "recipe.yaml", "--dry-run", "--json"))
+    told = json.loads(one_line("run", begun / "recipe.yaml", "--dry-run", "--json"))
     assert [stage["name"] for stage in told["stages"]] == ["teach", "distill", "finetune"]
-    cost = json.loads(call("cost", begun / "recipe.yaml", "--json"))
+    cost = json.loads(one_line("cost", begun / "recipe.yaml", "--json"))
     assert told["stages"][0]["work"] == "12 latents, 2 passes each"
     assert told["stages"][0]["flops"] == 12 * 2 * cost["model"]["flops"]["before"]

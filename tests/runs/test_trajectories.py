@@ -4,9 +4,8 @@ import json
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from grafting.cli import app
+from commandline import one_line, says
 from grafting.errors import RecipeError
 from grafting.runs.file import load_recipe
 from grafting.runs.folder import read_log
@@ -20,12 +19,6 @@ from tinyrecipe import TINY
 DATA = {"name": "trajectories", "sampler": "ddim", "steps": 3}
 DISTILL = {"steps": 4, "batch_size": 4, "holdout": 4, "precision": "fp32"}
 FINETUNE = {"steps": 4, "batch_size": 4, "warmup_steps": 0, "precision": "fp32"}
-
-
-def call(*args, code=0):
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["dit", "text"])
 def test_a_recipe_runs_without_data_and_stores_none(kind, request, tmp_path):
-    call("run", request.getfixturevalue(kind), "--out", tmp_path / "run")
+    says("run", request.getfixturevalue(kind), "--out", tmp_path / "run")
     assert (tmp_path / "run/model/config.json").is_file()
     assert not (tmp_path / "run/teach").exists()
     stages = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
@@ -70,12 +63,12 @@ def test_a_recipe_runs_without_data_and_stores_none(kind, request, tmp_path):
 def test_a_loss_of_the_process_is_refused_in_the_file(dit):
     with pytest.raises(RecipeError, match=r"finetune: states along trajectories have no clean image"):
         load_recipe(dit, changes={"finetune.objective": "process"})
-    told = call("check", dit, "--set", "data.sampler=euler", code=1)
+    told = one_line("check", dit, "--set", "data.sampler=euler", code=1)
     assert "sampler euler does not run predicted noise" in told
 
 
 def test_a_check_says_what_is_walked(dit):
-    told = json.loads(call("check", dit, "--json"))["stages"]
+    told = json.loads(one_line("check", dit, "--json"))["stages"]
     assert "teach" not in told
     states = "4 steps of 4 states along the source's trajectories, ddim with 3 steps"
     assert told["distill"] == f"{states}; 4 held out"

@@ -333,7 +333,7 @@ def test_killed_while_shards_are_removed(tmp_path, model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(drawing_module.shutil, "rmtree", ends)
+        patched.setattr(shutil, "rmtree", ends)
         drawing.write(tmp_path / "s.npz")
     again = new(tmp_path, model)
     assert again.matches(tmp_path / "s.npz")
@@ -362,9 +362,7 @@ def test_a_process_that_has_ended_is_not_waited_for_for_ever(tmp_path, model, mo
 
 
 def test_a_full_disk_is_seen_before_any_work(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(
-        drawing_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=10**9)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=10**9))
     predict, calls = counted()
     with pytest.raises(RunError, match=r"21 images of \[1, 16, 16\] need 1.08e-05 GB.*1e-05 GB are free"):
         draw(new(tmp_path, model, predict=predict), model)

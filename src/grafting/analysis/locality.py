@@ -170,9 +170,8 @@ def noised_locality(
         for numbers in torch.arange(samples).split(batch_size):
             x, asked = data.batch(order[numbers % len(order)])
             noise = sample_noise(seed, numbers.tolist(), tuple(x.shape[1:]))
-            t = denoiser.process.steps_at(
-                (2 * numbers + 1).double() / (2 * samples)
-            )  # the middles of equal parts
+            # at the middles of equal parts
+            t = denoiser.process.steps_at((2 * numbers + 1).double() / (2 * samples))
             x, noise, t = (a.to(device) for a in (x, noise, t))
             denoiser(model, denoiser.process.add_noise(x, noise, t), t, asked)
     return result()

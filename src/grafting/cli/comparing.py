@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RunError
-from ..words import FIGURES, Figure, headline, is_number
+from ..words import FIGURES, Figure, headline, is_number, verdict
 from ._shared import Json, out, print_json
 from .display import plain_table, say
 
@@ -23,9 +23,14 @@ Rows = Annotated[
     ),
 ]
 
+Page = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Write the comparison as a page with images (.html)."),
+]
+
 
 @app.command()
-def compare(rows: Rows, as_json: Json = False) -> None:
+def compare(rows: Rows, page: Page = None, as_json: Json = False) -> None:
     """Say whether models differ, by images of the same seeds.
 
     Shows differences with intervals; of more than two models, each is compared with the first. Figures of two rows may differ by less than their own intervals and still be told apart, because image i of both was
@@ -33,13 +38,18 @@ def compare(rows: Rows, as_json: Json = False) -> None:
 
     [dim]$ grafting compare runs/a runs/b
     $ grafting compare runs/a:finetuned runs/a:distilled
-    $ grafting compare runs/a runs/b runs/c[/]
+    $ grafting compare runs/a runs/b runs/c --out comparison.html[/]
     """
     from ..runs.pairing import paired, read_row, seen_in_images
+    from ..runs.record import write_comparison
 
     if len(rows) < 2:
         raise RunError(f"compare needs two rows or more, RUN or RUN:ROW; found {len(rows)}")
-    first, *others = (read_row(*_parse_row(text)) for text in rows)
+    found_rows = [read_row(*_parse_row(text)) for text in rows]
+    if page is not None:
+        say(out, f"Comparison: {write_comparison(page, found_rows)}")
+        return
+    first, *others = found_rows
     if len(others) > 1:
         _show_all(first, [(other, paired(other, first)) for other in others], as_json=as_json)
         return
@@ -79,7 +89,7 @@ def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *,
     for row, found in others:
         if reason := found.get("reason"):
             say(out, f"{row.measured.name} is not compared image by image: {reason}")
-        elif said := _verdict(found, [row.measured.figures, first.measured.figures], row.measured.name):
+        elif said := _verdict(row, first, found):
             say(out, said)
 
 
@@ -89,6 +99,8 @@ def _parse_row(text: str) -> tuple[Path, str | None]:
 
 
 def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
+    from ..runs.pairing import seen_in_words
+
     rows = [a.measured.figures, b.measured.figures]
     figures = [f for f in FIGURES.values() if f.of == "images" and _is_of_both(f, rows)]
     lines = [
@@ -96,20 +108,15 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
         for figure in figures
     ]
     out.print(plain_table(["figure", a.measured.name, b.measured.name, "first against second"], lines))
-    if said := _verdict(found, rows):
+    if said := _verdict(a, b, found):
         say(out, said)
     if difference := (found.get("frechet") or {}).get("difference"):
         value, low, high = (FIGURES["frechet"].write(difference[end]) for end in ("value", "low", "high"))
         say(
             out, f"Without the bias of finitely many images the distances differ by {value} ({low} to {high})"
         )
-    for key, what in (
-        ("image_distance", "of the range of pixels apart"),
-        ("feature_distance", "apart in features"),
-    ):
-        if part := found.get(key):
-            value, low, high = (FIGURES[key].write(part[end]) for end in ("value", "low", "high"))
-            say(out, f"Images of the same seed lie {value} ({low} to {high}) {what}, root mean square")
+    for sentence in seen_in_words(found):
+        say(out, sentence)
     if reason := found.get("reason"):
         say(out, f"Not compared image by image: {reason}")
         say(out, "The intervals above are of each row alone: where they overlap, the rows may still differ")
@@ -117,19 +124,9 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
         say(out, f"Note: {note}")
 
 
-def _verdict(found: dict[str, Any], rows: list[Any], name: str | None = None) -> str | None:
-    """Whether the two can be told apart by the figure that they are compared by first; None if it was not compared."""
-    figure = headline(rows)
-    part = found.get(figure.key)
-    if not part:
-        return None
-    none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
-    by = f"By {figure.name(rows)} of {rows[0]['num_images']} images"
-    if estimate["low"] <= none <= estimate["high"]:
-        return f"{by} {f'{name} and the first' if name else 'the two'} cannot be told apart"
-    is_better = (estimate["value"] < none) == (figure.better == "low")
-    better = "better" if is_better else "worse"
-    return f"{by} {name} is {better} than the first" if name else f"{by} the first is {better}"
+def _verdict(row: "RunRow", base: "RunRow", found: dict[str, Any]) -> str:
+    named = ({**each.measured.figures, "name": each.measured.name} for each in (row, base))
+    return verdict(next(named) | {"paired": found}, next(named))
 
 
 def _is_of_both(figure: Figure, rows: list[Any]) -> bool:

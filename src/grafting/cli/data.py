@@ -98,18 +98,18 @@ def prompts(
         source=f"{prompts.name}, {pipeline}",
         call=dict(map(parse_setting, call or [])),
     )
-    found = work.forecast()
+    needed, free = work.target.check()
     if is_main():
         null = "a null" if work.target.nulls else "no null"
         columns = ", ".join(
             f"{name}{list(tensor.shape)}" for name, tensor in work.capture.row(words[0]).tensors.items()
         )
-        say(out, f"{found.num_prompts:,} prompts and {null}, each {columns}")
-        seconds = datetime.timedelta(seconds=round(found.seconds_a_prompt * found.num_prompts / world_size()))
+        say(out, f"{len(words):,} prompts and {null}, each {columns}")
+        seconds = datetime.timedelta(seconds=round(work.seconds_a_prompt * len(words) / world_size()))
         say(
             out,
-            f"{found.bytes_left / 1e9:.3g} GB in {found.num_shards:,} shards, {found.bytes_free / 1e9:.3g} GB are free; "
-            f"a prompt took {found.seconds_a_prompt:.3g} s on {place}: about {seconds}",
+            f"{needed / 1e9:.3g} GB in {work.target.num_shards:,} shards, {free / 1e9:.3g} GB are free; "
+            f"a prompt took {work.seconds_a_prompt:.3g} s on {place}: about {seconds}",
         )
     if dry_run:
         return
@@ -354,8 +354,7 @@ def _import(
     found = open_published(source)
     if is_main():
         target = import_target(found, folder, config)
-        target.check()
-        needed, free = target.check_space()
+        needed, free = target.check()
         _say_amount(
             f"{len(found):,} published latents, of {found.name}",
             items=len(found),

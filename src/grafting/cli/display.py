@@ -23,7 +23,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..words import ABSENT, FIGURES, ROW_TITLES, amount, duration, headline, name_of, number, shown_in
+from ..words import (
+    ABSENT,
+    FIGURES,
+    ROW_TITLES,
+    amount,
+    duration,
+    headline,
+    name_of,
+    number,
+    shown_in,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from ..contract import Step
@@ -142,7 +153,7 @@ class _RateColumn(ProgressColumn):
 
 
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Build a table of a run's metrics.json that fits 80 columns."""
+    """Build a table of a run's metrics.json that fits 80 columns, under the verdict on its last row."""
     figure = headline(rows)
     protocol = rows[0].get("protocol")
     columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
@@ -153,18 +164,29 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             caption += "\n\u00d7: to the pretrained model, by images of the same seeds"
     else:
         caption += ", not evaluated: name a suite with `evaluate`"
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    titled = [{**row, "name": ROW_TITLES.get(row["name"], row["name"])} for row in rows]
+    said = verdict(titled[-1], titled[0])
+    table = Table(
+        title=f"{said[:1].upper()}{said[1:]}" or None,
+        title_style="bold",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=caption,
+    )
     table.add_column("model", no_wrap=True)
     if protocol:
         table.add_column(figure.name(rows), justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.inline, justify="right")
-    for row in rows:
+    for row in titled:
         interval = figure.interval(row)
         value = f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else "")
         value += f"\n{paired}" if (paired := figure.paired(row)) else ""
         table.add_row(
-            ROW_TITLES.get(row["name"], row["name"]),
+            row["name"],
             *([value] if protocol else []),
             *(column.write(row.get(column.key)) for column in columns),
         )

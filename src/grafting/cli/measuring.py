@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ._shared import Json, err, out, parse_setting, print_json
 from .display import follow, say, show_evaluation
 
@@ -190,7 +190,7 @@ def _suite(name: str, settings: list[str] | None, **options: Path | int | None) 
 
     if name not in SUITES:
         lines = [f"{known}: {(suite.__doc__ or '').splitlines()[0]}" for known, suite in SUITES.items()]
-        raise DataError("\n  ".join([f"no suite {name!r}; there are", *lines]))
+        raise DataError(listed(f"no suite {name!r}; there are", lines))
     written = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     written |= with_paths(dict(map(parse_setting, settings or ())))
     _check_options(name, written)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from ..errors import DataError
+from ..errors import DataError, listed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -79,9 +79,7 @@ class Options:
         try:
             return self.config.model_validate(values)
         except ValidationError as error:
-            raise DataError(
-                "\n  ".join(["these options cannot be used:", *self._faults(error, given)])
-            ) from error
+            raise DataError(listed("these options cannot be used:", self._faults(error, given))) from error
 
     def _faults(self, error: "ValidationError", given: Mapping[str, Any]) -> list[str]:
         """One line per option; a list has many faults, whose places do not help."""

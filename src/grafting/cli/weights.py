@@ -1,17 +1,31 @@
 """Commands for weights: convert published weights, merge a delta, upload a model."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ._shared import open_model, out
 from .display import plain_table, say
+from .options import Options, command
+
+if TYPE_CHECKING:
+    from ..weights.published import PublishedFacts
 
 app = typer.Typer()
 
 
-@app.command()
+def _facts() -> Options:
+    from ..weights.published import PublishedFacts
+
+    return Options(
+        config=PublishedFacts,
+        title="Facts that the tensors do not show",
+        without=frozenset({"geometry", "base"}),
+    )
+
+
+@command(app, facts=_facts)
 def convert(
     source: Annotated[
         str,
@@ -21,21 +35,7 @@ def convert(
         ),
     ],
     folder: Annotated[Path, typer.Argument(help="Output model folder.")],
-    num_heads: Annotated[
-        int | None,
-        typer.Option(help="Number of attention heads. [dim]Default: inferred for published widths.[/]"),
-    ] = None,
-    num_classes: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of classes, excluding the null label. [dim]Default: inferred for ImageNet.[/]"
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Window attention: tokens on each side. [dim]Default: 4, as published.[/]"),
-    ] = None,
-    mlp_ratio: Annotated[float, typer.Option(help="Ratio of hidden width to width in the base's MLP.")] = 4.0,
+    facts: "PublishedFacts",
     base: Annotated[str | None, typer.Option(help="Base model, stored as provenance.")] = None,
     licence: Annotated[
         str | None, typer.Option(help="Licence of the base's weights, stored as provenance.")
@@ -51,12 +51,10 @@ def convert(
     from ..weights.diffusers import export_diffusers
     from ..weights.locate import CONFIG_NAME
     from ..weights.portable import Base
-    from ..weights.published import PublishedFacts, convert_weights, read_published
+    from ..weights.published import convert_weights, read_published
 
-    made_from = None if base is None else Base(id=base, licence=licence)
-    facts = PublishedFacts(
-        num_heads=num_heads, num_classes=num_classes, window=window, mlp_ratio=mlp_ratio, base=made_from
-    )
+    if base is not None:
+        facts = facts.model_copy(update={"base": Base(id=base, licence=licence)})
     if to == "diffusers":
         with new_folder(folder, last=CONFIG_NAME) as made:
             is_file = Path(source).is_file()

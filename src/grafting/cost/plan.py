@@ -86,7 +86,7 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
     kept = [site for site in sites if site.block not in dropped]
 
     def inputs() -> Kwargs:
-        return _example(model, grid)
+        return example_of(model, grid)
 
     with leaving_no_hook(model):
         with next(model.parameters()).device:
@@ -107,7 +107,7 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
         model: with weights, on the device to measure; their values do not matter.
     """
     host, (sites, _) = host_of(model), _sites(model, plan, grid)
-    device, example = next(model.parameters()).device, _example(model, grid or host.sites(model)[0].grid)
+    device, example = next(model.parameters()).device, example_of(model, grid or host.sites(model)[0].grid)
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), example)
     with leaving_no_hook(model):
         operators = build_operators(model, plan)
@@ -130,12 +130,13 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
     )
 
 
-def _example(model: nn.Module, grid: Grid) -> Kwargs:
-    """Arguments of a forward pass of one image of this grid, with as much text as sites declare, in the model's dtype."""
+def example_of(model: nn.Module, grid: Grid, *, batch_size: int = 1) -> Kwargs:
+    """Arguments of a forward pass of images of this grid, with as much text as sites declare, in the model's dtype."""
     host, dtype = host_of(model), next(model.parameters()).dtype
     num_text = host.sites(model)[0].num_text
     text = {"num_text": num_text} if num_text else {}
-    example = host.example(model, rows=grid.rows, cols=grid.cols, frames=grid.frames, batch_size=1, **text)
+    size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames, **text}
+    example = host.example(model, batch_size=batch_size, **size)
     return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, example)
 
 

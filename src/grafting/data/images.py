@@ -189,7 +189,7 @@ def list_image_folder(folder: Path) -> Listing:
     found = class_images(folder)
     counts = torch.tensor([len(names) for names in found.values()])
     return Listing(
-        source="/".join(folder.resolve().parts[-2:]),
+        source=short_name(folder),
         num_classes=len(found),
         ids=[f"{class_name}/{name}" for class_name, names in found.items() for name in names],
         read_labels=lambda: torch.arange(len(found)).repeat_interleave(counts),
@@ -212,15 +212,13 @@ def class_images(folder: Path) -> dict[str, list[str]]:
     return {name: _images_in(folder / name) for name in classes}
 
 
-def is_image(name: str) -> bool:
-    """By the name's end; hidden files, such as macOS leaves beside each file, are none."""
-    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not os.path.basename(name).startswith(
-        "."
-    )
+def short_name(path: Path) -> str:
+    """The last two parts of a path: `imagenet/train`."""
+    return "/".join(part for part in path.resolve().parts[-2:] if part != os.sep)
 
 
 def _images_in(folder: Path) -> list[str]:
-    found = _visible(folder, lambda entry: is_image(entry.name))
+    found = _visible(folder, lambda entry: os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES)
     if not found:
         endings = ", ".join(sorted(PICTURE_SUFFIXES))
         raise DataError(f"{folder} has no image; files that end in {endings} are read")

@@ -5,8 +5,8 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +14,11 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, listed
-from ..machine.files import (
-    atomic_path,
-    sha256_of,
-    write_bytes,
-    write_json,
-)
-from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype
-from .shards import facts_of
+from ..machine.files import sha256_of, write_bytes, write_json
+from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype, write_shard
 from .workfolder import WORK_NAME as WORK_NAME
 from .workfolder import ShardRecord, WorkFolder
 
@@ -72,16 +65,13 @@ class LatentFolder:
     def _work(self) -> WorkFolder[Record]:
         return WorkFolder(self.folder, self.facts, Record, what="latents")
 
-    def check(self) -> None:
-        """Raises a RunError if the folder holds anything else than a part of this work, and says what differs."""
-        self._work.check()
-
-    def check_space(self) -> tuple[int, int]:
+    def check(self) -> tuple[int, int]:
         """Bytes that the shards still to be written take, and bytes that are free.
 
         Raises:
-            RunError: they do not fit.
+            RunError: they do not fit, or the folder holds anything else than a part of this work; says what differs.
         """
+        self._work.check()
         left = [number for number in range(self.num_shards) if not self._work.path(number).is_file()]
         needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
         return needed, self._work.check_space(needed, remedy="a smaller dtype")
@@ -92,8 +82,7 @@ class LatentFolder:
         values = torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
         return self.items_per_image * (values + _LABEL_BYTES)
 
-    @contextmanager
-    def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
+    def working(self, *, rank: int, world_size: int) -> AbstractContextManager[list[int]]:
         """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
 
         A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
@@ -101,8 +90,7 @@ class LatentFolder:
         Raises:
             RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
         """
-        with self._work.working(range(self.num_shards), rank=rank, world_size=world_size) as missing:
-            yield missing
+        return self._work.working(range(self.num_shards), rank=rank, world_size=world_size)
 
     def write(
         self,
@@ -119,21 +107,12 @@ class LatentFolder:
             DataError: latents that are not finite in this dtype, or a label that is no class. RunError: a full disk.
         """
         assert len(latents) == len(labels) == len(names)
-        stored = latents.to(DTYPES[self.dtype]).contiguous()
+        stored = latents.to(DTYPES[self.dtype])
         _check_finite(stored, names, dtype=self.dtype)
         _check_labels(labels, names, num_classes=self.num_classes)
         (self.folder / INDEX_NAME).unlink(missing_ok=True)  # it may name what this shard was
-        path = self.folder / f"latents-{number:05}.safetensors"
-        shard = None
-        if len(labels):
-            with atomic_path(path) as temporary:
-                save_file(
-                    {"latents": stored, "labels": torch.tensor(labels, dtype=torch.int32)},
-                    temporary,
-                )
-            shard = Shard(**facts_of(path), count=len(labels))
         record = Record(
-            shard=shard,
+            shard=write_shard(self.folder, number, stored, torch.tensor(labels)) if len(labels) else None,
             names=tuple(names),
             unreadable=dict(unreadable),
             owner=self._work.owner(number),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,11 +28,11 @@ from pydantic import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError, listed
+from ..errors import DataError
 from ..machine.files import atomic_path, hash_json, sha256_of, write_json
 from ..machine.randomness import item_noise
 from ..machine.reading import Inside, JsonObject, read_json, read_text, shown
-from .shards import ShardFile, StoredFile, by_shard, facts_of
+from .shards import ShardFile, StoredFile, by_shard, check_files, facts_of
 from .subset import Listing, PartialData, subset_sha256
 
 INDEX_NAME = "latents.json"
@@ -162,6 +162,28 @@ class LatentsConfig(PartialData):
         }
 
 
+class LatentShard(ShardFile):
+    """A shard's `latents` [count, *shape] and int32 `labels` [count]."""
+
+    def __init__(self, path: Path, *, num_classes: int, **facts: Any):
+        super().__init__(path, **facts)
+        self._num_classes = num_classes
+
+    @cached_property
+    def labels(self) -> Int32[np.ndarray, " n"]:
+        """The class of every row.
+
+        Raises:
+            DataError: the shard is missing or damaged, or a label is no class.
+        """
+        labels = self.integers("labels")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self._num_classes:
+            raise DataError(
+                f"the shard {self.path} has labels {labels.min()}..{labels.max()}; classes are 0..{self._num_classes - 1}"
+            )
+        return labels
+
+
 class LatentSet:
     """Latents by index, as a diffusion model takes them: scaled, float32.
 
@@ -174,11 +196,10 @@ class LatentSet:
         self.folder, self.index, self.items, self.seed = folder, index, items, seed
         self._ends = torch.tensor([shard.count for shard in index.shards]).cumsum(0)
         self._shards = [
-            ShardFile(
+            LatentShard(
                 folder / shard.file,
                 count=shard.count,
-                dtype=index.dtype,
-                shape=index.shape,
+                columns={"latents": (index.dtype, index.shape), "labels": ("int32", ())},
                 num_classes=index.num_classes,
             )
             for shard in index.shards
@@ -217,13 +238,13 @@ class LatentSet:
         stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
         content, labels = stored.flatten(1).view(torch.uint8).numpy(), np.empty(len(numbers), np.int64)
         for shard, rows, places in self._by_shard(numbers):
-            shard.read_rows(rows, content, places)
+            shard.read_rows("latents", rows, content, places)
             _check_finite(stored[places], rows, shard.path)
             labels[places] = shard.labels[rows]
         latents = self._samples(stored.float(), numbers)
         return latents.sub_(self.index.shift).mul_(self.index.scale), torch.from_numpy(labels)
 
-    def _by_shard(self, numbers: Tensor) -> Iterator[tuple[ShardFile, list[int], list[int]]]:
+    def _by_shard(self, numbers: Tensor) -> Iterator[tuple[LatentShard, list[int], list[int]]]:
         """Each shard that holds some of these items, their rows in it, and their places among `numbers`."""
         for number, rows, places in by_shard(self._ends, numbers):
             yield self._shards[number], rows, places
@@ -235,10 +256,9 @@ class LatentSet:
     def check(self, *, hashes: bool) -> None:
         """Raises a DataError that names every shard of this set's items that is missing or not what the index says."""
         used = torch.searchsorted(self._ends, self.items, right=True).unique().tolist()
-        found = (self.index.shards[number].fault(self.folder, hashes=hashes) for number in used)
-        faults = [fault for fault in found if fault]
-        if faults:
-            raise DataError(listed(f"the latents in {self.folder} are incomplete or damaged:", faults))
+        check_files(
+            self.folder, (self.index.shards[number] for number in used), what="latents", hashes=hashes
+        )
 
     def _samples(self, stored: Tensor, numbers: Tensor) -> Tensor:
         """The latents of what is stored, which is overwritten.
@@ -323,11 +343,7 @@ def write_latents(
                 f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
             )
         shape = tuple(latents.shape[1:])
-        path = folder / f"latents-{number:05}.safetensors"
-        tensors = {"latents": latents.to(dtype).contiguous(), "labels": labels.to(torch.int32).contiguous()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-        shards.append(Shard(**facts_of(path), count=len(labels)))
+        shards.append(write_shard(folder, number, latents.to(dtype), labels))
     if shape is None:
         raise DataError(f"no latents to write to {folder}")
     index = LatentIndex(
@@ -344,6 +360,16 @@ def write_latents(
     )
     write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
     return index
+
+
+def write_shard(
+    folder: Path, number: int, latents: Float[Tensor, "n c *fhw"], labels: Int[Tensor, " n"]
+) -> Shard:
+    """Writes a folder's shard of that number, in the dtype that its latents have; gives its entry of the index."""
+    path = folder / f"latents-{number:05}.safetensors"
+    with atomic_path(path) as temporary:
+        save_file({"latents": latents.contiguous(), "labels": labels.to(torch.int32).contiguous()}, temporary)
+    return Shard(**facts_of(path), count=len(labels))
 
 
 def _regrouped(

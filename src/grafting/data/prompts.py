@@ -29,13 +29,13 @@ from pydantic import (
 from torch import Tensor
 
 from ..contract import Kwargs, TrainingData
-from ..errors import DataError, listed
+from ..errors import DataError
 from ..machine.files import hash_json
 from ..machine.reading import parse_json, read_bytes, read_json, read_safetensors
 from ..machine.settings import Settings
 from .latents import LatentSet, Shard
 from .scenes import Captions, Scenes
-from .shards import DTYPES, RaggedFile, StoredFile, by_shard
+from .shards import DTYPES, ShardFile, StoredFile, by_shard, check_files
 
 INDEX_NAME = "prompts.json"
 
@@ -162,7 +162,7 @@ class Prompts:
         self.check(hashes=False)
         self._ends = torch.tensor([shard.count for shard in self.index.shards]).cumsum(0)
         self._shards = [
-            RaggedFile(
+            ShardFile(
                 folder / shard.file,
                 count=shard.count,
                 columns={name: (column.dtype, column.shape) for name, column in self.index.columns.items()},
@@ -231,9 +231,7 @@ class Prompts:
 
     def check(self, *, hashes: bool = True) -> None:
         """Raises a DataError that names every file that is missing or not what the index says."""
-        found = (file.fault(self.folder, hashes=hashes) for file in self.index.files)
-        if faults := [fault for fault in found if fault]:
-            raise DataError(listed(f"the prompts in {self.folder} are incomplete or damaged:", faults))
+        check_files(self.folder, self.index.files, what="prompts", hashes=hashes)
 
     def _read(
         self, name: str, groups: list[tuple[int, list[int], list[int]]], *, count: int

@@ -22,6 +22,7 @@ from ..contract import Step
 from ..errors import DataError
 from ..machine.reading import read_torch
 from ..machine.settings import Settings
+from .images import short_name
 from .latentfolder import FORMAT, Dtype, LatentFolder
 from .tars import Member, members, tar_files
 
@@ -112,7 +113,6 @@ def import_published(
     """
     target = import_target(published, folder, config)
     target.check()
-    target.check_space()
 
     def steps() -> Iterator[Step]:
         with target.working(rank=rank, world_size=world_size) as shards:
@@ -197,7 +197,7 @@ def _in_tars(tars: list[Path]) -> Published:
         return _contents(member, f"{keys[number]}.{part}")
 
     return Published(
-        name=_name_of(tars[0].parent), keys=keys, read=read, sha256=_hash(keys, table[:, 2::2].tolist())
+        name=short_name(tars[0].parent), keys=keys, read=read, sha256=_hash(keys, table[:, 2::2].tolist())
     )
 
 
@@ -221,7 +221,7 @@ def _in_folder(folder: Path) -> Published:
         return b"" if member is None else _contents(member, f"{keys[number]}.{part}")
 
     sizes = [[row[part].size if part in row else 0 for part in _PARTS] for row in (rows[k] for k in keys)]
-    return Published(name=_name_of(folder), keys=keys, read=read, sha256=_hash(keys, sizes))
+    return Published(name=short_name(folder), keys=keys, read=read, sha256=_hash(keys, sizes))
 
 
 def _split(path: str) -> tuple[str, str | None]:
@@ -269,7 +269,3 @@ def _hash(keys: list[str], sizes: list[list[int]]) -> str:
 
 def _said(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _name_of(path: Path) -> str:
-    return "/".join(part for part in path.resolve().parts[-2:] if part != os.sep)

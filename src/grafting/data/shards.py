@@ -18,17 +18,15 @@ from jaxtyping import Int, Int32, UInt8
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, listed
 from ..machine.files import sha256_of
+from ..machine.reading import DTYPES as SAFETENSORS_DTYPES
 from ..machine.reading import Inside, read_header, read_stretches
 
 # before a column's name: the lengths of its rows
 LENGTHS = "lengths:"
 # torch's names of dtypes, and safetensors'
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class FileFacts(TypedDict):
@@ -60,6 +58,13 @@ class StoredFile(BaseModel):
         return None
 
 
+def check_files(folder: Path, files: Iterable[StoredFile], *, what: str, hashes: bool) -> None:
+    """Raises a DataError that names every file that is missing or not what the folder's index says."""
+    found = (file.fault(folder, hashes=hashes) for file in files)
+    if faults := [fault for fault in found if fault]:
+        raise DataError(listed(f"the {what} in {folder} are incomplete or damaged:", faults))
+
+
 def facts_of(path: Path) -> FileFacts:
     """Entry of a folder's index for one of its files."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -81,84 +86,13 @@ def by_shard(
         yield number, [rows[place] for place in places], places
 
 
-class TensorFile:
-    """A safetensors file of known tensors, read in pieces.
-
-    Args:
-        tensors: dtype and shape of each, as the index says them.
-        sha256: of the file, compared when it is first read; left out, the file is not hashed.
-    """
-
-    def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, sha256: str | None = None
-    ):
-        self.path, self.tensors, self.sha256 = path, tensors, sha256
-
-    def read(self, name: str, pieces: Iterable[tuple[UInt8[np.ndarray, " n"], int]]) -> None:
-        """Fills arrays of bytes from offsets in a tensor's bytes; the file is opened for it: it may be gone by now.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
-        start = self._starts[name]
-        read_stretches(self.path, ((target, start + offset) for target, offset in pieces))
-
-    def integers(self, name: str) -> Int32[np.ndarray, " n"]:
-        """A tensor [n] of int32, whole."""
-        numbers = np.empty(self.tensors[name][1], "<i4")
-        self.read(name, [(numbers.view(np.uint8), 0)])
-        return numbers
-
-    @cached_property
-    def _starts(self) -> dict[str, int]:
-        """Offset of each tensor's bytes in the file, after checking its header against the index."""
-        places = read_header(self.path)
-        found = {name: (place.dtype, place.shape) for name, place in places.items() if name in self.tensors}
-        expected = {name: (DTYPES.get(dtype, dtype), shape) for name, (dtype, shape) in self.tensors.items()}
-        if found != expected:
-            raise DataError(f"the shard {self.path} holds {_said(found)}; its index says {_said(expected)}")
-        if self.sha256 is not None and sha256_of(self.path) != self.sha256:
-            raise DataError(f"the shard {self.path} is damaged: its sha256 is not {self.sha256[:12]}")
-        return {name: places[name].start for name in found}
-
-
-class ShardFile(TensorFile):
-    """A safetensors file of `latents` [count, *shape] and int32 `labels` [count]."""
-
-    def __init__(self, path: Path, *, count: int, dtype: str, shape: tuple[int, ...], num_classes: int):
-        super().__init__(path, {"latents": (dtype, (count, *shape)), "labels": ("int32", (count,))})
-        self._num_classes = num_classes
-
-    @cached_property
-    def labels(self) -> Int32[np.ndarray, " n"]:
-        """The class of every row.
-
-        Raises:
-            DataError: the shard is missing or damaged, or a label is no class.
-        """
-        labels = self.integers("labels")
-        if len(labels) and not 0 <= labels.min() <= labels.max() < self._num_classes:
-            raise DataError(
-                f"the shard {self.path} has labels {labels.min()}..{labels.max()}; classes are 0..{self._num_classes - 1}"
-            )
-        return labels
-
-    def read_rows(self, rows: list[int], into: UInt8[np.ndarray, "b n"], places: list[int]) -> None:
-        """Copies the bytes of latents `rows` to `places` of `into`.
-
-        Raises:
-            DataError: the shard is missing or damaged.
-        """
-        length = into.shape[1]
-        self.read("latents", ((into[place], row * length) for place, row in zip(places, rows, strict=True)))
-
-
-class RaggedFile(TensorFile):
+class ShardFile:
     """A safetensors file of columns: `count` rows each, or, where rows have their own lengths, the rows end to end.
 
     Args:
         columns: dtype and shape of a row of each; of a ragged one, less the first axis.
         lengths: of all rows of each ragged column together; `lengths:NAME` [count] in the file has them one by one.
+        sha256: of the file, compared when it is first read; left out, the file is not hashed.
     """
 
     def __init__(
@@ -167,16 +101,13 @@ class RaggedFile(TensorFile):
         *,
         count: int,
         columns: Mapping[str, tuple[str, tuple[int, ...]]],
-        lengths: Mapping[str, int],
-        sha256: str | None,
+        lengths: Mapping[str, int] = {},
+        sha256: str | None = None,
     ):
-        tensors = {
+        self.path, self.count, self.sha256 = path, count, sha256
+        self.tensors = {
             name: (dtype, (lengths.get(name, count), *shape)) for name, (dtype, shape) in columns.items()
-        }
-        super().__init__(
-            path, tensors | {LENGTHS + name: ("int32", (count,)) for name in lengths}, sha256=sha256
-        )
-        self.count = count
+        } | {LENGTHS + name: ("int32", (count,)) for name in lengths}
         self._spans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def spans(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +137,34 @@ class RaggedFile(TensorFile):
         dtype, (_, *shape) = self.tensors[name]
         size = getattr(torch, dtype).itemsize * math.prod(shape)
         targets = (into[place, : lengths[row] * size] for place, row in zip(places, rows, strict=True))
-        self.read(name, zip(targets, (int(starts[row]) * size for row in rows), strict=True))
+        self._read(name, zip(targets, (int(starts[row]) * size for row in rows), strict=True))
+
+    def integers(self, name: str) -> Int32[np.ndarray, " n"]:
+        """A tensor [n] of int32, whole.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        numbers = np.empty(self.tensors[name][1], "<i4")
+        self._read(name, [(numbers.view(np.uint8), 0)])
+        return numbers
+
+    def _read(self, name: str, pieces: Iterable[tuple[UInt8[np.ndarray, " n"], int]]) -> None:
+        """Fills arrays of bytes from offsets in a tensor's bytes; the file is opened for it: it may be gone by now."""
+        start = self._starts[name]
+        read_stretches(self.path, ((target, start + offset) for target, offset in pieces))
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        """Offset of each tensor's bytes in the file, after checking its header against the index."""
+        places = read_header(self.path)
+        found = {name: (place.dtype, place.shape) for name, place in places.items() if name in self.tensors}
+        expected = {name: (DTYPES.get(dtype, dtype), shape) for name, (dtype, shape) in self.tensors.items()}
+        if found != expected:
+            raise DataError(f"the shard {self.path} holds {_said(found)}; its index says {_said(expected)}")
+        if self.sha256 is not None and sha256_of(self.path) != self.sha256:
+            raise DataError(f"the shard {self.path} is damaged: its sha256 is not {self.sha256[:12]}")
+        return {name: places[name].start for name in found}
 
 
 def _said(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:

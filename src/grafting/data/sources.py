@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import DataError, MissingBackend
 from ..machine.huberrors import HUB_ERRORS, said
 from ..machine.reading import PICTURE_SUFFIXES, JsonObject, damage, parse_json, read_bytes, read_picture
-from .images import class_images
+from .images import list_image_folder, short_name
 from .tars import Member, members, tar_files
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -99,17 +99,13 @@ def image_folder(folder: Path, *, name: str | None = None) -> ImageStream:
     Raises:
         DataError: no folder, no class subfolder, or a class without images.
     """
-    classes = class_images(folder)
-    ids: list[str] = []
-    labels: list[int] = []
-    for label, (class_name, files) in enumerate(classes.items()):
-        ids += [f"{class_name}/{file}" for file in files]
-        labels += [label] * len(files)
+    listing = list_image_folder(folder)
+    ids = list(map(str, listing.ids))
     return ImageStream(
-        name=name or _name_of(folder),
+        name=name or listing.source,
         ids=ids,
-        labels=labels,
-        num_classes=len(classes),
+        labels=listing.labels.tolist(),
+        num_classes=listing.num_classes,
         read=lambda number: read_bytes(folder / ids[number]),
     )
 
@@ -139,7 +135,7 @@ def image_tars(source: Path, *, num_classes: int | None = None, name: str | None
             f"no image in the tars of {source}: members that end in {_listed(PICTURE_SUFFIXES)} are read"
         )
     return ImageStream(
-        name=name or _name_of(source),
+        name=name or short_name(source.resolve().with_suffix("") if source.suffix == ".tar" else source),
         ids=ids,
         labels=labels,
         num_classes=_count_classes(labels, num_classes, source),
@@ -181,7 +177,7 @@ def image_dataset(
         return cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
 
     return ImageStream(
-        name=name or f"{source if on_hub else _name_of(Path(source))} {split}",
+        name=name or f"{source if on_hub else short_name(Path(source))} {split}",
         ids=[f"{split}/{number}" for number in range(len(labels))],
         labels=labels,
         num_classes=_count_classes(labels, num_classes or named, source),
@@ -289,12 +285,6 @@ def _count_classes(labels: Sequence[int], num_classes: int | None, source: str |
         allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
         raise DataError(f"labels of {source} are {lowest}..{highest}, allowed are {allowed}")
     return num_classes or highest + 1
-
-
-def _name_of(path: Path) -> str:
-    """The last two parts of a path, without a tar's ending: `imagenet/train`."""
-    parts = path.resolve().with_suffix("").parts if path.suffix == ".tar" else path.resolve().parts
-    return "/".join(part for part in parts[-2:] if part != os.sep)
 
 
 def _listed(suffixes: frozenset[str]) -> str:

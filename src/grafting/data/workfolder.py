@@ -4,7 +4,6 @@ A shard's bytes depend on the work's facts and its number alone. It is done when
 process that is killed loses the shard it was at, and whoever resumes finds the rest.
 """
 
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,16 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import DataError, FaultWarning, ResumeWarning, RunError, listed
-from ..machine.files import clear_abandoned, disk_errors, flatten, hash_json, is_empty, sha256_of, write_json
+from ..machine.files import (
+    clear_abandoned,
+    disk_errors,
+    disk_of,
+    flatten,
+    hash_json,
+    is_empty,
+    sha256_of,
+    write_json,
+)
 from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, read_json, shown
 from .shards import StoredFile
@@ -54,11 +62,11 @@ class WorkFolder(Generic[R]):
         path = self.folder / WORK_NAME
         # looked at first: whoever makes the folder now says what it is before anything else
         empty = is_empty(self.folder)
-        if not path.is_file() and not empty:
-            raise RunError(
-                f"{self.folder} exists and is not a folder of {self.what} that was begun: name another, or empty it"
-            )
         if not path.is_file():
+            if not empty:
+                raise RunError(
+                    f"{self.folder} exists and is not a folder of {self.what} that was begun: name another, or empty it"
+                )
             return
         found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
         asked = flatten(self.facts)
@@ -76,7 +84,7 @@ class WorkFolder(Generic[R]):
         Raises:
             RunError: fewer than `needed`.
         """
-        free = shutil.disk_usage(_existing(self.folder)).free
+        free: int = disk_of(self.folder)[1].free
         if needed > free:
             raise RunError(
                 f"{self.folder}: {needed / 1e9:.1f} GB remain to be written and {free / 1e9:.1f} GB are free; "
@@ -144,8 +152,3 @@ class WorkFolder(Generic[R]):
             ) from None
         with lock:  # where there are no locks, two at the same shards write the same bytes
             yield
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())

@@ -8,9 +8,10 @@ from torch import Tensor
 from ..errors import ProtocolError, listed
 from ..machine.devices import default_device
 from ..machine.settings import Settings
-from ..metrics.adm import adm_inception_score, adm_precision_recall
+from ..metrics.adm import adm_precision_recall
 from ..metrics.features import FeatureNetwork
 from ..metrics.frechet import FeatureStatistics, FrechetInfluences, frechet_distance
+from ..metrics.inception_score import adm_inception_score
 from ..metrics.manifold import neighbourhoods
 from ..words import INCEPTION_NAME
 from ._gathered import Gathered, check_width, spatial_features
@@ -97,7 +98,6 @@ class AdmEvaluator(PairedEvaluator[AdmEvaluation]):
 
     @property
     def num_images(self) -> int:
-        """Images seen so far."""
         return self._gathered.count
 
     def update(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -118,51 +118,45 @@ class AdmEvaluator(PairedEvaluator[AdmEvaluation]):
         self._gathered.add(features, labels)
 
     def state(self) -> dict[str, Tensor]:
-        """State needed to resume from here, as tensors."""
         if not self._gathered.count:
             raise ProtocolError("no image has been evaluated: sample at least one batch first")
         return self._gathered.state()
 
     def measure(self) -> tuple[AdmEvaluation, PerImage]:
-        return _measure(self.state(), self._reference, self._protocol, self._config)
-
-
-def _measure(
-    rows: dict[str, Tensor], reference: AdmReference, protocol: Protocol, config: AdmConfig
-) -> tuple[AdmEvaluation, PerImage]:
-    features, labels = rows["features"], rows.get("labels")
-    strata = dealt_in_turn(protocol.sampling, labels)
-    frechet = FrechetInfluences.of(features, reference.pooled, strata=strata)
-    spatial = FeatureStatistics.from_tensors(
-        {name: rows[f"spatial.{name}"] for name in ("count", "mean", "scatter")}
-    )
-    fidelity = None
-    if reference.features is not None:
-        real, generated = (rows.to(default_device()) for rows in (reference.features, features))
-        fidelity = adm_precision_recall(real, generated, k=config.neighbours, distances=config.distances)
-    interval = frechet.estimate()
-    evaluation = AdmEvaluation(
-        frechet=interval.value,
-        frechet_low=interval.low,
-        frechet_high=interval.high,
-        frechet_bias=frechet.bias,
-        spatial_frechet=frechet_distance(spatial, reference.spatial),
-        inception_score=adm_inception_score(rows["logits"], split_size=config.score_split_size),
-        precision=fidelity and fidelity.precision,
-        recall=fidelity and fidelity.recall,
-        num_images=len(features),
-        notes=tuple(_notes(features, frechet.bias, config, reference)),
-        protocol=protocol,
-    )
-    per_image = PerImage(
-        labels=labels,
-        scores={} if fidelity is None else {"precision": fidelity.precise.double()},
-        frechet=frechet,
-        points={} if fidelity is None else {"recall": fidelity.recalled.double()},
-        point_groups=None if reference.features is None else neighbourhoods(reference.features),
-        features=features,
-    )
-    return evaluation, per_image
+        rows, config, reference = self.state(), self._config, self._reference
+        features, labels = rows["features"], rows.get("labels")
+        strata = dealt_in_turn(self._protocol.sampling, labels)
+        frechet = FrechetInfluences.of(features, reference.pooled, strata=strata)
+        spatial = FeatureStatistics.from_tensors(
+            {name: rows[f"spatial.{name}"] for name in ("count", "mean", "scatter")}
+        )
+        fidelity = None
+        if reference.features is not None:
+            real, generated = (rows.to(default_device()) for rows in (reference.features, features))
+            fidelity = adm_precision_recall(real, generated, k=config.neighbours, distances=config.distances)
+        interval = frechet.estimate()
+        evaluation = AdmEvaluation(
+            frechet=interval.value,
+            frechet_low=interval.low,
+            frechet_high=interval.high,
+            frechet_bias=frechet.bias,
+            spatial_frechet=frechet_distance(spatial, reference.spatial),
+            inception_score=adm_inception_score(rows["logits"], split_size=config.score_split_size),
+            precision=fidelity and fidelity.precision,
+            recall=fidelity and fidelity.recall,
+            num_images=len(features),
+            notes=tuple(_notes(features, frechet.bias, config, reference)),
+            protocol=self._protocol,
+        )
+        per_image = PerImage(
+            labels=labels,
+            scores={} if fidelity is None else {"precision": fidelity.precise.double()},
+            frechet=frechet,
+            points={} if fidelity is None else {"recall": fidelity.recalled.double()},
+            point_groups=None if reference.features is None else neighbourhoods(reference.features),
+            features=features,
+        )
+        return evaluation, per_image
 
 
 def _check_protocol(network: FeatureNetwork, reference: AdmReference, protocol: Protocol) -> AdmConfig:

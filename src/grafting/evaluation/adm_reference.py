@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from ..contract import Step
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, listed
 from ..machine.files import sha256_of, write_bytes
 from ..machine.reading import NpzFile, damage
 from ..metrics.features import FeatureNetwork, tensors_sha256
@@ -244,4 +244,4 @@ def check_adm_reference(path: Path) -> None:
     elif _IMAGES in file.names and (shape := file.header(_IMAGES)[0])[:1] < (2,):
         faults.append(f"{_IMAGES} is {list(shape)}; statistics need at least 2 images")
     if faults:
-        raise DataError(f"{path} cannot be a reference:" + "".join(f"\n  {fault}" for fault in faults))
+        raise DataError(listed(f"{path} cannot be a reference:", faults))

@@ -44,16 +44,10 @@ class Evaluator(PairedEvaluator[Evaluation]):
         *,
         state: dict[str, Tensor] | None = None,
     ):
-        super().__init__(protocol)
+        super().__init__(protocol, state)
         reference.check_network(network)
         self._config = _check_protocol(network, reference, protocol)
         self._network, self._reference = network, reference
-        self._batches: list[dict[str, Tensor]] = [] if state is None else [state]
-
-    @property
-    def num_images(self) -> int:
-        """Images seen so far."""
-        return sum(len(batch["labels"]) for batch in self._batches)
 
     def update(self, images: Tensor, labels: Tensor | None) -> None:
         """Add images [B, C, H, W] of 8 bits with the labels [B] they were sampled with.
@@ -79,14 +73,49 @@ class Evaluator(PairedEvaluator[Evaluation]):
             batch["logits"] = logits
         self._batches.append(batch)
 
-    def state(self) -> dict[str, Tensor]:
-        """State needed to resume from here, as tensors."""
-        if not self._batches:
-            raise ProtocolError("no image has been evaluated: sample at least one batch first")
-        return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
-
     def measure(self) -> tuple[Evaluation, PerImage]:
-        return _measure(self.state(), self._reference, self._protocol, self._config)
+        rows, config, reference = self.state(), self._config, self._reference
+        features, labels, logits = rows["features"], rows["labels"], rows.get("logits")
+        strata = even_strata(dealt_in_turn(self._protocol.sampling, labels))
+        frechet = FrechetInfluences.of(features, reference.statistics, strata=strata)
+        drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
+        some, real = features[drawn], reference.features.float()
+        kid = kernel_distance(real, some, strata=None if strata is None else strata[drawn])
+        few, more = config.precision_neighbours, config.density_neighbours
+        fidelity = precision_recall(real, some, k=few, radii=reference.radii(few))
+        spread = density_coverage(real, some, k=more, radii=reference.radii(more))
+        scores = {"precision": fidelity.precise, "density": spread.dense}
+        scores = {key: spread_out(values, drawn, len(features)) for key, values in scores.items()}
+        if logits is not None:
+            scores["agreement"] = (logits.argmax(1) == labels).double()
+        interval = frechet.estimate()
+        evaluation = Evaluation(
+            frechet=interval.value,
+            frechet_low=interval.low,
+            frechet_high=interval.high,
+            frechet_bias=frechet.bias,
+            kid=kid.value,
+            kid_error=kid.standard_error,
+            precision=fidelity.precision,
+            recall=fidelity.recall,
+            density=spread.density,
+            coverage=spread.coverage,
+            inception_score=None if logits is None else inception_score(logits, splits=config.score_splits),
+            agreement=None if logits is None else float(scores["agreement"].mean()),
+            num_images=len(features),
+            notes=tuple(_notes(features, frechet.bias, config)),
+            protocol=self._protocol,
+        )
+        per_image = PerImage(
+            labels=labels,
+            scores=scores,
+            influences={"kid": spread_out(kid.influence, drawn, len(features))},
+            frechet=frechet,
+            points={"recall": fidelity.recalled.double(), "coverage": spread.covered.double()},
+            point_groups=neighbourhoods(real),
+            features=features,
+        )
+        return evaluation, per_image
 
 
 def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEvaluator) -> Iterator[Step]:
@@ -102,52 +131,6 @@ def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], evaluator: SuiteEv
         yield Step(done=evaluator.num_images, total=evaluator.protocol.num_images, state=evaluator.state)
     if not evaluator.num_images:
         raise ProtocolError("no images to evaluate: sampling returned none")
-
-
-def _measure(
-    rows: dict[str, Tensor], reference: Reference, protocol: Protocol, config: MetricsConfig
-) -> tuple[Evaluation, PerImage]:
-    features, labels, logits = rows["features"], rows["labels"], rows.get("logits")
-    strata = even_strata(dealt_in_turn(protocol.sampling, labels))
-    frechet = FrechetInfluences.of(features, reference.statistics, strata=strata)
-    drawn = torch.randperm(len(features), generator=generator(0))[: config.pairwise_images]
-    some, real = features[drawn], reference.features.float()
-    kid = kernel_distance(real, some, strata=None if strata is None else strata[drawn])
-    few, more = config.precision_neighbours, config.density_neighbours
-    fidelity = precision_recall(real, some, k=few, radii=reference.radii(few))
-    spread = density_coverage(real, some, k=more, radii=reference.radii(more))
-    scores = {"precision": fidelity.precise, "density": spread.dense}
-    scores = {key: spread_out(values, drawn, len(features)) for key, values in scores.items()}
-    if logits is not None:
-        scores["agreement"] = (logits.argmax(1) == labels).double()
-    interval = frechet.estimate()
-    evaluation = Evaluation(
-        frechet=interval.value,
-        frechet_low=interval.low,
-        frechet_high=interval.high,
-        frechet_bias=frechet.bias,
-        kid=kid.value,
-        kid_error=kid.standard_error,
-        precision=fidelity.precision,
-        recall=fidelity.recall,
-        density=spread.density,
-        coverage=spread.coverage,
-        inception_score=None if logits is None else inception_score(logits, splits=config.score_splits).value,
-        agreement=None if logits is None else float(scores["agreement"].mean()),
-        num_images=len(features),
-        notes=tuple(_notes(features, frechet.bias, config)),
-        protocol=protocol,
-    )
-    per_image = PerImage(
-        labels=labels,
-        scores=scores,
-        influences={"kid": spread_out(kid.influence, drawn, len(features))},
-        frechet=frechet,
-        points={"recall": fidelity.recalled.double(), "coverage": spread.covered.double()},
-        point_groups=neighbourhoods(real),
-        features=features,
-    )
-    return evaluation, per_image
 
 
 def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[str]:

@@ -1,6 +1,6 @@
 """The figures that an `Evaluator` makes, with the protocol under which they hold, and their ratio under one protocol."""
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, listed
 from ..machine.settings import Settings
 from .protocol import Protocol
 from .suite import Result
@@ -43,8 +43,7 @@ def ratio(a: Result, b: Result, metric: str = "frechet") -> float:
     differences = a.protocol.differences(b.protocol)
     if differences:
         raise ProtocolError(
-            "these figures were measured differently and cannot be compared:"
-            + "".join(f"\n  {difference}" for difference in differences)
+            listed("these figures were measured differently and cannot be compared:", differences)
         )
     over, under = (evaluation.model_dump().get(metric) for evaluation in (a, b))
     if not (isinstance(over, float) and isinstance(under, float)):

@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, PositiveInt
 from torch import Tensor
 
 from ..contract import Conditions
-from ..errors import DataError, ProtocolError
+from ..errors import DataError
 from ..machine.settings import Settings
 from ..metrics._interval import spread
 from .geneval_rules import Detection, Prompt, PromptFile, Tag, Verdict, judge
@@ -77,12 +77,7 @@ class GenevalEvaluator(PairedEvaluator[GenevalEvaluation]):
     ):
         super().__init__(protocol)
         self._detect, self._read_colours, self._prompts = detect, read_colours, prompts
-        self._labels: list[int] = []
         self.verdicts: list[Verdict] = []
-
-    @property
-    def num_images(self) -> int:
-        return len(self.verdicts)
 
     def update(self, images: Tensor, labels: Tensor | None) -> None:
         if labels is None or labels.shape != images.shape[:1]:
@@ -94,9 +89,13 @@ class GenevalEvaluator(PairedEvaluator[GenevalEvaluation]):
         self._protocol.check_room(self.num_images + len(images))
         asked = [self._prompt(number) for number in labels.tolist()]
         images = images.cpu()
-        for image, prompt, found in zip(images, asked, self._detect(images), strict=True):
-            self.verdicts.append(judge(found, prompt, partial(self._read_colours, image)))
-        self._labels += labels.tolist()
+        verdicts = [
+            judge(found, prompt, partial(self._read_colours, image))
+            for image, prompt, found in zip(images, asked, self._detect(images), strict=True)
+        ]
+        self.verdicts += verdicts
+        correct = torch.tensor([verdict.correct for verdict in verdicts])
+        self._batches.append({"labels": labels.cpu(), "correct": correct})
 
     def _prompt(self, number: int) -> Prompt:
         if not 0 <= number < len(self._prompts.prompts):
@@ -105,23 +104,17 @@ class GenevalEvaluator(PairedEvaluator[GenevalEvaluation]):
             )
         return self._prompts.prompts[number]
 
-    def state(self) -> dict[str, Tensor]:
-        if not self.verdicts:
-            raise ProtocolError("no image has been judged: sample at least one batch first")
-        correct = torch.tensor([verdict.correct for verdict in self.verdicts])
-        return {"labels": torch.tensor(self._labels), "correct": correct}
-
     def details(self) -> list[dict[str, JsonValue]]:
         """A line for each image as in GenEval's `results.jsonl`, without the name of its file."""
         return [
             _line(verdict, self._prompts.prompts[number])
-            for verdict, number in zip(self.verdicts, self._labels, strict=True)
+            for verdict, number in zip(self.verdicts, self.state()["labels"].tolist(), strict=True)
         ]
 
     def measure(self) -> tuple[GenevalEvaluation, PerImage]:
         rows = self.state()
         labels, scores = rows["labels"], rows["correct"].double()
-        tags = torch.tensor([TAGS.index(self._prompt(number).tag) for number in self._labels])
+        tags = torch.tensor([TAGS.index(self._prompt(number).tag) for number in labels.tolist()])
         asked = tags.unique()
         shares = {TAGS[tag]: float(scores[tags == tag].mean()) for tag in asked.tolist()}
         figures: dict[str, float | None] = {f"geneval_{tag}": shares.get(tag) for tag in TAGS}
@@ -130,7 +123,7 @@ class GenevalEvaluator(PairedEvaluator[GenevalEvaluation]):
         if len(asked) == len(TAGS):
             score = sum(shares.values()) / len(TAGS)
             influences["geneval"] = _influences(scores, tags, torch.ones_like(tags, dtype=torch.bool))
-            found = spread(influences["geneval"], strata=tags, clusters=labels).of_share(score, 0.95)
+            found = spread(influences["geneval"], strata=tags, clusters=labels).of_share(score)
             figures |= {"geneval": score, "geneval_low": found.low, "geneval_high": found.high}
         evaluation = GenevalEvaluation.model_validate(
             figures

@@ -17,6 +17,7 @@ from pydantic import (
 
 from ..errors import ProtocolError
 from ..functional.pixels import UINT8_RULE
+from ..machine.files import flatten
 from ..machine.settings import Settings
 
 # settings of sampling that say where and how fast it ran, not what came out
@@ -159,18 +160,7 @@ class Protocol(Settings):
         if num_images != self.num_images:
             raise ProtocolError(f"the protocol says {self.num_images} images; got only {num_images}")
 
-    def _compared(self) -> dict[str, JsonValue]:
+    def _compared(self) -> dict[str, object]:
         fields = self.model_dump(mode="json", exclude={"recorded"})
         fields["sampling"] = {k: v for k, v in fields["sampling"].items() if k not in _CIRCUMSTANCES}
-        return _flatten(fields)
-
-
-def _flatten(value: dict[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:
-    """Nested mappings as one, with dotted names."""
-    flat: dict[str, JsonValue] = {}
-    for name, item in value.items():
-        if isinstance(item, dict) and item:
-            flat |= _flatten(item, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = item
-    return flat
+        return flatten(fields)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import scenes
 from ..data.scenes import CELL, CELLS, SIDE, TASKS, Caption, caption_of
-from ..errors import DataError, ProtocolError
+from ..errors import DataError
 from ..machine.files import hash_json
 from ..machine.settings import Settings
 from ..metrics.paired import mean_estimate, share_estimate
@@ -219,14 +219,6 @@ _DISTANCES: dict[str, frozenset[tuple[int, int]]] = {
 class ScenesEvaluator(PairedEvaluator[ScenesEvaluation]):
     """Judges images as they come; keeps what it read in each."""
 
-    def __init__(self, protocol: Protocol):
-        super().__init__(protocol)
-        self._batches: list[dict[str, Tensor]] = []
-
-    @property
-    def num_images(self) -> int:
-        return sum(len(batch["labels"]) for batch in self._batches)
-
     def update(self, images: Tensor, labels: Tensor | None) -> None:
         if labels is None or labels.shape != images.shape[:1]:
             raise DataError(f"{len(images)} images came without the number of a caption each")
@@ -244,11 +236,6 @@ class ScenesEvaluator(PairedEvaluator[ScenesEvaluation]):
             "stray": torch.from_numpy(seen.stray),
             "background": torch.from_numpy(seen.background),
         })  # fmt: skip
-
-    def state(self) -> dict[str, Tensor]:
-        if not self._batches:
-            raise ProtocolError("no image has been judged: sample at least one batch first")
-        return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
 
     def measure(self) -> tuple[ScenesEvaluation, PerImage]:
         rows = self.state()

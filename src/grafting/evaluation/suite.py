@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, runtime_checkable
 from typing import Protocol as Interface
 
+import torch
 from pydantic import JsonValue, PositiveInt
 from torch import Tensor
 
 from ..contract import Conditions, Step
-from ..errors import DataError
+from ..errors import DataError, ProtocolError
 from ..machine.settings import Settings
 from .per_image import PerImage
 from .protocol import Protocol
@@ -89,26 +90,37 @@ class SuiteEvaluator(ABC):
 
 
 class PairedEvaluator(SuiteEvaluator, Generic[R]):
-    """An evaluator of a protocol that makes figures and what each image adds to them in one go, and once."""
+    """An evaluator of a protocol that makes figures and what each image adds to them in one go, and once.
 
-    def __init__(self, protocol: Protocol):
+    It keeps what `update` puts into `_batches` of each batch: rows by name, `labels` among them.
+
+    Args:
+        state: what an earlier evaluator's `state()` returned, to resume from there.
+    """
+
+    def __init__(self, protocol: Protocol, state: dict[str, Tensor] | None = None):
         self._protocol = protocol
+        self._batches: list[dict[str, Tensor]] = [] if state is None else [state]
         self._measured: tuple[R, PerImage] | None = None
 
     @property
     def protocol(self) -> Protocol:
         return self._protocol
 
+    @property
+    def num_images(self) -> int:
+        return sum(len(batch["labels"]) for batch in self._batches)
+
+    def state(self) -> dict[str, Tensor]:
+        if not self._batches:
+            raise ProtocolError("no image has been evaluated: sample at least one batch first")
+        return {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
+
     @abstractmethod
     def measure(self) -> tuple[R, PerImage]:
         """Figures of all images given, and what each image adds to them."""
 
     def result(self) -> R:
-        """The figures of all images given.
-
-        Raises:
-            ProtocolError: no image came, or fewer than the protocol says.
-        """
         return self._once()[0]
 
     def per_image(self) -> PerImage:

@@ -71,6 +71,8 @@ def first_step(pipeline: Any, **call: Any) -> list[Kwargs]:
 @contextmanager
 def _stood_in(model: nn.Module, calls: list[Kwargs]) -> Iterator[None]:
     """Inside, the model notes what it is called with, and returns zeros."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
     forward, before = model.forward, vars(model).get("forward")
 
     @functools.wraps(forward)
@@ -78,7 +80,7 @@ def _stood_in(model: nn.Module, calls: list[Kwargs]) -> Iterator[None]:
         arguments = dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
         calls.append(dict(_leaves(arguments)))
         zeros = _zeros_like(next(iter(arguments.values())))
-        return (zeros,) if arguments.get("return_dict") is False else _Output(zeros)
+        return (zeros,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=zeros)
 
     model.forward = noting
     try:
@@ -87,17 +89,6 @@ def _stood_in(model: nn.Module, calls: list[Kwargs]) -> Iterator[None]:
         del model.forward
         if before is not None:
             model.forward = before
-
-
-class _Output(tuple):
-    """What a model returns, by place and as `sample`."""
-
-    def __new__(cls, sample: Any) -> "_Output":
-        return super().__new__(cls, (sample,))
-
-    @property
-    def sample(self) -> Any:
-        return self[0]
 
 
 def _zeros_like(x: Any) -> Any:

@@ -18,15 +18,15 @@ from typing import Annotated
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from pydantic import BaseModel, Field, JsonValue, PositiveInt
+from pydantic import Field, JsonValue, PositiveInt
 from torch import Tensor
 
 from ..contract import Step
 from ..data.latentfolder import FORMAT, WORK_NAME, Dtype, LatentFolder
 from ..data.sources import ImageStream
 from ..errors import DataError
-from ..machine.precision import Precision, settled_as_begun
-from ..machine.reading import read_json
+from ..machine.precision import Precision, recorded_precision, settled_as_begun
+from ..machine.reading import JsonObject, read_json
 from ..machine.settings import Settings
 from .autoencoder import Autoencoder
 
@@ -99,7 +99,6 @@ def encode(
     config = _settled(config, vae, folder)
     target = _target(stream, vae, config, folder)
     target.check()
-    target.check_space()
     allowed = int(config.max_unreadable * len(stream))
 
     def steps() -> Iterator[Step]:
@@ -139,8 +138,7 @@ def forecast(
     """Estimate the work of `encode` by timing a first batch; writes nothing. Raises as `encode`."""
     config = _settled(config, vae, folder)
     target = _target(stream, vae, config, folder)
-    target.check()
-    bytes_left, bytes_free = target.check_space()
+    bytes_left, bytes_free = target.check()
     started = time.monotonic()
     batch = next(_decoded(stream, [range(min(config.batch_size, len(stream)))], config, workers))
     decoded = time.monotonic()
@@ -167,18 +165,8 @@ def _settled(config: EncodingConfig, vae: Autoencoder, folder: Path) -> Encoding
     """With the precision that the folder's latents were begun in; `LatentFolder.check` says what is wrong with its record."""
     begun = None
     with suppress(DataError):
-        begun = read_json(folder / WORK_NAME, _Work, error=DataError).encoding.precision
+        begun = recorded_precision(read_json(folder / WORK_NAME, JsonObject, error=DataError), "encoding")
     return settled_as_begun(config, vae.device, begun=begun, where=folder)
-
-
-class _Encoded(BaseModel):
-    precision: JsonValue = None
-
-
-class _Work(BaseModel):
-    """The part of a folder's record that says in which precision it was begun."""
-
-    encoding: _Encoded
 
 
 def _target(stream: ImageStream, vae: Autoencoder, config: EncodingConfig, folder: Path) -> LatentFolder:

@@ -4,7 +4,6 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,17 +231,6 @@ def _stand_in(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype)
     return model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """Amount of work, from the prompts that were tried; times are for this process alone."""
-
-    num_prompts: int
-    num_shards: int
-    bytes_left: int
-    bytes_free: int
-    seconds_a_prompt: float
-
-
 class Prompting:
     """Prompts of a pipeline on their way to a folder.
 
@@ -302,17 +290,6 @@ class Prompting:
             # weights, versions and settings that are told apart by nothing else
             "encoded_sha256": tensors_sha256(tensors),
         }
-
-    def forecast(self) -> Forecast:
-        """The work that is left. Raises a RunError if the folder holds something else, or the disk has not the space."""
-        needed, free = self.target.check()
-        return Forecast(
-            num_prompts=len(self.words),
-            num_shards=self.target.num_shards,
-            bytes_left=needed,
-            bytes_free=free,
-            seconds_a_prompt=self.seconds_a_prompt,
-        )
 
     def steps(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
         """Fill the folder with this process's shards, number % world_size == rank; a step is a prompt.

@@ -38,7 +38,7 @@ def compiled(
     before = {path: vars(module).get("forward") for path, module in regions.items()}
     for path, module in regions.items():
         forward = torch.compile(module.forward, dynamic=dynamic, backend=backend)
-        module.forward = _Region(path, forward, listening)
+        module.forward = _saying_so(path, forward, listening)
     logger.addHandler(listening)
     try:
         with config.patch(recompile_limit=limit):
@@ -51,15 +51,14 @@ def compiled(
                 module.forward = own
 
 
-class _Region:
+def _saying_so(path: str, forward: Callable[..., Any], listening: "_Listening") -> Callable[..., Any]:
     """A compiled forward pass that says when it runs."""
 
-    def __init__(self, path: str, forward: Callable[..., Any], listening: "_Listening"):
-        self.path, self.forward, self.listening = path, forward, listening
+    def run(*args: Any, **kwargs: Any) -> Any:
+        listening.running = path
+        return forward(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.listening.running = self.path
-        return self.forward(*args, **kwargs)
+    return run
 
 
 class _Listening(logging.Handler):

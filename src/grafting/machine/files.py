@@ -230,6 +230,12 @@ def _is_open(path: Path, descriptor: int) -> bool:
     return False
 
 
+def disk_of(path: Path) -> tuple[Path, Any]:
+    """The nearest folder at or above a path that exists, and `total` and `free` bytes of its disk."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    return there, shutil.disk_usage(there)
+
+
 def names_in(folder: Path) -> set[str]:
     """The names of what is in a folder; none where it is not there."""
     with suppress(FileNotFoundError, NotADirectoryError):

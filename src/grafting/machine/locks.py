@@ -11,7 +11,6 @@ import platform
 import stat
 import weakref
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import RunError
 
@@ -46,9 +45,7 @@ class Lock:
     def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

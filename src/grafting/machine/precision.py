@@ -52,6 +52,13 @@ class Computing(Protocol):
 C = TypeVar("C", bound=Computing)
 
 
+def recorded_precision(record: Any, *keys: str) -> Any:
+    """What a record of work that was begun says under `precision`, below these keys; None if it does not."""
+    for key in (*keys, "precision"):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     """fp32 or bf16: what is asked for, and where that is `auto`, what the device is faster in.
 
@@ -151,19 +158,14 @@ def settled_sections(settings: S, choose: Callable[[str], Precision]) -> S:
 
     Of a list of sections, each has the list's name and its number: `finetune.0`.
     """
-    undecided = _undecided(settings)
 
     def chosen(name: str, section: Any) -> Any:
         if isinstance(section, tuple):
             return tuple(chosen(f"{name}.{number}", part) for number, part in enumerate(section))
-        return section.model_copy(update={"precision": choose(name)}) if name in undecided else section
+        return section.model_copy(update={"precision": choose(name)}) if _is_undecided(section) else section
 
-    changed = {name: chosen(name, section) for name, section in settings if _is_named(name, undecided)}
+    changed = {name: new for name, section in settings if (new := chosen(name, section)) != section}
     return settings.model_copy(update=changed) if changed else settings
-
-
-def _is_named(name: str, sections: Mapping[str, Any]) -> bool:
-    return any(section.partition(".")[0] == name for section in sections)
 
 
 def settled_run(recipe: S, device: torch.device, *, folder: Path | None = None) -> tuple[S, str]:
@@ -172,7 +174,7 @@ def settled_run(recipe: S, device: torch.device, *, folder: Path | None = None) 
     What the run in `folder` began in holds, section by section; a section that it had not goes by the others where they agree,
     and by the device where there is nothing to go by.
     """
-    names = list(_undecided(recipe))
+    names = [name for name, section in _each(recipe) if _is_undecided(section)]
     if not names:
         return recipe, ""
     choices, told = broadcast(_choices(names, device, folder) if is_main() else ({}, ""))
@@ -214,12 +216,8 @@ def _begun(written: Path) -> dict[str, Precision]:
     return begun
 
 
-def _undecided(settings: BaseModel) -> dict[str, BaseModel]:
-    return {
-        name: section
-        for name, section in _each(settings)
-        if isinstance(section, BaseModel) and getattr(section, "precision", None) == "auto"
-    }
+def _is_undecided(section: Any) -> bool:
+    return isinstance(section, BaseModel) and getattr(section, "precision", None) == "auto"
 
 
 def _each(sections: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

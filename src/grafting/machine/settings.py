@@ -1,6 +1,7 @@
 """What all settings of recipes have in common: they are frozen, know their keys, and take no number that is none."""
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import EllipsisType
@@ -21,11 +22,11 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_booleans(cls, values: Any) -> Any:
-        fields = cls.model_fields
+        fields: Mapping[str, Any] = cls.model_fields
         wrong = [
             f"{name} is {str(value).lower() if isinstance(value, bool) else 'a list with a boolean'}"
             for name, value in (values.items() if isinstance(values, dict) else ())
-            if name in fields and _holds_boolean(value) and not _may_hold(fields[name])
+            if name in fields and _holds_boolean(value) and not _may_hold_booleans(fields[name].annotation)
         ]
         if wrong:
             said = "true and false, in YAML also yes, no, on and off, are no numbers and no names"
@@ -48,10 +49,6 @@ class Settings(BaseModel):
 def is_no_name(text: str) -> bool:
     """True of what no file could be called."""
     return "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/"))
-
-
-def _may_hold(field: Any) -> bool:
-    return _may_hold_booleans(field.annotation)
 
 
 def _holds_boolean(value: object) -> bool:

@@ -19,6 +19,10 @@ class Estimate(NamedTuple):
     high: float
 
 
+USUAL = 0.95
+"""Confidence of an interval, where none is asked for."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """The standard error of a mean, and the degrees of freedom that it was estimated with."""
@@ -26,7 +30,7 @@ class Spread:
     error: float
     degrees: int
 
-    def reach(self, confidence: float) -> float:
+    def reach(self, confidence: float = USUAL) -> float:
         """Half the width of the interval by Student's t."""
         return student_quantile((1 + confidence) / 2, self.degrees) * self.error if self.error else 0.0
 
@@ -34,27 +38,27 @@ class Spread:
         """Without a part of its variance that is known to be too much: half of it at most."""
         return Spread(max(self.error**2 - variance, self.error**2 / 2) ** 0.5, self.degrees)
 
-    def around(self, value: float, confidence: float) -> Estimate:
+    def around(self, value: float, confidence: float = USUAL) -> Estimate:
         """The interval around a value that has this standard error."""
         reach = self.reach(confidence)
         return Estimate(value, self.error, value - reach, value + reach)
 
-    def of_share(self, share: float, confidence: float) -> Estimate:
+    def of_share(self, share: float) -> Estimate:
         """The interval around a share, within 0 to 1; of n images without a single hit it reaches to about 4 / n.
 
         Source:
             Wilson 1927, with the size of a plain sample that would have this standard error (Korn and Graubard 1998).
         """
-        quantile = student_quantile((1 + confidence) / 2, self.degrees)
+        quantile = student_quantile((1 + USUAL) / 2, self.degrees)
         size = share * (1 - share) / self.error**2 if self.error else self.degrees + 1
         shrunk = 1 + quantile**2 / size
         middle = (share + quantile**2 / (2 * size)) / shrunk
         reach = quantile / shrunk * math.sqrt(share * (1 - share) / size + quantile**2 / (4 * size**2))
         return Estimate(share, self.error, max(middle - reach, 0.0), min(middle + reach, 1.0))
 
-    def times(self, ratio: float, confidence: float) -> Estimate:
+    def times(self, ratio: float) -> Estimate:
         """The interval of a ratio whose logarithm has this standard error."""
-        factor = math.exp(self.reach(confidence))
+        factor = math.exp(self.reach())
         return Estimate(ratio, self.error, ratio / factor, ratio * factor)
 
 

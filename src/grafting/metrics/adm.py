@@ -1,13 +1,12 @@
-"""Inception score, precision and recall by the rules of ADM's evaluation, which published tables of ImageNet follow.
+"""Precision and recall by the rules of ADM's evaluation, which published tables of ImageNet follow.
 
-They differ from this library's own (`inception_score`, `manifold`): the score is that of 5,000 images at a time in the
-order of the file; a row on the edge of a ball is inside; distances are squared, and rounded to half precision.
+They differ from this library's own (`manifold`): a row on the edge of a ball is inside; distances are squared, and rounded to
+half precision.
 FID and sFID by ADM's rules are `frechet.frechet_distance`, which is exact where ADM's root of a matrix is not.
 
-Source: openai/guided-diffusion, evaluations/evaluator.py; arXiv:1606.03498 (score); arXiv:1904.06991 (precision, recall).
+Source: openai/guided-diffusion, evaluations/evaluator.py; arXiv:1904.06991 (precision, recall).
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,26 +27,6 @@ class AdmPrecisionRecall(NamedTuple):
     recall: float
     precise: Bool[Tensor, " n"]
     recalled: Bool[Tensor, " m"]
-
-
-def adm_inception_score(logits: Float[Tensor, "n k"], *, split_size: int = 5000) -> float:
-    """The mean of the scores of `split_size` rows after each other; a last, shorter part counts as much as the others.
-
-    In float64, where ADM's float32 gives NaN for a class of probability 0.
-
-    Raises:
-        ValueError: no rows.
-    """
-    if not len(logits):
-        raise ValueError("an Inception score needs at least one row of logits")
-    scores = [_score(part.double()) for part in logits.split(split_size)]
-    return sum(scores) / len(scores)
-
-
-def _score(logits: Tensor) -> float:
-    log_p = logits.log_softmax(1)
-    log_marginal = log_p.logsumexp(0) - math.log(len(logits))
-    return float((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
 
 
 def adm_precision_recall(

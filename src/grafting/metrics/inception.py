@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, listed
 from ..machine.reading import read_torch
 
 # how the published file's SHA-256 begins, as its name says
@@ -33,9 +33,8 @@ class InceptionOutput(NamedTuple):
 
     pooled: Float[Tensor, "b 2048"]  # pool_3
     logits: Float[Tensor, "b 1008"]  # of pooled without the biases, as ADM and torch-fidelity take them
-    spatial: Float[
-        Tensor, "b 2023"
-    ]  # mixed_6/conv, 17 x 17 positions of its first 7 channels, in TensorFlow's order
+    # mixed_6/conv, 17 x 17 positions of its first 7 channels, in TensorFlow's order
+    spatial: Float[Tensor, "b 2023"]
 
 
 class Inception(nn.Module):
@@ -107,12 +106,11 @@ def load_inception(path: Path) -> Inception:
         if name in weights and weights[name].shape != tensor.shape
     ]
     if faults:
-        shown = "".join(f"\n  {fault}" for fault in faults[:8])
-        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise CheckpointError(
+        head = (
             f"{path} does not hold the weights of TensorFlow's Inception of 2015-12-05 as pytorch-fid and "
-            f"torch-fidelity publish them (pt_inception-2015-12-05-{PUBLISHED_SHA256_PREFIX}.pth):{shown}{more}"
+            f"torch-fidelity publish them (pt_inception-2015-12-05-{PUBLISHED_SHA256_PREFIX}.pth):"
         )
+        raise CheckpointError(listed(head, faults, most=8))
     network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return network.requires_grad_(False).eval()
 

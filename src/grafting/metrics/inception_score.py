@@ -1,9 +1,7 @@
-"""The Inception score's form, exp of the mean KL(p(y|x) || p(y)), from any classifier's logits.
+"""The Inception score's form, exp of the mean KL(p(y|x) || p(y)), from any classifier's logits; of shuffled rows, and by ADM's rule.
 
-Source: arXiv:1606.03498.
+Source: arXiv:1606.03498; ADM's rule: openai/guided-diffusion, evaluations/evaluator.py.
 """
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,24 +10,31 @@ from torch import Tensor
 from ..machine.randomness import generator
 
 
-class InceptionScore(NamedTuple):
-    """Mean and standard deviation (over their number, as in the paper's code) of the splits' scores."""
-
-    value: float
-    deviation: float
-
-
-def inception_score(logits: Float[Tensor, "n k"], *, splits: int = 10, seed: int = 0) -> InceptionScore:
-    """The score of each of `splits` equal parts of the shuffled rows; in [1, K], biased low for small parts.
+def inception_score(logits: Float[Tensor, "n k"], *, splits: int = 10) -> float:
+    """The mean score of `splits` equal parts of the shuffled rows; in [1, K], biased low for small parts.
 
     Raises:
         ValueError: fewer rows than splits.
     """
     if len(logits) < splits:
         raise ValueError(f"{splits} splits need as many rows of logits; there are {len(logits)}")
-    order = torch.randperm(len(logits), generator=generator(seed)).to(logits.device)
+    order = torch.randperm(len(logits), generator=generator(0)).to(logits.device)
     scores = torch.stack([_score(part) for part in logits[order].double().tensor_split(splits)])
-    return InceptionScore(float(scores.mean()), float(scores.std(correction=0)))
+    return float(scores.mean())
+
+
+def adm_inception_score(logits: Float[Tensor, "n k"], *, split_size: int = 5000) -> float:
+    """The mean of the scores of `split_size` rows after each other; a last, shorter part counts as much as the others.
+
+    In float64, where ADM's float32 gives NaN for a class of probability 0.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not len(logits):
+        raise ValueError("an Inception score needs at least one row of logits")
+    scores = torch.stack([_score(part.double()) for part in logits.split(split_size)])
+    return float(scores.mean())
 
 
 def _score(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ a square of several frames.
 Tokens beside the image stay global. The arithmetic is in `functional/window.py`.
 """
 
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
@@ -34,37 +35,11 @@ class Window1dConfig(KernelConfig):
             f"{_at_most('window', (num_image - 1) // 2)}"
         ]
 
-    def build(self, site: Site) -> "Window1d":
-        return Window1d(self.window)
+    def build(self, site: Site) -> "Window":
+        return Window(partial(window_1d, window=self.window))
 
     def mixing_flops(self, site: Site) -> int:
         return _local_flops(site, 2 * self.window + 1)
-
-
-class Window1d(Kernel):
-    """Softmax attention of each image token to `window` tokens before and after it.
-
-    Args:
-        window: image tokens seen on each side.
-    """
-
-    def __init__(self, window: int):
-        super().__init__()
-        self.window = window
-
-    def forward(
-        self,
-        q: Float[Tensor, "b heads m k"],
-        k: Float[Tensor, "b heads l k"],
-        v: Float[Tensor, "b heads l v"],
-        layout: TokenLayout,
-        *,
-        scale: float | None = None,
-    ) -> Float[Tensor, "b heads m v"]:
-        return window_1d(q, k, v, layout, window=self.window, scale=scale)
-
-    def extra_repr(self) -> str:
-        return f"window={self.window}"
 
 
 class Window2dConfig(KernelConfig):
@@ -80,39 +55,11 @@ class Window2dConfig(KernelConfig):
     def faults(self, site: Site) -> list[str]:
         return _too_wide("radius", self.radius, {"rows": site.grid.rows, "columns": site.grid.cols})
 
-    def build(self, site: Site) -> "Window2d":
-        return Window2d(self.radius, self.border)
+    def build(self, site: Site) -> "Window":
+        return Window(partial(window_2d, radius=self.radius, border=self.border))
 
     def mixing_flops(self, site: Site) -> int:
         return _local_flops(site, (2 * self.radius + 1) ** 2)
-
-
-class Window2d(Kernel):
-    """Softmax attention of each image token to a square of its frame.
-
-    Args:
-        radius: rows and columns seen on each side.
-        border: what happens at the image's edge, `clipped` or `shifted`.
-    """
-
-    def __init__(self, radius: int, border: Border):
-        super().__init__()
-        self.radius = radius
-        self.border = border
-
-    def forward(
-        self,
-        q: Float[Tensor, "b heads m k"],
-        k: Float[Tensor, "b heads l k"],
-        v: Float[Tensor, "b heads l v"],
-        layout: TokenLayout,
-        *,
-        scale: float | None = None,
-    ) -> Float[Tensor, "b heads m v"]:
-        return window_2d(q, k, v, layout, radius=self.radius, border=self.border, scale=scale)
-
-    def extra_repr(self) -> str:
-        return f"radius={self.radius}, border={self.border}"
 
 
 class Window3dConfig(KernelConfig):
@@ -135,27 +82,23 @@ class Window3dConfig(KernelConfig):
             "frames", self.frames, {"frames": site.grid.frames}
         )
 
-    def build(self, site: Site) -> "Window3d":
-        return Window3d(self.radius, self.frames, self.border)
+    def build(self, site: Site) -> "Window":
+        return Window(partial(window_3d, radius=self.radius, frames=self.frames, border=self.border))
 
     def mixing_flops(self, site: Site) -> int:
         return _local_flops(site, (2 * self.frames + 1) * (2 * self.radius + 1) ** 2)
 
 
-class Window3d(Kernel):
-    """Softmax attention of each image token to a square of several frames.
+class Window(Kernel):
+    """Softmax attention of each image token to the image tokens near it.
 
     Args:
-        radius: rows and columns seen on each side.
-        frames: frames seen before and after a token's own.
-        border: what happens at the edges, `clipped` or `shifted`.
+        attend: the window's function, with how far it reaches and what happens at the edges.
     """
 
-    def __init__(self, radius: int, frames: int, border: Border):
+    def __init__(self, attend: "partial[Tensor]"):
         super().__init__()
-        self.radius = radius
-        self.frames = frames
-        self.border = border
+        self.attend = attend
 
     def forward(
         self,
@@ -166,12 +109,10 @@ class Window3d(Kernel):
         *,
         scale: float | None = None,
     ) -> Float[Tensor, "b heads m v"]:
-        return window_3d(
-            q, k, v, layout, radius=self.radius, frames=self.frames, border=self.border, scale=scale
-        )
+        return self.attend(q, k, v, layout, scale=scale)
 
     def extra_repr(self) -> str:
-        return f"radius={self.radius}, frames={self.frames}, border={self.border}"
+        return ", ".join(f"{name}={value}" for name, value in self.attend.keywords.items())
 
 
 def _too_wide(setting: str, reach: int, sizes: dict[str, int]) -> list[str]:

@@ -1,5 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, made from the record that `runs` reads."""
+"""The pages of a run and of a comparison: each one HTML file that needs nothing else, made from records that `runs` reads."""
 
+from ._comparison import ComparedRow as ComparedRow
+from ._comparison import comparison_page as comparison_page
 from ._histogram import class_range as class_range
 from ._histogram import write_class_histogram as write_class_histogram
 from ._images import write_grid as write_grid

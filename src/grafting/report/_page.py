@@ -28,6 +28,33 @@ from ._words import caveat, last_measured, replaced, summary
 
 def report_page(run: RunRecord) -> str:
     """The report of a run, as HTML."""
+    rows, recipe = run.rows or [], run.recipe or {}
+    base = baseline(rows)
+    return rendered(
+        "report.html.j2",
+        run=run,
+        recipe=recipe,
+        summary=_summary(run),
+        caveat=caveat(rows),
+        results=results(rows, base),
+        further=further(rows),
+        trade_off=trade_off(rows),
+        figure_table=figure_table(rows),
+        notes=notes(rows, base),
+        gallery=gallery(run.samples, asked=asked_by(recipe)),
+        plan=plan_part(sites_of(run)),
+        stage_1=stage_1(run.distill_log or [], sites_of(run), run.locality),
+        stage_2=stage_2(run.finetune_log or [], recipe.get("finetune")),
+        protocol=protocol_table(rows),
+        stages=_stages(run),
+        stage_table=[["stage", "state", "time"], *(list(stage.values()) for stage in _stages(run))],
+        machine=flatten((run.manifest or {}).get("machine") or {}),
+        library=_library(run),
+    )
+
+
+def rendered(template: str, **parts: Any) -> str:
+    """A page with the style and the script that all have."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -37,28 +64,14 @@ def report_page(run: RunRecord) -> str:
     )
     environment.filters["csv_uri"] = _csv_uri
     script = environment.get_template("report.js").render()
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        recipe=run.recipe or {},
-        script=Markup(script),  # our own file
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        summary=_summary(run),
-        caveat=caveat(run.rows or []),
-        results=results(run.rows or []),
-        further=further(run.rows or []),
-        trade_off=trade_off(run.rows or []),
-        figure_table=figure_table(run.rows or []),
-        notes=notes(run.rows or []),
-        gallery=gallery(run.samples, asked="prompt" if (run.recipe or {}).get("conditions") else "class"),
-        plan=_plan(_sites(run)),
-        stage_1=stage_1(run.distill_log or [], _sites(run), run.locality),
-        stage_2=stage_2(run.finetune_log or [], (run.recipe or {}).get("finetune")),
-        protocol=protocol_table(run.rows or []),
-        stages=_stages(run),
-        stage_table=[["stage", "state", "time"], *(list(stage.values()) for stage in _stages(run))],
-        machine=flatten((run.manifest or {}).get("machine") or {}),
-        library=_library(run),
-    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # the script is our own file
+    return environment.get_template(template).render(parts, script=Markup(script), script_hash=digest)
+
+
+def asked_by(recipe: Mapping[str, Any]) -> str:
+    """What images are asked for by: class, or prompt."""
+    return "prompt" if recipe.get("conditions") else "class"
 
 
 def _csv_uri(rows: Iterable[Sequence[object]]) -> str:
@@ -66,17 +79,18 @@ def _csv_uri(rows: Iterable[Sequence[object]]) -> str:
     return "data:text/csv;charset=utf-8," + quote(csv_text([str(cell) for cell in row] for row in rows))
 
 
-def _sites(run: RunRecord) -> list[PlannedSite]:
+def sites_of(run: RunRecord) -> list[PlannedSite]:
+    """What a run puts where; empty where its plan is not known."""
     return run.plan["sites"] if run.plan else []
 
 
 def _summary(run: RunRecord) -> str:
     rows = run.rows or []
     base, last = baseline(rows), last_measured(rows)
-    return summary(_sites(run), rows, alike=bool(base and last and alike(base, last)))
+    return summary(sites_of(run), rows, alike=bool(base and last and alike(base, last)))
 
 
-class _Plan(NamedTuple):
+class PlanPart(NamedTuple):
     """What is shown of the plan; `own` counts the sites that stay as they are."""
 
     picture: Markup
@@ -86,10 +100,10 @@ class _Plan(NamedTuple):
     sentence: str
 
 
-def _plan(sites: Sequence[Mapping[str, Any]]) -> _Plan | None:
+def plan_part(sites: Sequence[Mapping[str, Any]]) -> PlanPart | None:
     if not sites:
         return None
-    return _Plan(
+    return PlanPart(
         picture=plan_picture(sites),
         width=plan_width(sites),
         keys=list(operator_keys(sites).values()),

@@ -58,11 +58,15 @@ class Further(NamedTuple):
     lines: list[tuple[str, list[tuple[str, str]]]]
 
 
-def results(rows: Sequence[Mapping[str, Any]]) -> Results | None:
-    """The main table: a line for each model, with its interval drawn on an axis that all share; None without rows."""
+def results(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> Results | None:
+    """The main table: a line for each model, with its interval drawn on an axis that all share; None without rows.
+
+    Args:
+        base: the row that the others are compared with.
+    """
     if not rows:
         return None
-    figure, base = headline(rows), baseline(rows)
+    figure = headline(rows)
     values = [row[figure.key] for row in rows if is_number(row.get(figure.key))]
     # each suite has figures of its own; where none measures these images, what is left is costs
     columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
@@ -96,8 +100,8 @@ def _result(
     others = {} if row is base or base is None else base
     return Result(
         name=str(row["name"]),
-        is_key=row["name"] in (PRETRAINED, FINETUNED),
-        meaning=ROW_MEANINGS.get(row["name"], ""),
+        is_key=row is base or row["name"] == FINETUNED,
+        meaning=str(row.get("meaning", ROW_MEANINGS.get(row["name"], ""))),
         value=figure.write(row.get(figure.key)),
         interval=figure.interval(row),
         ratio=figure.paired(row) or (ratio(figure, row, others) if others and alike(row, others) else ""),
@@ -130,7 +134,7 @@ def _interval_mark(
         high,
         scale=scale,
         reference=reference if is_number(reference) else None,
-        strong=row["name"] in (PRETRAINED, FINETUNED),
+        strong=row is base or row["name"] == FINETUNED,
     )
 
 
@@ -191,17 +195,17 @@ def figure_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [["name", *keys], *([str(row["name"]), *(str(row.get(k, "")) for k in keys)] for row in rows)]
 
 
-def notes(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Each note once, with the rows that it is about."""
+def notes(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Each note once, with the rows that it is about; those on comparisons are with `base`."""
     about: dict[str, list[str]] = {}
     for row in rows:
-        for note in [*(row.get("notes") or []), *_pairing_notes(row, baseline(rows))]:
+        for note in [*(row.get("notes") or []), *_pairing_notes(row, base)]:
             about.setdefault(str(note), []).append(str(row["name"]))
     return [("all" if len(names) == len(rows) else ", ".join(names), note) for note, names in about.items()]
 
 
 def _pairing_notes(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
-    """Notes on a row's comparison with the pretrained one, or the reason that it was not compared."""
+    """Notes on a row's comparison, or the reason that it was not compared."""
     if base is None or row is base or "protocol" not in row:
         return []
     paired = row.get("paired")

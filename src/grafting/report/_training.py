@@ -1,5 +1,6 @@
 """The curves of both stages, and how well each operator learned its site."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from ._record import WrittenLocality
 from ._svg import Scale, spans_decade
 
 FAILED_R2 = 0.3
+
+# the loss of inputs that are from so many to so many percent of the way from clean to noise
+_LEVEL = re.compile(r"loss_at_noise/(\d{1,3})-(\d{1,3})")
 
 _SMALL, _LARGE = (300.0, 150.0), (380.0, 200.0)
 
@@ -83,6 +87,9 @@ class Stage2(NamedTuple):
     charts: list[Curves]
     last: int | None
     phases: list[Phase]
+    levels: list[Curves]
+    """The loss at each noise level that the log speaks of, all on one axis."""
+    level_table: list[list[str]]
 
 
 def stage_1(
@@ -182,7 +189,52 @@ def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> Stage2 | 
             ends=[float(phase.last) for phase in phases[:-1]],
         )
         charts.append(Curves(title, logarithmic, short(float(f"{_end(values):.3g}")), picture))
-    return Stage2(charts, log[-1].get("step"), phases) if charts else None
+    levels = _levels(log)
+    return Stage2(charts, log[-1].get("step"), phases, levels, _level_table(log)) if charts else None
+
+
+def _levels(log: Sequence[Mapping[str, Any]]) -> list[Curves]:
+    found = {name: _series(log, key) for key, name in _level_names(log).items()}
+    everything = [value for _, values in found.values() for value in values.tolist()]
+    logarithmic = spans_decade(everything)
+    return [
+        Curves(
+            f"{name} noise",
+            logarithmic,
+            short(float(f"{_end(values):.3g}")),
+            step_chart(
+                _raw_and_smooth(steps, values),
+                label=f"Loss at {name} of the way from clean to noise, over steps",
+                log=logarithmic,
+                values=everything,
+                size=_SMALL,
+            ),
+        )
+        for name, (steps, values) in found.items()
+    ]
+
+
+def _level_table(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Mean losses over at most 100 stretches of steps, each told by its last."""
+    names = _level_names(log)
+    stretches = np.array_split(np.arange(len(log)), min(len(log), 100))
+    lines = [
+        [str(log[part[-1]].get("step", part[-1])), *(_mean_of([log[i] for i in part], key) for key in names)]
+        for part in stretches
+    ]
+    return [["step", *names.values()], *lines]
+
+
+def _mean_of(log: Sequence[Mapping[str, Any]], key: str) -> str:
+    _, values = _series(log, key)
+    return f"{values.mean():.6g}" if len(values) else ""
+
+
+def _level_names(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the log calls the loss at each noise level, least noise first, and each in words: 0\u201320 %."""
+    found = {key: match for line in log for key in line if (match := _LEVEL.fullmatch(key))}
+    in_order = sorted(found.items(), key=lambda item: int(item[1][1]))
+    return {key: f"{match[1]}\u2013{match[2]}\u00a0%" for key, match in in_order}
 
 
 def _phases(log: Sequence[Mapping[str, Any]], settings: Any) -> list[Phase]:

@@ -9,7 +9,7 @@ decoding latents, evaluation, workspaces of kernels and memory that the allocato
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import RecipeError, RunError
 from ..machine.devices import default_device
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..sampling.taught import TaughtConfig
+from ..training.calibration import CalibrateConfig
 from ..training.distillation import DistillConfig
 from ..training.phases import FinetuneConfig
 from .folder import read_log
@@ -54,13 +55,12 @@ class StageForecast:
     work: str
     images: int  # that go through the model, each pass counted
     flops: int  # all processes together
-    hours: float | None  # by the clock; None: no peak is known
-    basis: str  # what the hours come from
     memory: dict[str, int]  # bytes per process on its device, by what they hold
     disk: dict[str, int]  # bytes, by what they hold
-    activations: dict[str, int] = field(
-        default_factory=dict
-    )  # bytes, with gradient checkpointing and without
+    activations: dict[str, int] = field(default_factory=dict)
+    """Bytes with gradient checkpointing and without, of stages that have both."""
+    hours: float | None = None  # by the clock; None: no peak is known
+    basis: str = ""  # what the hours come from
 
     @property
     def memory_bytes(self) -> int:
@@ -81,9 +81,8 @@ class Forecast:
     mfu: float
     stages: tuple[StageForecast, ...]
     data: dict[str, int | None]  # items and bytes of what stages train on; None: not known
-    dump: dict[
-        str, int
-    ]  # bytes of activations that stage 1 would keep by the published way, and that it keeps here
+    # bytes of activations that stage 1 would keep by the published way, and that it keeps here
+    dump: dict[str, int]
 
     def to_json(self) -> dict[str, object]:
         stages = [
@@ -137,7 +136,10 @@ def forecast(
         mfu=mfu,
         stages=tuple(stages),
         data=_data(recipe, shapes),
-        dump={"published": shapes.dump_bytes(_DUMP_SAMPLES), "here": _cached(recipe, shapes)},
+        dump={
+            "published": shapes.dump_bytes(_DUMP_SAMPLES),
+            "here": kept_activations(recipe.distill, shapes) if recipe.distill else 0,
+        },
     )
 
 
@@ -151,35 +153,35 @@ class _Clock:
     mfu: float
     logs: Path | None  # folder of a run whose logs say how fast these devices are
 
-    def hours(
+    def timed(
         self,
-        stage: str,
+        stage: StageForecast,
         *,
-        flops: int,
-        images: int,
         precision: Precision,
         launches_s: float,
+        log: str | None = None,
+        images: int | None = None,
         phase: int | None = None,
-    ) -> tuple[float | None, str]:
-        """Hours, and what they come from.
+    ) -> StageForecast:
+        """A stage with its hours, and what they come from.
 
         Args:
             launches_s: seconds that launching takes in each process, whatever the device.
+            log: the stage's folder in a run; its name if left out.
+            images: those that its log counts, if not all that go through the model.
         """
-        rate = _logged_rate(self.logs / stage / "log.jsonl", phase) if self.logs else None
+        rate = _logged_rate(self.logs / (log or stage.name) / "log.jsonl", phase) if self.logs else None
         if rate is not None:
-            return images / rate / 3600, f"measured, {rate:.4g} images/s in {self.logs}"
+            basis = f"measured, {rate:.4g} images/s in {self.logs}"
+            return replace(stage, hours=(images or stage.images) / rate / 3600, basis=basis)
         peak = self.peak_tflops or (self.device.tflops(precision) if self.device else None)
         if peak is None:
-            return None, "unknown for this device: set --device or --peak-tflops"
-        seconds = flops / (peak * 1e12 * self.mfu * self.processes)
+            return replace(stage, basis="unknown for this device: set --device or --peak-tflops")
+        seconds = stage.flops / (peak * 1e12 * self.mfu * self.processes)
         basis = f"FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
         if launches_s > seconds:
-            return (
-                launches_s / 3600,
-                f"computed, time to launch each step's operations; {basis} would take less",
-            )
-        return seconds / 3600, f"computed, {basis}"
+            basis = f"time to launch each step's operations; {basis} would take less"
+        return replace(stage, hours=max(launches_s, seconds) / 3600, basis=f"computed, {basis}")
 
 
 def _is_run_here(folder: Path, processes: int) -> bool:
@@ -201,73 +203,60 @@ def _logged_rate(log: Path, phase: int | None) -> float | None:
     return median(rates) if rates else None
 
 
-def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForecast]:
-    flops, found = stage_flops(recipe, shapes.cost, shapes.chosen), []
+def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageForecast]:
+    flops = stage_flops(recipe, shapes.cost, shapes.chosen)
     if isinstance(recipe.data, TaughtConfig):
-        found.append(_teaching(recipe.data, flops["teach"], shapes, clock))
+        yield _teaching(recipe.data, flops["teach"], shapes, clock)
     if recipe.calibrate and shapes.chosen:
-        images = recipe.calibrate.samples
-        hours, basis = clock.hours(
-            "calibrate",
-            flops=flops["calibrate"],
-            images=images,
-            precision=recipe.calibrate.precision,
-            launches_s=math.ceil(images / recipe.calibrate.batch_size)
-            * (1 + state_passes(recipe.data))
-            * _forward_s(shapes),
-        )
-        found.append(
-            StageForecast(
-                name="calibrate",
-                work=f"{images:,} images, at most twice",
-                images=images,
-                flops=flops["calibrate"],
-                hours=hours,
-                basis=basis,
-                memory=weights(shapes),
-                disk={"operators": FP32 * shapes.new_params},
-            )
-        )
+        yield _calibrating(recipe, recipe.calibrate, flops["calibrate"], shapes, clock)
     if recipe.distill and shapes.chosen:
-        memory = distill_memory(recipe.distill, shapes, clock.processes)
-        disk = distill_disk(recipe.distill, shapes)
         sites = shapes.num_fitted / (clock.processes if recipe.distill.spread == "sites" else 1)
         passes = 1 + state_passes(recipe.data)
-        step_s = passes * _forward_s(shapes) + sites * LAUNCHES.fitted / 1000
-        found.append(
-            _steps(
-                "distill", recipe.distill, flops["distill"], clock, step_s=step_s, memory=memory, disk=disk
-            )
+        yield _steps(
+            "distill",
+            recipe.distill,
+            flops["distill"],
+            clock,
+            step_s=passes * _forward_s(shapes) + sites * LAUNCHES.fitted / 1000,
+            memory=distill_memory(recipe.distill, shapes, clock.processes),
+            disk=distill_disk(recipe.distill, shapes),
         )
-    return [*found, *_phases(recipe, shapes, clock)]
+    yield from _phases(recipe, shapes, clock)
 
 
 def _teaching(config: TaughtConfig, flops: int, shapes: Shapes, clock: _Clock) -> StageForecast:
     """The latents that the source makes itself."""
-    batches = math.ceil(config.num_images / config.batch_size)
-    hours, basis = clock.hours(
-        "teach",
-        flops=flops,
-        images=config.num_images,
-        precision=config.precision,
-        launches_s=batches * config.calls * _forward_s(shapes),
-    )
-    return StageForecast(
+    stage = StageForecast(
         name="teach",
         work=f"{config.num_images:,} latents, {config.passes:,} passes each",
         images=config.num_images,
         flops=flops,
-        hours=hours,
-        basis=basis,
         memory=weights(shapes),
         disk={"latents": BF16 * config.num_images * math.prod(shapes.shape)},
     )
+    batches = math.ceil(config.num_images / config.batch_size)
+    launches_s = batches * config.calls * _forward_s(shapes)
+    return clock.timed(stage, precision=config.precision, launches_s=launches_s)
+
+
+def _calibrating(
+    recipe: Recipe, config: CalibrateConfig, flops: int, shapes: Shapes, clock: _Clock
+) -> StageForecast:
+    stage = StageForecast(
+        name="calibrate",
+        work=f"{config.samples:,} images, at most twice",
+        images=config.samples,
+        flops=flops,
+        memory=weights(shapes),
+        disk={"operators": FP32 * shapes.new_params},
+    )
+    passes = math.ceil(config.samples / config.batch_size) * (1 + state_passes(recipe.data))
+    return clock.timed(stage, precision=config.precision, launches_s=passes * _forward_s(shapes))
 
 
 def _phases(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageForecast]:
     """Stage 2, phase by phase."""
     for number, (config, phase) in enumerate(zip(recipe.phases, shapes.phases, strict=True), start=1):
-        several = len(recipe.phases) > 1
         yield _steps(
             "finetune",
             config,
@@ -275,7 +264,7 @@ def _phases(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFore
             clock,
             step_s=shapes.num_blocks * LAUNCHES.trained / 1000
             + teacher_passes(config, recipe.data) * _forward_s(shapes),
-            phase=number if several else None,
+            phase=number if len(recipe.phases) > 1 else None,
             memory=phase_memory(config, phase, shapes, clock.processes),
             disk=phase_disk(config, phase, shapes),
             activations={
@@ -304,29 +293,20 @@ def _steps(
     Args:
         step_s: seconds to launch a micro-batch.
     """
-    images = config.steps * config.batch_size
-    hours, basis = clock.hours(
-        stage,
-        flops=flops,
-        images=images,
-        precision=config.precision,
-        launches_s=config.steps * config.accumulate * step_s,
-        phase=phase,
-    )
     trained = ""
     if isinstance(config, FinetuneConfig) and config.trainable != "all":
         trained = f", {config.trained_in_words}"
-    return StageForecast(
+    found = StageForecast(
         name=stage if phase is None else f"{stage}, phase {phase}",
         work=f"{config.steps:,} steps of {config.batch_size} images{trained}",
-        images=images,
+        images=config.steps * config.batch_size,
         flops=flops,
-        hours=hours,
-        basis=basis,
         memory=memory,
         disk=disk,
         activations=activations or {},
     )
+    launches_s = config.steps * config.accumulate * step_s
+    return clock.timed(found, precision=config.precision, launches_s=launches_s, log=stage, phase=phase)
 
 
 def _forward_s(shapes: Shapes) -> float:
@@ -334,51 +314,37 @@ def _forward_s(shapes: Shapes) -> float:
     return shapes.num_blocks * LAUNCHES.forward / 1000
 
 
-def _cached(recipe: Recipe, shapes: Shapes) -> int:
-    return kept_activations(recipe.distill, shapes) if recipe.distill else 0
-
-
-def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> list[StageForecast]:
+def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageForecast]:
     config = recipe.sample
     if config is None:
-        return []
+        return
     channels, *size = shapes.shape
     if channels not in (1, 3):
         channels, size = 3, [*size[:-2], *(_VAE_FACTOR * side for side in size[-2:])]
     guidance = config.guidance
     guided = sum(guidance.is_on(t / 999) for t in range(1000)) / 1000 if guidance else 0
     calls = config.num_images * config.calls * (1 + guided)
-    found = []
+    batches = math.ceil(config.num_images / config.batch_size / clock.processes)
     for row in rows_in(recipe, shapes.chosen):
         is_edited = ROWS[row].is_edited
         cost = shapes.cost.after if is_edited else shapes.cost.before
-        flops = round(calls * cost.flops)
-        hours, basis = clock.hours(
-            f"samples/{row}",
-            flops=flops,
-            images=config.num_images,
+        stage = StageForecast(
+            name=f"sample {row}",
+            work=f"{config.num_images:,} images, {config.steps} steps",
+            images=round(calls),
+            flops=round(calls * cost.flops),
+            memory={"pretrained model": FP32 * shapes.cost.before.params}
+            | ({"weights": FP32 * cost.params} if is_edited else {})
+            | copies(config.precision, cost.params),
+            disk={"images (in shards, then in one file)": 2 * config.num_images * channels * math.prod(size)},
+        )
+        yield clock.timed(
+            stage,
             precision=config.precision,
-            launches_s=math.ceil(config.num_images / config.batch_size / clock.processes)
-            * config.calls
-            * _forward_s(shapes),
+            launches_s=batches * config.calls * _forward_s(shapes),
+            log=f"samples/{row}",
+            images=config.num_images,
         )
-        found.append(
-            StageForecast(
-                name=f"sample {row}",
-                work=f"{config.num_images:,} images, {config.steps} steps",
-                images=round(calls),
-                flops=flops,
-                hours=hours,
-                basis=basis,
-                memory={"pretrained model": FP32 * shapes.cost.before.params}
-                | ({"weights": FP32 * cost.params} if is_edited else {})
-                | copies(config.precision, cost.params),
-                disk={
-                    "images (in shards, then in one file)": 2 * config.num_images * channels * math.prod(size)
-                },
-            )
-        )
-    return found
 
 
 def _data(recipe: Recipe, shapes: Shapes) -> dict[str, int | None]:
@@ -386,9 +352,7 @@ def _data(recipe: Recipe, shapes: Shapes) -> dict[str, int | None]:
     config = recipe.data
     if isinstance(config, TaughtConfig):
         return {"items": config.num_images, "bytes": config.num_images * math.prod(shapes.shape) * BF16}
-    if not isinstance(config, LatentsConfig):
-        return {"items": None, "bytes": None}
-    if config.per_class is None or shapes.num_classes is None:
+    if not isinstance(config, LatentsConfig) or config.per_class is None or shapes.num_classes is None:
         return {"items": None, "bytes": None}
     items = config.per_class * shapes.num_classes
     return {"items": items, "bytes": items * math.prod(shapes.shape) * BF16}

@@ -14,7 +14,7 @@ from ..evaluation.influences import load_influences
 from ..machine.reading import JsonObject, read_json
 from ..metrics.paired import Estimate
 from ..sampling.files import open_samples
-from ..words import PRETRAINED, Row, swept, swept_pairs
+from ..words import FIGURES, PRETRAINED, Row, swept, swept_pairs
 from .folder import stale_stages
 
 _BATCH = 500
@@ -54,6 +54,20 @@ def seen_in_images(a: RunRow, b: RunRow) -> JsonObject:
     Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`.
     """
     return {key: found._asdict() for key, found in _likeness(a, b).items()}
+
+
+def seen_in_words(found: Mapping[str, Any]) -> list[str]:
+    """A sentence for each distance between images of the same seeds that was found by `seen_in_images`."""
+    kinds = {"image_distance": "of the range of pixels apart", "feature_distance": "apart in features"}
+    parts = {
+        key: [FIGURES[key].write(found[key][end]) for end in ("value", "low", "high")]
+        for key in kinds
+        if key in found
+    }
+    return [
+        f"Images of the same seed lie {value} ({low} to {high}) {kinds[key]}, root mean square"
+        for key, (value, low, high) in parts.items()
+    ]
 
 
 def with_pretrained(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 What stages made by an earlier recipe is left out. Nothing is computed here: `report` says what is made of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -17,10 +18,20 @@ from ..errors import GraftingError, RunError
 from ..evaluation import Suite, SuiteConfig, suite_of
 from ..machine.files import write_bytes
 from ..machine.reading import JsonObject, open_safetensors, read_json, read_text, read_yaml
-from ..report import MAX_IMAGES, RunRecord, Samples, WrittenLocality, WrittenPlan, report_page
+from ..report import (
+    MAX_IMAGES,
+    ComparedRow,
+    RunRecord,
+    Samples,
+    WrittenLocality,
+    WrittenPlan,
+    comparison_page,
+    report_page,
+)
 from ..words import ROW_TITLES, Row
 from .folder import read_log, stale_stages
 from .manifest import read_manifest
+from .pairing import RunRow, paired, seen_in_images, seen_in_words
 
 
 def write_report(folder: str | Path) -> Path:
@@ -32,6 +43,50 @@ def write_report(folder: str | Path) -> Path:
     path = Path(folder) / "report.html"
     write_bytes(path, report_page(read_run(Path(folder))).encode())
     return path
+
+
+def write_comparison(path: Path, rows: Sequence[RunRow]) -> Path:
+    """Write a page of measured rows of any runs, each compared with the first; returns its path.
+
+    Raises:
+        RunError: the file is no .html, a part of a run's folder is damaged, or the page cannot be written.
+    """
+    if path.suffix != ".html":
+        raise RunError(f"a comparison is written to an .html file, found {path}")
+    runs = {row.folder: read_run(row.folder) for row in rows}
+    titles = {folder: _title(folder, runs) for folder in runs}
+    names = _names_of(rows, titles)
+    compared = [
+        ComparedRow(name, titles[row.folder], runs[row.folder], _against(rows[0], row))
+        for name, row in zip(names, rows, strict=True)
+    ]
+    write_bytes(path, comparison_page(compared).encode())
+    return path
+
+
+def _against(first: RunRow, row: RunRow) -> Row:
+    """A row's figures, those that compare it with its own run's pretrained model replaced by the comparison with the first."""
+    of_pretrained = ("image_distance", "feature_distance", "paired")
+    figures = {key: value for key, value in row.measured.figures.items() if not key.startswith(of_pretrained)}
+    if row is not first:
+        seen = seen_in_words(seen_in_images(first, row))
+        figures |= {"paired": paired(row, first), "notes": [*figures.get("notes", []), *seen]}
+    return cast(Row, figures)
+
+
+def _names_of(rows: Sequence[RunRow], titles: Mapping[Path, str]) -> list[str]:
+    """What each is called: its run, its row, or both, as far as they differ."""
+    called = [ROW_TITLES.get(row.row, row.row) for row in rows]  # type: ignore[call-overload]  # rows of other versions
+    if len(titles) == 1:
+        return called
+    if len(set(called)) == 1:
+        return [titles[row.folder] for row in rows]
+    return [f"{titles[row.folder]}, {name}" for row, name in zip(rows, called, strict=True)]
+
+
+def _title(folder: Path, folders: Collection[Path]) -> str:
+    """A folder's name, or its whole path where another has the same name."""
+    return folder.name if [other.name for other in folders].count(folder.name) == 1 else str(folder)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -79,29 +134,19 @@ def _read_recipe(path: Path) -> JsonObject:
     return value
 
 
-def _read_plan(path: Path) -> WrittenPlan:
-    return read_json(path, WrittenPlan, kind="a plan", error=RunError)
-
-
 def _read_locality(path: Path) -> WrittenLocality | None:
     return read_json(path, WrittenLocality, kind="a locality", error=RunError) if path.is_file() else None
 
 
-def _read_manifest(path: Path) -> JsonObject:
-    return read_manifest(path).on_record()
-
-
-def _read_rows(path: Path) -> list[Row]:
-    return read_json(path, list[Row], kind="a list of rows, each with a name", error=RunError)
-
-
 _READERS: dict[str, Callable[[Path], Any]] = {
     "recipe.yaml": _read_recipe,
-    "plan.json": _read_plan,
+    "plan.json": partial(read_json, form=WrittenPlan, kind="a plan", error=RunError),
     "distill/log.jsonl": read_log,
     "finetune/log.jsonl": read_log,
-    "metrics.json": _read_rows,
-    "manifest.json": _read_manifest,
+    "metrics.json": partial(
+        read_json, form=list[Row], kind="a list of rows, each with a name", error=RunError
+    ),
+    "manifest.json": lambda path: read_manifest(path).on_record(),
 }
 
 _STAGE_OF = {"distill/log.jsonl": "distill", "finetune/log.jsonl": "finetune", "metrics.json": "evaluate"}

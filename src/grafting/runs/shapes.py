@@ -11,7 +11,7 @@ from torch import nn
 
 from ..contract import Grid
 from ..cost.count import count_parameters, dry_run
-from ..cost.plan import PlanCost, plan_cost
+from ..cost.plan import PlanCost, example_of, plan_cost
 from ..editing.adapters import is_of_adapter
 from ..editing.plan import Drop
 from ..editing.surgery import build_operators, grafted, merge_adapters, resolve
@@ -143,17 +143,12 @@ def _phases(
 
 def saved_an_image(model: nn.Module, precision: Precision, grid: Grid) -> int:
     """Bytes kept for the backward pass per image; bf16 copies of weights, kept once, are not among them."""
-    host = host_of(model)
-    num_text = host.sites(model)[0].num_text
-    size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames} | (
-        {"num_text": num_text} if num_text else {}
-    )
 
     def saved(batch_size: int) -> int:
         with mixed_precision(torch.device("cpu"), precision), warnings.catch_warnings():
             # a norm in fp32 of activations in bf16 says that it will be slower here, where nothing is computed
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            parts = dry_run(model, [], lambda: host.example(model, batch_size=batch_size, **size))
+            parts = dry_run(model, [], lambda: example_of(model, grid, batch_size=batch_size))
         return parts[""].saved_bytes
 
     return saved(2) - saved(1)

@@ -5,7 +5,6 @@ the same figures. All of them write into the run's folder and send nothing away,
 (WANDB_MODE=online). A resumed run keeps its tracker id. Nothing of the environment is recorded.
 """
 
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from ..errors import MissingBackend, RunError
 from ..machine import processes
 from ..machine.files import write_json
 from ..machine.reading import read_json
+from ..words import is_number
 
 FOLDER_NAME = "tracking"
 
@@ -167,7 +167,7 @@ def tracking(
                 for kind in dict.fromkeys(names):
                     started.append(_start(kind, folder / FOLDER_NAME, name, settings))
                     ending.callback(started[-1].close)
-            values = {key: value for key, value in step.values.items() if _is_figure(value)}
+            values = {key: value for key, value in step.values.items() if is_number(value)}
             for tracker in started:
                 tracker.log(stage, step.done, values)
 
@@ -213,7 +213,3 @@ def _without_hub() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

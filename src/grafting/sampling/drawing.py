@@ -6,7 +6,6 @@ at, and the same call resumes from there. This file does not know recipes.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,9 +19,9 @@ from ..contract import Denoiser, Step
 from ..errors import GraftingError, RunError, listed
 from ..latents.decoding import Decoder
 from ..machine.devices import default_device
-from ..machine.files import hash_json
-from ..machine.precision import settled, settled_as_begun
-from ..machine.reading import Json, JsonObject, read_json
+from ..machine.files import disk_of, hash_json
+from ..machine.precision import recorded_precision, settled, settled_as_begun
+from ..machine.reading import JsonObject, read_json
 from ..metrics.features import tensors_sha256
 from .chain import CIRCUMSTANCES, SamplingConfig, sample
 from .files import Origin, open_samples, origin_of, write_samples
@@ -261,23 +260,22 @@ class _Tally:
 
 
 def _check_space(folder: Path, shape: tuple[int, ...], *, num_images: int, num_drawn: int) -> None:
-    there = next(path for path in folder.absolute().parents if path.exists())
+    there, disk = disk_of(folder.absolute().parent)
     needed = math.prod(shape) * (2 * num_images - num_drawn)
-    free = shutil.disk_usage(there).free
-    if needed > free:
+    if needed > disk.free:
         raise RunError(
             f"{num_images} images of {list(shape)} need {needed / 1e9:.3g} GB in {there}, for shards "
-            f"and then one file; {free / 1e9:.3g} GB are free"
+            f"and then one file; {disk.free / 1e9:.3g} GB are free"
         )
 
 
 def _check_disk(folder: Path, shape: tuple[int, ...], *, num_images: int) -> None:
     """Refuses more images than the whole disk holds, before they are counted one by one."""
-    there = next(path for path in folder.absolute().parents if path.exists())
-    needed, whole = math.prod(shape) * num_images, shutil.disk_usage(there).total
-    if needed > whole:
+    there, disk = disk_of(folder.absolute().parent)
+    needed = math.prod(shape) * num_images
+    if needed > disk.total:
         raise RunError(
-            f"{num_images} images of {list(shape)} need {needed / 1e9:.3g} GB, and the disk of {there} has {whole / 1e9:.3g} GB"
+            f"{num_images} images of {list(shape)} need {needed / 1e9:.3g} GB, and the disk of {there} has {disk.total / 1e9:.3g} GB"
         )
 
 
@@ -289,19 +287,12 @@ def settled_as_drawn(config: SamplingConfig, folder: Path, path: Path) -> Sampli
     begun, device = None, default_device()
     if path.exists():
         with suppress(GraftingError):
-            begun = _precision_in(open_samples(path).record)
+            begun = recorded_precision(open_samples(path).record, "drawing", "sampling")
     if begun is not None and config.precision == "auto":
         return config.model_copy(update={"precision": begun})
     with suppress(GraftingError):
-        begun = _precision_in(read_json(folder / INDEX_NAME, JsonObject))
+        begun = recorded_precision(read_json(folder / INDEX_NAME, JsonObject), "drawing", "sampling")
     return settled_as_begun(config, device, begun=begun, where=folder)
-
-
-def _precision_in(record: Json) -> Json:
-    """The precision that images were drawn in, of what says what drew them; None if that does not."""
-    for key in ("drawing", "sampling", "precision"):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
 
 
 def describe_model(model: nn.Module, *, settings: Any) -> JsonObject:

@@ -116,7 +116,6 @@ def teach(
         num_classes=len(denoiser.conditions),
     )
     target.check()
-    target.check_space()
 
     def steps() -> Iterator[Step]:
         own = range(rank, target.num_shards, world_size)

@@ -9,6 +9,7 @@ fresh model.
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired
@@ -31,6 +32,7 @@ from ..machine.sharding import ShardedState, read_facts, read_tensors
 from .average import Average
 from .batches import Batches, NoisedBatch
 from .guard import GuardState, check_weights
+from .levels import NoiseLevels, level_means
 from .phases import FinetuneConfig as FinetuneConfig
 from .phases import check_phases, phases_of, with_objectives
 from .student import Student, block_linears, held_in_bf16
@@ -124,28 +126,17 @@ def _step_of(state: State | Path | None) -> int:
     return read_facts(state, _Facts)["step"] if isinstance(state, Path) else state["step"]
 
 
+@dataclass
 class _Run:
     """What all phases have in common, and the parameters that those before have changed."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        denoiser: Denoiser,
-        blocks: Sequence[str],
-        teacher: nn.Module | None,
-        *,
-        total: int,
-    ):
-        self.model, self.data, self.denoiser, self.blocks, self.teacher = (
-            model,
-            data,
-            denoiser,
-            blocks,
-            teacher,
-        )
-        self.total = total
-        self.changed: list[nn.Parameter] = []
+    model: nn.Module
+    data: Data
+    denoiser: Denoiser
+    blocks: Sequence[str]
+    teacher: nn.Module | None
+    total: int
+    changed: list[nn.Parameter] = field(default_factory=list)
 
     def phase(
         self,
@@ -215,6 +206,7 @@ class _Training:
         self.student, self.batches, self.config = student, batches, config
         self.teacher, self.denoiser = teacher, denoiser
         self.first, self.number = first, number
+        self.levels = NoiseLevels(denoiser.process, default_device())
         parameters = [p for p in student.model.parameters() if p.requires_grad]
         on_cpu = torch.device("cpu") if config.ema_device == "cpu" else None
         self.average = Average(parameters, decay=config.ema_decay, device=on_cpu)
@@ -231,12 +223,14 @@ class _Training:
         lr = trainee.learning_rate(own)
         trainee.keep(own)
         losses = self._gradients(step)
-        known = torch.stack([*losses.values(), trainee.clip()])
+        levels = losses.pop("levels")
+        known = torch.cat([torch.stack([*losses.values(), trainee.clip()]), levels.flatten()])
         read = reading(known)
         is_taken = trainee.launch(own, known)
-        *means, norm = processes.mean(read())
-        parts = dict(zip(losses, means, strict=True))
-        figures = {"loss": parts.pop("loss"), "lr": lr, "grad_norm": norm} | parts
+        means = processes.mean(read())
+        parts = dict(zip(losses, means, strict=False))
+        norm, *sums = means[len(parts) :]
+        figures = {"loss": parts.pop("loss"), "lr": lr, "grad_norm": norm} | parts | level_means(sums)
         finding = trainee.guard.judge({name: figures[name] for name in ("loss", "grad_norm")})
         if finding and trainee.guard.stops:
             raise TrainingError(
@@ -260,7 +254,7 @@ class _Training:
         return "" if self.number is None else f", phase {self.number}"
 
     def _gradients(self, step: int) -> dict[str, Tensor]:
-        """Take the gradients of a step; its losses in this process."""
+        """Take the gradients of a step; its losses in this process, and `levels`, their sums by noise level."""
         sums: dict[str, Tensor] = {}
         parts = self.batches.at(step)
         for number, part in enumerate(parts):
@@ -272,7 +266,7 @@ class _Training:
         return sums
 
     def _losses(self, batch: NoisedBatch, entropy: tuple[int, ...]) -> dict[str, Tensor]:
-        """Mean losses of a batch: `loss`, of which gradients are taken, and its parts."""
+        """Mean losses of a batch: `loss`, of which gradients are taken, its parts, and their sums by noise level."""
         config, denoiser = self.config, self.denoiser
         precision = partial(
             mixed_precision,
@@ -281,6 +275,7 @@ class _Training:
             is_checkpointed=config.gradient_checkpointing,
         )
         losses: dict[str, Tensor] = {}
+        each: list[Tensor] = []
         with seeded(*entropy), precision():
             prediction = self.student(batch)
         if config.diffusion_weight:
@@ -290,15 +285,19 @@ class _Training:
                 prediction, x=batch.x, x_t=batch.x_t, noise=batch.noise, t=batch.t
             )
             losses["diffusion"] = per_item.mean()
+            each.append(config.diffusion_weight * per_item.detach())
         if config.output_weight:
             target = batch.target
             if target is None:
                 assert self.teacher is not None
                 with torch.no_grad(), precision():
                     target = denoiser(self.teacher, batch.x_t, batch.t, batch.numbers)
-            losses["output"] = (prediction.float() - target.float()).square().mean()
+            squares = (prediction.float() - target.float()).square()
+            losses["output"] = squares.mean()
+            each.append(config.output_weight * squares.detach().flatten(1).mean(1))
         weights = {"diffusion": config.diffusion_weight, "output": config.output_weight}
-        return losses | {"loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
+        loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        return losses | {"loss": loss, "levels": self.levels.sums(torch.stack(each).sum(0), batch.t)}
 
     def snapshot(self, step: int) -> State | ShardedState:
         """State needed to resume after `step` steps."""

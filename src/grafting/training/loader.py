@@ -5,9 +5,8 @@ A step's batch is a pure function of the data, the seed and the step, so nothing
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 from torch import Tensor
 
@@ -79,13 +78,6 @@ class Loader:
         self.seconds_waited += time.perf_counter() - started
         return batch
 
-    def from_step(self, first: int) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of step `first` and of all that follow, to the end."""
-        step = first
-        while self._steps is None or step < self._steps:
-            yield self.at(step)
-            step += 1
-
     def close(self) -> None:
         """End the threads; what they are reading is thrown away."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -94,9 +86,7 @@ class Loader:
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _look_ahead(self, step: int) -> None:

@@ -4,10 +4,9 @@ Whoever loads the folder gets the adapter added to the weights. `PeftModel.from_
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..editing.adapters import adapters_of, merged_weight
@@ -32,49 +31,37 @@ class _AdapterConfig(BaseModel):
     lora_alpha: float
 
 
-@dataclass(frozen=True)
-class SavedAdapter:
-    """A model's adapters as their two files hold them; without tensors where it has none, and no file is written."""
+def save_adapters(folder: Path, model: nn.Module, *, base: str | None) -> list[Path]:
+    """Write the adapters that stand in a model, if there are any; returns the files.
 
-    tensors: dict[str, Tensor]
-    config: dict[str, JsonValue]
-
-    @classmethod
-    def of(cls, model: nn.Module, *, base: str | None) -> "SavedAdapter":
-        """Those that stand in a model.
-
-        Raises:
-            CheckpointError: they have several ranks or scales, for which these files have no place.
-        """
-        adapters = adapters_of(model)
-        settings = sorted({(adapter.rank, adapter.alpha) for adapter in adapters.values()})
-        if len(settings) > 1:
-            raise CheckpointError(
-                f"the model has adapters of several ranks and alphas, {settings}, and one can be saved: merge them"
-            )
-        tensors: dict[str, Tensor] = {}
-        for path, adapter in adapters.items():
-            tensors[f"{_PREFIX}{path}.lora_A.weight"] = adapter.a
-            tensors[f"{_PREFIX}{path}.lora_B.weight"] = adapter.b
-        rank, alpha = settings[0] if settings else (0, 0.0)
-        described: dict[str, JsonValue] = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": base,
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": [*sorted(adapters)],
-            "bias": "none",
-            "inference_mode": True,
-        }
-        return cls(tensors, described)
-
-    def write(self, folder: Path) -> list[Path]:
-        """Write the files into a folder; returns them."""
-        if not self.tensors:
-            return []
-        save_tensors(folder / ADAPTER_NAME, self.tensors, metadata={"format": "pt"})
-        write_json(folder / ADAPTER_CONFIG_NAME, self.config)
-        return [folder / ADAPTER_NAME, folder / ADAPTER_CONFIG_NAME]
+    Raises:
+        CheckpointError: they have several ranks or scales, for which these files have no place.
+    """
+    adapters = adapters_of(model)
+    if not adapters:
+        return []
+    settings = sorted({(adapter.rank, adapter.alpha) for adapter in adapters.values()})
+    if len(settings) > 1:
+        raise CheckpointError(
+            f"the model has adapters of several ranks and alphas, {settings}, and one can be saved: merge them"
+        )
+    tensors: dict[str, Tensor] = {}
+    for path, adapter in adapters.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = adapter.a
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = adapter.b
+    [(rank, alpha)] = settings
+    described = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(adapters),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    save_tensors(folder / ADAPTER_NAME, tensors, metadata={"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG_NAME, described)
+    return [folder / ADAPTER_NAME, folder / ADAPTER_CONFIG_NAME]
 
 
 def holds_adapter(folder: Path) -> bool:

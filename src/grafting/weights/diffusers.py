@@ -12,12 +12,13 @@ here, and what is written here with `original_embeddings`, at most 3e-7; diffuse
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
+from ..contract import Kwargs
 from ..errors import CheckpointError, listed
 from ..machine.files import atomic_files, write_json
 from ..machine.reading import JsonObject, read_json, shown
@@ -54,21 +55,6 @@ _BUILT_IN = {
     "norm_elementwise_affine": False,
     "norm_type": "ada_norm_zero",
 }
-
-
-class DiTSettings(TypedDict):
-    """The arguments of a DiT, as published weights say them."""
-
-    input_size: int
-    patch_size: int
-    in_channels: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    class_dropout_prob: float
-    num_classes: int
-    learn_sigma: bool
 
 
 def export_diffusers(model: nn.Module, folder: str | Path) -> Path:
@@ -166,8 +152,8 @@ class _Config(BaseModel):
     norm_eps: float = 1e-5
 
 
-def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], DiTSettings, JsonObject]:
-    """The tensors under native names, DiT's settings, and the origin."""
+def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], Kwargs, JsonObject]:
+    """The tensors under native names, the arguments of `DiT`, and the origin."""
     described = read_json(folder / CONFIG_NAME, _Config, kind=f"a config of {_DIFFUSERS_CLASS}")
     settings = described.model_extra or {}
     faults = [
@@ -179,7 +165,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], DiTSettings, JsonOb
         raise CheckpointError(listed(f"{folder} is not the DiT that was published:", faults))
     tensors = read_weights(folder)
     hidden_size = described.num_attention_heads * described.attention_head_dim
-    config: DiTSettings = {
+    config: Kwargs = {
         "input_size": described.sample_size,
         "patch_size": described.patch_size,
         "in_channels": described.in_channels,

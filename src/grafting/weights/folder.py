@@ -20,8 +20,8 @@ from ..editing.surgery import holds_operators
 from ..errors import CheckpointError, HostError
 from ..hosts import Host, constructed, host_of, hosts, unknown_class
 from ..machine.files import Stamp, atomic_files, hash_json, sha256_of, stamp_of, write_bytes, write_json
-from ..machine.reading import Json, JsonObject, cut, damage, read_json
-from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SavedAdapter, with_adapter
+from ..machine.reading import JsonObject, cut, damage, read_json
+from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, save_adapters, with_adapter
 from .card import CARD_NAME, card_of
 from .delta import Delta, borrow, check_is_base, less_base
 from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
@@ -87,15 +87,10 @@ def save_model(
         CheckpointError: the model could not be loaded again: its host is not known, or its graft is not in the plan.
         RunError: the folder cannot be written; what was there is unchanged.
     """
-    folder = Path(folder)
+    name = GRAFTED_NAME if plan.edits else WEIGHTS_NAME
+    words = {"format": "pt", **(metadata or {})}
     record = _record(model, plan, base)
-    adapter = SavedAdapter.of(model, base=record.base.id if record.base else None)
-    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
-        weights = made / (GRAFTED_NAME if plan.edits else WEIGHTS_NAME)
-        save_tensors(weights, _own_tensors(model), metadata={"format": "pt", **(metadata or {})})
-        files = [weights, *adapter.write(made)]
-        _write_config(made, folder, model, record, weights=weights, origin=origin)
-    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
+    return _write(Path(folder), name, _own_tensors(model), model, record, origin=origin, words=words)
 
 
 def save_delta(
@@ -115,15 +110,10 @@ def save_delta(
     found = base if source is None else Base(id=str(source))
     if find_model(found.id, revision=found.revision).resolve() == folder.resolve():
         raise CheckpointError(f"the base is in {folder}, which a delta would overwrite: name another folder")
-    record, adapter = _record(model, plan, base), SavedAdapter.of(model, base=base.id)
+    record = _record(model, plan, base)
     base_tensors = _base_tensors(found, dtype=dtype, host=record.described)
     own, delta = less_base(_own_tensors(model), base_tensors, dtype=dtype)
-    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
-        weights = made / DELTA_NAME
-        save_tensors(weights, own, metadata={"format": "pt"})
-        files = [weights, *adapter.write(made)]
-        _write_config(made, folder, model, record, weights=weights, delta=delta)
-    return [folder / name for name in (CONFIG_NAME, *(file.name for file in files))]
+    return _write(folder, DELTA_NAME, own, model, record, delta=delta)
 
 
 def merge_delta(delta: str | Path, folder: str | Path, *, base: str | Path | None = None) -> list[Path]:
@@ -181,13 +171,14 @@ def _load(
         return (model if dtype == torch.float32 else model.to(dtype)).eval(), Plan()
     if not isinstance(grafting, dict):
         raise CheckpointError(f"{folder / CONFIG_NAME} does not describe a graft: `grafting` is no mapping")
-    signed = _signed(folder, grafting)
+    with damage(folder / CONFIG_NAME, "the config of a graft"):
+        signed = _Signed.model_validate(grafting, strict=True)
     record = Record.read(grafting, source=str(folder / CONFIG_NAME))
     model_class = grafted_class(_grafted_model_class(folder, config, record))
     # before grafts had a name of their own for their weights, they had diffusers'
     whole = GRAFTED_NAME if (folder / GRAFTED_NAME).is_file() else WEIGHTS_NAME
     weights = folder / (whole if signed.delta is None else DELTA_NAME)
-    _check_hashes(folder, config, grafting, weights=weights)
+    _check_hashes(folder, signed, {**config, "grafting": grafting}, weights=weights)
     tensors = read_weights(folder) if signed.delta is None else load_tensors(weights)
     if signed.delta is not None:
         tensors |= _borrowed(folder, record, signed.delta, base=base, above=above)
@@ -204,11 +195,6 @@ class _Signed(BaseModel):
     weights_sha256: str | None = None
     adapter_sha256: str | None = None
     config_sha256: str | None = None
-
-
-def _signed(folder: Path, grafting: Json) -> _Signed:
-    with damage(folder / CONFIG_NAME, "the config of a graft"):
-        return _Signed.model_validate(grafting, strict=True)
 
 
 def read_config(folder: Path) -> JsonObject:
@@ -284,32 +270,43 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return without_adapters(model.state_dict())
 
 
-def _write_config(
-    made: Path,
+def _write(
     folder: Path,
+    name: str,
+    tensors: dict[str, Tensor],
     model: nn.Module,
     record: Record,
     *,
-    weights: Path,
     delta: Delta | None = None,
     origin: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the card of what becomes `folder`, and the config, whose hashes cover the weights and the config itself."""
-    name, settings = host_of(model).class_name, settings_of(model)
+    words: dict[str, str] | None = None,
+) -> list[Path]:
+    """Write the weights, the adapter, the card, and the config, whose hashes cover the weights and the config itself.
+
+    Args:
+        name: of the weights' file.
+        words: written into it.
+    """
+    model_class, settings = host_of(model).class_name, settings_of(model)
     # keys with an underscore are passed over by diffusers
     noted = {} if origin is None else {"_origin": dict(origin)}
-    described: JsonObject = {"_class_name": name, **noted, **settings}
-    if record.plan.edits:
-        grafting: JsonObject = {
-            **record.model_dump(mode="json"),
-            **({} if delta is None else {"delta": delta.model_dump(mode="json")}),
-            "weights_sha256": sha256_of(weights),
-            **_adapter_hash(made),
-        }
-        described = {"_class_name": PREFIX + name, **noted, **settings, "grafting": grafting}
-        grafting["config_sha256"] = hash_json(described)
-        write_bytes(made / CARD_NAME, card_of(folder, described).encode())
-    write_json(made / CONFIG_NAME, described)
+    described: JsonObject = {"_class_name": model_class, **noted, **settings}
+    with atomic_files(folder, last=CONFIG_NAME, stale=_WEIGHTS) as made:
+        adapter = save_adapters(made, model, base=record.base.id if record.base else None)
+        save_tensors(made / name, tensors, metadata=words or {"format": "pt"})
+        files = [made / CONFIG_NAME, made / name, *adapter]
+        if record.plan.edits:
+            grafting: JsonObject = {
+                **record.model_dump(mode="json"),
+                **({} if delta is None else {"delta": delta.model_dump(mode="json")}),
+                "weights_sha256": sha256_of(made / name),
+                **_adapter_hash(made),
+            }
+            described |= {"_class_name": PREFIX + model_class, "grafting": grafting}
+            grafting["config_sha256"] = hash_json(described)
+            write_bytes(made / CARD_NAME, card_of(folder, described).encode())
+        write_json(made / CONFIG_NAME, described)
+    return [folder / file.name for file in files]
 
 
 def _adapter_hash(folder: Path) -> dict[str, str]:
@@ -317,16 +314,15 @@ def _adapter_hash(folder: Path) -> dict[str, str]:
     return {"adapter_sha256": sha256_of(path)} if path.is_file() else {}
 
 
-def _check_hashes(folder: Path, config: JsonObject, grafting: JsonObject, *, weights: Path) -> None:
+def _check_hashes(folder: Path, signed: _Signed, described: Mapping[str, Any], *, weights: Path) -> None:
     """Compare with the hashes that `save_model` and `save_delta` write; diffusers and early versions wrote none of a whole model."""
-    signed = _signed(folder, grafting)
     if signed.delta is not None and None in (signed.config_sha256, signed.weights_sha256):
         raise CheckpointError(
             f"{folder / CONFIG_NAME} was edited after it was saved: it has no SHA-256 of itself and the weights"
         )
     recorded = signed.config_sha256
-    unsigned = {k: v for k, v in grafting.items() if k != "config_sha256"}
-    if recorded and hash_json({**config, "grafting": unsigned}) != recorded:
+    unsigned = {k: v for k, v in described["grafting"].items() if k != "config_sha256"}
+    if recorded and hash_json({**described, "grafting": unsigned}) != recorded:
         raise CheckpointError(
             f"{folder / CONFIG_NAME} was edited after it was saved: it does not agree with its own SHA-256"
         )

@@ -27,7 +27,7 @@ from torch import nn
 from ..contract import OperatorConfig
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import edits_of, graft
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..hosts import Host, SdpaHost, SdpaSpec, config_of, host_of, hosts
 from ..machine.reading import Json, JsonObject, cut, faults_of, read_json, shown
 from ..machine.settings import Settings
@@ -113,8 +113,7 @@ class Record(BaseModel):
         try:
             record = cls.model_validate(dict(settings))
         except ValidationError as error:
-            faults = "\n  ".join(faults_of(error))
-            raise CheckpointError(f"{source} does not describe a graft:\n  {faults}") from error
+            raise CheckpointError(listed(f"{source} does not describe a graft:", faults_of(error))) from error
         if record.spec is None and record.host not in hosts():
             raise CheckpointError(f"{source}: no host {shown(record.host)}; there are {', '.join(hosts())}")
         installed = {name: config.version for name, config in operator_configs().items()}
@@ -188,7 +187,7 @@ def grafted_class(base: type[Any]) -> type[Any]:
             model, found = base.from_pretrained.__func__(cls, linked, **asked)
         faults = [f"{kind.replace('_', ' ')}: {', '.join(map(str, n))}" for kind, n in found.items() if n]
         if faults:
-            raise CheckpointError("\n  ".join([f"{path} does not fit {cls.__name__}", *faults]))
+            raise CheckpointError(listed(f"{path} does not fit {cls.__name__}", faults))
         model.register_to_config(_name_or_path=str(path))
         described = read_json(folder / CONFIG_NAME, JsonObject).get("grafting")
         if isinstance(described, dict) and "adapter_sha256" in described:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..contract import Kwargs
 from ..editing.plan import Plan, Replace
 from ..editing.surgery import graft
 from ..errors import CheckpointError, HostError, PlanError, listed
@@ -25,7 +26,7 @@ from ..machine.reading import JsonObject, cut, read_json
 from ..machine.settings import Settings
 from ..models.dit import DIT_PRESETS, DiT
 from .checkpoints import state_dict_of
-from .diffusers import DiTSettings, diffusers_folder, read_diffusers
+from .diffusers import diffusers_folder, read_diffusers
 from .folder import load_model, save_model
 from .locate import CONFIG_NAME, find_folder, model_in
 from .portable import PREFIX, Base
@@ -150,8 +151,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def recognise(
     tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
-) -> tuple[DiTSettings, Plan, dict[str, Tensor]]:
-    """DiT's settings, the plan, and the tensors under the names of the grafted model. Raises as `convert_weights`."""
+) -> tuple[Kwargs, Plan, dict[str, Tensor]]:
+    """The arguments of `DiT`, the plan, and the tensors under the names of the grafted model. Raises as `convert_weights`."""
     config, faults = _sizes(tensors, facts, source=source)
     if facts.window is None and config["hidden_size"] == PUBLISHED_WIDTH:
         facts = facts.model_copy(update={"window": PUBLISHED_WINDOW})
@@ -202,10 +203,8 @@ def _by_module(
     return modules, others
 
 
-def _sizes(
-    tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str
-) -> tuple[DiTSettings, list[str]]:
-    """DiT's settings as its outer tensors show them, and what is wrong with them; a number that is not known is 0."""
+def _sizes(tensors: Mapping[str, Tensor], facts: PublishedFacts, *, source: str) -> tuple[Kwargs, list[str]]:
+    """The arguments of `DiT` as its outer tensors show them, and what is wrong with them; a number that is not known is 0."""
     ranks = {
         "x_embedder.proj.weight": 4,
         "pos_embed": 3,
@@ -250,7 +249,7 @@ def _sizes(
         )
     if side**2 != shapes["pos_embed"][1]:
         faults.append(f"pos_embed has {shapes['pos_embed'][1]} tokens, expected a square number")
-    config: DiTSettings = {
+    config: Kwargs = {
         "input_size": side * patch,
         "patch_size": patch,
         "in_channels": channels,
