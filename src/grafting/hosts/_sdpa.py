@@ -214,8 +214,9 @@ class SdpaHost(Host[nn.Module]):
             self._refuse("its other arguments (`inputs`)")
         grid = Grid(rows, cols, frames)
         x, image = torch.randn(batch_size, *self.at_grid(grid).shape(model)), self.spec.image
-        count = image.beside if isinstance(image, LatentTokens) else 0
-        beside = as_argument(torch.randn(batch_size, count, *x.shape[2:]), image.axes) if count else None
+        beside = None
+        if isinstance(image, LatentTokens) and image.beside:
+            beside = as_argument(torch.randn(batch_size, image.beside, *x.shape[2:]), image.axes)
         return {
             **image_arguments(image, x, grid, beside),
             **self._time_argument(self.spec.time.scale * torch.rand(batch_size), grid),
