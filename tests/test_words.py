@@ -2,7 +2,7 @@
 
 import pytest
 
-from grafting.words import amount, change, duration, number, short
+from grafting.words import FIGURES, amount, change, duration, number, short
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,10 @@ from grafting.words import amount, change, duration, number, short
 )
 def test_numbers_in_words(written, expected):
     assert written == expected
+
+
+def test_a_difference_of_shares_is_in_points():
+    difference = {"value": -0.1312, "low": -0.148, "high": -0.114}
+    assert FIGURES["agreement"].paired({"paired": {"agreement": {"difference": difference}}}) == (
+        "\u221213.1 points (\u221214.8 to \u221211.4)"
+    )

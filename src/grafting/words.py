@@ -105,6 +105,11 @@ def percent(value: Any) -> str:
     return f"{100 * value:.1f}\u00a0%".replace("-", MINUS) if is_number(value) else ABSENT
 
 
+def _points(value: float) -> str:
+    """A difference of shares in hundredths, which are no percent of anything."""
+    return f"{100 * value:.1f}".replace("-", MINUS)
+
+
 def change(value: Any, base: Any) -> str:
     """Difference between `value` and `base`, in percent with a sign; empty if that says nothing."""
     if not (is_number(value) and is_number(base)) or base == 0:
@@ -188,7 +193,7 @@ class Figure:
         return "\u2013".join(map(self.write, limits)) if limits else ""
 
     def paired(self, row: Measured) -> str:
-        """A row's figure against the pretrained model's, image by image: 1.11× (1.05–1.17), or +0.3 % (−0.1 to 0.7 %).
+        """A row's figure against the pretrained model's, image by image: 1.11× (1.05–1.17), or +0.3 points (−0.1 to 0.7) of a share.
 
         Empty if they were not compared so; see `evaluation/comparison.py`.
         """
@@ -199,7 +204,9 @@ class Figure:
             return f"{value:.{decimals}f}{TIMES} ({low:.{decimals}f}\u2013{high:.{decimals}f})"
         if "difference" in parts:
             value, low, high = (parts["difference"][end] for end in ("value", "low", "high"))
-            return f"{'+' * (value > 0)}{self.write(value)} ({self.write(low)} to {self.write(high)})"
+            write = _points if self.write is percent else self.write
+            unit = " points" if self.write is percent else ""
+            return f"{'+' * (value > 0)}{write(value)}{unit} ({write(low)} to {write(high)})"
         return ""
 
 

@@ -25,7 +25,7 @@ Rows = Annotated[
 
 Page = Annotated[
     Path | None,
-    typer.Option("--out", metavar="FILE", help="Write the comparison as a page with images (.html)."),
+    typer.Option("--out", metavar="FILE", help="Write it as a page with images too (.html)."),
 ]
 
 
@@ -46,19 +46,19 @@ def compare(rows: Rows, page: Page = None, as_json: Json = False) -> None:
     if len(rows) < 2:
         raise RunError(f"compare needs two rows or more, RUN or RUN:ROW; found {len(rows)}")
     found_rows = [read_row(*_parse_row(text)) for text in rows]
-    if page is not None:
-        say(out, f"Comparison: {write_comparison(page, found_rows)}")
-        return
+    written = None if page is None else write_comparison(page, found_rows)
     first, *others = found_rows
     if len(others) > 1:
         _show_all(first, [(other, paired(other, first)) for other in others], as_json=as_json)
-        return
-    (other,) = others
-    found = paired(first, other) | seen_in_images(first, other)
-    if as_json:
-        print_json({"first": first.measured.name, "second": other.measured.name, **found})
     else:
-        _show(first, other, found)
+        (other,) = others
+        found = paired(first, other) | seen_in_images(first, other)
+        if as_json:
+            print_json({"first": first.measured.name, "second": other.measured.name, **found})
+        else:
+            _show(first, other, found)
+    if written and not as_json:
+        say(out, f"Comparison: {written}")
 
 
 def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *, as_json: bool) -> None:
