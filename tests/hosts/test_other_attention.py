@@ -35,7 +35,7 @@ def test_linear_attention_is_a_site_of_mixers(sana):
     assert (site.path, site.dim, site.num_heads) == ("transformer_blocks.1.attn1", 32, 2)
     assert sana.blocks == ()
     assert "attn1 takes mixers, merge and drop" in str(sana)
-    assert "makes no call of scaled_dot_product_attention, as linear attention" in str(sana)
+    assert "attn1 takes mixers alone: it makes no call of scaled_dot_product_attention" in str(sana)
     with pytest.raises(
         PlanError, match="makes no call of scaled_dot_product_attention that a kernel could answer"
     ):
@@ -125,6 +125,31 @@ def test_a_block_that_is_the_attention_takes_kernels(tmp_path):
     save(model, tmp_path / "graft")
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "graft")(**example), after)
+
+
+def test_blocks_of_both_kinds_take_kernels_where_a_call_is_made():
+    class Attention(nn.Module):
+        def __init__(self, is_linear):
+            super().__init__()
+            self.qkv, self.is_linear = nn.Linear(16, 48), is_linear
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            mixed = (
+                q.relu() @ (k.relu().mT @ v) if self.is_linear else F.scaled_dot_product_attention(q, k, v)
+            )
+            return mixed.transpose(1, 2).flatten(2)
+
+    model, example = Plain(), {"sample": torch.randn(2, 4, 8, 12), "timestep": torch.rand(2)}
+    model.blocks = nn.ModuleList(nn.Sequential(Attention(i == 1)) for i in range(3))
+    traced = trace(model, example=example)
+    assert (traced.spec.blocks[0].turn, traced.blocks) == (("image",), (0, 2))
+    assert "blocks.1.0: it makes no call, as others do; leave it out of plans" in traced.questions
+    before = traced.outputs()[0]
+    graft(
+        model, Plan(edits=(Replace(role="attention", blocks=[0, 2], operator="softmax"),)), host=traced.host
+    )
+    assert torch.equal(traced.outputs()[0], before)
 
 
 def test_attention_outside_of_lists_is_told():

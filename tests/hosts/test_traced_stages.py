@@ -77,6 +77,13 @@ def test_channels_that_only_a_condition_can_hold_are_asked_for():
         HostError, match="hidden_states holds 8 channels behind the image's: a condition gives"
     ):
         host.predict(model, torch.randn(2, 4, 3, 8, 12), torch.ones(2), {})
+    assert host.example(model, rows=4, cols=6, frames=3, batch_size=2)["hidden_states"].shape == (
+        2,
+        12,
+        3,
+        8,
+        12,
+    )
     more, text = torch.randn(2, 8, 3, 8, 12), torch.randn(2, 5, 24)
     with torch.no_grad():
         found = host.predict(

@@ -43,5 +43,6 @@ def test_as_many_classes_as_promised():
     counts = {column: sum(row[column] for row in ROWS.values()) for column in trials.COLUMNS}
     full = [r for r in ROWS.values() if r["traced"] and r["identity"] and r["kernel"] and r["saved"]]
     assert len(full) >= 60
-    assert min(counts["stage1"], counts["stage2"]) >= 50
-    assert counts["mixer"] >= 35
+    assert min(counts["stage1"], counts["stage2"]) >= 60
+    assert counts["mixer"] >= 38
+    assert counts["pipeline"] >= 15

@@ -42,7 +42,7 @@ class Placed(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if not self.read_of:
+            if not self.read_of or name.startswith("__"):
                 raise
             return getattr(self.read_of[0], name)
 
@@ -60,9 +60,7 @@ class Placed(nn.Module):
 def outline(module: nn.Module) -> nn.Module:
     """A copy of a module that is no more, without values."""
     tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(
-        module, {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
-    )
+    return copy.deepcopy(module, {id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors})
 
 
 class KernelAttention(Placed):

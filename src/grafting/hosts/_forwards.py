@@ -127,12 +127,17 @@ def _in_place(conv: Any, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -
     """A convolution; of one that gives as many places as it takes, over their neighbours, what each place adds to its own."""
     output = conv(x, weight, *args, **kwargs)
     sides = weight.shape[2:]
-    if output.shape[2:] != x.shape[2:] or max(sides) == 1 or any(side % 2 == 0 for side in sides):
+    axis = -1 - len(sides)  # of channels; what is not of a batch has one axis less
+    if (
+        output.shape[axis + 1 :] != x.shape[axis + 1 :]
+        or max(sides) == 1
+        or any(side % 2 == 0 for side in sides)
+    ):
         return output
-    for axis, side in enumerate(sides, 2):
-        weight = weight.narrow(axis, side // 2, 1)
+    for i, side in enumerate(sides, 2):
+        weight = weight.narrow(i, side // 2, 1)
     bias = kwargs.get("bias", args[0] if args else None)
-    return conv(x, weight, bias, groups=x.shape[1] // weight.shape[1])
+    return conv(x, weight, bias, groups=x.shape[axis] // weight.shape[1])
 
 
 def _mask_seen(mask: Tensor | None) -> MaskSeen:

@@ -60,6 +60,11 @@ class _List:
         return [call for call in self.calls if call.kind in ("self", "joint", "mixed")]
 
     @property
+    def silent(self) -> list[AttentionCall]:
+        """Those over image tokens that make no call, where others of the list do."""
+        return [call for call in self.image_calls if not call.is_sdpa and self.usual.is_sdpa]
+
+    @property
     def usual(self) -> AttentionCall:
         return next((call for call in self.image_calls if call.is_sdpa), self.image_calls[0])
 
@@ -114,9 +119,12 @@ def propose(
             "masked: the example has a mask that these attentions do not see; set it if they do with prompts of several lengths"
         )
     questions += [f"{path}: its class is called attention, and it makes no call" for path in seen.silent]
-    partial = sorted({call.path for found in lists for call in found.image_calls if _is_partial(call)})
-    questions += [f"{path}: its mask is not of keys alone; leave it out of plans" for path in partial]
-    return Proposal(_with_heads(model, spec, lists), questions, partial)
+    partial = {call.path for found in lists for call in found.image_calls if _is_partial(call)}
+    silent = {call.path for found in lists for call in found.silent}
+    questions += [f"{path}: its mask is not of keys alone; leave it out of plans" for path in sorted(partial)]
+    questions += [f"{path}: it makes no call, as others do; leave it out of plans" for path in sorted(silent)]
+    partial |= silent
+    return Proposal(_with_heads(model, spec, lists), questions, sorted(partial))
 
 
 def _lists(model: nn.Module, seen: Observation) -> Iterator[_List]:
@@ -147,13 +155,13 @@ def _usable(lists: Iterator[_List], questions: list[str]) -> Iterator[_List]:
     of_sdpa = {found.path for found in with_image if found.usual.is_sdpa}
     for found in with_image:
         where, usual = str(found), found.usual
-        if not usual.is_sdpa and found.path not in of_sdpa:
+        if not usual.is_sdpa:
+            means = "is left out" if found.path in of_sdpa else "takes mixers alone"
             questions.append(
-                f"{where} makes no call of scaled_dot_product_attention, as linear attention: mixers alone may replace it"
+                f"{where} {means}: it makes no call of scaled_dot_product_attention, as linear attention"
             )
-        elif not usual.is_sdpa:
-            questions.append(f"{where} is left out: it makes no call of scaled_dot_product_attention")
-            continue
+            if found.path in of_sdpa:
+                continue
         if reason := _hindrance(found):
             questions.append(f"{where} is left out: {reason}")
         elif found.path in taken:
@@ -181,7 +189,7 @@ def _hindrance(found: _List) -> str:
     if usual.kind == "mixed" and {run.kind for run in usual.queries} != {"image"}:
         return "its queries are neither all tokens nor those of the image"
     if usual.mask == "a bias":
-        return "its mask adds other numbers than 0 and minus infinity to the scores, and hides nothing"
+        return "its mask adds other numbers than 0 and minus infinity to the scores, which hides nothing: one of bools can be answered"
     if all(map(_is_partial, found.image_calls)):
         return "it hides some keys from some queries alone"
     if usual.num_image < 2:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from ..contract import AttentionWeights, Grid, Kwargs, MlpWeights, NoiseProcess, Site
 from ..errors import HostError
 from . import _inputs
-from ._grids import fact, grid_of_images, image_arguments, images_of, latent_grid, packed_grid, patch_sizes
+from ._grids import (
+    as_argument,
+    fact,
+    grid_of_images,
+    image_arguments,
+    images_of,
+    latent_grid,
+    packed_grid,
+    patch_sizes,
+)
 from ._host import Host, as_linear, built_of, linear_weights, randomise
 from ._sites import blocks_of, check_arguments, part_of, sites_of
 from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
@@ -204,9 +213,12 @@ class SdpaHost(Host[nn.Module]):
         if not self.spec.inputs:
             self._refuse("its other arguments (`inputs`)")
         grid = Grid(rows, cols, frames)
-        x = torch.randn(batch_size, *self.at_grid(grid).shape(model))
+        x, image = torch.randn(batch_size, *self.at_grid(grid).shape(model)), self.spec.image
+        beside = None
+        if isinstance(image, LatentTokens) and image.beside:
+            beside = as_argument(torch.randn(batch_size, image.beside, *x.shape[2:]), image.axes)
         return {
-            **image_arguments(self.spec.image, x, grid),
+            **image_arguments(image, x, grid, beside),
             **self._time_argument(self.spec.time.scale * torch.rand(batch_size), grid),
             **_inputs.examples(self.spec, model, grid, num_text=num_text, like=x),
         }
