@@ -31,7 +31,7 @@ def test_for_the_testbed_it_is_the_quickstart_and_a_short_one():
         quickstart.distill,
         quickstart.finetune,
     )
-    assert mine.sample == quickstart.sample
+    assert (mine.sample, mine.rows) == (quickstart.sample, quickstart.rows)
     assert smoke.name == "mine-smoke"
     assert smoke.plan == mine.plan
     assert smoke.distill.steps == smoke.finetune.steps == 2

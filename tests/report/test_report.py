@@ -131,15 +131,12 @@ def test_a_loss_of_one_part_is_drawn_once(bare_run):
 def test_the_loss_is_drawn_by_noise_level(bare_run):
     assert "Loss by noise level" not in page_of(bare_run).text  # a log of before has none
     levels = {"loss_at_noise/80-100": 0.1, "loss_at_noise/0-20": 0.8}
-    steps = [
-        step | (levels if step["step"] % 2 else {"loss_at_noise/0-20": 0.4}) for step in finetune_steps()
-    ]
+    fewer = {"loss_at_noise/0-20": 0.4, "loss_at_noise/20-40": "much"}
+    steps = [step | (levels if step["step"] % 2 else fewer) for step in finetune_steps()]
     write_log(bare_run, "finetune", steps)
     page = page_of(bare_run)
     assert "Loss by noise level" in page.text
-    assert (
-        sum("of the way from clean to noise" in label for label in page.attributes("svg", "aria-label")) == 2
-    )
+    assert sum("from clean to noise" in label for label in page.attributes("svg", "aria-label")) == 2
     head, first, *_ = lines = tables_of(page)["levels.csv"]
     assert head == ["step", "0\u201320\u00a0%", "80\u2013100\u00a0%"]
     assert (first, len(lines)) == (["9", "0.622222", "0.1"], 101)

@@ -179,38 +179,26 @@ def stage_2(log: Sequence[Mapping[str, Any]], settings: Any = None) -> Stage2 | 
         drawn.append(values)
         in_view = values.tolist() if key != "lr" else [0.0, *values.tolist()]
         curves = _raw_and_smooth(steps, values) if key != "lr" else [Curve(steps, values, "smooth")]
-        logarithmic = spans_decade(in_view)
-        picture = step_chart(
-            curves,
-            label=f"{title} over steps",
-            log=logarithmic,
-            values=in_view,
-            size=_LARGE,
-            ends=[float(phase.last) for phase in phases[:-1]],
-        )
-        charts.append(Curves(title, logarithmic, short(float(f"{_end(values):.3g}")), picture))
+        ends = [float(phase.last) for phase in phases[:-1]]
+        charts.append(_curves(title, curves, in_view, label=title, size=_LARGE, ends=ends))
     levels = _levels(log)
     return Stage2(charts, log[-1].get("step"), phases, levels, _level_table(log)) if charts else None
 
 
+def _curves(
+    title: str, curves: Sequence[Curve], in_view: Sequence[float], *, label: str, **how: Any
+) -> Curves:
+    logarithmic = spans_decade(in_view)
+    picture = step_chart(curves, label=f"{label} over steps", log=logarithmic, values=in_view, **how)
+    return Curves(title, logarithmic, short(float(f"{_end(curves[0].values):.3g}")), picture)
+
+
 def _levels(log: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    found = {name: _series(log, key) for key, name in _level_names(log).items()}
-    everything = [value for _, values in found.values() for value in values.tolist()]
-    logarithmic = spans_decade(everything)
+    found = {name: _raw_and_smooth(*_series(log, key)) for key, name in _level_names(log).items()}
+    everything = [value for raw, _ in found.values() for value in raw.values.tolist()]
     return [
-        Curves(
-            f"{name} noise",
-            logarithmic,
-            short(float(f"{_end(values):.3g}")),
-            step_chart(
-                _raw_and_smooth(steps, values),
-                label=f"Loss at {name} of the way from clean to noise, over steps",
-                log=logarithmic,
-                values=everything,
-                size=_SMALL,
-            ),
-        )
-        for name, (steps, values) in found.items()
+        _curves(f"{name} noise", curves, everything, label=f"Loss {name} from clean to noise", size=_SMALL)
+        for name, curves in found.items()
     ]
 
 
@@ -232,7 +220,8 @@ def _mean_of(log: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _level_names(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the log calls the loss at each noise level, least noise first, and each in words: 0\u201320 %."""
-    found = {key: match for line in log for key in line if (match := _LEVEL.fullmatch(key))}
+    said = dict.fromkeys(key for line in log for key, value in line.items() if is_number(value))
+    found = {key: match for key in said if (match := _LEVEL.fullmatch(key))}
     in_order = sorted(found.items(), key=lambda item: int(item[1][1]))
     return {key: f"{match[1]}\u2013{match[2]}\u00a0%" for key, match in in_order}
 

@@ -32,6 +32,7 @@ data: {name: testbed-subset}
 distill: {steps: 200, batch_size: 64, lr: 2.0e-3, cooldown_steps: 100, holdout_every: 50}
 finetune: {steps: 500, batch_size: 64, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 250, ema_decay: 0.99, clip_norm: 1.0}
 sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 2000, batch_size: 250}
+rows: [pretrained, distilled, finetuned]
 """,
     "scenes": """\
 data: {name: scenes, seeds: 10000000-10999999}
