@@ -39,7 +39,7 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     assert [edit.blocks for edit in grafting.plan_of(model).edits] == [(1, 3, 5, 7)]
     said = repr(names["graft"])
     assert len(said.splitlines()) <= 5
-    for part in ("Graft of DiT, 4 places edited", "operator='hyena-x'", "in operators", "trained", "in all"):
+    for part in ("Graft of DiT, 4 places edited", "operator='hyena-x'", "in operators", "in all (+7,680)"):
         assert part in said
     names["graft"].undo()
     assert grafting.plan_of(student) == grafting.Plan()

@@ -171,7 +171,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_whole(tmp_path, name, w
 
 def test_a_folder_in_place_of_a_lock_is_named(tmp_path):
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(RunError, match=r"\.lock is a link to another file, or no file.*remove it"):
+    with pytest.raises(RunError, match=r"\.lock is a link to another file, a folder or no file.*remove it"):
         RunFolder(tmp_path, recipe_name="r")
 
 

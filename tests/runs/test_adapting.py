@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import grafting
+from grafting.runs import adapting
 from grafting.sampling.taught import TaughtConfig
 from grafting.sampling.trajectories import TrajectoriesConfig
 from grafting.training.distillation import DistillConfig
@@ -75,6 +76,30 @@ def test_a_pipeline_is_trained_on_prompts_alone_and_saved_with_its_graft(make, o
     again = type(pipe).from_pretrained(tmp_path / "pipe")
     torch.testing.assert_close(drawn(again), after)
     record.undo()
+    assert torch.equal(drawn(pipe), before)
+
+
+def test_what_was_trained_of_the_model_itself_is_undone_too(monkeypatch):
+    torch.manual_seed(0)
+    pipe = pixart()
+    before, weights = drawn(pipe), {n: p.clone() for n, p in pipe.transformer.named_parameters()}
+    all_of_it = FINETUNE.model_copy(update={"trainable": "all", "lr": 1e-2})
+    settings = {"prompts": WORDS, "data": MADE, "distill_config": None, "finetune_config": all_of_it}
+    record = grafting.adapt(pipe, plan_of("window-1d", window=2), **settings)
+    beside = set(dict(pipe.transformer.named_parameters())) - record.new_parameters
+    assert any(not torch.equal(pipe.transformer.get_parameter(n), weights[n]) for n in beside)
+    record.undo()
+    assert torch.equal(drawn(pipe), before)
+    # so it is where training fails
+    steps = adapting._finetune
+
+    def failing(*args, **kwargs):
+        yield from list(steps(*args, **kwargs))[:3]
+        raise grafting.TrainingError("enough")
+
+    monkeypatch.setattr(adapting, "_finetune", failing)
+    with pytest.raises(grafting.TrainingError, match="enough"):
+        grafting.adapt(pipe, plan_of("window-1d", window=2), **settings)
     assert torch.equal(drawn(pipe), before)
 
 

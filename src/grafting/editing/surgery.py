@@ -130,14 +130,14 @@ class Graft:
         )
 
     def __repr__(self) -> str:
-        sizes = {p: p.numel() for p in self.model.parameters()}
-        new = sum(p.numel() for operator in self.operators.values() for p in operator.parameters())
-        trained = sum(n for p, n in sizes.items() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        inside = sum(p.numel() for operator in self.operators.values() for p in operator.parameters())
+        more = inside - sum(p.numel() for module in self.replaced.values() for p in module.parameters())
         return "\n".join(
             [
                 f"Graft of {self._model_name}, {len(self.operators)} places edited",
                 *(f"  {edit}" for edit in edits_of(self.model)),
-                f"  parameters: {new:,} in operators, {trained:,} trained, {sum(sizes.values()):,} in all",
+                f"  parameters: {total:,} in all ({more:+,}), {inside:,} in operators",
             ]
         )
 

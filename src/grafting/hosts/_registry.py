@@ -79,8 +79,8 @@ def unknown_class(name: str) -> str:
         return f"a {name} is a UNet, whose blocks have several resolutions: grafting edits transformers"
     known = ", ".join(f"{host.name} ({host.class_name})" for host in hosts().values())
     return (
-        f"no host for a model of class {name}; there are {known}; any other whose attention calls "
-        "scaled_dot_product_attention is described by a spec: --spec FILE, or host=SdpaHost(SdpaSpec(...))"
+        f"no host for a model of class {name}; there are {known}; for any other `grafting sites MODEL --trace --out FILE` "
+        "proposes a spec, which is given as --spec FILE, or host=SdpaHost(SdpaSpec(...))"
     )
 
 

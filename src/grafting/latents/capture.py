@@ -125,8 +125,8 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 

@@ -81,4 +81,4 @@ def _open(path: Path) -> int:
 
 
 def _refused(path: Path) -> RunError:
-    return RunError(f"{path} is a link to another file, or no file, and cannot be a lock: remove it")
+    return RunError(f"{path} is a link to another file, a folder or no file, and cannot be a lock: remove it")

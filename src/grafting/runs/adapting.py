@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def adapt(
         on_step: called with a stage's name and each of its steps.
 
     Returns:
-        The record, which can undo the graft.
+        The record, which can undo the graft; weights of the model's own that were trained (`trainable: all`) stay in memory for it.
 
     Raises:
         PlanError: the plan does not fit; before any work. HostError: the pipeline has no transformer that can be edited, or does not run.
@@ -101,10 +102,28 @@ def adapt(
                     tell("finetune", step)
             except BaseException:
                 record.undo()
+                model.load_state_dict(teacher.state_dict())
                 raise
         for operator in operators.values():
             operator.to(next(teacher.parameters()).dtype)
-    return record
+    return _undoing_training(record, teacher)
+
+
+def _undoing_training(record: Graft, teacher: nn.Module) -> Graft:
+    """The record, which keeps the weights of the model's own that were trained, and puts them back too."""
+    now, then = record.model.state_dict(), record.then
+    before = {
+        name: tensor
+        for name, tensor in teacher.state_dict().items()
+        if name in now and now[name].data_ptr() != tensor.data_ptr()
+    }
+
+    def put_back(model: nn.Module) -> None:
+        model.load_state_dict(before, strict=False)
+        if then is not None:
+            then(model)
+
+    return replace(record, then=put_back)
 
 
 @contextmanager
