@@ -19,7 +19,7 @@ from grafting.hosts._forwards import _mask_seen, perturbed, unmixed_forward
 from grafting.hosts._observing import AttentionCall, Axis, Run, observe
 from grafting.weights.tensors import save_tensors
 from hosts import pipelines
-from hosts.zoo import COLS, FRAMES, ROWS, TEXT, Specimen, specimens
+from hosts.zoo import COLS, FRAMES, ROWS, TEXT, Specimen, specimens, text
 
 NUM_IMAGE = ROWS * COLS
 IMAGE, TEXT_RUN = Run("image", NUM_IMAGE), Run("text", TEXT, "encoder_hidden_states")
@@ -271,6 +271,13 @@ def test_only_what_surgery_accepts_is_said_to_be_taken():
     assert "transformer_blocks.*.attn takes kernels, MLPs, drop" in str(traced)
     with pytest.raises(PlanError, match="only one tensor of tokens can be merged"):
         graft(traced.model, Plan(edits=(Merge(blocks=(0, 1)),)), host=traced.host)
+
+
+def test_the_mlp_of_a_text_longer_than_the_image_is_not_the_images():
+    subject = specimen("SD3")
+    traced = trace(subject.model(), example=subject.example() | {"encoder_hidden_states": text(length=64)})
+    assert traced.takes == ("kernels, MLPs, drop",)
+    assert traced.spec.blocks[0].mlp == "ff"
 
 
 def test_mixers_without_projections_to_inherit_are_said_to_start_at_random():

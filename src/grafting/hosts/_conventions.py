@@ -259,6 +259,8 @@ def _mlp(
         layers = _mlp_layers(part, ran[0], call) if call else None
         if call and layers:
             found.append((name, call, layers))
+    if len(found) > 1:  # the text's own, which may be longer than the image
+        found = [part for part in found if seen[f"{paths[0]}.{part[0]}"][0].output.shape[1] == num_image]
     if len(found) == 1 and _in_all(model, inputs, paths, found[0], num_image=num_image, dim=dim):
         return found[0]
     return None, ModuleCall(), None

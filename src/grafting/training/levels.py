@@ -28,7 +28,7 @@ class NoiseLevels:
 
     def sums(self, losses: Float[Tensor, " b"], t: Tensor) -> Float[Tensor, "2 levels"]:
         """For each level the sum of the losses of its inputs, and their number; t [B] are their steps."""
-        inside = (torch.bucketize(t, self._edges, right=True) == self._numbers).to(losses.dtype)
+        inside = (torch.bucketize(t.contiguous(), self._edges, right=True) == self._numbers).to(losses.dtype)
         return torch.stack([inside @ losses, inside.sum(1)])
 
 
