@@ -279,6 +279,11 @@ def test_writing_stops_without_an_index(tmp_path: Path):
     assert not (tmp_path / INDEX_NAME).exists()
     with pytest.raises(DataError, match="no latents to write"):
         write_latents(tmp_path, [], source="a", vae="b", scale=1.0, num_classes=1)
+    large = LATENTS.clone()
+    large[7, 0, 0, 0] = 1e5
+    with pytest.raises(DataError, match=r"item 7 is not finite in torch\.float16: mend it or leave it out"):
+        write(tmp_path, large)
+    assert not (tmp_path / INDEX_NAME).exists()
 
 
 def _name_items(folder: Path, names: list[str]) -> None:

@@ -120,7 +120,7 @@ def test_mixers_and_mlps_are_refused_with_every_block(flux):
         graft(flux, Plan(edits=edits))
     message = str(caught.value)
     assert message.startswith("4 faults in plan for host 'flux' (blocks 0..2)")
-    assert "block 2: hyena-x is a mixer, and the host takes only kernels for its attention" in message
+    assert "block 2: hyena-x is a mixer, and the host takes only kernels for this attention" in message
     assert "block 0 has no replaceable mlp" in message
     assert not flux._forward_pre_hooks
 

@@ -11,7 +11,7 @@ from grafting.cli import app
 from grafting.errors import CheckpointError, DataError, HostError, RunError
 from grafting.hosts import host_of
 from grafting.hosts._grids import pack
-from grafting.latents.capture import first_step, watch
+from grafting.latents.capture import _equal, first_step, watch
 from grafting.latents.prompting import Prompting, PromptingConfig, open_encoders, read_words
 from latents.morepipelines import MORE
 from latents.textpipelines import ALL, pixart, wan
@@ -280,8 +280,15 @@ def test_command_line_encodes_a_folder_of_a_pipeline(tmp_path):
         tmp_path / "pipe",
     ]
     told = printed(*command, "--dry-run")
-    assert "4 prompts and a null, each encoder_hidden_states[4, 24], encoder_attention_mask[4]" in told
+    assert "4 prompts and a null, the longest encoder_hidden_states[6, 24], encoder_attention_mask[6]" in told
     assert not (tmp_path / "out").exists()
     told = printed(*command, "--shard-size", "3")
     assert f"conditions: {{name: prompts, folder: {tmp_path / 'out'}}}" in told
     assert json.loads((tmp_path / "out" / "prompts.json").read_text())["count"] == 4
+
+
+def test_arguments_that_are_tuples_of_tensors_are_compared():
+    pair, other = (torch.ones(2), [torch.zeros(3), 1]), (torch.ones(2), [torch.zeros(3), 2])
+    assert _equal(pair, (torch.ones(2), [torch.zeros(3), 1]))
+    assert not _equal(pair, other)
+    assert not _equal(pair, pair[:1])

@@ -273,11 +273,16 @@ class LatentSet:
 
 
 def _check_finite(stored: Tensor, rows: list[int], path: Path) -> None:
-    bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
+    if (bad := _not_finite(stored)) is not None:
         raise DataError(
-            f"{path}: row {rows[bad[0]]} of `latents` holds values that are not finite: encode it again, or leave it out"
+            f"{path}: row {rows[bad]} of `latents` holds values that are not finite: encode it again, or leave it out"
         )
+
+
+def _not_finite(stored: Tensor) -> int | None:
+    """The first row that holds a value that is not finite."""
+    bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    return bad[0] if bad else None
 
 
 def read_index(folder: Path) -> LatentIndex:
@@ -331,7 +336,7 @@ def write_latents(
         conditions_sha256: `Prompts.sha256` of those prompts; left out, labels are classes.
 
     Raises:
-        DataError: no items, or a label that is no class.
+        DataError: no items, a value that is not finite in `dtype`, or a label that is no class.
         RunError: the folder cannot be written.
     """
     folder = Path(folder)
@@ -342,8 +347,12 @@ def write_latents(
             raise DataError(
                 f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
             )
-        shape = tuple(latents.shape[1:])
-        shards.append(write_shard(folder, number, latents.to(dtype), labels))
+        shape, stored_as = tuple(latents.shape[1:]), latents.to(dtype)
+        if (bad := _not_finite(stored_as)) is not None:
+            raise DataError(
+                f"item {number * shard_size + bad} is not finite in {dtype}: mend it or leave it out"
+            )
+        shards.append(write_shard(folder, number, stored_as, labels))
     if shape is None:
         raise DataError(f"no latents to write to {folder}")
     index = LatentIndex(

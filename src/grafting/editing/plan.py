@@ -319,6 +319,6 @@ def _misfits(operator: OperatorConfig, site: Site) -> list[str]:
     if site.role not in operator.roles:
         return [f"{operator.name} replaces {' or '.join(sorted(operator.roles))}, not {site.role}"]
     if not isinstance(operator, KernelConfig) and site.module is None:
-        return [f"{operator.name} is a mixer, and the host takes only kernels for its {site.role}"]
+        return [f"{operator.name} is a mixer, and the host takes only kernels for this {site.role}"]
     of_call = operator.call_faults(site.attention) if site.role == "attention" else []
     return [*operator.faults(site), *of_call]
