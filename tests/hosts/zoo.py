@@ -18,6 +18,9 @@ ROWS, COLS, FRAMES, TEXT = 4, 6, 2, 5
 
 Inputs = dict[str, Any]
 
+# parameters that diffusers leaves as it finds the memory: of Lumina Next and Nucleus
+_UNSET = ("pad_token", "gate_up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Specimen:
@@ -35,7 +38,11 @@ class Specimen:
         torch.manual_seed(0)
         model = getattr(importlib.import_module("diffusers.models.transformers"), self.name, None)
         model = model or getattr(importlib.import_module("diffusers"), self.name)
-        instance = randomise(model(**self.config), std=0.1).eval()
+        instance = model(**self.config)
+        for name, parameter in instance.named_parameters():
+            if name.endswith(_UNSET):
+                nn.init.zeros_(parameter)
+        instance = randomise(instance, std=0.1).eval()
         self.prepare(instance)
         return instance
 
