@@ -171,15 +171,16 @@ class Mixer(nn.Module, ABC):
         """The linear layer whose output is this mixer's, which has a best fit in closed form; None if there is none."""
         return None
 
+
+class NeuronMixer(Mixer):
+    """Replacement for an MLP that may start from a choice of its neurons."""
+
     num_inherited_neurons: int = 0
-    """Number of the replaced MLP's neurons that `inherit` copied; 0 if it copied none, or the mixer has none."""
+    """Number of the replaced MLP's neurons that `inherit` copied."""
 
+    @abstractmethod
     def inherit_neurons(self, weights: MlpWeights, kept: Int[Tensor, " kept"]) -> None:
-        """Take these neurons, by index, in the place of those that `inherit` chose.
-
-        Asked only of mixers whose `num_inherited_neurons` is positive, which have this method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} takes no neurons one by one")
+        """Take these neurons, by index, in place of those that `inherit` chose."""
 
 
 _CALLS: Mapping[Honoured, str] = {

@@ -204,8 +204,7 @@ class Figure:
             return f"{value:.{decimals}f}{TIMES} ({low:.{decimals}f}\u2013{high:.{decimals}f})"
         if "difference" in parts:
             value, low, high = (parts["difference"][end] for end in ("value", "low", "high"))
-            write = _points if self.write is percent else self.write
-            unit = " points" if self.write is percent else ""
+            write, unit = (_points, " points") if self.write is percent else (self.write, "")
             return f"{'+' * (value > 0)}{write(value)}{unit} ({write(low)} to {write(high)})"
         return ""
 
@@ -381,7 +380,7 @@ def headline(rows: Sequence[Measured]) -> Figure:
 
 
 def verdict(row: Measured, base: Measured) -> str:
-    """Whether a row is better than the one that it was compared with image by image, in words; empty if it was not."""
+    """A sentence on whether a row is better than the one that it is paired with; empty if the two are not paired."""
     figure = headline([row, base])
     if not (written := figure.paired(row)):
         return ""

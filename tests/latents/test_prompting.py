@@ -280,7 +280,7 @@ def test_command_line_encodes_a_folder_of_a_pipeline(tmp_path):
         tmp_path / "pipe",
     ]
     told = printed(*command, "--dry-run")
-    assert "4 prompts and a null, the longest encoder_hidden_states[6, 24], encoder_attention_mask[6]" in told
+    assert "4 prompts and a null, a long one encoder_hidden_states[6, 24], encoder_attention_mask[6]" in told
     assert not (tmp_path / "out").exists()
     told = printed(*command, "--shard-size", "3")
     assert f"conditions: {{name: prompts, folder: {tmp_path / 'out'}}}" in told

@@ -125,8 +125,8 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
 
 
 def _verdict(row: "RunRow", base: "RunRow", found: dict[str, Any]) -> str:
-    named = ({**each.measured.figures, "name": each.measured.name} for each in (row, base))
-    return verdict(next(named) | {"paired": found}, next(named))
+    a, b = ({**each.measured.figures, "name": each.measured.name} for each in (row, base))
+    return verdict(a | {"paired": found}, b)
 
 
 def _is_of_both(figure: Figure, rows: list[Any]) -> bool:

@@ -101,9 +101,8 @@ def prompts(
     needed, free = work.target.check()
     if is_main():
         null = "a null" if work.target.nulls else "no null"
-        longest = work.capture.row(max(words, key=len)).tensors
-        columns = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in longest.items())
-        say(out, f"{len(words):,} prompts and {null}, the longest {columns}")
+        columns = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in work.longest.tensors.items())
+        say(out, f"{len(words):,} prompts and {null}, a long one {columns}")
         seconds = datetime.timedelta(seconds=round(work.seconds_a_prompt * len(words) / world_size()))
         say(
             out,

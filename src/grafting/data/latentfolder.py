@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError, listed
 from ..machine.files import sha256_of, write_bytes, write_json
-from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype, write_shard
+from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype, rows_not_finite, write_shard
 from .workfolder import WORK_NAME as WORK_NAME
 from .workfolder import ShardRecord, WorkFolder
 
@@ -173,10 +173,7 @@ class LatentFolder:
 
 
 def _check_finite(latents: Tensor, names: Sequence[str], *, dtype: Dtype) -> None:
-    if not len(latents):
-        return
-    bad = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
+    if bad := rows_not_finite(latents):
         raise DataError(
             f"{len(bad)} latents are not finite in {dtype}, the first of {names[bad[0]]}: "
             "choose a dtype of larger range (bf16, fp32), or look at the autoencoder"

@@ -273,16 +273,15 @@ class LatentSet:
 
 
 def _check_finite(stored: Tensor, rows: list[int], path: Path) -> None:
-    if (bad := _not_finite(stored)) is not None:
+    if bad := rows_not_finite(stored):
         raise DataError(
-            f"{path}: row {rows[bad]} of `latents` holds values that are not finite: encode it again, or leave it out"
+            f"{path}: row {rows[bad[0]]} of `latents` holds values that are not finite: encode it again, or leave it out"
         )
 
 
-def _not_finite(stored: Tensor) -> int | None:
-    """The first row that holds a value that is not finite."""
-    bad = (~stored.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    return bad[0] if bad else None
+def rows_not_finite(stored: Tensor) -> list[int]:
+    """The rows that hold a value that is not finite."""
+    return (~stored.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist() if len(stored) else []
 
 
 def read_index(folder: Path) -> LatentIndex:
@@ -348,10 +347,9 @@ def write_latents(
                 f"labels are 0..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}"
             )
         shape, stored_as = tuple(latents.shape[1:]), latents.to(dtype)
-        if (bad := _not_finite(stored_as)) is not None:
-            raise DataError(
-                f"item {number * shard_size + bad} is not finite in {dtype}: mend it or leave it out"
-            )
+        if bad := rows_not_finite(stored_as):
+            first = number * shard_size + bad[0]
+            raise DataError(f"item {first} is not finite in {dtype}: mend it or leave it out")
         shards.append(write_shard(folder, number, stored_as, labels))
     if shape is None:
         raise DataError(f"no latents to write to {folder}")

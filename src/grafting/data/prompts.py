@@ -51,9 +51,7 @@ class Column(BaseModel):
     shape: tuple[NonNegativeInt, ...]  # of a prompt's; where lengths differ, without the first axis
     ragged: bool = False  # each prompt has its own length along a first axis
     axis: NonNegativeInt = 0  # where a batch's prompts stand in the argument
-    along: NonNegativeInt = (
-        0  # ragged: the axis of a prompt's tensor in the argument that is stored as its first
-    )
+    along: NonNegativeInt = 0  # ragged: which axis of a prompt's tensor is stored as its first
     optional: bool = False  # a mask that is passed only where it hides something
 
 

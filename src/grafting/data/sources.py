@@ -20,8 +20,16 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ..errors import DataError, MissingBackend
-from ..machine.huberrors import HUB_ERRORS, said
-from ..machine.reading import PICTURE_SUFFIXES, JsonObject, damage, parse_json, read_bytes, read_picture
+from ..machine.huberrors import HUB_ERRORS
+from ..machine.reading import (
+    PICTURE_SUFFIXES,
+    JsonObject,
+    damage,
+    parse_json,
+    read_bytes,
+    read_picture,
+    reason_of,
+)
 from .images import list_image_folder, short_name
 from .tars import Member, members, tar_files
 
@@ -234,7 +242,7 @@ def _commit_of(source: str, revision: str | None) -> str:
         found = HfApi().dataset_info(source, revision=revision).sha
     except HUB_ERRORS as error:
         raise DataError(
-            f"no data set {source}: there is no such folder, and the Hub does not give it: {said(error)}"
+            f"no data set {source}: there is no such folder, and the Hub does not give it: {reason_of(error)}"
         ) from error
     assert found is not None
     return found

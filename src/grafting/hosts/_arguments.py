@@ -26,7 +26,7 @@ class Knowledge:
     output: Output | None = None
     process: ProcessConfig | None = None
     scheduler: str = ""
-    """Class of a scheduler whose process is none of grafting's."""
+    """Class of a scheduler whose noise process grafting does not have."""
     latent_size: int | None = None
     """Side of a native latent."""
     latent_channels: int | None = None
@@ -249,7 +249,7 @@ def process_of(known: Knowledge, questions: list[str]) -> ProcessConfig | None:
         return known.process
     if known.scheduler:
         questions.append(
-            f"process: that of {known.scheduler} is none of grafting's: name one with a recipe's `process`"
+            f"process: grafting does not have that of {known.scheduler}: name one as `process` in the recipe"
         )
         return None
     questions.append(

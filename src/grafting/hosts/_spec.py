@@ -257,7 +257,7 @@ class SdpaSpec(_Spec):
     time: Time = Time()
     output: Output = Output()
     process: ProcessConfig | None = FlowConfig()
-    """How inputs are noised, where a recipe does not say; null where that is none of grafting's processes."""
+    """How inputs are noised, where a recipe does not say; null where grafting does not have that process."""
     distilled: bool = False
     """Distilled for guidance or few steps, as published: stage 2 then trains on the teacher's output."""
     inputs: dict[str, Input | tuple[Fact, ...]] = {}

@@ -264,7 +264,7 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
 
 
 def _length_axis(a: Tensor, b: Tensor) -> int | None:
-    """The one axis along which two tensors differ in length; None if there is none, or are several."""
+    """The axis along which two tensors differ in length; None if there is no such axis, or more than one."""
     unlike = [i for i in range(a.ndim) if a.ndim == b.ndim and a.shape[i] != b.shape[i]]
     return unlike[0] if len(unlike) == 1 else None
 

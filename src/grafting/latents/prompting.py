@@ -258,7 +258,8 @@ class Prompting:
         self.words, self.source = words, source
         self.capture = watch(pipeline, _host(pipeline), call=_call(pipeline, config, call or {}))
         started = time.perf_counter()
-        like = self.capture.row(max(words[:64], key=len, default="a"))
+        self.longest = self.capture.row(max(words[:64], key=len, default="a"))
+        """The longest of the first prompts, encoded."""
         self.seconds_a_prompt = time.perf_counter() - started
         negative = "" if config.negative is None else config.negative
         null = self.capture.null_row(negative)
@@ -267,7 +268,7 @@ class Prompting:
             folder,
             self._facts(pipeline),
             words=words,
-            like=like,
+            like=self.longest,
             nulls=[null] if null else [],
             per_shard=config.shard_size,
             lengths=self.capture.masks,

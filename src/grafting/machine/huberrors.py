@@ -2,8 +2,6 @@
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ._damage import cut
-
 HUB_ERRORS: tuple[type[Exception], ...] = (
     # the error of the HTTP library beneath, whichever that is (requests, httpx, httpx2): a host that is not reached
     *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
@@ -11,9 +9,3 @@ HUB_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     HFValidationError,
 )
-
-
-def said(error: Exception) -> str:
-    """What went wrong at the Hub, in one line of bounded length: its messages run over several."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return cut(lines[0], 200) if lines else type(error).__name__

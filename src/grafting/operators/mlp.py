@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import AttentionWeights, Mixer, MixerConfig, MlpWeights, Role, Site, TokenLayout
+from ..contract import AttentionWeights, MixerConfig, MlpWeights, NeuronMixer, Role, Site, TokenLayout
 
 
 class MLPConfig(MixerConfig):
@@ -37,7 +37,7 @@ class MLPConfig(MixerConfig):
         return int(self.ratio * site.dim)
 
 
-class MLP(Mixer):
+class MLP(NeuronMixer):
     """fc2(gelu(fc1(x))) on each token by itself, x [B, L, D] -> [B, L, D]; initialised as torch's linears are.
 
     Args:

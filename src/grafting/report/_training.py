@@ -219,7 +219,7 @@ def _mean_of(log: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def _level_names(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What the log calls the loss at each noise level, least noise first, and each in words: 0\u201320 %."""
+    """The log's keys of the loss by noise level, least noise first, with their labels, such as 0\u201320 %."""
     said = dict.fromkeys(key for line in log for key, value in line.items() if is_number(value))
     found = {key: match for key in said if (match := _LEVEL.fullmatch(key))}
     in_order = sorted(found.items(), key=lambda item: int(item[1][1]))

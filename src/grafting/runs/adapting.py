@@ -101,8 +101,7 @@ def adapt(
                 for step in steps:
                     tell("finetune", step)
             except BaseException:
-                record.undo()
-                model.load_state_dict(teacher.state_dict())
+                _undoing_training(record, teacher).undo()
                 raise
         for operator in operators.values():
             operator.to(next(teacher.parameters()).dtype)

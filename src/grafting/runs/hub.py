@@ -6,7 +6,8 @@ from typing import Protocol, runtime_checkable
 from huggingface_hub import HfApi
 
 from ..errors import CheckpointError, RunError
-from ..machine.huberrors import HUB_ERRORS, said
+from ..machine.huberrors import HUB_ERRORS
+from ..machine.reading import reason_of
 from ..weights.adapter import ADAPTER_CONFIG_NAME
 from ..weights.card import CARD_NAME
 from ..weights.folder import load_model
@@ -59,5 +60,5 @@ def push_to_hub(
             repo_id=repo_id, folder_path=str(folder), commit_message=message, allow_patterns=UPLOADED
         )
     except HUB_ERRORS as error:
-        raise RunError(f"cannot upload {folder} to {repo_id}: {said(error)}") from error
+        raise RunError(f"cannot upload {folder} to {repo_id}: {reason_of(error)}") from error
     return f"https://huggingface.co/{repo_id}"

@@ -72,11 +72,10 @@ class Shapes:
         with torch.device("meta"):
             operators = build_operators(model, recipe.edits, host=host.at_grid(cost.grid))
         with grafted(model, operators):
-            counted: dict[tuple[object, Precision], int] = {}
+            saved, counted = 0, dict[tuple[object, Precision], int]()
             if recipe.distill:
-                precision = recipe.distill.precision
-                counted["all", precision] = saved_an_image(model, precision, cost.grid)
-            saved = max(counted.values(), default=0)
+                saved = saved_an_image(model, recipe.distill.precision, cost.grid)
+                counted["all", recipe.distill.precision] = saved
             phases = _phases(model, recipe, cost.grid, blocks, counted)
         site = host.sites(model)[0]
         return cls(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ..contract import Denoiser, Kwargs, MlpWeights, Step
+from ..contract import Denoiser, Kwargs, MlpWeights, NeuronMixer, Step
 from ..editing.placed import KernelAttention, MixerAdapter, Placed
 from ..errors import TrainingError
 from ..functional.ridge import (
@@ -96,22 +96,22 @@ def calibrate(
 class _NeuronChoice:
     """The host's hidden activations at the site of a narrower MLP, as sums, and the neurons that it takes by them."""
 
-    def __init__(self, operator: MixerAdapter, weights: MlpWeights):
-        self.operator, self.weights = operator, weights
+    def __init__(self, tokens: str, mixer: NeuronMixer, weights: MlpWeights):
+        self.tokens, self.mixer, self.weights = tokens, mixer, weights
         self.gram = torch.zeros(())
 
     def add(self, args: tuple, kwargs: Kwargs, output: Tensor) -> None:
-        x = args[0] if args else kwargs[self.operator.call.tokens]
+        x = args[0] if args else kwargs[self.tokens]
         rows = with_ones(self.weights.activation(F.linear(x, *self.weights.up)).flatten(0, -2))
         self.gram = self.gram.to(rows) + rows.T @ rows
 
     def finish(self, config: CalibrateConfig) -> dict[str, float]:
         """Of two choices take the one whose other neurons a refitted output layer misses less."""
         covariance, _ = moments(self.gram)
-        down, num = self.weights.down[0].double(), self.operator.mixer.num_inherited_neurons
+        down, num = self.weights.down[0].double(), self.mixer.num_inherited_neurons
         choices = [choose(covariance, down, num=num) for choose in (most_varying, hardest_to_replace)]
         best = min(choices, key=lambda kept: error_without(covariance, down, kept))
-        self.operator.mixer.inherit_neurons(self.weights, best)
+        self.mixer.inherit_neurons(self.weights, best)
         return {}
 
 
@@ -165,10 +165,12 @@ def _neuron_choices(teacher: nn.Module, operators: Mapping[str, Placed]) -> dict
     """The sites whose operators took some of the host's neurons, but not all."""
     sites = {}
     for path, operator in operators.items():
-        if isinstance(operator, MixerAdapter) and operator.mixer.num_inherited_neurons:
+        if not isinstance(operator, MixerAdapter) or not isinstance(mixer := operator.mixer, NeuronMixer):
+            continue
+        if mixer.num_inherited_neurons:
             weights = operator.tracker.host.mlp_weights(teacher.get_submodule(path))
-            if operator.mixer.num_inherited_neurons < len(weights.up[0]):
-                sites[path] = _NeuronChoice(operator, weights)
+            if mixer.num_inherited_neurons < len(weights.up[0]):
+                sites[path] = _NeuronChoice(operator.call.tokens, mixer, weights)
     return sites
 
 

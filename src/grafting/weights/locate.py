@@ -8,7 +8,8 @@ from huggingface_hub import snapshot_download
 
 from ..data.bundled import bundled_model_folder
 from ..errors import CheckpointError
-from ..machine.huberrors import HUB_ERRORS, said
+from ..machine.huberrors import HUB_ERRORS
+from ..machine.reading import reason_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -68,5 +69,5 @@ def find_folder(source: str | Path, *, revision: str | None = None, patterns: Se
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"no model in {source}: it does not exist, and the Hub does not give it: {said(error)}"
+            f"no model in {source}: it does not exist, and the Hub does not give it: {reason_of(error)}"
         ) from error
