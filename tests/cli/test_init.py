@@ -26,15 +26,17 @@ def test_for_the_testbed_it_is_the_quickstart_and_a_short_one():
     assert "Next: grafting check mine.yaml, grafting run mine-smoke.yaml" in result.stdout
     quickstart = load_recipe(Path(__file__).parents[2] / "recipes/testbed/quickstart.yaml")
     mine, smoke = load_recipe("mine.yaml"), load_recipe("mine-smoke.yaml")
-    assert (mine.plan, mine.distill, mine.finetune) == (
-        quickstart.plan,
-        quickstart.distill,
-        quickstart.finetune,
-    )
-    assert (mine.sample, mine.rows) == (quickstart.sample, quickstart.rows)
+    for section in ("plan", "calibrate", "distill", "finetune", "sample", "rows"):
+        assert getattr(mine, section) == getattr(quickstart, section), section
     assert smoke.name == "mine-smoke"
     assert smoke.plan == mine.plan
     assert smoke.distill.steps == smoke.finetune.steps == 2
+
+
+def test_an_operator_comes_with_its_settings_and_keeps_the_default_blocks():
+    assert init("mine.yaml", "--operator", "{name: hyena-x, geometry: 2d}").exit_code == 0
+    (edit,) = load_recipe("mine.yaml").plan
+    assert (edit.operator.geometry, edit.blocks) == ("2d", "4-7")
 
 
 def test_for_a_pipeline_it_takes_the_transformer_the_autoencoder_and_prompts():
@@ -69,6 +71,7 @@ def test_it_is_valid_for_every_host(name: str):
         (("mine.txt",), "a recipe's file ends in .yaml, found mine.txt"),
         (("there.yaml",), "there.yaml: there already; name another file"),
         (("mine.yaml", "--source", "nowhere"), "no model in nowhere: give testbed, scenes, or the folder"),
+        (("mine.yaml", "--operator", "{name: hyena-x"), "--operator is not YAML: line 1"),
         (("mine.yaml", "--operator", "hyena"), "no operator 'hyena'; did you mean 'hyena-"),
         (("mine.yaml", "--blocks", "ood"), "'ood' names no blocks"),
     ],

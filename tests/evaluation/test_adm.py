@@ -273,7 +273,7 @@ def test_notes_say_what_figures_are_worth(network, npz):
     assert few.frechet_bias is several.frechet_bias is None
     assert "the error can be estimated from 32 images on" in several.notes[1]
     assert many.frechet_bias is not None
-    assert f"frechet is about {many.frechet_bias:.3g} too high with 50 images" in many.notes
+    assert f"the Fréchet distance is about {many.frechet_bias:.3g} too high with 50 images" in many.notes
     assert "published figures use 50000 images; these use 50" in many.notes
     assert "the last part of the Inception score has 50 images, not 5000" in many.notes
 

@@ -66,7 +66,7 @@ def metric_rows() -> list[dict]:
         }
         row |= {"density": 0.93, "coverage": 0.88, "inception_score": 8.1, "num_images": 2000}
         row |= {
-            "notes": ["frechet is about 0.9 too high with 2000 images"],
+            "notes": ["the Fréchet distance is about 0.9 too high with 2000 images"],
             "protocol": protocol(batch_size=len(rows) + 1),
         }
         rows.append(row)

@@ -71,7 +71,10 @@ def init(
     operator: Annotated[
         str | None, typer.Option(help="Operator or preset. [dim]Default: one that the host takes.[/]")
     ] = None,
-    blocks: Annotated[str, typer.Option(help="Blocks to edit: odd, all, 8-18:2, ...")] = "odd",
+    blocks: Annotated[
+        str | None,
+        typer.Option(help="Blocks to edit: odd, all, 8-18:2, ... [dim]Default: odd, of the testbed 4-7.[/]"),
+    ] = None,
     data: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Latents, or images for a model of pixels.")
     ] = Path("latents"),

@@ -187,11 +187,11 @@ def _notes(features: Tensor, bias: float | None, config: AdmConfig, reference: A
         )
     elif num_images < 10_000 and bias is None:
         notes.append(
-            f"frechet is far too high with {num_images} images of {width} features; "
+            f"the Fréchet distance is far too high with {num_images} images of {width} features; "
             f"the error can be estimated from {4 * width} images on"
         )
     if bias is not None and num_images < _PUBLISHED_IMAGES:
-        notes.append(f"frechet is about {bias:.3g} too high with {num_images} images")
+        notes.append(f"the Fréchet distance is about {bias:.3g} too high with {num_images} images")
     if num_images != _PUBLISHED_IMAGES:
         notes.append(f"published figures use {_PUBLISHED_IMAGES} images; these use {num_images}")
     if num_images % config.score_split_size:

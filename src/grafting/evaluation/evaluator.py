@@ -142,7 +142,7 @@ def _notes(features: Tensor, bias: float | None, config: MetricsConfig) -> list[
             f"too few images: {num_images} for {width} features, so the covariance lacks rank and frechet mostly measures that"
         )
     if bias is not None and num_images < 10_000:
-        notes.append(f"frechet is about {bias:.3g} too high with {num_images} images")
+        notes.append(f"the Fréchet distance is about {bias:.3g} too high with {num_images} images")
     if num_images > config.pairwise_images:
         notes.append(
             f"kid, precision, recall, density and coverage are computed on {config.pairwise_images} images drawn at random"

@@ -29,18 +29,25 @@ from .recipe import FreshModel
 _BUNDLED = {
     "testbed": """\
 data: {name: testbed-subset}
-distill: {steps: 200, batch_size: 64, lr: 2.0e-3, cooldown_steps: 100, holdout_every: 50}
-finetune: {steps: 500, batch_size: 64, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 250, ema_decay: 0.99, clip_norm: 1.0}
-sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 2000, batch_size: 250}
+calibrate: {samples: 256}
+distill: {steps: 60, batch_size: 64, lr: 2.0e-3, cooldown_steps: 50, holdout_every: 20}
+finetune: {steps: 100, batch_size: 64, lr: 1.0e-4, warmup_steps: 10, cooldown_steps: 80, ema_decay: 0.95, clip_norm: 1.0, output_weight: 1.0}
+sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 1000, batch_size: 250}
 rows: [pretrained, distilled, finetuned]
 """,
     "scenes": """\
 data: {name: scenes, seeds: 10000000-10999999}
-distill: {steps: 100, batch_size: 16, lr: 2.0e-3, cooldown_steps: 50, holdout_every: 50}
-finetune: {steps: 200, batch_size: 16, lr: 5.0e-4, warmup_steps: 20, cooldown_steps: 100, ema_decay: 0.98, clip_norm: 1.0}
+calibrate: {samples: 64}
+distill: {steps: 100, batch_size: 16, lr: 2.0e-3, cooldown_steps: 80, holdout_every: 50}
+finetune: {steps: 150, batch_size: 16, lr: 5.0e-4, warmup_steps: 10, cooldown_steps: 100, ema_decay: 0.97, clip_norm: 1.0, output_weight: 1.0}
 sample: {sampler: dpm-solver++, steps: 10, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
 """,
 }
+_FIRST = {
+    "testbed": ("{name: window-2d, radius: 1}", "4-7"),
+    "scenes": ("{name: hyena-x, geometry: 2d, kernel_size: 3}", "odd"),
+}
+"""Operator and blocks of each bundled model's quickstart."""
 _SMOKE = """\
 # A minute: two steps of each stage, few images. Its figures mean nothing.
 #     grafting run {smoke}
@@ -62,8 +69,9 @@ class Start:
     source: str = "testbed"
     """`testbed`, `scenes`, or the folder of a model, a run or a pipeline."""
     operator: str | None = None
-    """By default Hyena-X where the host takes mixers, else a window over rows and columns."""
-    blocks: str = "odd"
+    """By default the quickstart's for a bundled model; else Hyena-X where the host takes mixers, or a window over rows and columns."""
+    blocks: str | None = None
+    """By default the quickstart's for a bundled model, else `odd`."""
     data: Path = Path("latents")
     """Folder of latents, or of images for a model of pixels."""
     prompts: Path = Path("prompts")
@@ -138,12 +146,13 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         relative = os.path.relpath(target, path.parent)
         return relative if relative.startswith("../") else f"./{relative}"
 
-    operator = _operator(start.operator, host, model)
+    operator, blocks = _FIRST.get(start.source, (_first_operator(host, model), "odd"))
+    operator, blocks = start.operator or operator, start.blocks or blocks
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
         f"source: {start.source if folder is None else near(folder)}",
-        f"plan:\n  - {{role: {operator[0]}, blocks: {start.blocks!r}, operator: {operator[1]}}}",
+        f"plan:\n  - {{role: {_role(operator)}, blocks: {blocks!r}, operator: {operator}}}",
     ]
     if start.source in _BUNDLED:
         return "\n".join([*lines, _BUNDLED[start.source]])
@@ -159,12 +168,15 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
     return "\n".join(lines) + "\n"
 
 
-def _operator(name: str | None, host: Host[Any], model: nn.Module) -> tuple[str, str]:
-    """Role and name of an operator: as asked, else one that the host takes."""
+def _first_operator(host: Host[Any], model: nn.Module) -> str:
     takes_mixers = any(site.module for site in host.sites(model) if site.role == "attention")
-    chosen = name or ("hyena-x" if takes_mixers else "window-2d")
+    return "hyena-x" if takes_mixers else "window-2d"
+
+
+def _role(operator: str) -> str:
+    """The first role of an operator, as a recipe writes it."""
     try:
-        return sorted(parse_operator(chosen).roles)[0], chosen
+        return sorted(parse_operator(parse_yaml(operator, name="--operator", error=RecipeError)).roles)[0]
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
