@@ -78,7 +78,7 @@ def test_the_rule_sees_a_changed_figure():
 def test_the_printed_table_is_that_of_the_quickstart(page: str):
     printed = io.StringIO()
     drawn = load_recipe(ROOT / "recipes/testbed/quickstart.yaml").rows
-    rows = [row for row in read("testbed/quickstart_fp32.json") if row["name"] in drawn]
+    rows = [row for row in read("testbed/quickstart.json") if row["name"] in drawn]
     Console(file=printed, width=120, color_system=None).print(metrics_table(rows))
     blocks = re.findall(r"\n\n```\n(.*?)```", PAGES[page], flags=re.DOTALL)
     (shown,) = (block for block in blocks if "after stage 2" in block)
@@ -100,14 +100,25 @@ def interval(row: dict[str, Any]) -> str:
     return f"{digits[0]} ({digits[1]}-{digits[2]})"
 
 
-@pytest.mark.parametrize("number", range(5))
+def paired_ratio(row: dict[str, Any]) -> str:
+    ratio = row["paired"]["frechet"]["ratio"]
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+RUNS = {1: "self_graft", 2: "hyena_x_50", 3: "attention_100", 4: "depth_to_width", 6: "quickstart"}
+
+
+@pytest.mark.parametrize("number", RUNS)
 def test_each_run_on_the_testbed(number: int):
-    names = ("self_graft", "quickstart", "hyena_x_50", "attention_100", "depth_to_width")
-    _, _, distilled, finetuned, ratio, *_ = table_with("results.md", "| replaced | after stage 1")[1 + number]
-    rows = read(f"testbed/{names[number]}.json")
-    before, first, second = (_row(rows, name=name) for name in ("pretrained", "distilled", "finetuned"))
-    assert [distilled, finetuned] == [interval(first), interval(second)]
-    assert ratio == f"{second['frechet'] / before['frechet']:.2f}"
+    cells = table_with("results.md", "| replaced | images")
+    rows = read(f"testbed/{RUNS[number]}.json")
+    before, after = (_row(rows, name=name) for name in ("pretrained", "finetuned"))
+    is_paired = "paired" in after
+    ratio = paired_ratio(after) if is_paired else f"{after['frechet'] / before['frechet']:.2f}"
+    assert cells[number][2:5] == [f"{after['num_images']:,}", interval(after), ratio]
+    if is_paired:
+        unedited = next(cells[i] for i in range(number, -1, -1) if cells[i][1].startswith("nothing"))
+        assert unedited[2:4] == [f"{before['num_images']:,}", interval(before)]
 
 
 # rows of the table, and the designs that they are of
@@ -224,7 +235,7 @@ def pool(page: str) -> list[float]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_figures_of_other_tables_are_recorded_or_published(page: str):
-    checked_by_row = ("| replaced | after stage 1", "by: paper; ours", "at the start", "study")
+    checked_by_row = ("| replaced | images", "by: paper; ours", "at the start", "study")
     known = pool(page)
     for rows in tables(page):
         heading = " | ".join(rows[0])
