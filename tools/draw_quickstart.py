@@ -1,7 +1,7 @@
 """Draws docs/quickstart.png: the same seeds by each model of a run on the testbed.
 
-    grafting run recipes/testbed/quickstart.yaml --set "rows=[pretrained, random, inherited, distilled, finetuned]"
-    python tools/draw_quickstart.py runs/quickstart docs/quickstart.png
+grafting run recipes/testbed/quickstart.yaml --set "rows=[pretrained, random, inherited, distilled, finetuned]"
+python tools/draw_quickstart.py runs/quickstart docs/quickstart.png
 """
 
 import argparse
@@ -22,7 +22,9 @@ SIDE, GAP, LEFT, COLUMNS = 72, 4, 220, 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()

@@ -72,6 +72,15 @@ def test_it_is_valid_for_every_host(name: str):
         (("there.yaml",), "there.yaml: there already; name another file"),
         (("mine.yaml", "--source", "nowhere"), "no model in nowhere: give testbed, scenes, or the folder"),
         (("mine.yaml", "--operator", "{name: hyena-x"), "--operator is not YAML: line 1"),
+        (
+            ("mine.yaml", "--operator", "{name: window-2d, radus: 2}"),
+            "radus: unknown key; did you mean 'radius'?",
+        ),
+        (
+            ("mine.yaml", "--operator", "{radius: 2}"),
+            "an operator is a name, or a mapping with a name; found None",
+        ),
+        (("mine.yaml", "--blocks", ""), "names no blocks"),
         (("mine.yaml", "--operator", "hyena"), "no operator 'hyena'; did you mean 'hyena-"),
         (("mine.yaml", "--blocks", "ood"), "'ood' names no blocks"),
     ],

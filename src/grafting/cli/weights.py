@@ -103,7 +103,7 @@ def push(
 ) -> None:
     """Upload a grafted model, with a card, to the Hub.
 
-    [dim]$ grafting push runs/quickstart my-name/dit-hyena-x[/]
+    [dim]$ grafting push runs/quickstart my-name/dit-windows[/]
     """
     from ..runs.hub import push_to_hub
     from ..weights.locate import find_model

@@ -147,7 +147,8 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         return relative if relative.startswith("../") else f"./{relative}"
 
     operator, blocks = _FIRST.get(start.source, (_first_operator(host, model), "odd"))
-    operator, blocks = start.operator or operator, start.blocks or blocks
+    operator = operator if start.operator is None else start.operator
+    blocks = blocks if start.blocks is None else start.blocks
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
@@ -174,9 +175,11 @@ def _first_operator(host: Host[Any], model: nn.Module) -> str:
 
 
 def _role(operator: str) -> str:
-    """The first role of an operator, as a recipe writes it."""
+    """The first role of an operator, as a recipe writes it; faults of its settings are found when the recipe is read."""
+    value = parse_yaml(operator, name="--operator", error=RecipeError)
+    name = value.get("name") if isinstance(value, dict) else value
     try:
-        return sorted(parse_operator(parse_yaml(operator, name="--operator", error=RecipeError)).roles)[0]
+        return sorted(parse_operator(name).roles)[0]
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
