@@ -52,7 +52,7 @@ def quickstart(
 ) -> None:
     """Graft the bundled model in minutes and write a report.
 
-    Half of its attention is replaced by gated convolution (Hyena-X), distilled, finetuned, and evaluated.
+    In half of its blocks attention becomes 3 x 3 windows, which are calibrated, distilled, finetuned, and evaluated.
 
     [dim]$ grafting quickstart[/]
     """

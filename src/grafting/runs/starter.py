@@ -82,7 +82,7 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
     """Write a recipe, and a short one beside it, which are valid; returns both files. Neither may exist.
 
     Raises:
-        RecipeError: a file is there already, its name does not end in .yaml, or there is no such operator or block.
+        RecipeError: a file is there already, its name does not end in .yaml, or the operator or the blocks cannot be read.
         CheckpointError, HostError: there is no model, or it is of no known host.
     """
     if path.suffix not in (".yaml", ".yml"):
@@ -112,7 +112,7 @@ def missing_parts(path: Path) -> list[str]:
     recipe = load_recipe(path)
     ways = {
         "data": "`grafting data latents` encodes images",
-        "conditions": "`grafting.write_prompts` fills it, see docs/text-to-image.md",
+        "conditions": "`grafting data prompts` encodes a file of prompts, see docs/text-to-image.md",
     }
     folders = {key: getattr(getattr(recipe, key), "folder", None) for key in ways}
     return [
@@ -135,7 +135,10 @@ def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
     host = next((host for host in hosts().values() if host.class_name == name), None)
     if host is None:
         known = ", ".join(host.class_name for host in hosts().values())
-        raise HostError(f"{folder} holds a {name}, and a recipe needs a known host: {known}")
+        raise HostError(
+            f"{folder} holds a {name}, and a recipe needs a known host: {known}; `grafting convert` makes one of diffusers' DiT, and "
+            "`grafting sites --trace` describes any other class"
+        )
     settings = {key: value for key, value in config.items() if key[0] != "_" and key != "grafting"}
     return (None if bundled else folder), host, skeleton(FreshModel(host=host.name, config=settings))
 
