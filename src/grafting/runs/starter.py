@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -26,8 +26,20 @@ from .file import load_recipe, parse_recipe
 from .job import skeleton
 from .recipe import FreshModel
 
+
+class _Quickstart(NamedTuple):
+    """What a bundled model's quickstart edits, and the rest of its recipe."""
+
+    operator: str
+    blocks: str
+    rest: str
+
+
 _BUNDLED = {
-    "testbed": """\
+    "testbed": _Quickstart(
+        "{name: window-2d, radius: 1}",
+        "4-7",
+        """\
 data: {name: testbed-subset}
 calibrate: {samples: 256}
 distill: {steps: 60, batch_size: 64, lr: 2.0e-3, cooldown_steps: 50, holdout_every: 20}
@@ -35,19 +47,19 @@ finetune: {steps: 100, batch_size: 64, lr: 1.0e-4, warmup_steps: 10, cooldown_st
 sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 1000, batch_size: 250}
 rows: [pretrained, distilled, finetuned]
 """,
-    "scenes": """\
+    ),
+    "scenes": _Quickstart(
+        "{name: hyena-x, geometry: 2d, kernel_size: 3}",
+        "odd",
+        """\
 data: {name: scenes, seeds: 10000000-10999999}
 calibrate: {samples: 64}
 distill: {steps: 100, batch_size: 16, lr: 2.0e-3, cooldown_steps: 80, holdout_every: 50}
 finetune: {steps: 150, batch_size: 16, lr: 5.0e-4, warmup_steps: 10, cooldown_steps: 100, ema_decay: 0.97, clip_norm: 1.0, output_weight: 1.0}
 sample: {sampler: dpm-solver++, steps: 10, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
 """,
+    ),
 }
-_FIRST = {
-    "testbed": ("{name: window-2d, radius: 1}", "4-7"),
-    "scenes": ("{name: hyena-x, geometry: 2d, kernel_size: 3}", "odd"),
-}
-"""Operator and blocks of each bundled model's quickstart."""
 _SMOKE = """\
 # A minute: two steps of each stage, few images. Its figures mean nothing.
 #     grafting run {smoke}
@@ -149,17 +161,20 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         relative = os.path.relpath(target, path.parent)
         return relative if relative.startswith("../") else f"./{relative}"
 
-    operator, blocks = _FIRST.get(start.source, (_first_operator(host, model), "odd"))
-    operator = operator if start.operator is None else start.operator
-    blocks = blocks if start.blocks is None else start.blocks
+    quickstart = _BUNDLED.get(start.source)
+    operator, blocks = start.operator, start.blocks
+    if operator is None:
+        operator = quickstart.operator if quickstart else _first_operator(host, model)
+    if blocks is None:
+        blocks = quickstart.blocks if quickstart else "odd"
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
         f"source: {start.source if folder is None else near(folder)}",
         f"plan:\n  - {{role: {_role(operator)}, blocks: {blocks!r}, operator: {operator}}}",
     ]
-    if start.source in _BUNDLED:
-        return "\n".join([*lines, _BUNDLED[start.source]])
+    if quickstart:
+        return "\n".join([*lines, quickstart.rest])
     kind = "image-folder" if makes_pixels(host.shape(model)) else "latents"
     size = (
         f", size: {host.shape(model)[-1]}, channels: {host.shape(model)[0]}" if kind == "image-folder" else ""
