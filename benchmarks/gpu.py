@@ -525,26 +525,36 @@ def attempted(row: Row, fill: Callable[[], Any]) -> Row:
 def distillation(bench: Bench) -> Iterator[Row]:
     """Stage 1 of all attention sites of DiT-XL/2, against its parts alone: the teacher's pass, and the operators' passes."""
     teacher, batch = dit_of(bench).eval(), 4 if bench.toy else 64
-    for operator in ({"name": "hyena-x"}, {"name": "window-1d", "window": 2}):
-        row = Row("stage 1", f"DiT-XL/2, all attention sites, {operator['name']}, batch {batch}, a step")
-        row.alternative = "teacher's pass + operators'"
-        yield attempted(row, lambda o=operator, r=row: _distilled(bench, r, teacher, replacing(o), batch))
+    hyena, window = {"name": "hyena-x"}, {"name": "window-1d", "window": 2}
+    for operator, is_compiled in [(hyena, False), (window, False)] + [(hyena, True)] * (not bench.toy):
+        name = f"DiT-XL/2, all attention sites, {operator['name']}, batch {batch}{', compiled' if is_compiled else ''}, a step"
+        row = Row("stage 1", name, alternative="teacher's pass + operators'")
+        yield attempted(
+            row,
+            lambda o=operator, c=is_compiled, r=row: _distilled(
+                bench, r, teacher, replacing(o), batch, is_compiled=c
+            ),
+        )
 
 
-def _distilled(bench: Bench, row: Row, teacher: DiT, plan: Plan, batch: int) -> None:
+def _distilled(bench: Bench, row: Row, teacher: DiT, plan: Plan, batch: int, *, is_compiled: bool) -> None:
     built = build_operators(teacher, plan)
+    other_teacher, other_built = copy.deepcopy((teacher, built))  # which are not compiled
     config = DistillConfig(
         steps=10_000,
         batch_size=batch,
         holdout=batch,
         holdout_every=100_000,
         precision="fp32" if bench.toy else "bf16",
+        compile=is_compiled,
     )
     steps = distill(teacher, built, Noise(bench), config)
     next(steps)  # measures on the held-out images
-    calls = calls_of(bench, teacher, built, batch)
+    calls = calls_of(bench, other_teacher, other_built, batch)
     with bench.measuring_memory(row):
-        bench.compared(row, lambda: next(steps), lambda: parts_of(bench, teacher, built, calls, batch))
+        bench.compared(
+            row, lambda: next(steps), lambda: parts_of(bench, other_teacher, other_built, calls, batch)
+        )
     steps.close()
 
 
@@ -635,18 +645,6 @@ def sampling(bench: Bench) -> Iterator[Row]:
     batch, steps = (2, 2) if bench.toy else (16, 20)
     model = dit_of(bench).eval()
     size = 8 if bench.toy else 32
-    row = Row(
-        "sampling",
-        f"DiT-XL/2, {steps} steps of ddpm, guided, {batch} images",
-        alternative="the model's passes in TF32",
-    )
-    config = SamplingConfig(
-        steps=steps,
-        num_images=batch,
-        batch_size=batch,
-        guided_channels=3,
-        precision="fp32" if bench.toy else "bf16",
-    )
 
     @torch.no_grad()
     def passes() -> None:
@@ -660,7 +658,20 @@ def sampling(bench: Bench) -> Iterator[Row]:
             model(x, t, t.long())
         torch.backends.cuda.matmul.allow_tf32 = before
 
-    yield attempted(row, lambda: bench.compared(row, lambda: list(sample(model, config)), passes))
+    for compiled in (False,) if bench.toy else (False, True):
+        config = SamplingConfig(
+            steps=steps,
+            num_images=batch,
+            batch_size=batch,
+            guided_channels=3,
+            precision="fp32" if bench.toy else "bf16",
+            compile=compiled,
+        )
+        name = f"DiT-XL/2, {steps} steps of ddpm, guided, {batch} images{', compiled' if compiled else ''}"
+        row = Row("sampling", name, alternative="the model's passes in TF32")
+        yield attempted(
+            row, lambda r=row, c=config: bench.compared(r, lambda: list(sample(model, c)), passes)
+        )
 
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {

@@ -52,12 +52,26 @@ def test_the_order_of_the_tokens_that_are_learned_does_not_matter():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_keeps_sums_in_float32(autocast):
-    tensors = inputs(4096, dtype=torch.bfloat16)
+def test_bfloat16_keeps_sums_over_thousands_of_tokens(autocast):
+    tensors = [x.requires_grad_() for x in inputs(4096, dtype=torch.bfloat16)]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = call(ttt, tensors)
+    want = call(ttt, exact)
     assert got.dtype == torch.bfloat16
-    assert_close("output", got.double(), call(ttt, [x.double() for x in tensors]), 5e-3)
+    assert_close("output", got.double(), want, 8e-3)
+    weight = torch.randn_like(want)
+    gradients = torch.autograd.grad(got, tensors, weight.bfloat16())
+    for name, x, y in zip(
+        "q k v w1 w2 step".split(), gradients, torch.autograd.grad(want, exact, weight), strict=True
+    ):
+        assert_close(f"gradient of {name}", x.double(), y, 3e-2)
+
+
+def test_float16_is_summed_up_in_float32():
+    tensors = inputs(4096, dtype=torch.float16)
+    want = call(ttt, [x.double() for x in tensors])
+    assert_close("output", call(ttt, tensors).double(), want, 1e-3)
 
 
 def test_keys_are_normed_over_tokens_as_torch_norms_instances():

@@ -1,7 +1,8 @@
 """Test-time training: a small MLP for each head and image takes one step of learning keys -> values, and maps the queries.
 
 Every token sees every other (no past, no future), at O(L). The step is of the whole batch of tokens, and its gradient is
-written out, so that nothing here runs autograd inside a forward pass. Sums are kept in float32 whatever the inputs' dtype.
+written out, so that nothing here runs autograd inside a forward pass. bfloat16 inputs are multiplied as they are, with sums
+added up in float32 and rounded once; what is float16, whose range is too small for these sums, is computed in float32.
 
 Source: arXiv:2605.02772; equations checked against its code, LeapLabTHU/Transformer-to-TTT DiT5/models.py.
 """
@@ -38,20 +39,22 @@ def ttt(
         key_mask: False at keys that the step leaves out.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    # autocast would round the sums over all tokens to the inputs' dtype
+    wide = torch.promote_types(v.dtype, torch.float32)
+    dtype = v.dtype if v.dtype == torch.bfloat16 else wide
+    # autocast would take float32 inputs for what they are not
     with torch.autocast(q.device.type, enabled=False):
-        q, k, target, w1, w2 = (x.to(dtype) for x in (q, k, v, w1, w2))
-        before = k @ w1  # [B, H, L, N]
+        q, k, target = (x.to(dtype) for x in (q, k, v))
+        first, second = w1.to(dtype), w2.to(dtype)
+        before = k @ first  # [B, H, L, N]
         gate = before.sigmoid()
         hidden = before * gate
-        share = scale / k.shape[2] if key_mask is None else scale * _shares(key_mask, dtype)
-        error = (hidden @ w2 - target) * share  # gradient of the loss in the values
+        share = scale / k.shape[2] if key_mask is None else (scale * _shares(key_mask, dtype)).to(dtype)
+        error = (hidden @ second - target) * share  # gradient of the loss in the values
         slope = gate * (1 + before - hidden)  # derivative of silu
-        step = step_size.to(dtype)[:, None, None]
-        new_w1 = w1 - step * (k.mT @ (error @ w2.mT * slope))  # [B, H, K, N]
+        step = step_size.to(wide)[:, None, None]
+        new_w1 = w1 - step * (k.mT @ (error @ second.mT * slope))  # [B, H, K, N]
         new_w2 = w2 - step * (hidden.mT @ error)  # [B, H, N, V]
-        return (F.silu(q @ new_w1) @ new_w2).to(v.dtype)
+        return (F.silu(q @ new_w1.to(dtype)) @ new_w2.to(dtype)).to(v.dtype)
 
 
 def ttt_reference(
