@@ -20,8 +20,11 @@ from .conv_kernels import gate_backward_kernel, gate_kernel, inner_backward_kern
 # a token block small enough for three filtered tiles in registers, and rows of channels of a whole 128 bytes
 BLOCK_T, BLOCK_D = 32, 64
 
-# programs that fill a GPU several times over; beyond them each takes more tokens, so that there are fewer sums to add
-MANY_PROGRAMS = 2048
+# where a filter's gradient is summed: as few tokens as give each thread one, since it holds sums for all taps of it
+SUMS_T, SUMS_WARPS = 16, 4
+
+# programs that fill a GPU several times over; beyond them each takes more tokens, so that there are fewer sums to add, up to a number of blocks
+MANY_PROGRAMS, MANY_BLOCKS = 2048, 32
 
 _ARGUMENTS = "Tensor? short, Tensor? inner, int[] grid, int[] short_taps, int[] inner_taps"
 
@@ -42,7 +45,7 @@ def gated_conv(
     out, kv = _empty_outputs(qkv, short, inner)
     sizes = _sizes(qkv, grid)
     constants = {**_taps_of(short_taps, inner_taps), **_filters(short, inner)}
-    launch = gate_kernel[_programs(out)]
+    launch = gate_kernel[_programs(out, BLOCK_T)]
     with torch.cuda.device_of(qkv):
         if kv.numel():
             launch(qkv, kv, short, inner, kv, *sizes, **constants, PRODUCT_ALONE=True)
@@ -79,7 +82,7 @@ def gated_conv_backward(
     dmixed = torch.empty_like(grad if inner is not None else grad[:0])
     dshort, dinner = qkv.new_empty(0), qkv.new_empty(0)
     with torch.cuda.device_of(qkv):
-        gate_backward_kernel[_programs(grad)](
+        gate_backward_kernel[_programs(grad, BLOCK_T)](
             grad, qkv, kv, short, inner, dqkv, dmixed, *sizes, **taps, **filters
         )
         if inner is not None:
@@ -92,8 +95,7 @@ def gated_conv_backward(
                 dqkv,
                 partial,
                 *sizes,
-                **sums,
-                **taps,
+                **(taps | sums),
                 HAS_SHORT=filters["HAS_SHORT"],
             )
             dinner = partial.sum(0).to(inner.dtype)
@@ -108,8 +110,7 @@ def gated_conv_backward(
                 partial,
                 *qkv.shape[1:],
                 *sizes[2:],
-                **sums,
-                **_taps_of(short_taps),
+                **(_taps_of(short_taps) | sums),
             )
             dshort = partial.sum(0).to(short.dtype)
     return dqkv, dshort, dinner
@@ -155,18 +156,21 @@ def _filters(short: Tensor | None, inner: Tensor | None) -> dict[str, bool]:
     return {"HAS_SHORT": short is not None, "HAS_INNER": inner is not None}
 
 
-def _programs(x: Tensor, num_blocks: int = 1) -> tuple[int, int, int]:
+def _programs(x: Tensor, num_tokens: int, num_channels: int = BLOCK_D) -> tuple[int, int, int]:
     """Programs for x [B, L, D]: blocks of channels, of tokens, and items."""
-    return triton.cdiv(x.shape[2], BLOCK_D), triton.cdiv(x.shape[1], BLOCK_T * num_blocks), x.shape[0]
+    return triton.cdiv(x.shape[2], num_channels), triton.cdiv(x.shape[1], num_tokens), x.shape[0]
 
 
 def _sums(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], Tensor, dict[str, int]]:
     """Programs that make the gradient of a filter of x's channels, memory for a sum of each, and what they are told of it."""
-    channels, tokens, items = _programs(x)
-    num_blocks = min(max(channels * tokens * items // MANY_PROGRAMS, 1), 16)
-    programs = _programs(x, num_blocks)
+    taps = triton.next_power_of_2(max(len(weight) - 2, 1))  # without a token's own, and the bias
+    block_d = BLOCK_D if taps <= 16 else BLOCK_D // 2
+    channels, tokens, items = _programs(x, SUMS_T, block_d)
+    num_blocks = min(max(channels * tokens * items // MANY_PROGRAMS, 1), MANY_BLOCKS, tokens)
+    programs = _programs(x, SUMS_T * num_blocks, block_d)
     partial = x.new_empty(programs[1] * programs[2], *weight.shape, dtype=torch.float32)
-    return programs, partial, {"num_blocks": num_blocks, "NUM_SUMS": triton.next_power_of_2(len(weight))}
+    sums = {"num_blocks": num_blocks, "TAPS": taps, "BLOCK_T": SUMS_T, "BLOCK_D": block_d}
+    return programs, partial, sums | {"num_warps": SUMS_WARPS if taps <= 8 else 2 * SUMS_WARPS}
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

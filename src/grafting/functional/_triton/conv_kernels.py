@@ -4,6 +4,10 @@ A program takes BLOCK_T tokens at a time and BLOCK_D channels of one item. A fil
 its bias in the last row. Its tap (i, j) reads the token i - BI rows and j - BJ columns on; along a sequence there is one
 row. Places outside of a token's frame are zero; tokens beside the grid, from `start` of `num_image` tokens, see their own tap alone.
 What is added up is held in float32.
+
+The gradient of a filter's tap is a sum over tokens. A program holds BLOCK_T sums for each tap and channel from one block of tokens to
+the next, so that threads add what is their own, and adds those up at its end alone. TAPS is a power of two no smaller than the number
+of taps without a token's own.
 """
 
 from typing import no_type_check
@@ -14,42 +18,41 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def _place(t, length, start, num_image, rows, cols):
-    """Row and column of tokens t, whether they are of the image, and whether they are any; beside the grid both are 0."""
+def _room(t, length, start, num_image, rows, cols, R: tl.constexpr):
+    """How many rows above and below tokens t, and columns left and right, are of their frame: none beside the grid.
+
+    Where there is no token, less than none is above: no tap is seen, not its own either. Filters of one row ask for no rows.
+    """
     is_image = (t >= start) & (t < start + num_image)
-    row = tl.where(is_image, ((t - start) // cols) % rows, 0)
-    col = tl.where(is_image, (t - start) % cols, 0)
-    return row, col, is_image, t < length
+    above, below = tl.where(t < length, 0, -1), tl.zeros_like(t)
+    if R > 1:
+        row = ((t - start) // cols) % rows
+        above, below = tl.where(is_image, row, above), tl.where(is_image, rows - 1 - row, 0)
+    col = (t - start) % cols
+    return above, below, tl.where(is_image, col, 0), tl.where(is_image, cols - 1 - col, 0)
 
 
 @triton.jit
 @no_type_check
-def _neighbours(x, width, t, c, is_channel, row, col, is_image, exists, rows, cols, down, right):
-    """Channels c of the tokens `down` rows below and `right` columns right of t, in float32; zero outside the grid."""
-    inside = (row + down >= 0) & (row + down < rows) & (col + right >= 0) & (col + right < cols)
-    is_own = (row + down == row) & (col + right == col)
-    seen = exists & inside & (is_image | is_own)
-    place = (t + down * cols + right).to(tl.int64) * width
-    mask = seen[:, None] & is_channel[None, :]
-    return tl.load(x + place[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+def _tap(here, width, is_channel, above, below, left, right, cols, down, on):
+    """What lies `down` rows and `on` columns from the places `here`, in float32; zero outside the grid."""
+    seen = (above + down >= 0) & (below >= down) & (left + on >= 0) & (right >= on)
+    away = tl.cast(down * cols + on, tl.int64) * width
+    return tl.load(here + away, mask=seen[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 @no_type_check
 def _filtered(
-    x,
+    here,
     width,
     weight,
     weight_width,
-    t,
-    c,
-    weight_c,
     is_channel,
-    row,
-    col,
-    is_image,
-    exists,
-    rows,
+    above,
+    below,
+    left,
+    right,
     cols,
     R: tl.constexpr,
     S: tl.constexpr,
@@ -57,74 +60,114 @@ def _filtered(
     BJ: tl.constexpr,
     OF_PRODUCT: tl.constexpr,
 ):
-    """The filter of channels c of x, or of their product with those that follow them by `weight_width`."""
-    bias = tl.load(weight + R * S * weight_width + weight_c, mask=is_channel, other=0.0).to(tl.float32)
-    y = tl.zeros([t.shape[0], c.shape[0]], tl.float32) + bias[None, :]
+    """The filter of what is at the places `here`, or of its product with what is `weight_width` channels on; `weight` of its channels."""
+    bias = tl.load(weight + R * S * weight_width, mask=is_channel, other=0.0).to(tl.float32)
+    y = tl.zeros(here.shape, tl.float32) + bias[None, :]
     # a few taps at a time: all at once would take more registers than there are
     GROUP: tl.constexpr = S if S <= 5 else 4
     for group in range((R * S + GROUP - 1) // GROUP):
         for place in tl.static_range(GROUP):
             tap = group * GROUP + place
-            down, right = tap // S - BI, tap % S - BJ
-            is_tap = is_channel & (tl.zeros_like(c) + tap < R * S)
-            value = _neighbours(
-                x, width, t, c, is_tap, row, col, is_image, exists, rows, cols, down, right
-            )  # fmt: skip
+            if S <= 5:
+                down, on, is_tap = group - BI, place - BJ, is_channel
+            else:
+                down, on = tap // S - BI, tap % S - BJ
+                is_tap = is_channel & (tl.zeros(is_channel.shape, tl.int32) + tap < R * S)
+            value = _tap(here, width, is_tap, above, below, left, right, cols, down, on)
             if OF_PRODUCT:
-                other = c + weight_width
-                value *= _neighbours(
-                    x, width, t, other, is_tap, row, col, is_image, exists, rows, cols, down, right
-                )  # fmt: skip
-            factor = tl.load(weight + tap * weight_width + weight_c, mask=is_tap, other=0.0)
+                value *= _tap(here + weight_width, width, is_tap, above, below, left, right, cols, down, on)
+            factor = tl.load(weight + tap * weight_width, mask=is_tap, other=0.0)
             y += factor.to(tl.float32)[None, :] * value
     return y
 
 
 @triton.jit
 @no_type_check
+def _other_taps(OWN: tl.constexpr, TAPS: tl.constexpr):
+    """Numbers of a filter's taps without that of a token itself."""
+    number = tl.arange(0, TAPS)
+    return number + (number >= OWN).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _weights(weight, width, is_channel, num_taps: tl.constexpr, OWN: tl.constexpr, TAPS: tl.constexpr):
+    """Weights of the other taps [1, TAPS, channels], and of a token's own [1, 1, channels]."""
+    tap = _other_taps(OWN, TAPS)[None, :, None]
+    is_channel = is_channel[None, None, :]
+    others = tl.load(weight[None, None, :] + tap * width, mask=(tap < num_taps) & is_channel, other=0.0)
+    own = tl.load(weight[None, None, :] + OWN * width, mask=is_channel, other=0.0)
+    return others.to(tl.float32), own.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
 def _unfiltered(
-    dy,
-    x_here,
-    sums,
+    here,
+    x,
+    inside,
     width,
-    weight,
-    t,
-    c,
-    is_channel,
-    row,
-    col,
-    is_image,
-    exists,
-    rows,
+    others,
+    own,
+    of_others,
+    of_own,
+    of_bias,
+    above,
+    below,
+    left,
+    right,
     cols,
     R: tl.constexpr,
     S: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
+    TAPS: tl.constexpr,
 ):
-    """Gradient of a filter's input, and `sums` [NUM_SUMS, channels] with the gradients of its taps and its bias added.
+    """Gradient of a filter's input x [tokens, 1, channels], and of the filter: the sums of `_no_sums` with this block added.
 
-    Token t was read by tap (i, j) of the token i - BI rows and j - BJ columns back.
+    That of the output is at the places `here`. Token t was read by tap (i, j) of the token i - BI rows and j - BJ columns back.
     """
-    here = _neighbours(dy, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-    numbers = tl.arange(0, NUM_SUMS)
-    sums += tl.where(numbers[:, None] == R * S, tl.sum(here, axis=0)[None, :], 0.0)
-    dx = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
-    GROUP: tl.constexpr = S if S <= 5 else 4
-    for group in range((R * S + GROUP - 1) // GROUP):
-        for place in tl.static_range(GROUP):
-            tap = group * GROUP + place
-            down, right = BI - tap // S, BJ - tap % S
-            is_tap = is_channel & (tl.zeros_like(c) + tap < R * S)
-            back = _neighbours(
-                dy, width, t, c, is_tap, row, col, is_image, exists, rows, cols, down, right
-            )  # fmt: skip
-            factor = tl.load(weight + tap * width + c, mask=is_tap, other=0.0)
-            dx += factor.to(tl.float32)[None, :] * back
-            added = tl.sum(back * x_here, axis=0)
-            sums += tl.where(numbers[:, None] == tap, added[None, :], 0.0)
-    return dx, sums
+    tap = _other_taps(BI * S + BJ, TAPS)[None, :]
+    down, on = BI - tap // S, BJ - tap % S
+    seen = (above[:, None] + down >= 0) & (below[:, None] >= down) & (tap < R * S)
+    seen &= (left[:, None] + on >= 0) & (right[:, None] >= on)
+    away = (down * cols + on).to(tl.int64) * width
+    dy_own = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(here + away[:, :, None], mask=seen[:, :, None] & inside, other=0.0).to(tl.float32)
+    dx = own * dy_own + tl.sum(others * dy, axis=1, keep_dims=True)
+    return dx, of_others + x * dy, of_own + x * dy_own, of_bias + dy_own
+
+
+@triton.jit
+@no_type_check
+def _no_sums(TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sums of a filter's gradient, for other taps, a token's own and the bias: one for each token of a block."""
+    zero = tl.zeros([BLOCK_T, 1, BLOCK_D], tl.float32)
+    return tl.zeros([BLOCK_T, TAPS, BLOCK_D], tl.float32), zero, zero
+
+
+@triton.jit
+@no_type_check
+def _store_sums(
+    partial,
+    of_others,
+    of_own,
+    of_bias,
+    dim,
+    c,
+    is_channel,
+    num_taps: tl.constexpr,
+    OWN: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """Write a program's sums to its own matrix [num_taps + 1, dim] of `partial`."""
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    partial += program * (num_taps + 1) * dim
+    tap = _other_taps(OWN, TAPS)[:, None]
+    mask = (tap < num_taps) & is_channel[None, :]
+    tl.store(partial + tap * dim + c[None, :], tl.sum(of_others, axis=0), mask=mask)
+    tl.store(partial + OWN * dim + c[None, :], tl.sum(of_own, axis=0), mask=is_channel[None, :])
+    tl.store(partial + num_taps * dim + c[None, :], tl.sum(of_bias, axis=0), mask=is_channel[None, :])
 
 
 # sizes that change from call to call and do not trigger a recompile; channels decide how far loads are aligned
@@ -167,36 +210,34 @@ def gate_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    qkv += item * length * width
     is_channel = c < dim
-    row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
-    k, v = c + dim, c + 2 * dim
+    above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
+    place = (item * length + t)[:, None] * dim + c[None, :]
+    here = qkv + (item * length + t)[:, None] * width + c[None, :]
     if HAS_INNER and not PRODUCT_ALONE:
         if HAS_SHORT:
-            kv += item * length * dim
             mixed = _filtered(
-                kv, dim, inner, dim, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, False
+                kv + place, dim, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, False
             )  # fmt: skip
         else:
             mixed = _filtered(
-                qkv, width, inner, dim, t, k, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, True
+                here + dim, width, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, True
             )  # fmt: skip
     else:
         mixed = _filtered(
-            qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+            here + dim, width, short + c + dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
         )  # fmt: skip
         mixed *= _filtered(
-            qkv, width, short, width, t, v, v, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+            here + 2 * dim, width, short + c + 2 * dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
         )  # fmt: skip
     if not PRODUCT_ALONE:
         if HAS_SHORT:
             mixed *= _filtered(
-                qkv, width, short, width, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+                here, width, short + c, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
             )  # fmt: skip
         else:
-            mixed *= _neighbours(qkv, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-    place = (item * length + t)[:, None] * dim + c[None, :]
-    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
+            mixed *= _tap(here, width, is_channel, above, below, left, right, cols, 0, 0)
+    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=(t < length)[:, None] & is_channel[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES[:-1])
@@ -233,39 +274,35 @@ def gate_backward_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    qkv += item * length * width
-    dqkv += item * length * width
     is_channel = c < dim
-    row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
-    k, v = c + dim, c + 2 * dim
-    inside = exists[:, None] & is_channel[None, :]
-    place = t.to(tl.int64)[:, None] * dim + c[None, :]
-    wide_place = t.to(tl.int64)[:, None] * width + c[None, :]
-    dy = tl.load(grad + item * length * dim + place, mask=inside, other=0.0).to(tl.float32)
+    above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
+    inside = (t < length)[:, None] & is_channel[None, :]
+    place = (item * length + t)[:, None] * dim + c[None, :]
+    wide_place = (item * length + t)[:, None] * width + c[None, :]
+    here = qkv + wide_place
+    dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHORT:
         gate = _filtered(
-            qkv, width, short, width, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+            here, width, short + c, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
         )  # fmt: skip
     else:
-        gate = _neighbours(qkv, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
+        gate = _tap(here, width, is_channel, above, below, left, right, cols, 0, 0)
     if HAS_INNER:
         if HAS_SHORT:
-            kv += item * length * dim
             mixed = _filtered(
-                kv, dim, inner, dim, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, False
+                kv + place, dim, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, False
             )  # fmt: skip
         else:
             mixed = _filtered(
-                qkv, width, inner, dim, t, k, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, True
+                here + dim, width, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, True
             )  # fmt: skip
-        dmixed += item * length * dim
         tl.store(dmixed + place, (dy * gate).to(dmixed.dtype.element_ty), mask=inside)
     else:
         key = _filtered(
-            qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+            here + dim, width, short + c + dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
         )  # fmt: skip
         value = _filtered(
-            qkv, width, short, width, t, v, v, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+            here + 2 * dim, width, short + c + 2 * dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
         )  # fmt: skip
         mixed = key * value
         tl.store(dqkv + wide_place + dim, (dy * gate * value).to(dqkv.dtype.element_ty), mask=inside)
@@ -298,7 +335,7 @@ def inner_backward_kernel(
     S2: tl.constexpr,
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -306,34 +343,35 @@ def inner_backward_kernel(
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    qkv += item * length * width
-    dqkv += item * length * width
-    dmixed += item * length * dim
     is_channel = c < dim
-    k, v = c + dim, c + 2 * dim
-    sums = tl.zeros([NUM_SUMS, BLOCK_D], tl.float32)
+    others, own = _weights(inner + c, dim, is_channel, R2 * S2, BI2 * S2 + BJ2, TAPS)
+    of_others, of_own, of_bias = _no_sums(TAPS, BLOCK_T, BLOCK_D)
     for block in range(num_blocks):
         t = (tl.program_id(1) * num_blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
+        above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
+        place = (item * length + t)[:, None] * width + c[None, :]
+        k, v = qkv + place + dim, qkv + place + 2 * dim
         if HAS_SHORT:
             key = _filtered(
-                qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+                k, width, short + c + dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
             )  # fmt: skip
             value = _filtered(
-                qkv, width, short, width, t, v, v, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+                v, width, short + c + 2 * dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
             )  # fmt: skip
         else:
-            key = _neighbours(qkv, width, t, k, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-            value = _neighbours(qkv, width, t, v, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-        dkv, sums = _unfiltered(
-            dmixed, key * value, sums, dim, inner, t, c, is_channel, row, col, is_image, exists, rows, cols,
-            R2, S2, BI2, BJ2, NUM_SUMS,
+            key = _tap(k, width, is_channel, above, below, left, right, cols, 0, 0)
+            value = _tap(v, width, is_channel, above, below, left, right, cols, 0, 0)
+        key, value = key[:, None, :], value[:, None, :]
+        inside = (t < length)[:, None, None] & is_channel[None, None, :]
+        here = dmixed + (item * length + t)[:, None, None] * dim + c[None, None, :]
+        dkv, of_others, of_own, of_bias = _unfiltered(
+            here, key * value, inside, dim, others, own, of_others, of_own, of_bias, above, below, left, right, cols,
+            R2, S2, BI2, BJ2, TAPS,
         )  # fmt: skip
-        inside = exists[:, None] & is_channel[None, :]
-        place = t.to(tl.int64)[:, None] * width + c[None, :]
+        place = place[:, None, :]
         tl.store(dqkv + place + dim, (dkv * value).to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + place + 2 * dim, (dkv * key).to(dqkv.dtype.element_ty), mask=inside)
-    _store_sums(partial, sums, dim, c, is_channel, R2 * S2 + 1, NUM_SUMS)
+    _store_sums(partial, of_others, of_own, of_bias, dim, c, is_channel, R2 * S2, BI2 * S2 + BJ2, TAPS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -355,36 +393,25 @@ def short_backward_kernel(
     S: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of a filter's input, into `dx`, and of the filter, one sum a program into `partial`."""
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     item = tl.program_id(2).to(tl.int64)
-    x += item * length * dim
-    dy += item * length * dim
-    dx += item * length * dim
     is_channel = c < dim
-    sums = tl.zeros([NUM_SUMS, BLOCK_D], tl.float32)
+    others, own = _weights(weight + c, dim, is_channel, R * S, BI * S + BJ, TAPS)
+    of_others, of_own, of_bias = _no_sums(TAPS, BLOCK_T, BLOCK_D)
     for block in range(num_blocks):
         t = (tl.program_id(1) * num_blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
-        here = _neighbours(x, dim, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-        d_here, sums = _unfiltered(
-            dy, here, sums, dim, weight, t, c, is_channel, row, col, is_image, exists, rows, cols,
-            R, S, BI, BJ, NUM_SUMS,
+        above, below, left, right = _room(t, length, start, num_image, rows, cols, R)
+        place = (item * length + t)[:, None, None] * dim + c[None, None, :]
+        inside = (t < length)[:, None, None] & is_channel[None, None, :]
+        x_here = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        d_here, of_others, of_own, of_bias = _unfiltered(
+            dy + place, x_here, inside, dim, others, own, of_others, of_own, of_bias, above, below, left, right, cols,
+            R, S, BI, BJ, TAPS,
         )  # fmt: skip
-        place = t.to(tl.int64)[:, None] * dim + c[None, :]
-        tl.store(dx + place, d_here.to(dx.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
-    _store_sums(partial, sums, dim, c, is_channel, R * S + 1, NUM_SUMS)
-
-
-@triton.jit
-@no_type_check
-def _store_sums(partial, sums, dim, c, is_channel, num_rows, NUM_SUMS: tl.constexpr):
-    """Write a program's sums to its own matrix [num_rows, dim] of `partial` [programs, num_rows, dim]."""
-    numbers = tl.arange(0, NUM_SUMS)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    place = (program * num_rows + numbers)[:, None] * dim + c[None, :]
-    tl.store(partial + place, sums, mask=(numbers < num_rows)[:, None] & is_channel[None, :])
+        tl.store(dx + place, d_here.to(dx.dtype.element_ty), mask=inside)
+    _store_sums(partial, of_others, of_own, of_bias, dim, c, is_channel, R * S, BI * S + BJ, TAPS)

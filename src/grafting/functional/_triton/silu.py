@@ -46,7 +46,7 @@ def silu_conv_backward(grad: Tensor, x: Tensor, own: Tensor, before: int) -> tup
         programs, partial, sums = _sums(x, own)
         length, dim = x.shape[1:]
         short_backward_kernel[programs](
-            dfiltered, x, own, dx, partial, length, dim, 0, length, 1, length, **sums, **taps
+            dfiltered, x, own, dx, partial, length, dim, 0, length, 1, length, **(taps | sums)
         )
     return dx, partial.sum(0).to(own.dtype)
 
@@ -58,7 +58,7 @@ def _(grad: Tensor, x: Tensor, own: Tensor, before: int) -> tuple[Tensor, Tensor
 
 def _launch(x: Tensor, own: Tensor, grad: Tensor, out: Tensor, before: int, *, backward: bool) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    silu_kernel[_programs(x)](
+    silu_kernel[_programs(x, BLOCK_T)](
         x, own, grad, out, x.stride(0), x.stride(1), *x.shape[1:],
         BACKWARD=backward, K=len(own) - 1, BEFORE=before, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from .conv_kernels import _filtered, _neighbours, _place
+from .conv_kernels import _filtered, _room
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -30,18 +30,17 @@ def silu_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     is_channel = c < dim
-    row, col, is_image, exists = _place(t, length, 0, length, 1, length)
+    inside = (t < length)[:, None] & is_channel[None, :]
+    above, below, left, right = _room(t, length, 0, length, 1, length, 1)
+    here = x + item * x_item + t.to(tl.int64)[:, None] * x_token + c[None, :]
     z = _filtered(
-        x + item * x_item, x_token, weight, dim, t, c, c, is_channel, row, col, is_image, exists, 1, length,
-        1, K, 0, BEFORE, False,
-    )  # fmt: skip
+        here, x_token, weight + c, dim, is_channel, above, below, left, right, length, 1, K, 0, BEFORE, False
+    )
     y = 1 / (1 + tl.exp(-z))
+    place = (item * length + t)[:, None] * dim + c[None, :]
     if BACKWARD:
-        dy = _neighbours(
-            grad + item * length * dim, dim, t, c, is_channel, row, col, is_image, exists, 1, length, 0, 0
-        )
+        dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         y = dy * y * (1 + z * (1 - y))
     else:
         y = z * y
-    place = (item * length + t)[:, None] * dim + c[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
