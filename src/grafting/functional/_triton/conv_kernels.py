@@ -34,6 +34,16 @@ def _room(t, length, start, num_image, rows, cols, R: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _is_channel(c, dim, WHOLE: tl.constexpr):
+    """Whether channels are any: where blocks of them are WHOLE, which needs no test, all."""
+    is_channel = c < dim
+    if WHOLE:
+        is_channel = tl.full(c.shape, 1, tl.int1)
+    return is_channel
+
+
+@triton.jit
+@no_type_check
 def _tap(here, width, is_channel, above, below, left, right, cols, down, on):
     """What lies `down` rows and `on` columns from the places `here`, in float32; zero outside the grid."""
     seen = (above + down >= 0) & (below >= down) & (left + on >= 0) & (right >= on)
@@ -199,6 +209,7 @@ def gate_kernel(
     S2: tl.constexpr,
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -210,7 +221,7 @@ def gate_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    is_channel = c < dim
+    is_channel = _is_channel(c, dim, WHOLE)
     above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
     place = (item * length + t)[:, None] * dim + c[None, :]
     here = qkv + (item * length + t)[:, None] * width + c[None, :]
@@ -266,6 +277,7 @@ def gate_backward_kernel(
     S2: tl.constexpr,
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -274,7 +286,7 @@ def gate_backward_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    is_channel = c < dim
+    is_channel = _is_channel(c, dim, WHOLE)
     above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
     inside = (t < length)[:, None] & is_channel[None, :]
     place = (item * length + t)[:, None] * dim + c[None, :]
@@ -336,6 +348,7 @@ def inner_backward_kernel(
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
     TAPS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -343,7 +356,7 @@ def inner_backward_kernel(
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    is_channel = c < dim
+    is_channel = _is_channel(c, dim, WHOLE)
     others, own = _weights(inner + c, dim, is_channel, R2 * S2, BI2 * S2 + BJ2, TAPS)
     of_others, of_own, of_bias = _no_sums(TAPS, BLOCK_T, BLOCK_D)
     for block in range(num_blocks):
@@ -394,13 +407,14 @@ def short_backward_kernel(
     BI: tl.constexpr,
     BJ: tl.constexpr,
     TAPS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of a filter's input, into `dx`, and of the filter, one sum a program into `partial`."""
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     item = tl.program_id(2).to(tl.int64)
-    is_channel = c < dim
+    is_channel = _is_channel(c, dim, WHOLE)
     others, own = _weights(weight + c, dim, is_channel, R * S, BI * S + BJ, TAPS)
     of_others, of_own, of_bias = _no_sums(TAPS, BLOCK_T, BLOCK_D)
     for block in range(num_blocks):

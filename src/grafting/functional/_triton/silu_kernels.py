@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from .conv_kernels import _filtered, _room
+from .conv_kernels import _filtered, _is_channel, _room
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -22,6 +22,7 @@ def silu_kernel(
     BACKWARD: tl.constexpr,
     K: tl.constexpr,
     BEFORE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -29,7 +30,7 @@ def silu_kernel(
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
-    is_channel = c < dim
+    is_channel = _is_channel(c, dim, WHOLE)
     inside = (t < length)[:, None] & is_channel[None, :]
     above, below, left, right = _room(t, length, 0, length, 1, length, 1)
     here = x + item * x_item + t.to(tl.int64)[:, None] * x_token + c[None, :]
