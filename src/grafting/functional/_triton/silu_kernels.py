@@ -1,11 +1,11 @@
-"""Triton kernels of a filter along tokens with silu after it; `silu.py` beside this launches them. Filters are as in `conv_kernels.py`."""
+"""Triton kernels of a filter along tokens with silu after it; `silu.py` beside this launches them. Filters are as in `taps.py`."""
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-from .conv_kernels import _filtered, _is_channel, _room
+from .taps import _filtered, _is_channel, _room
 
 
 @triton.jit(do_not_specialize=["length"])
