@@ -16,6 +16,9 @@ from .channels_kernels import filter_backward_kernel, product_backward_kernel, p
 # a warp's threads side by side along the channels, so that sums over them stay within a warp
 BLOCK_T, BLOCK_D = 8, 128
 
+# where filters' gradients are summed
+SUMS_T, SUMS_D = 4, 128
+
 
 @torch.library.custom_op(
     "grafting::gated_channels", mutates_args=(), schema="(Tensor qkv, Tensor filters) -> Tensor"
@@ -47,10 +50,10 @@ def gated_channels_backward(grad: Tensor, qkv: Tensor, filters: Tensor) -> tuple
     of_tokens = qkv.new_empty(sizes[0], filters.shape[1], dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         product_backward_kernel[_programs(grad)](grad, qkv, filters, dfiltered, *sizes, **constants)
-        filter_backward_kernel[_programs(grad)[:1]](
-            dfiltered, qkv, filters, dqkv, of_tokens, *sizes, **constants,
-            NUM_SUMS=triton.next_power_of_2(filters.shape[1]),
-        )  # fmt: skip
+        sums = _sums(constants["K"])
+        filter_backward_kernel[(triton.cdiv(sizes[0], sums["BLOCK_T"]),)](
+            dfiltered, qkv, filters, dqkv, of_tokens, *sizes, **(constants | sums)
+        )
     dfilters = of_tokens.unflatten(0, (-1, len(filters))).sum(0)
     return dqkv, dfilters.to(filters.dtype)
 
@@ -70,6 +73,12 @@ def _sizes(qkv: Tensor, filters: Tensor) -> tuple[int, int, int]:
 
 def _constants(filters: Tensor) -> dict[str, int]:
     return {"K": filters.shape[1] - 1, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
+
+
+def _sums(num_taps: int) -> dict[str, int]:
+    """Blocks as small as lets each thread hold a sum for each tap of its tokens and channels."""
+    taps = triton.next_power_of_2(num_taps)
+    return {"TAPS": taps, "BLOCK_T": SUMS_T, "BLOCK_D": max(SUMS_D // max(taps // 4, 1), 32)}
 
 
 def _programs(x: Tensor) -> tuple[int, int]:

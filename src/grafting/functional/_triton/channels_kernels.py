@@ -108,32 +108,34 @@ def filter_backward_kernel(
     dim,
     num_filters,
     K: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of q, k and v, and of each token's filter, `dfilters` [tokens, K + 1]. Channel c was read by those up to K - 1 after it."""
+    """Gradients of q, k and v, and of each token's filter, `dfilters` [tokens, K + 1]. Channel c was read by those up to K - 1 after it.
+
+    Each thread adds up what is its own, for each tap, from one block of channels to the next, and shares it at the end.
+    """
     t, exists, own = _tokens(num_tokens, num_filters, K, BLOCK_T)
     width = 3 * dim
-    numbers = tl.arange(0, NUM_SUMS)
-    sums = tl.zeros([BLOCK_T, NUM_SUMS], tl.float32)
-    GROUP: tl.constexpr = K if K <= 5 else 4
+    tap = tl.arange(0, TAPS)
+    is_tap = exists[:, None] & (tap < K)[None, :]
+    factor = tl.load(filters + own[:, None] + tap[None, :], mask=is_tap, other=0.0).to(tl.float32)
+    of_taps = tl.zeros([BLOCK_T, TAPS, BLOCK_D], tl.float32)
+    of_bias = tl.zeros([BLOCK_T, 1, BLOCK_D], tl.float32)
+    row = t[:, None, None] * width
+    is_tap, exists = is_tap[:, :, None], exists[:, None, None]
     for start in range(0, width, BLOCK_D):
-        c = start + tl.arange(0, BLOCK_D)
-        here = _channels(qkv, width, t, exists, c)
-        dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        of_bias = tl.sum(_channels(dfiltered, width, t, exists, c), axis=1)
-        sums += tl.where(numbers[None, :] == K, of_bias[:, None], 0.0)
-        for group in range((K + GROUP - 1) // GROUP):
-            for place in tl.static_range(GROUP):
-                tap = group * GROUP + place
-                is_tap = own + tap < own + K
-                back = _channels(dfiltered, width, t, exists & is_tap, c + (K - 1) - tap)
-                factor = tl.load(filters + own + tap, mask=is_tap, other=0.0).to(tl.float32)
-                dx += factor[:, None] * back
-                added = tl.sum(back * here, axis=1)
-                sums += tl.where(numbers[None, :] == tap, added[:, None], 0.0)
-        inside = exists[:, None] & (c < width)[None, :]
-        tl.store(dqkv + t[:, None] * width + c[None, :], dx.to(dqkv.dtype.element_ty), mask=inside)
-    kept = exists[:, None] & (numbers < K + 1)[None, :]
-    tl.store(dfilters + t[:, None] * (K + 1) + numbers[None, :], sums, mask=kept)
+        c = start + tl.arange(0, BLOCK_D)[None, None, :]
+        inside = exists & (c < width)
+        x = tl.load(qkv + row + c, mask=inside, other=0.0).to(tl.float32)
+        of_bias += tl.load(dfiltered + row + c, mask=inside, other=0.0).to(tl.float32)
+        reader = c + (K - 1) - tap[None, :, None]
+        dy = tl.load(dfiltered + row + reader, mask=is_tap & (reader < width), other=0.0).to(tl.float32)
+        of_taps += x * dy
+        dx = tl.sum(factor[:, :, None] * dy, axis=1, keep_dims=True)
+        tl.store(dqkv + row + c, dx.to(dqkv.dtype.element_ty), mask=inside)
+    dfilters += t[:, None] * (K + 1)
+    exists = t[:, None] < num_tokens
+    tl.store(dfilters + tap[None, :], tl.sum(of_taps, axis=2), mask=exists & (tap < K)[None, :])
+    tl.store(dfilters + K, tl.sum(of_bias, axis=2), mask=exists)

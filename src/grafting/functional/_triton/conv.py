@@ -17,11 +17,15 @@ from ..gated_conv import Filter, gated_conv_plain
 from . import differentiable_gradients
 from .conv_kernels import gate_backward_kernel, gate_kernel, inner_backward_kernel, short_backward_kernel
 
-# a token block small enough for three filtered tiles in registers, and rows of channels of a whole 128 bytes
-BLOCK_T, BLOCK_D = 32, 64
+# few tokens, so that many programs' loads are under way; on a grid more, as weights are then read less often; and rows of
+# channels of a whole 128 bytes
+BLOCK_T, GRID_T, BLOCK_D = 16, 32, 64
 
-# programs that fill a GPU several times over; beyond them each takes more tokens, so that there are fewer sums to add
-MANY_PROGRAMS = 2048
+# where a filter's gradient is summed: as few tokens as give each thread one, since it holds sums for all taps of it
+SUMS_T, SUMS_WARPS = 16, 4
+
+# programs that fill a GPU several times over; beyond them each takes more tokens, so that there are fewer sums to add, up to a number of blocks
+MANY_PROGRAMS, MANY_BLOCKS = 2048, 32
 
 _ARGUMENTS = "Tensor? short, Tensor? inner, int[] grid, int[] short_taps, int[] inner_taps"
 
@@ -41,8 +45,9 @@ def gated_conv(
     qkv, short, inner = qkv.contiguous(), _contiguous(short), _contiguous(inner)
     out, kv = _empty_outputs(qkv, short, inner)
     sizes = _sizes(qkv, grid)
-    constants = {**_taps_of(short_taps, inner_taps), **_filters(short, inner)}
-    launch = gate_kernel[_programs(out)]
+    blocks = _blocks(out.shape[2], max(short_taps[0], inner_taps[0]))
+    constants = {**_taps_of(short_taps, inner_taps), **_filters(short, inner), **blocks}
+    launch = gate_kernel[_programs(out, blocks["BLOCK_T"])]
     with torch.cuda.device_of(qkv):
         if kv.numel():
             launch(qkv, kv, short, inner, kv, *sizes, **constants, PRODUCT_ALONE=True)
@@ -75,12 +80,13 @@ def gated_conv_backward(
     """Gradients of qkv, short and inner; that of a filter which is not there is empty."""
     grad, qkv, short, inner = grad.contiguous(), qkv.contiguous(), _contiguous(short), _contiguous(inner)
     sizes, taps, filters = _sizes(qkv, grid), _taps_of(short_taps, inner_taps), _filters(short, inner)
+    blocks = _blocks(grad.shape[2], max(short_taps[0], inner_taps[0]))
     dqkv = torch.empty_like(qkv)
     dmixed = torch.empty_like(grad if inner is not None else grad[:0])
     dshort, dinner = qkv.new_empty(0), qkv.new_empty(0)
     with torch.cuda.device_of(qkv):
-        gate_backward_kernel[_programs(grad)](
-            grad, qkv, kv, short, inner, dqkv, dmixed, *sizes, **taps, **filters
+        gate_backward_kernel[_programs(grad, blocks["BLOCK_T"])](
+            grad, qkv, kv, short, inner, dqkv, dmixed, *sizes, **taps, **filters, **blocks
         )
         if inner is not None:
             programs, partial, sums = _sums(grad, inner)
@@ -92,8 +98,8 @@ def gated_conv_backward(
                 dqkv,
                 partial,
                 *sizes,
-                **sums,
                 **taps,
+                **sums,
                 HAS_SHORT=filters["HAS_SHORT"],
             )
             dinner = partial.sum(0).to(inner.dtype)
@@ -108,8 +114,8 @@ def gated_conv_backward(
                 partial,
                 *qkv.shape[1:],
                 *sizes[2:],
-                **sums,
                 **_taps_of(short_taps),
+                **sums,
             )
             dshort = partial.sum(0).to(short.dtype)
     return dqkv, dshort, dinner
@@ -148,25 +154,40 @@ def _sizes(qkv: Tensor, grid: Sequence[int]) -> tuple[int, ...]:
 
 def _taps_of(short: Sequence[int], inner: Sequence[int] = ()) -> dict[str, int]:
     names = ("R", "S", "BI", "BJ", "R2", "S2", "BI2", "BJ2")
-    return dict(zip(names, (*short, *inner), strict=False)) | {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
+    return dict(zip(names, (*short, *inner), strict=False))
+
+
+def _blocks(dim: int, rows: int) -> dict[str, int]:
+    """Blocks of tokens and channels for filters of so many rows, and whether the channels are whole blocks."""
+    return {"BLOCK_T": BLOCK_T if rows == 1 else GRID_T, "BLOCK_D": BLOCK_D, "WHOLE": dim % BLOCK_D == 0}
 
 
 def _filters(short: Tensor | None, inner: Tensor | None) -> dict[str, bool]:
     return {"HAS_SHORT": short is not None, "HAS_INNER": inner is not None}
 
 
-def _programs(x: Tensor, num_blocks: int = 1) -> tuple[int, int, int]:
+def _programs(x: Tensor, num_tokens: int, num_channels: int | None = None) -> tuple[int, int, int]:
     """Programs for x [B, L, D]: blocks of channels, of tokens, and items."""
-    return triton.cdiv(x.shape[2], BLOCK_D), triton.cdiv(x.shape[1], BLOCK_T * num_blocks), x.shape[0]
+    return triton.cdiv(x.shape[2], num_channels or BLOCK_D), triton.cdiv(x.shape[1], num_tokens), x.shape[0]
 
 
 def _sums(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], Tensor, dict[str, int]]:
     """Programs that make the gradient of a filter of x's channels, memory for a sum of each, and what they are told of it."""
-    channels, tokens, items = _programs(x)
-    num_blocks = min(max(channels * tokens * items // MANY_PROGRAMS, 1), 16)
-    programs = _programs(x, num_blocks)
+    taps = triton.next_power_of_2(max(len(weight) - 2, 1))  # without a token's own, and the bias
+    block_d = BLOCK_D if taps <= 16 else BLOCK_D // 2
+    channels, tokens, items = _programs(x, SUMS_T, block_d)
+    num_blocks = min(max(channels * tokens * items // MANY_PROGRAMS, 1), MANY_BLOCKS, tokens)
+    programs = _programs(x, SUMS_T * num_blocks, block_d)
     partial = x.new_empty(programs[1] * programs[2], *weight.shape, dtype=torch.float32)
-    return programs, partial, {"num_blocks": num_blocks, "NUM_SUMS": triton.next_power_of_2(len(weight))}
+    sums = {
+        "num_blocks": num_blocks,
+        "TAPS": taps,
+        "WHOLE": x.shape[2] % block_d == 0,
+        "BLOCK_T": SUMS_T,
+        "BLOCK_D": block_d,
+        "num_warps": SUMS_WARPS if taps <= 8 else 2 * SUMS_WARPS,
+    }
+    return programs, partial, sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

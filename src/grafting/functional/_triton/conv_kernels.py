@@ -1,9 +1,6 @@
 """Triton kernels of gated convolutions, over tokens with channels last; `conv.py` beside this launches them.
 
-A program takes BLOCK_T tokens at a time and BLOCK_D channels of one item. A filter of R x S taps is a matrix [R S + 1, channels],
-its bias in the last row. Its tap (i, j) reads the token i - BI rows and j - BJ columns on; along a sequence there is one
-row. Places outside of a token's frame are zero; tokens beside the grid, from `start` of `num_image` tokens, see their own tap alone.
-What is added up is held in float32.
+A program takes BLOCK_T tokens at a time and BLOCK_D channels of one item. How filters are applied stands in `taps.py`.
 """
 
 from typing import no_type_check
@@ -11,121 +8,17 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-
-@triton.jit
-@no_type_check
-def _place(t, length, start, num_image, rows, cols):
-    """Row and column of tokens t, whether they are of the image, and whether they are any; beside the grid both are 0."""
-    is_image = (t >= start) & (t < start + num_image)
-    row = tl.where(is_image, ((t - start) // cols) % rows, 0)
-    col = tl.where(is_image, (t - start) % cols, 0)
-    return row, col, is_image, t < length
-
-
-@triton.jit
-@no_type_check
-def _neighbours(x, width, t, c, is_channel, row, col, is_image, exists, rows, cols, down, right):
-    """Channels c of the tokens `down` rows below and `right` columns right of t, in float32; zero outside the grid."""
-    inside = (row + down >= 0) & (row + down < rows) & (col + right >= 0) & (col + right < cols)
-    is_own = (row + down == row) & (col + right == col)
-    seen = exists & inside & (is_image | is_own)
-    place = (t + down * cols + right).to(tl.int64) * width
-    mask = seen[:, None] & is_channel[None, :]
-    return tl.load(x + place[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-@no_type_check
-def _filtered(
-    x,
-    width,
-    weight,
-    weight_width,
-    t,
-    c,
-    weight_c,
-    is_channel,
-    row,
-    col,
-    is_image,
-    exists,
-    rows,
-    cols,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    OF_PRODUCT: tl.constexpr,
-):
-    """The filter of channels c of x, or of their product with those that follow them by `weight_width`."""
-    bias = tl.load(weight + R * S * weight_width + weight_c, mask=is_channel, other=0.0).to(tl.float32)
-    y = tl.zeros([t.shape[0], c.shape[0]], tl.float32) + bias[None, :]
-    # a few taps at a time: all at once would take more registers than there are
-    GROUP: tl.constexpr = S if S <= 5 else 4
-    for group in range((R * S + GROUP - 1) // GROUP):
-        for place in tl.static_range(GROUP):
-            tap = group * GROUP + place
-            down, right = tap // S - BI, tap % S - BJ
-            is_tap = is_channel & (tl.zeros_like(c) + tap < R * S)
-            value = _neighbours(
-                x, width, t, c, is_tap, row, col, is_image, exists, rows, cols, down, right
-            )  # fmt: skip
-            if OF_PRODUCT:
-                other = c + weight_width
-                value *= _neighbours(
-                    x, width, t, other, is_tap, row, col, is_image, exists, rows, cols, down, right
-                )  # fmt: skip
-            factor = tl.load(weight + tap * weight_width + weight_c, mask=is_tap, other=0.0)
-            y += factor.to(tl.float32)[None, :] * value
-    return y
-
-
-@triton.jit
-@no_type_check
-def _unfiltered(
-    dy,
-    x_here,
-    sums,
-    width,
-    weight,
-    t,
-    c,
-    is_channel,
-    row,
-    col,
-    is_image,
-    exists,
-    rows,
-    cols,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
-):
-    """Gradient of a filter's input, and `sums` [NUM_SUMS, channels] with the gradients of its taps and its bias added.
-
-    Token t was read by tap (i, j) of the token i - BI rows and j - BJ columns back.
-    """
-    here = _neighbours(dy, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-    numbers = tl.arange(0, NUM_SUMS)
-    sums += tl.where(numbers[:, None] == R * S, tl.sum(here, axis=0)[None, :], 0.0)
-    dx = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
-    GROUP: tl.constexpr = S if S <= 5 else 4
-    for group in range((R * S + GROUP - 1) // GROUP):
-        for place in tl.static_range(GROUP):
-            tap = group * GROUP + place
-            down, right = BI - tap // S, BJ - tap % S
-            is_tap = is_channel & (tl.zeros_like(c) + tap < R * S)
-            back = _neighbours(
-                dy, width, t, c, is_tap, row, col, is_image, exists, rows, cols, down, right
-            )  # fmt: skip
-            factor = tl.load(weight + tap * width + c, mask=is_tap, other=0.0)
-            dx += factor.to(tl.float32)[None, :] * back
-            added = tl.sum(back * x_here, axis=0)
-            sums += tl.where(numbers[:, None] == tap, added[None, :], 0.0)
-    return dx, sums
-
+from .taps import (
+    _filtered,
+    _filtered_qkv,
+    _is_channel,
+    _no_sums,
+    _room,
+    _store_sums,
+    _tap,
+    _unfiltered,
+    _weights,
+)
 
 # sizes that change from call to call and do not trigger a recompile; channels decide how far loads are aligned
 _SIZES = ["length", "start", "num_image", "rows", "cols", "num_blocks"]
@@ -156,6 +49,7 @@ def gate_kernel(
     S2: tl.constexpr,
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -167,36 +61,46 @@ def gate_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    qkv += item * length * width
-    is_channel = c < dim
-    row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
-    k, v = c + dim, c + 2 * dim
+    is_channel = _is_channel(c, dim, WHOLE)
+    above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
+    place = (item * length + t)[:, None] * dim + c[None, :]
+    here = qkv + (item * length + t)[:, None] * width + c[None, :]
     if HAS_INNER and not PRODUCT_ALONE:
         if HAS_SHORT:
-            kv += item * length * dim
+            gate = _filtered(
+                here,
+                width,
+                short + c,
+                width,
+                is_channel,
+                above,
+                below,
+                left,
+                right,
+                cols,
+                R,
+                S,
+                BI,
+                BJ,
+                False,
+            )
             mixed = _filtered(
-                kv, dim, inner, dim, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, False
+                kv + place, dim, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, False
             )  # fmt: skip
         else:
+            gate = _tap(here, width, is_channel, above, below, left, right, cols, 0, 0)
             mixed = _filtered(
-                qkv, width, inner, dim, t, k, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, True
+                here + dim, width, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, True
             )  # fmt: skip
+        mixed *= gate
     else:
-        mixed = _filtered(
-            qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
-        )  # fmt: skip
-        mixed *= _filtered(
-            qkv, width, short, width, t, v, v, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
-        )  # fmt: skip
-    if not PRODUCT_ALONE:
-        if HAS_SHORT:
-            mixed *= _filtered(
-                qkv, width, short, width, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
-            )  # fmt: skip
-        else:
-            mixed *= _neighbours(qkv, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-    place = (item * length + t)[:, None] * dim + c[None, :]
-    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
+        gate, key, value = _filtered_qkv(
+            here, dim, short + c, is_channel, above, below, left, right, cols, R, S, BI, BJ
+        )
+        mixed = key * value
+        if not PRODUCT_ALONE:
+            mixed *= gate
+    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=(t < length)[:, None] & is_channel[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES[:-1])
@@ -225,6 +129,7 @@ def gate_backward_kernel(
     S2: tl.constexpr,
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -233,40 +138,45 @@ def gate_backward_kernel(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    qkv += item * length * width
-    dqkv += item * length * width
-    is_channel = c < dim
-    row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
-    k, v = c + dim, c + 2 * dim
-    inside = exists[:, None] & is_channel[None, :]
-    place = t.to(tl.int64)[:, None] * dim + c[None, :]
-    wide_place = t.to(tl.int64)[:, None] * width + c[None, :]
-    dy = tl.load(grad + item * length * dim + place, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SHORT:
-        gate = _filtered(
-            qkv, width, short, width, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
-        )  # fmt: skip
-    else:
-        gate = _neighbours(qkv, width, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
+    is_channel = _is_channel(c, dim, WHOLE)
+    above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
+    inside = (t < length)[:, None] & is_channel[None, :]
+    place = (item * length + t)[:, None] * dim + c[None, :]
+    wide_place = (item * length + t)[:, None] * width + c[None, :]
+    here = qkv + wide_place
+    dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_INNER:
         if HAS_SHORT:
-            kv += item * length * dim
+            gate = _filtered(
+                here,
+                width,
+                short + c,
+                width,
+                is_channel,
+                above,
+                below,
+                left,
+                right,
+                cols,
+                R,
+                S,
+                BI,
+                BJ,
+                False,
+            )
             mixed = _filtered(
-                kv, dim, inner, dim, t, c, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, False
+                kv + place, dim, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, False
             )  # fmt: skip
         else:
+            gate = _tap(here, width, is_channel, above, below, left, right, cols, 0, 0)
             mixed = _filtered(
-                qkv, width, inner, dim, t, k, c, is_channel, row, col, is_image, exists, rows, cols, R2, S2, BI2, BJ2, True
+                here + dim, width, inner + c, dim, is_channel, above, below, left, right, cols, R2, S2, BI2, BJ2, True
             )  # fmt: skip
-        dmixed += item * length * dim
         tl.store(dmixed + place, (dy * gate).to(dmixed.dtype.element_ty), mask=inside)
     else:
-        key = _filtered(
-            qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
-        )  # fmt: skip
-        value = _filtered(
-            qkv, width, short, width, t, v, v, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
-        )  # fmt: skip
+        gate, key, value = _filtered_qkv(
+            here, dim, short + c, is_channel, above, below, left, right, cols, R, S, BI, BJ
+        )
         mixed = key * value
         tl.store(dqkv + wide_place + dim, (dy * gate * value).to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + wide_place + 2 * dim, (dy * gate * key).to(dqkv.dtype.element_ty), mask=inside)
@@ -298,7 +208,8 @@ def inner_backward_kernel(
     S2: tl.constexpr,
     BI2: tl.constexpr,
     BJ2: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
+    TAPS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -306,34 +217,35 @@ def inner_backward_kernel(
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     item = tl.program_id(2).to(tl.int64)
     width = 3 * dim
-    qkv += item * length * width
-    dqkv += item * length * width
-    dmixed += item * length * dim
-    is_channel = c < dim
-    k, v = c + dim, c + 2 * dim
-    sums = tl.zeros([NUM_SUMS, BLOCK_D], tl.float32)
+    is_channel = _is_channel(c, dim, WHOLE)
+    others, own = _weights(inner + c, dim, is_channel, R2 * S2, BI2 * S2 + BJ2, TAPS)
+    of_others, of_own, of_bias = _no_sums(TAPS, BLOCK_T, BLOCK_D)
     for block in range(num_blocks):
         t = (tl.program_id(1) * num_blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
+        above, below, left, right = _room(t, length, start, num_image, rows, cols, R if R > 1 else R2)
+        place = (item * length + t)[:, None] * width + c[None, :]
+        k, v = qkv + place + dim, qkv + place + 2 * dim
         if HAS_SHORT:
             key = _filtered(
-                qkv, width, short, width, t, k, k, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+                k, width, short + c + dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
             )  # fmt: skip
             value = _filtered(
-                qkv, width, short, width, t, v, v, is_channel, row, col, is_image, exists, rows, cols, R, S, BI, BJ, False
+                v, width, short + c + 2 * dim, width, is_channel, above, below, left, right, cols, R, S, BI, BJ, False
             )  # fmt: skip
         else:
-            key = _neighbours(qkv, width, t, k, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-            value = _neighbours(qkv, width, t, v, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-        dkv, sums = _unfiltered(
-            dmixed, key * value, sums, dim, inner, t, c, is_channel, row, col, is_image, exists, rows, cols,
-            R2, S2, BI2, BJ2, NUM_SUMS,
+            key = _tap(k, width, is_channel, above, below, left, right, cols, 0, 0)
+            value = _tap(v, width, is_channel, above, below, left, right, cols, 0, 0)
+        key, value = key[:, None, :], value[:, None, :]
+        inside = (t < length)[:, None, None] & is_channel[None, None, :]
+        here = dmixed + (item * length + t)[:, None, None] * dim + c[None, None, :]
+        dkv, of_others, of_own, of_bias = _unfiltered(
+            here, key * value, inside, dim, others, own, of_others, of_own, of_bias, above, below, left, right, cols,
+            R2, S2, BI2, BJ2, TAPS,
         )  # fmt: skip
-        inside = exists[:, None] & is_channel[None, :]
-        place = t.to(tl.int64)[:, None] * width + c[None, :]
+        place = place[:, None, :]
         tl.store(dqkv + place + dim, (dkv * value).to(dqkv.dtype.element_ty), mask=inside)
         tl.store(dqkv + place + 2 * dim, (dkv * key).to(dqkv.dtype.element_ty), mask=inside)
-    _store_sums(partial, sums, dim, c, is_channel, R2 * S2 + 1, NUM_SUMS)
+    _store_sums(partial, of_others, of_own, of_bias, dim, c, is_channel, R2 * S2, BI2 * S2 + BJ2, TAPS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -355,36 +267,26 @@ def short_backward_kernel(
     S: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
+    TAPS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of a filter's input, into `dx`, and of the filter, one sum a program into `partial`."""
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     item = tl.program_id(2).to(tl.int64)
-    x += item * length * dim
-    dy += item * length * dim
-    dx += item * length * dim
-    is_channel = c < dim
-    sums = tl.zeros([NUM_SUMS, BLOCK_D], tl.float32)
+    is_channel = _is_channel(c, dim, WHOLE)
+    others, own = _weights(weight + c, dim, is_channel, R * S, BI * S + BJ, TAPS)
+    of_others, of_own, of_bias = _no_sums(TAPS, BLOCK_T, BLOCK_D)
     for block in range(num_blocks):
         t = (tl.program_id(1) * num_blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row, col, is_image, exists = _place(t, length, start, num_image, rows, cols)
-        here = _neighbours(x, dim, t, c, is_channel, row, col, is_image, exists, rows, cols, 0, 0)
-        d_here, sums = _unfiltered(
-            dy, here, sums, dim, weight, t, c, is_channel, row, col, is_image, exists, rows, cols,
-            R, S, BI, BJ, NUM_SUMS,
+        above, below, left, right = _room(t, length, start, num_image, rows, cols, R)
+        place = (item * length + t)[:, None, None] * dim + c[None, None, :]
+        inside = (t < length)[:, None, None] & is_channel[None, None, :]
+        x_here = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        d_here, of_others, of_own, of_bias = _unfiltered(
+            dy + place, x_here, inside, dim, others, own, of_others, of_own, of_bias, above, below, left, right, cols,
+            R, S, BI, BJ, TAPS,
         )  # fmt: skip
-        place = t.to(tl.int64)[:, None] * dim + c[None, :]
-        tl.store(dx + place, d_here.to(dx.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
-    _store_sums(partial, sums, dim, c, is_channel, R * S + 1, NUM_SUMS)
-
-
-@triton.jit
-@no_type_check
-def _store_sums(partial, sums, dim, c, is_channel, num_rows, NUM_SUMS: tl.constexpr):
-    """Write a program's sums to its own matrix [num_rows, dim] of `partial` [programs, num_rows, dim]."""
-    numbers = tl.arange(0, NUM_SUMS)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    place = (program * num_rows + numbers)[:, None] * dim + c[None, :]
-    tl.store(partial + place, sums, mask=(numbers < num_rows)[:, None] & is_channel[None, :])
+        tl.store(dx + place, d_here.to(dx.dtype.element_ty), mask=inside)
+    _store_sums(partial, of_others, of_own, of_bias, dim, c, is_channel, R * S, BI * S + BJ, TAPS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..gated_conv import silu_conv_plain
 from . import differentiable_gradients
-from .conv import BLOCK_D, BLOCK_T, _programs, _sums, _taps_of
+from .conv import _blocks, _programs, _sums, _taps_of
 from .conv_kernels import short_backward_kernel
 from .silu_kernels import silu_kernel
 
@@ -46,7 +46,7 @@ def silu_conv_backward(grad: Tensor, x: Tensor, own: Tensor, before: int) -> tup
         programs, partial, sums = _sums(x, own)
         length, dim = x.shape[1:]
         short_backward_kernel[programs](
-            dfiltered, x, own, dx, partial, length, dim, 0, length, 1, length, **sums, **taps
+            dfiltered, x, own, dx, partial, length, dim, 0, length, 1, length, **taps, **sums
         )
     return dx, partial.sum(0).to(own.dtype)
 
@@ -58,9 +58,10 @@ def _(grad: Tensor, x: Tensor, own: Tensor, before: int) -> tuple[Tensor, Tensor
 
 def _launch(x: Tensor, own: Tensor, grad: Tensor, out: Tensor, before: int, *, backward: bool) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    silu_kernel[_programs(x)](
+    blocks = _blocks(x.shape[2], rows=1)
+    silu_kernel[_programs(x, blocks["BLOCK_T"])](
         x, own, grad, out, x.stride(0), x.stride(1), *x.shape[1:],
-        BACKWARD=backward, K=len(own) - 1, BEFORE=before, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
+        BACKWARD=backward, K=len(own) - 1, BEFORE=before, **blocks,
     )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Triton kernels of a filter along tokens with silu after it; `silu.py` beside this launches them. Filters are as in `conv_kernels.py`."""
+"""Triton kernels of a filter along tokens with silu after it; `silu.py` beside this launches them. Filters are as in `taps.py`."""
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-from .conv_kernels import _filtered, _neighbours, _place
+from .taps import _filtered, _is_channel, _room
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -22,6 +22,7 @@ def silu_kernel(
     BACKWARD: tl.constexpr,
     K: tl.constexpr,
     BEFORE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -29,19 +30,18 @@ def silu_kernel(
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     item = tl.program_id(2).to(tl.int64)
-    is_channel = c < dim
-    row, col, is_image, exists = _place(t, length, 0, length, 1, length)
+    is_channel = _is_channel(c, dim, WHOLE)
+    inside = (t < length)[:, None] & is_channel[None, :]
+    above, below, left, right = _room(t, length, 0, length, 1, length, 1)
+    here = x + item * x_item + t.to(tl.int64)[:, None] * x_token + c[None, :]
     z = _filtered(
-        x + item * x_item, x_token, weight, dim, t, c, c, is_channel, row, col, is_image, exists, 1, length,
-        1, K, 0, BEFORE, False,
-    )  # fmt: skip
+        here, x_token, weight + c, dim, is_channel, above, below, left, right, length, 1, K, 0, BEFORE, False
+    )
     y = 1 / (1 + tl.exp(-z))
+    place = (item * length + t)[:, None] * dim + c[None, :]
     if BACKWARD:
-        dy = _neighbours(
-            grad + item * length * dim, dim, t, c, is_channel, row, col, is_image, exists, 1, length, 0, 0
-        )
+        dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         y = dy * y * (1 + z * (1 - y))
     else:
         y = z * y
-    place = (item * length + t)[:, None] * dim + c[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=exists[:, None] & is_channel[None, :])
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
