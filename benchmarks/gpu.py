@@ -540,6 +540,8 @@ def distillation(bench: Bench) -> Iterator[Row]:
 def _distilled(bench: Bench, row: Row, teacher: DiT, plan: Plan, batch: int, *, is_compiled: bool) -> None:
     built = build_operators(teacher, plan)
     other_teacher, other_built = copy.deepcopy((teacher, built))  # which are not compiled
+    for operator in other_built.values():
+        operator.to(bench.device)
     config = DistillConfig(
         steps=10_000,
         batch_size=batch,

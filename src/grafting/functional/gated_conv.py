@@ -39,7 +39,7 @@ def gated_conv(
 def kernels_take(qkv: Tensor, short: Filter | None, inner: Filter | None) -> bool:
     """Whether kernels do the whole of it."""
     filters = [x for x in (short, inner) if x is not None]
-    return bool(filters) and all(map(_can_fuse, filters)) and can_fuse(qkv, *(x.weight for x in filters))
+    return len(filters) > 0 and all(map(_can_fuse, filters)) and can_fuse(qkv, *(x.weight for x in filters))
 
 
 def gated_conv_plain(qkv: Tensor, short: Filter | None, inner: Filter | None, layout: TokenLayout) -> Tensor:

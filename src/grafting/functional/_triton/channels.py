@@ -17,7 +17,7 @@ from .channels_kernels import filter_backward_kernel, product_backward_kernel, p
 BLOCK_T, BLOCK_D = 8, 128
 
 # where filters' gradients are summed
-SUMS_T, SUMS_D = 4, 128
+SUMS_T, SUMS_D = 4, 256
 
 
 @torch.library.custom_op(
