@@ -74,6 +74,22 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
     }
 
 
+def turned(found: JsonObject) -> JsonObject:
+    """Of a `comparison` of a with b that of b with a: the intervals are symmetric, a ratio's in its logarithm."""
+
+    def of(kind: str, found: Mapping[str, float]) -> JsonObject:
+        value, low, high = (found[key] for key in ("value", "low", "high"))
+        ends = (1 / value, 1 / high, 1 / low) if kind == "ratio" else (-value, -high, -low)
+        return {"error": found["error"], **dict(zip(("value", "low", "high"), ends, strict=True))}
+
+    return {
+        key: {kind: of(kind, estimate) for kind, estimate in parts.items()}
+        if isinstance(parts, Mapping)
+        else parts
+        for key, parts in found.items()
+    }
+
+
 def distances(rows: Tensor, others: Tensor) -> Tensor:
     """The root mean square difference of each image's numbers from those of the other of its number, [n]."""
     return (rows.double() - others.double()).flatten(1).square().mean(1).sqrt()
