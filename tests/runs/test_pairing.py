@@ -201,8 +201,7 @@ def test_too_few_images_for_the_features_have_no_ratio():
     found = comparison(row("a", per_image(12)), row("b", per_image(12, seed=1)))
     assert "frechet" not in found
     assert (
-        "frechet: 12 rows of 4 features are too few to compare Frechet distances; 16 are enough"
-        in found["notes"]
+        "no ratio of Fréchet distances: 12 images are too few for 4 features; 16 are enough" in found["notes"]
     )
     assert "agreement" in found
 

@@ -8,7 +8,7 @@ import typer
 from ..errors import RunError
 from ..words import FIGURES, Figure, headline, is_number, verdict
 from ._shared import Json, out, print_json
-from .display import plain_table, say
+from .display import plain_table, say, why_no_ratio
 
 if TYPE_CHECKING:
     from ..runs.pairing import RunRow
@@ -87,10 +87,10 @@ def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *,
         plain_table(["row", main.name(figures), "against the first", *(f.inline for f in shown)], lines)
     )
     for row, found in others:
-        if reason := found.get("reason"):
-            say(out, f"{row.measured.name} is not compared image by image: {reason}")
-        elif said := _verdict(row, first, found):
+        if said := _verdict(row, first, found):
             say(out, said)
+        elif reason := why_no_ratio(found):
+            say(out, f"{row.measured.name}: {reason}")
 
 
 def _parse_row(text: str) -> tuple[Path, str | None]:

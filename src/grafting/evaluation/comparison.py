@@ -22,6 +22,8 @@ KERNEL_NOTE = (
     "the kernel distance is degenerate where images are like the reference or like each other: "
     "its interval is rough there"
 )
+NO_RATIO = "no ratio of Fréchet distances"
+"""What a note on distances that have none begins with."""
 POINTS_NOTE = "recall and coverage are means over the reference, by groups of neighbours: their intervals are about right"
 
 
@@ -63,7 +65,7 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
                 "difference": mine.frechet.difference(its.frechet, clusters=mine.clusters),
             }
         except ValueError as error:
-            notes.append(f"frechet: {error}")
+            notes.append(f"{NO_RATIO}: {error}")
     for key, difference in _differences(a, b, how):
         found[key] = {"difference": difference}
     notes += [KERNEL_NOTE] if "kid" in found else []
