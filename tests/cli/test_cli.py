@@ -10,6 +10,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from typer.testing import Result
 
@@ -82,6 +83,15 @@ def test_the_result_of_a_run_is_json_alone(ran: tuple[Path, Result]):
     assert f"Recipe small, in {folder}" in result.stderr
 
 
+def test_a_table_without_ratios_says_why(ran: tuple[Path, Result]):
+    folder, result = ran
+    said = "no ratio of Fréchet distances: 12 images are too few for 64 features; 256 are enough"
+    assert said in " ".join(result.output.split())
+    assert said in (folder / "report.html").read_text()
+    compared = call("compare", *[f"{folder}:finetuned"] * 2, f"{folder}:pretrained").output
+    assert f"{folder}:pretrained: {said}" in compared
+
+
 # --help, --version, usage
 
 
@@ -95,6 +105,16 @@ def test_help_of_every_command_has_an_example(command: str):
 def test_help_lists_every_command():
     listed = re.findall(r"^│ (\w+) ", call("--help").output, flags=re.MULTILINE)
     assert set(COMMANDS) <= set(listed)
+
+
+def test_every_command_stands_on_its_page():
+    page = (Path(__file__).parents[2] / "docs/commands.md").read_text()
+    known = set(typer.main.get_command(cli.app).commands) - {"data"}  # whose commands follow it
+    known |= {f"data {name}" for name in typer.main.get_command(cli.data.app).commands}
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    written = [name.removeprefix("grafting ") for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    shown = {match[0] for name in written if (match := re.match(r"(data )?[a-z]+", name))}
+    assert shown == known
 
 
 def test_stages_of_until_are_those_of_a_run():
