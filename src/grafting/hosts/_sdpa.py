@@ -80,7 +80,7 @@ class SdpaHost(Host[nn.Module]):
             )
         with self._fitting(model):
             check_arguments(self.spec, model)
-            return tuple(sites_of(self.spec, model, self._native_grid))
+            return tuple(sites_of(self.spec, model, self._native_grid(model)))
 
     @contextmanager
     def _fitting(self, module: nn.Module) -> Iterator[None]:
@@ -96,11 +96,14 @@ class SdpaHost(Host[nn.Module]):
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """Lists whose calls the spec describes."""
         with self._fitting(model):
-            return tuple(blocks_of(self.spec, model, self._native_grid))
+            return tuple(blocks_of(self.spec, model, self._native_grid(model)))
 
-    @property
-    def _native_grid(self) -> Grid:
-        return self.grid or self.spec.native_grid
+    def _native_grid(self, model: nn.Module) -> Grid:
+        if self.grid is not None or self.spec.own_grid is None:
+            return self.grid or self.spec.native_grid
+        with self._fitting(model):
+            *frames, rows, cols = (fact(model, side) for side in self.spec.own_grid)
+        return Grid(rows, cols, *frames)
 
     def image_grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
         image = self.spec.image
@@ -190,7 +193,7 @@ class SdpaHost(Host[nn.Module]):
         return built_of(self, model, self.spec.process)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
-        image, grid = self.spec.image, self._native_grid
+        image, grid = self.spec.image, self._native_grid(model)
         sides, channels = patch_sizes(model, image), fact(model, self.spec.channels)
         if isinstance(image, PackedTokens):
             channels //= image.patch**2

@@ -246,6 +246,8 @@ class SdpaSpec(_Spec):
     image: Image = LatentTokens()
     native_grid: Annotated[Grid, AfterValidator(_has_tokens)]
     """The image tokens that the model was trained for; a forward pass may have another grid."""
+    own_grid: tuple[Size, Size] | tuple[Size, Size, Size] | None = None
+    """Where a model's config says that, for models of other sizes than the published: rows and columns, or frames, rows and columns."""
     native_num_text: NonNegativeInt = 0
     """Other tokens beside them."""
     channels: Size = "config.in_channels"
