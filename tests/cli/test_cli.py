@@ -10,13 +10,15 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import Result
 
 from commandline import call, fails
-from grafting import cli
+from grafting import Prompt, cli, write_prompts
 from grafting.errors import RunError
+from grafting.hosts import hosts
 from grafting.operators import PRESETS, operator_configs
 from grafting.runs.recipe import Recipe
 from grafting.runs.stages import STAGES
@@ -100,6 +102,23 @@ def test_help_of_every_command_has_an_example(command: str):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert f"$ grafting {command}" in result.output
+
+
+def test_check_says_that_no_pipeline_draws_with_a_graft(tmp_path: Path):
+    host = hosts()["chroma"]
+    prompts = [Prompt("a cat", {"encoder_hidden_states": torch.zeros(5, 24)})] * 20
+    write_prompts(tmp_path / "prompts", prompts, source="zeros")
+    recipe = {
+        "name": "chroma",
+        "source": {"host": "chroma", "config": host.spec.tiny},
+        "plan": [{"role": "attention", "blocks": 0, "operator": "window-2d"}],
+        "conditions": {"name": "prompts", "folder": str(tmp_path / "prompts")},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = call("check", path)
+    assert result.exit_code == 0, result.output
+    assert f"Note: no pipeline draws with this graft: {host.pipeline_fault}\n" in result.stdout
 
 
 def test_help_lists_every_command():

@@ -23,7 +23,7 @@ from ._grids import (
     patch_sizes,
 )
 from ._host import Host, as_linear, built_of, linear_weights, randomise
-from ._sites import blocks_of, check_arguments, part_of, sites_of
+from ._sites import blocks_of, check_arguments, native_grid, part_of, sites_of
 from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
 
 
@@ -42,6 +42,7 @@ class SdpaHost(Host[nn.Module]):
         self.spec = spec
         self.grid = grid
         self.time_scale, self.distilled = spec.time.scale, spec.distilled
+        self.pipeline_fault = spec.pipeline_fault
 
     def at_grid(self, grid: Grid) -> "SdpaHost":
         host = copy.copy(self)
@@ -99,11 +100,8 @@ class SdpaHost(Host[nn.Module]):
             return tuple(blocks_of(self.spec, model, self._native_grid(model)))
 
     def _native_grid(self, model: nn.Module) -> Grid:
-        if self.grid is not None or self.spec.own_grid is None:
-            return self.grid or self.spec.native_grid
         with self._fitting(model):
-            *frames, rows, cols = (fact(model, side) for side in self.spec.own_grid)
-        return Grid(rows, cols, *frames)
+            return self.grid or native_grid(self.spec, model)
 
     def image_grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
         image = self.spec.image

@@ -262,6 +262,8 @@ class SdpaSpec(_Spec):
     """How inputs are noised, where a recipe does not say; null where grafting does not have that process."""
     distilled: bool = False
     """Distilled for guidance or few steps, as published: stage 2 then trains on the teacher's output."""
+    pipeline_fault: str = ""
+    """Why no pipeline of the class draws with operators in its transformer: such grafts are refused."""
     inputs: dict[str, Input | tuple[Fact, ...]] = {}
     """The other arguments by name: each an `Input`, or its shape alone."""
     tiny: dict[str, JsonValue] | None = None
