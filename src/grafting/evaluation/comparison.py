@@ -76,7 +76,7 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
     }
 
 
-def turned(found: JsonObject) -> JsonObject:
+def turned(found: Mapping[str, Any]) -> JsonObject:
     """Of a `comparison` of a with b that of b with a: the intervals are symmetric, a ratio's in its logarithm."""
 
     def of(kind: str, found: Mapping[str, float]) -> JsonObject:
