@@ -57,6 +57,7 @@ PROMISED = [
     "Replace",
     "RunError",
     "SamplingConfig",
+    "SettingsError",
     "Site",
     "Step",
     "Sweep",

@@ -55,6 +55,7 @@ from .errors import PlanError as PlanError
 from .errors import ProtocolError as ProtocolError
 from .errors import RecipeError as RecipeError
 from .errors import RunError as RunError
+from .errors import SettingsError as SettingsError
 from .errors import TrainingError as TrainingError
 from .evaluation import AdmConfig as AdmConfig
 from .evaluation import AdmEvaluation as AdmEvaluation

@@ -23,8 +23,12 @@ class GraftingError(Exception):
     """Base of every error that a user's input can cause; the command line prints it without a traceback."""
 
 
+class SettingsError(GraftingError, ValueError):
+    """Settings cannot be used, of whatever class: lists every fault."""
+
+
 class PlanError(GraftingError):
-    """A plan does not fit its model: lists every fault."""
+    """A plan is none, or does not fit its model: lists every fault."""
 
 
 class HostError(GraftingError):

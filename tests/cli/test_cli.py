@@ -10,12 +10,15 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
+import typer
 import yaml
 from typer.testing import Result
 
 from commandline import call, fails
-from grafting import cli
+from grafting import Prompt, cli, write_prompts
 from grafting.errors import RunError
+from grafting.hosts import hosts
 from grafting.operators import PRESETS, operator_configs
 from grafting.runs.recipe import Recipe
 from grafting.runs.stages import STAGES
@@ -82,6 +85,15 @@ def test_the_result_of_a_run_is_json_alone(ran: tuple[Path, Result]):
     assert f"Recipe small, in {folder}" in result.stderr
 
 
+def test_a_table_without_ratios_says_why(ran: tuple[Path, Result]):
+    folder, result = ran
+    said = "no ratio of Fréchet distances: 12 images are too few for 64 features; 256 are enough"
+    assert said in " ".join(result.output.split())
+    assert said in (folder / "report.html").read_text()
+    compared = call("compare", *[f"{folder}:finetuned"] * 2, f"{folder}:pretrained").output
+    assert f"{folder}:pretrained: {said}" in compared
+
+
 # --help, --version, usage
 
 
@@ -92,9 +104,36 @@ def test_help_of_every_command_has_an_example(command: str):
     assert f"$ grafting {command}" in result.output
 
 
+def test_check_says_that_no_pipeline_draws_with_a_graft(tmp_path: Path):
+    host = hosts()["chroma"]
+    prompts = [Prompt("a cat", {"encoder_hidden_states": torch.zeros(5, 24)})] * 20
+    write_prompts(tmp_path / "prompts", prompts, source="zeros")
+    recipe = {
+        "name": "chroma",
+        "source": {"host": "chroma", "config": host.spec.tiny},
+        "plan": [{"role": "attention", "blocks": 0, "operator": "window-2d"}],
+        "conditions": {"name": "prompts", "folder": str(tmp_path / "prompts")},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = call("check", path)
+    assert result.exit_code == 0, result.output
+    assert f"Note: no pipeline draws with this graft: {host.pipeline_fault}\n" in result.stdout
+
+
 def test_help_lists_every_command():
     listed = re.findall(r"^│ (\w+) ", call("--help").output, flags=re.MULTILINE)
     assert set(COMMANDS) <= set(listed)
+
+
+def test_every_command_stands_on_its_page():
+    page = (Path(__file__).parents[2] / "docs/commands.md").read_text()
+    known = set(typer.main.get_command(cli.app).commands) - {"data"}  # whose commands follow it
+    known |= {f"data {name}" for name in typer.main.get_command(cli.data.app).commands}
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    written = [name.removeprefix("grafting ") for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    shown = {match[0] for name in written if (match := re.match(r"(data )?[a-z]+", name))}
+    assert shown == known
 
 
 def test_stages_of_until_are_those_of_a_run():

@@ -43,7 +43,7 @@ def test_runs_are_put_side_by_side(tmp_path):
     result = CliRunner().invoke(cli.app, ["compare", *(f"{run}:distilled" for run in runs)])
     assert result.exit_code == 0
     assert result.output.count("18.2 (17.6\u201318.8)") == 3
-    assert result.output.count("is not compared image by image") == 2
+    assert result.output.count(": not compared image by image") == 2
     result = CliRunner().invoke(cli.app, ["compare", "--json", *map(str, runs)])
     assert [row["name"] for row in json.loads(result.output)["others"]] == [
         f"{run}:finetuned" for run in runs[1:]

@@ -6,9 +6,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import tinypipeline
+from grafting import Plan, Replace, graft, save
 from grafting.cli import app
 from grafting.hosts import hosts
 from grafting.runs.file import load_recipe
+from grafting.training.calibration import CalibrateConfig
 
 
 def init(*arguments: object) -> Result:
@@ -60,9 +62,35 @@ def test_it_is_valid_for_every_host(name: str):
     hosts()[name].tiny().save_pretrained("model")
     result = init("mine.yaml", "--source", "model")
     assert result.exit_code == 0, result.output
+    made_by = "images, a folder for each class" if name == "dit" else "`grafting data latents` encodes images"
+    assert f"{Path.cwd() / 'latents'}: {made_by}" in result.stdout
     recipe = load_recipe("mine-smoke.yaml")
     assert recipe.source == str(Path("model").resolve())
     assert recipe.finetune.diffusion_weight == (0 if name == "flux" else 1)
+    assert recipe.calibrate.samples == 4
+    assert load_recipe("mine.yaml").calibrate == CalibrateConfig()
+
+
+@pytest.mark.parametrize("operator", ["mlp", "{name: mlp}"])
+def test_an_mlp_of_no_stated_width_is_narrower_than_the_hosts(operator: str):
+    assert init("mine.yaml", "--operator", operator).exit_code == 0
+    (edit,) = load_recipe("mine.yaml").plan
+    assert (edit.role, edit.operator.ratio) == ("mlp", 3)  # the testbed's is 4
+
+
+def test_an_mlp_of_a_stated_width_is_as_stated():
+    assert init("mine.yaml", "--operator", "{name: mlp, ratio: 4}").exit_code == 0
+    assert load_recipe("mine.yaml").plan[0].operator.ratio == 4
+
+
+def test_a_graft_is_no_model_to_start_from():
+    model = hosts()["dit"].tiny()
+    graft(model, Plan(edits=[Replace(role="attention", blocks=0, operator="window-2d")]))
+    save(model, "grafted")
+    result = init("mine.yaml", "--source", "grafted")
+    assert result.exit_code == 1
+    assert "grafted is already grafted, and a recipe starts from a model without a plan" in result.stderr
+    assert not Path("mine.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +98,10 @@ def test_it_is_valid_for_every_host(name: str):
     [
         (("mine.txt",), "a recipe's file ends in .yaml, found mine.txt"),
         (("there.yaml",), "there.yaml: there already; name another file"),
-        (("mine.yaml", "--source", "nowhere"), "no model in nowhere: give testbed, scenes, or the folder"),
+        (
+            ("mine.yaml", "--source", "nowhere"),
+            "no model in nowhere: it does not exist; a model is `testbed`",
+        ),
         (("mine.yaml", "--operator", "{name: hyena-x"), "--operator is not YAML: line 1"),
         (
             ("mine.yaml", "--operator", "{name: window-2d, radus: 2}"),
@@ -83,6 +114,8 @@ def test_it_is_valid_for_every_host(name: str):
         (("mine.yaml", "--blocks", ""), "names no blocks"),
         (("mine.yaml", "--operator", "hyena"), "no operator 'hyena'; did you mean 'hyena-"),
         (("mine.yaml", "--blocks", "ood"), "'ood' names no blocks"),
+        (("mine.yaml", "--blocks", "0-9"), "plan for host 'dit' (blocks 0..7)"),
+        (("mine.yaml", "--blocks", "[1, 8]"), "names no blocks"),
     ],
 )
 def test_it_refuses_and_writes_nothing(arguments: tuple[str, ...], message: str):

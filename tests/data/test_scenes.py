@@ -6,13 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from grafting.conditions import ClassLabels
 from grafting.contract import Conditions, TrainingData
 from grafting.data import Captions, CaptionsConfig, Scenes, ScenesConfig, check_bound
 from grafting.data.scenes import RELATIONS, TASKS, caption_of, draw_scene, mirrored
-from grafting.errors import DataError
+from grafting.errors import DataError, SettingsError
 
 
 def test_every_caption_has_a_number_and_tasks_are_dealt_in_turn():
@@ -130,7 +129,7 @@ def test_unlike_captions_have_unlike_tokens():
 
 @pytest.mark.parametrize("seeds", ["5-3", "0", "a-b", "-1-4", "0-99999999999999999999", ""])
 def test_a_range_of_seeds_that_is_none(seeds):
-    with pytest.raises(ValidationError, match=r"FIRST-LAST, such as 0-999999"):
+    with pytest.raises(SettingsError, match=r"FIRST-LAST, such as 0-999999"):
         ScenesConfig(seeds=seeds)
 
 

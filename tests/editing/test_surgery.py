@@ -116,6 +116,23 @@ def test_a_site_holds_one_operator(model):
     assert isinstance(model.blocks[0].attn, MixerAdapter)
 
 
+def test_an_edit_or_a_list_is_no_plan():
+    """In a process of its own, where nothing checks the types of arguments."""
+    script = """
+from grafting import Drop, DiT, PlanError, graft
+for given in (Drop(blocks=1), [Drop(blocks=1)], {"edits": []}):
+    try:
+        graft(DiT(input_size=8, hidden_size=8, num_heads=2, depth=2), given)
+    except PlanError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"a plan is grafting.Plan(edits=[...]); found {given}"
+        for given in ("Drop(edit='drop', blocks=1)", "[Drop(edit='drop', blocks=1)]", "{'edits': []}")
+    ]
+
+
 def test_grafts_are_undone_one_by_one_in_any_order(model, inputs):
     before = snapshot(model)
     first = graft(model, plan(("attention", 0, "linear")))

@@ -2,10 +2,9 @@ import json
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from grafting.errors import CheckpointError, DataError, ProtocolError
+from grafting.errors import CheckpointError, DataError, ProtocolError, SettingsError
 from grafting.evaluation import (
     Evaluation,
     Evaluator,
@@ -288,7 +287,7 @@ def test_no_image_is_an_error(network, reference):
         list(evaluate([], evaluator))
     with pytest.raises(ProtocolError, match="no image has been evaluated"):
         evaluator.result()
-    with pytest.raises(ValidationError, match="greater than 0"):
+    with pytest.raises(SettingsError, match="greater than 0"):
         protocol_of(network, reference, 0)
     with pytest.raises(DataError, match="at least 2 images"):
         Reference.build([], network, name="empty")

@@ -84,6 +84,23 @@ def test_a_spec_holds(host, model, tmp_path):
         assert torch.equal(outputs(loaded, inputs), output)
 
 
+@pytest.mark.parametrize("name", [name for name, host in SPECS.items() if host.spec.own_grid])
+def test_the_native_grid_is_that_of_the_models_config(name):
+    """The published one of the class's defaults, its own of a small model, which takes inputs of that size."""
+    host = SPECS[name]
+    with torch.device("meta"):
+        assert host.sites(host.model_class())[0].grid == host.spec.native_grid
+    model = host.tiny().eval()
+    shape, config = host.shape(model), model.config
+    wide = config.get("sample_width", config.get("sample_size"))
+    assert shape[-1] == wide
+    inputs = example(host, model)
+    condition = {name: inputs[name] for name in host.needed(model)}
+    with torch.no_grad():
+        x = torch.randn(2, *shape)
+        assert host.predict(model, x, torch.ones(2), condition).shape == x.shape
+
+
 def test_it_predicts_images_of_any_size(host, model):
     """`predict` calls the model as `example` does, and gives back what it was given."""
     frames = 2 if host.spec.native_grid.frames > 1 else 1

@@ -4,6 +4,7 @@ import json
 import re
 from types import MethodType
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -333,6 +334,38 @@ def test_the_command_refuses_a_folder_without_a_transformer(tmp_path, config, sa
     result = CliRunner().invoke(app, ["sites", str(tmp_path), "--trace"])
     assert result.exit_code == 1
     assert re.search(says, " ".join(result.output.split()))
+
+
+@pytest.mark.parametrize("frames", [3, 4])
+def test_attention_along_time_is_none_along_space_with_as_many_tokens(frames):
+    """Latte's blocks attend in turn to the 2 x 2 tokens of a frame, and to a place in all frames."""
+    torch.manual_seed(0)
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=4,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        video_length=frames,
+    )
+    example = {
+        "hidden_states": torch.randn(1, 4, frames, 4, 4),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 5, 24),
+    }
+    traced = trace(model, example=example)
+    assert [blocks.path for blocks in traced.spec.blocks] == ["transformer_blocks"]
+    (said,) = [q for q in traced.questions if q.startswith("temporal_transformer_blocks.*.attn1 is left out")]
+    assert (
+        "3 image tokens in a call, others 4"
+        if frames == 3
+        else "along axes 2 of the image, others' along axes 3, 4"
+    ) in said
 
 
 @pytest.mark.slow

@@ -410,6 +410,9 @@ def page(rows: list[dict[str, Any]], version: str) -> str:
         "with `grafting.trace` ([your own pipeline](my-pipeline.md)). Made by `make hosts`; the figures are in "
         "`results/hosts.json`.",
         "",
+        "A yes is of prompts without padding, and of the blocks that take it, which may be few: of Lumina 2's attentions those of the "
+        "image's refiner take mixers, and its layers kernels alone. `grafting sites MODEL` lists them, `grafting.trace` says it of a class.",
+        "",
         *(f"- **{column}**: {WORDS[column]}" for column in COLUMNS),
         "",
         f"| class ({len(rows)}) | {' | '.join(f'{column} ({counts[column]})' for column in COLUMNS)} |",
@@ -428,8 +431,8 @@ WORDS = {
     "traced": "attentions, order of tokens and grid are found, and a spec proposed",
     "identity": "with softmax kernels in all attentions, outputs are equal bit for bit",
     "kernel": "windows in all of them: forward and backward",
-    "mixer": "Hyena-X in the place of whole attentions, forward and backward",
-    "mlp": "narrower MLPs, forward and backward",
+    "mixer": "Hyena-X in the place of those attentions that take and return one tensor of tokens, forward and backward",
+    "mlp": "narrower MLPs where they are of the image's tokens alone, forward and backward",
     "merge": "two blocks merged, one dropped, forward and backward",
     "stage1": "operators are fitted to what they replace",
     "stage2": "the graft is trained end to end",

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from grafting.errors import CheckpointError, GraftingError, ProtocolError
+from grafting.errors import CheckpointError, GraftingError, ProtocolError, SettingsError
 from grafting.latents.decoding import Decoder, VaeConfig, load_decoder
 from imagefiles import write_vae
 
@@ -100,5 +99,5 @@ def test_what_has_diverged_becomes_no_pixels(folder):
 
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"precision": "fp8"}, {"tile": True}])
 def test_settings_that_make_no_sense_are_refused(settings):
-    with pytest.raises(ValidationError, match=next(iter(settings))):
+    with pytest.raises(SettingsError, match=next(iter(settings))):
         VaeConfig(source="x", **settings)

@@ -6,7 +6,7 @@ import pytest
 
 from grafting.errors import RunError
 from grafting.report import ComparedRow, comparison_page
-from grafting.runs.pairing import read_row
+from grafting.runs.pairing import Against, RunRow, read_row
 from grafting.runs.record import read_run, write_comparison
 from report.pages import Page, tables_of, whole_page
 from report.synthetic_run import metric_rows, write_run
@@ -27,12 +27,16 @@ def compare(folder: Path, **paired) -> Page:
     return Page(comparison_page(compared))
 
 
+def write(path: Path, first: RunRow, *others: RunRow) -> Path:
+    return write_comparison(path, first, [Against(other, first) for other in others])
+
+
 def test_runs_stand_side_by_side(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("narrow", "wide")]
     (runs[1] / "recipe.yaml").write_text(
         (runs[1] / "recipe.yaml").read_text().replace("steps: 900", "steps: 90")
     )
-    page = whole_page(write_comparison(tmp_path / "page.html", [read_row(run) for run in runs]))
+    page = whole_page(write(tmp_path / "page.html", *map(read_row, runs)))
     assert page.text.count("narrow and wide") == 0
     assert "Wide and narrow are not compared image by image." in page.text
     assert "Images, model by model" in page.text
@@ -45,7 +49,7 @@ def test_runs_stand_side_by_side(tmp_path):
 
 def test_rows_of_one_run_have_one_plan(tmp_path):
     run = write_run(tmp_path / "run")
-    path = write_comparison(tmp_path / "page.html", [read_row(run, "pretrained"), read_row(run, "distilled")])
+    path = write(tmp_path / "page.html", read_row(run, "pretrained"), read_row(run, "distilled"))
     page = whole_page(path)
     assert "pretrained · after stage 1" in page.text
     assert page.text.count("4 of 8 attention operators replaced by hyena-x") == 1
@@ -58,9 +62,7 @@ def test_rows_of_one_run_have_one_plan(tmp_path):
 
 def test_runs_of_one_name_are_told_by_their_folders(tmp_path):
     runs = [write_run(tmp_path / name / "run") for name in "ab"]
-    page = whole_page(
-        write_comparison(tmp_path / "page.html", [read_row(runs[0]), read_row(runs[1], "distilled")])
-    )
+    page = whole_page(write(tmp_path / "page.html", read_row(runs[0]), read_row(runs[1], "distilled")))
     assert f"{runs[0]}, after stage 2 · {runs[1]}, after stage 1" in page.text
 
 
@@ -98,4 +100,4 @@ def test_one_that_is_not_paired_takes_the_same_seeds_back(run_folder):
 def test_a_page_is_an_html_file(tmp_path):
     row = read_row(write_run(tmp_path / "run"))
     with pytest.raises(RunError, match="written to an .html file, found .*page.txt"):
-        write_comparison(tmp_path / "page.txt", [row, row])
+        write(tmp_path / "page.txt", row, row)

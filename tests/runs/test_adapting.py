@@ -10,7 +10,7 @@ from grafting.sampling.taught import TaughtConfig
 from grafting.sampling.trajectories import TrajectoriesConfig
 from grafting.training.distillation import DistillConfig
 from grafting.training.phases import FinetuneConfig
-from latents.textpipelines import flux, pixart
+from latents.textpipelines import flux, pixart, sd3
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
 MADE = TaughtConfig(num_images=16, steps=2, shape=(4, 8, 8))
@@ -125,3 +125,22 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_work(tmp_path):
     with pytest.raises(grafting.PlanError, match="radius 9"):
         grafting.adapt(pixart(), plan_of("window-2d", radius=9), prompts=WORDS, folder=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_small_model_is_taught_in_its_own_size():
+    """An SD3 of 16 x 16 latents, not of the published 128 x 128, which its positions do not reach to."""
+    torch.manual_seed(0)
+    pipe, made = sd3(), {}
+    config = TaughtConfig(num_images=4, steps=1, batch_size=4)
+    short = DISTILL.model_copy(update={"steps": 1, "batch_size": 2, "holdout": 2, "holdout_every": 1})
+    grafting.adapt(
+        pipe,
+        grafting.Plan(edits=[grafting.Replace(role="attention", blocks=0, operator="window-2d")]),
+        prompts=WORDS,
+        data=config,
+        distill_config=short,
+        finetune_config=None,
+        on_step=lambda name, step: made.setdefault(name, step),
+    )
+    assert made.keys() == {"prompts", "teach", "distill"}
+    assert grafting.host_of(pipe.transformer).shape(pipe.transformer) == (4, 16, 16)

@@ -10,9 +10,10 @@ import torch
 from commandline import call
 from grafting.errors import DataError, ProtocolError, RunError
 from grafting.evaluation import PerImage
-from grafting.evaluation.comparison import MeasuredRow, comparison
+from grafting.evaluation.comparison import MeasuredRow, comparison, turned
 from grafting.evaluation.influences import load_influences, save_influences
 from grafting.metrics.frechet import FrechetInfluences, Gaussian
+from grafting.runs import pairing
 from grafting.runs.pairing import influences_path, read_row
 from grafting.runs.recipe import Recipe
 from grafting.runs.record import write_report
@@ -95,9 +96,31 @@ def test_the_report_and_the_command_line_say_so(ran):
     assert "\u00d7 (" in shown
     assert "Images of the same seed lie" in shown
     found = json.loads(call("compare", ran, f"{ran}:pretrained", "--json").stdout)
-    assert found["frechet"] == metrics(ran)["finetuned"]["paired"]["frechet"]
+    for kind, estimate in metrics(ran)["finetuned"]["paired"]["frechet"].items():
+        assert found["frechet"][kind] == pytest.approx(estimate, rel=1e-12)
     backwards = json.loads(call("compare", f"{ran}:pretrained", ran, "--json").stdout)
     assert backwards["frechet"]["ratio"]["value"] == pytest.approx(1 / found["frechet"]["ratio"]["value"])
+
+
+@pytest.mark.parametrize("rows", [("finetuned", "pretrained"), ("finetuned", "pretrained", "pretrained")])
+def test_a_page_and_the_terminal_share_the_work(rows, ran, tmp_path, monkeypatch):
+    done = []
+    for name in ("comparison", "_likeness"):
+        work = getattr(pairing, name)
+        monkeypatch.setattr(pairing, name, lambda *of, do=work, name=name: done.append(name) or do(*of))
+    page = tmp_path / "page.html"
+    assert call("compare", *(f"{ran}:{row}" for row in rows), "--out", page).exit_code == 0
+    assert sorted(done) == sorted(["_likeness", "comparison"] * (len(rows) - 1))
+
+
+def test_a_comparison_turned_is_that_of_the_other_order(ran):
+    a, b = read_row(ran, "finetuned").measured, read_row(ran, "pretrained").measured
+    want, got = comparison(b, a), turned(comparison(a, b))
+    assert got.keys() == want.keys()
+    assert got["notes"] == want["notes"]
+    for key in want.keys() - {"notes"}:
+        for kind, estimate in want[key].items():
+            assert got[key][kind] == pytest.approx(estimate, rel=1e-9, abs=1e-12), (key, kind)
 
 
 def test_a_row_that_keeps_nothing_of_each_image_is_shown_alone(ran, tmp_path):
@@ -178,8 +201,7 @@ def test_too_few_images_for_the_features_have_no_ratio():
     found = comparison(row("a", per_image(12)), row("b", per_image(12, seed=1)))
     assert "frechet" not in found
     assert (
-        "frechet: 12 rows of 4 features are too few to compare Frechet distances; 16 are enough"
-        in found["notes"]
+        "no ratio of Fréchet distances: 12 images are too few for 4 features; 16 are enough" in found["notes"]
     )
     assert "agreement" in found
 

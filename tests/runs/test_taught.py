@@ -1,6 +1,8 @@
 """Runs without data: the source makes latents first, and everything after trains on them."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import grafting
 from commandline import one_line, says
 from grafting.data.latents import LatentsConfig
 from grafting.data.prompts import Prompts
+from grafting.errors import RunError
+from grafting.latents import prompting
 from grafting.runs.file import load_recipe
 from grafting.runs.job import prepare
 from grafting.runs.stages import training_flops
@@ -129,6 +133,34 @@ def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     says("run", tmp_path / "one.yaml", "--out", tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_encoders_are_opened_once_unless_words_or_their_files_change(begun, tmp_path, monkeypatch):
+    opened, work = [], prompting.open_encoders
+    monkeypatch.setattr(prompting, "open_encoders", lambda *a, **k: opened.append(a) or work(*a, **k))
+    pipe, words = tmp_path / "pipe", tmp_path / "words.txt"
+    shutil.copytree(begun / "pipe", pipe)
+    words.write_text("\n".join(WORDS))
+
+    def encode(folder: str, **settings) -> int:
+        config = prompting.WordsConfig(file=words, **settings)
+        before = len(opened)
+        prompting.encode_words(config, tmp_path / folder, source=str(pipe), tell=lambda step: None)
+        assert len(Prompts(tmp_path / folder)) == len(words.read_text().splitlines())
+        return len(opened) - before
+
+    assert [encode("a"), encode("a")] == [1, 0]
+    # as many bytes as before, written later: their content is looked at
+    weights = next((pipe / "text_encoder").glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    assert [encode("a"), encode("a")] == [1, 0]
+    # an index that was lost is written again
+    (tmp_path / "a/prompts.json").unlink()
+    assert [encode("a"), encode("a")] == [1, 0]
+    words.write_text("\n".join(WORDS[:2]))
+    with pytest.raises(RunError, match="other"):
+        encode("a")
+    assert encode("b") == 1
 
 
 def test_words_that_are_not_there_are_refused_before_any_work(begun, tmp_path):

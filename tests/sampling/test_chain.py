@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from closeness import assert_close
 from grafting.diffusion import BETA_END, BETA_START, NUM_STEPS
-from grafting.errors import GraftingError
+from grafting.errors import GraftingError, SettingsError
 from grafting.machine.randomness import sample_noise
 from grafting.models.dit import DiT
 from grafting.samplers import retained_steps
@@ -375,7 +374,7 @@ def test_a_compiled_model_draws_the_same_images():
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         SamplingConfig(**settings)
 
 

@@ -20,6 +20,7 @@ from grafting import (
     HostError,
     Plan,
     Replace,
+    adapt,
     build_operators,
     graft,
     load,
@@ -33,6 +34,7 @@ from grafting.machine.files import sha256_of
 from grafting.runs.job import load_source
 from grafting.weights.folder import save
 from grafting.weights.locate import WEIGHTS_NAME
+from hosts.pipelines import chroma
 
 PIXART = hosts()["pixart"]
 PLAN = Plan(edits=(Replace(role="attention", blocks=[1], operator="hyena-x"),))
@@ -42,6 +44,21 @@ MORE = Plan(edits=(Replace(role="attention", blocks=[0], operator="linear"),))
 @pytest.fixture
 def pipeline():
     return tinypipeline.of(PIXART.tiny())
+
+
+def test_a_pipeline_that_could_not_draw_with_a_graft_is_refused_first():
+    """Chroma's adds its mask as numbers; the transformer alone is called without one."""
+    pipe, _ = chroma()
+    plan = Plan(edits=[Replace(role="attention", operator="window-2d")])
+    told = (
+        "a ChromaPipeline cannot draw with a graft: its pipeline adds a mask of zeros and ones to the scores"
+    )
+    with pytest.raises(HostError, match=told):
+        graft(pipe, plan)
+    with pytest.raises(HostError, match=told):
+        adapt(pipe, plan, prompts=["a cat"])
+    assert plan_of(pipe.transformer) == Plan()
+    assert len(graft(pipe.transformer, plan).operators) == 4
 
 
 @pytest.mark.parametrize("of", [lambda p: p, lambda p: p.transformer], ids=["pipeline", "model"])

@@ -8,7 +8,7 @@ import typer
 from ..errors import RunError
 from ..words import FIGURES, Figure, headline, is_number, verdict
 from ._shared import Json, out, print_json
-from .display import plain_table, say
+from .display import plain_table, say, why_no_ratio
 
 if TYPE_CHECKING:
     from ..runs.pairing import RunRow
@@ -40,23 +40,23 @@ def compare(rows: Rows, page: Page = None, as_json: Json = False) -> None:
     $ grafting compare runs/a:finetuned runs/a:distilled
     $ grafting compare runs/a runs/b runs/c --out comparison.html[/]
     """
-    from ..runs.pairing import paired, read_row, seen_in_images
+    from ..runs.pairing import Against, read_row
     from ..runs.record import write_comparison
 
     if len(rows) < 2:
         raise RunError(f"compare needs two rows or more, RUN or RUN:ROW; found {len(rows)}")
-    found_rows = [read_row(*_parse_row(text)) for text in rows]
-    written = None if page is None else write_comparison(page, found_rows)
-    first, *others = found_rows
-    if len(others) > 1:
-        _show_all(first, [(other, paired(other, first)) for other in others], as_json=as_json)
+    first, *others = (read_row(*_parse_row(text)) for text in rows)
+    compared = [Against(other, first) for other in others]
+    written = None if page is None else write_comparison(page, first, compared)
+    if len(compared) > 1:
+        _show_all(first, [(each.row, each.paired) for each in compared], as_json=as_json)
     else:
-        (other,) = others
-        found = paired(first, other) | seen_in_images(first, other)
+        (other,) = compared
+        found = other.of_first | other.seen
         if as_json:
-            print_json({"first": first.measured.name, "second": other.measured.name, **found})
+            print_json({"first": first.measured.name, "second": other.row.measured.name, **found})
         else:
-            _show(first, other, found)
+            _show(first, other.row, found)
     if written and not as_json:
         say(out, f"Comparison: {written}")
 
@@ -87,10 +87,10 @@ def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *,
         plain_table(["row", main.name(figures), "against the first", *(f.inline for f in shown)], lines)
     )
     for row, found in others:
-        if reason := found.get("reason"):
-            say(out, f"{row.measured.name} is not compared image by image: {reason}")
-        elif said := _verdict(row, first, found):
+        if said := _verdict(row, first, found):
             say(out, said)
+        elif reason := why_no_ratio(found):
+            say(out, f"{row.measured.name}: {reason}")
 
 
 def _parse_row(text: str) -> tuple[Path, str | None]:

@@ -162,6 +162,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
         if any(figure.paired(row) for row in rows):
             caption += "\n\u00d7: to the pretrained model, by images of the same seeds"
+        elif reason := next(filter(None, (why_no_ratio(row.get("paired") or {}) for row in rows)), ""):
+            caption += f"\n{reason}"
     else:
         caption += ", not evaluated: name a suite with `evaluate`"
     titled = [{**row, "name": ROW_TITLES.get(row["name"], row["name"])} for row in rows]
@@ -191,6 +193,15 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *(column.write(row.get(column.key)) for column in columns),
         )
     return table
+
+
+def why_no_ratio(found: Mapping[str, Any]) -> str:
+    """Why a row's comparison (as JSON) has no ratio of Fréchet distances; empty if it has one, or nothing is said of it."""
+    from ..evaluation.comparison import NO_RATIO
+
+    if reason := found.get("reason"):
+        return f"not compared image by image: {reason}"
+    return next((note for note in found.get("notes", ()) if note.startswith(NO_RATIO)), "")
 
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

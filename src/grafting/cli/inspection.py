@@ -64,6 +64,8 @@ def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, 
         say(out, f"{FIGURES[what].inline}: {before:,} to {after:,}{change}")
     for stage, words in summary["stages"].items():
         say(out, f"{stage}: {words}")
+    for note in summary["notes"]:
+        say(out, f"Note: {note}")
     say(out, "The recipe is valid.")
 
 
@@ -87,6 +89,9 @@ def _summary(job: "Job") -> dict[str, Any]:
             "after": job.attention_flops(is_edited=True).total,
         },
         "stages": _stages_in_words(job),
+        "notes": [f"no pipeline draws with this graft: {fault}"]
+        if (fault := job.host.pipeline_fault)
+        else [],
     }
 
 

@@ -65,11 +65,14 @@ def init(
     source: Annotated[
         str | None,
         typer.Option(
-            help="[cyan]testbed[/], [cyan]scenes[/], or the folder of a model, a run or a pipeline. [dim]Asked for on a terminal.[/]"
+            help="[cyan]testbed[/], [cyan]scenes[/], or the folder of a model or a pipeline. [dim]Asked for on a terminal.[/]"
         ),
     ] = None,
     operator: Annotated[
-        str | None, typer.Option(help="Operator or preset. [dim]Default: one that the host takes.[/]")
+        str | None,
+        typer.Option(
+            help="Operator or preset; [cyan]mlp[/] alone is 3/4 as wide as the host's. [dim]Default: one that the host takes.[/]"
+        ),
     ] = None,
     blocks: Annotated[
         str | None,

@@ -87,12 +87,36 @@ def write_prompts(
     ]
     if len(table.lines) == len(nulls):
         raise DataError(f"no prompts to write to {folder}")
-    write_bytes(folder / WORDS_NAME, "".join(table.lines).encode("utf-8", "surrogatepass"))
-    index = PromptIndex(
+    return _write_index(
+        folder,
+        shards,
         source=source,
-        count=len(table.lines) - len(nulls),
+        lines=table.lines,
         num_nulls=len(nulls),
         columns=table.columns,
+        dropout=dropout,
+        shared=shared,
+    )
+
+
+def _write_index(
+    folder: Path,
+    shards: Sequence[PromptShard],
+    *,
+    source: str,
+    lines: Sequence[str],
+    num_nulls: int,
+    columns: dict[str, Column],
+    dropout: float,
+    shared: "_Shared",
+) -> PromptIndex:
+    """The words of all prompts, the nulls' last, and the index, with which the folder is complete."""
+    write_bytes(folder / WORDS_NAME, "".join(lines).encode("utf-8", "surrogatepass"))
+    index = PromptIndex(
+        source=source,
+        count=len(lines) - num_nulls,
+        num_nulls=num_nulls,
+        columns=columns,
         shards=tuple(shards),
         words=StoredFile(**facts_of(folder / WORDS_NAME)),
         dropout=dropout,
@@ -219,19 +243,16 @@ class PromptFolder:
             *map(_line, self.words),
             *(_line(null.words, number) for number, null in enumerate(self.nulls)),
         ]
-        write_bytes(self.folder / WORDS_NAME, "".join(lines).encode("utf-8", "surrogatepass"))
-        index = PromptIndex(
+        return _write_index(
+            self.folder,
+            [record.shard for record in records if record.shard is not None],
             source=source,
-            count=len(self.words),
+            lines=lines,
             num_nulls=len(self.nulls),
             columns=records[0].columns,
-            shards=tuple(record.shard for record in records if record.shard is not None),
-            words=StoredFile(**facts_of(self.folder / WORDS_NAME)),
             dropout=self.dropout,
-            **_write_shared(self.folder, self.common, self.constants),
+            shared=_write_shared(self.folder, self.common, self.constants),
         )
-        write_json(self.folder / INDEX_NAME, index.model_dump(mode="json"))
-        return index
 
 
 def _line(words: str, null: int = 0) -> str:

@@ -6,7 +6,7 @@ It is checked whole against a model's sites before anything is edited. Blocks ar
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -93,7 +93,13 @@ Blocks = Annotated[str | int | tuple[int, ...], AfterValidator(_check_blocks)]
 Operator = Annotated[SerializeAsAny[OperatorConfig], BeforeValidator(parse_operator), _OperatorSchema]
 
 
-class Replace(Settings):
+class _Edit(Settings):
+    """An edit of a model."""
+
+    refused_as: ClassVar = PlanError
+
+
+class Replace(_Edit):
     """Put an operator in place of one role in some blocks."""
 
     edit: Literal["replace"] = "replace"
@@ -108,7 +114,7 @@ class Replace(Settings):
         return f"Replace(role={self.role!r}, blocks={self.blocks!r}, operator={self.operator.name!r})"
 
 
-class Merge(Settings):
+class Merge(_Edit):
     """Run pairs of sequential blocks side by side on one input, and merge what they add by one linear layer.
 
     With branches b1, b2 on tokens x [B, L, D]: x + W [b1(x) - x; b2(x) - x] + bias, W [D, 2D]. A layer on the outputs,
@@ -139,7 +145,7 @@ class Merge(Settings):
         return f"Merge(blocks={self.blocks!r})"
 
 
-class Drop(Settings):
+class Drop(_Edit):
     """Remove some blocks and pass their input to the next block."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["edit", "blocks"]})
@@ -154,6 +160,13 @@ class Drop(Settings):
 
 def _kind(edit: Any) -> Any:
     return edit.get("edit", "replace") if isinstance(edit, dict) else getattr(edit, "edit", None)
+
+
+def _not_one(edits: Any) -> Any:
+    """Edits as they are; a model is a sequence of its fields, which says nothing of what is wrong."""
+    if isinstance(edits, Settings):
+        raise ValueError("a plan has a list of edits: write [...] around this one")
+    return edits
 
 
 Edit = Annotated[
@@ -171,7 +184,9 @@ class Plan(Settings):
     inside its branch.
     """
 
-    edits: tuple[Edit, ...] = ()
+    refused_as: ClassVar = PlanError
+
+    edits: Annotated[tuple[Edit, ...], BeforeValidator(_not_one)] = ()
 
     def resolve(
         self,

@@ -20,6 +20,7 @@ from ..contract import Kernel, KernelConfig, MixerConfig, OperatorConfig, Site
 from ..errors import MissingBackend, PlanError
 from ..hosts import Host, LayoutTracker, host_of
 from ..machine.randomness import seeded
+from ..machine.reading import shown
 from .adapters import adapters_of, is_of_adapter
 from .placed import KernelAttention, MergedBlocks, MixerAdapter, Operators, Passage, Placed, outline
 from .plan import Choice, Drop, Edit, Merge, Plan, Replace, fault_list, merged_pairs, words_of
@@ -85,6 +86,8 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
 
 def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[Site, Choice]:
     """What becomes of every site that a plan edits; checks the plan against the model, whole. Raises as `graft`."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"a plan is grafting.Plan(edits=[...]); found {shown(plan)}")
     host = host or host_of(model)
     return plan.resolve(
         host.sites(model),

@@ -22,6 +22,8 @@ KERNEL_NOTE = (
     "the kernel distance is degenerate where images are like the reference or like each other: "
     "its interval is rough there"
 )
+NO_RATIO = "no ratio of Fréchet distances"
+"""What a note on distances that have none begins with."""
 POINTS_NOTE = "recall and coverage are means over the reference, by groups of neighbours: their intervals are about right"
 
 
@@ -63,7 +65,7 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
                 "difference": mine.frechet.difference(its.frechet, clusters=mine.clusters),
             }
         except ValueError as error:
-            notes.append(f"frechet: {error}")
+            notes.append(f"{NO_RATIO}: {error}")
     for key, difference in _differences(a, b, how):
         found[key] = {"difference": difference}
     notes += [KERNEL_NOTE] if "kid" in found else []
@@ -71,6 +73,22 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
     return {
         **{key: {kind: e._asdict() for kind, e in parts.items()} for key, parts in found.items()},
         "notes": [*notes],
+    }
+
+
+def turned(found: Mapping[str, Any]) -> JsonObject:
+    """Of a `comparison` of a with b that of b with a: the intervals are symmetric, a ratio's in its logarithm."""
+
+    def of(kind: str, found: Mapping[str, float]) -> JsonObject:
+        value, low, high = (found[key] for key in ("value", "low", "high"))
+        ends = (1 / value, 1 / high, 1 / low) if kind == "ratio" else (-value, -high, -low)
+        return {"error": found["error"], **dict(zip(("value", "low", "high"), ends, strict=True))}
+
+    return {
+        key: {kind: of(kind, estimate) for kind, estimate in parts.items()}
+        if isinstance(parts, Mapping)
+        else parts
+        for key, parts in found.items()
     }
 
 

@@ -140,6 +140,8 @@ class Host(ABC, Generic[Model]):
     """Time value that the model receives for pure noise."""
     distilled: bool = False
     """Distilled for guidance or few steps, as published: trained on a teacher's output, not on the process's loss."""
+    pipeline_fault: str = ""
+    """Why no pipeline of the family draws with operators in its transformer."""
 
     @property
     @abstractmethod

@@ -174,9 +174,19 @@ def _usable(lists: Iterator[_List], questions: list[str]) -> Iterator[_List]:
             questions.append(
                 f"{where} is left out: {usual.num_image} image tokens in a call, others {first.num_image}"
             )
+        elif taken and _along(usual) != _along(first):
+            # as many frames as a frame has tokens: attention along time is told by its axes alone
+            questions.append(
+                f"{where} is left out: its image tokens lie along {_along(usual)} of the image, others' along {_along(first)}"
+            )
         else:
             taken[found.path] = found
             yield found
+
+
+def _along(call: AttentionCall) -> str:
+    """The axes of the image along which a call's tokens lie."""
+    return f"axes {', '.join(str(axis.index) for axis in call.axes)}"
 
 
 def _hindrance(found: _List) -> str:

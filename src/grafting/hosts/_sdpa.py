@@ -23,7 +23,7 @@ from ._grids import (
     patch_sizes,
 )
 from ._host import Host, as_linear, built_of, linear_weights, randomise
-from ._sites import blocks_of, check_arguments, part_of, sites_of
+from ._sites import blocks_of, check_arguments, native_grid, part_of, sites_of
 from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
 
 
@@ -42,6 +42,7 @@ class SdpaHost(Host[nn.Module]):
         self.spec = spec
         self.grid = grid
         self.time_scale, self.distilled = spec.time.scale, spec.distilled
+        self.pipeline_fault = spec.pipeline_fault
 
     def at_grid(self, grid: Grid) -> "SdpaHost":
         host = copy.copy(self)
@@ -80,7 +81,7 @@ class SdpaHost(Host[nn.Module]):
             )
         with self._fitting(model):
             check_arguments(self.spec, model)
-            return tuple(sites_of(self.spec, model, self._native_grid))
+            return tuple(sites_of(self.spec, model, self._native_grid(model)))
 
     @contextmanager
     def _fitting(self, module: nn.Module) -> Iterator[None]:
@@ -96,11 +97,11 @@ class SdpaHost(Host[nn.Module]):
     def blocks(self, model: nn.Module) -> tuple[Site, ...]:
         """Lists whose calls the spec describes."""
         with self._fitting(model):
-            return tuple(blocks_of(self.spec, model, self._native_grid))
+            return tuple(blocks_of(self.spec, model, self._native_grid(model)))
 
-    @property
-    def _native_grid(self) -> Grid:
-        return self.grid or self.spec.native_grid
+    def _native_grid(self, model: nn.Module) -> Grid:
+        with self._fitting(model):
+            return self.grid or native_grid(self.spec, model)
 
     def image_grid(self, model: nn.Module, arguments: Mapping[str, Any]) -> Grid:
         image = self.spec.image
@@ -190,7 +191,7 @@ class SdpaHost(Host[nn.Module]):
         return built_of(self, model, self.spec.process)
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
-        image, grid = self.spec.image, self._native_grid
+        image, grid = self.spec.image, self._native_grid(model)
         sides, channels = patch_sizes(model, image), fact(model, self.spec.channels)
         if isinstance(image, PackedTokens):
             channels //= image.patch**2

@@ -13,6 +13,14 @@ from ._host import as_linear
 from ._spec import BlockList, PackedTokens, SdpaSpec, Time
 
 
+def native_grid(spec: SdpaSpec, model: nn.Module) -> Grid:
+    """The image tokens that the model was trained for: as its config says, where the spec knows that. Raises as `sites_of`."""
+    if spec.own_grid is None:
+        return spec.native_grid
+    *frames, rows, cols = (fact(model, side) for side in spec.own_grid)
+    return Grid(rows, cols, *frames)
+
+
 def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
     """Every attention and MLP, block by block.
 

@@ -246,6 +246,8 @@ class SdpaSpec(_Spec):
     image: Image = LatentTokens()
     native_grid: Annotated[Grid, AfterValidator(_has_tokens)]
     """The image tokens that the model was trained for; a forward pass may have another grid."""
+    own_grid: tuple[Size, Size] | tuple[Size, Size, Size] | None = None
+    """Where a model's config says that, for models of other sizes than the published: rows and columns, or frames, rows and columns."""
     native_num_text: NonNegativeInt = 0
     """Other tokens beside them."""
     channels: Size = "config.in_channels"
@@ -260,6 +262,8 @@ class SdpaSpec(_Spec):
     """How inputs are noised, where a recipe does not say; null where grafting does not have that process."""
     distilled: bool = False
     """Distilled for guidance or few steps, as published: stage 2 then trains on the teacher's output."""
+    pipeline_fault: str = ""
+    """Why no pipeline of the class draws with operators in its transformer: such grafts are refused."""
     inputs: dict[str, Input | tuple[Fact, ...]] = {}
     """The other arguments by name: each an `Input`, or its shape alone."""
     tiny: dict[str, JsonValue] | None = None

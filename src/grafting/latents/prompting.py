@@ -4,6 +4,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from ..contract import Kwargs, Step
 from ..data.promptfolder import Prompt, PromptFolder
-from ..data.prompts import Dropout, PromptsConfig
+from ..data.prompts import INDEX_NAME, Dropout, PromptsConfig
 from ..errors import CheckpointError, DataError, HostError
 from ..hosts import Host, call_of, host_of, transformer_of
 from ..machine.devices import default_device
-from ..machine.files import hash_json
-from ..machine.processes import barrier, rank, world_size
+from ..machine.files import hash_json, write_json
+from ..machine.processes import barrier, is_main, rank, world_size
 from ..machine.reading import JsonObject, failure_of, parse_json, read_json, read_text
 from ..machine.settings import Settings
 from ..metrics.features import tensors_sha256
@@ -117,14 +118,35 @@ def encode_words(
     if pipeline is None:
         raise DataError("conditions: words are encoded by a pipeline: name one, `pipeline: ...`")
     words = read_words(config.file, column=config.column)
-    opened = open_encoders(pipeline, variant=config.variant, device=default_device(), dtype=config.dtype)
-    work = Prompting(
-        opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
-    )
-    for step in work.steps(rank=rank(), world_size=world_size()):
-        tell(step)
+    asked = {"asked": _asked(config, words, pipeline)}
+    done = folder / "encoded.json"
+    if not ((folder / INDEX_NAME).is_file() and done.is_file() and read_json(done, JsonObject) == asked):
+        opened = open_encoders(pipeline, variant=config.variant, device=default_device(), dtype=config.dtype)
+        work = Prompting(
+            opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
+        )
+        for step in work.steps(rank=rank(), world_size=world_size()):
+            tell(step)
     barrier()
+    if is_main():
+        write_json(done, asked)
     return PromptsConfig(folder=folder)
+
+
+def _asked(config: WordsConfig, words: Sequence[str], pipeline: str) -> str:
+    """A hash of all that encoded words depend on; of the pipeline's files the sizes and times, since to read them is the work."""
+    folder = find_folder(pipeline, patterns=_FILES)
+    files = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
+    stats = {str(path.relative_to(folder)): path.stat() for path in sorted(files)}
+    return hash_json(
+        {
+            "settings": config.model_dump(mode="json", exclude={"file", "pipeline"}),
+            "words": list(words),
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+            "device": default_device().type,
+            "versions": [FORMAT, *map(version, ("diffusers", "transformers", "torch"))],
+        }
+    )
 
 
 def read_words(source: Path, *, column: str | None = None) -> list[str]:

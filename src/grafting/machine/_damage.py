@@ -10,7 +10,7 @@ import yaml
 from PIL import UnidentifiedImageError
 from pydantic import ValidationError
 
-from ..errors import CheckpointError, GraftingError
+from ..errors import CheckpointError, GraftingError, SettingsError
 
 Kind: TypeAlias = type[GraftingError]
 
@@ -65,9 +65,10 @@ def damage(name: object, kind: str, *, error: Kind = CheckpointError, advice: st
     """
     try:
         yield
-    except GraftingError:
-        raise
     except Exception as fault:
+        # settings that are made of what was read have its faults
+        if isinstance(fault, GraftingError) and not isinstance(fault, SettingsError):
+            raise
         raise error(f"{cut(str(name))} {_missing_or(fault, kind)}{advice}") from fault
 
 

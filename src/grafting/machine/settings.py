@@ -5,18 +5,52 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import EllipsisType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic._internal._model_construction import ModelMetaclass
+
+from ..errors import GraftingError, SettingsError, did_you_mean, listed
+from ._damage import fault_of
 
 _LARGEST = 2.0**63
 _LONGEST_NAME = 255  # bytes, as file systems have it
 _TEXTS = {"description", "notes", "licence"}
 
 
-class Settings(BaseModel):
+class _Refusing(ModelMetaclass):
+    """Where settings are made in Python their faults are one of our errors; what is read is refused by its reader."""
+
+    refused_as: type[GraftingError]
+    __pydantic_fields__: Mapping[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            names = ", ".join(f"{name}=..." for name in self.__pydantic_fields__)
+            raise self.refused_as(f"{self.__name__} takes settings by name: {self.__name__}({names})")
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: ValidationError) -> GraftingError:
+        lines = [_line(found, self.__pydantic_fields__) for found in error.errors(include_url=False)]
+        count = f"{len(lines)} fault{'s' * (len(lines) > 1)}"
+        return self.refused_as(listed(f"{count} in {self.__name__}", lines))
+
+
+def _line(error: Any, known: Mapping[str, Any]) -> str:
+    place, fault = error["loc"], fault_of(error)
+    if error["type"] == "extra_forbidden" and len(place) == 1:
+        fault += did_you_mean(place[0], known)
+    return ": ".join([*([".".join(map(str, place))] if place else []), fault])
+
+
+class Settings(BaseModel, metaclass=_Refusing):
     """Base of all that a recipe or a plan can say. A boolean is no number, and numbers are finite and below 2^63."""
 
+    refused_as: ClassVar[type[GraftingError]] = SettingsError
+    """Error of faults in settings that are made in Python."""
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")

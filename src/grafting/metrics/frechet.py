@@ -248,7 +248,7 @@ class FrechetInfluences:
             )
         if self.corrected is None or self.corrected_influence is None or self.curvature is None:
             raise ValueError(
-                f"{len(self.influence)} rows of {self.num_features} features are too few to compare Frechet distances; "
+                f"{len(self.influence)} images are too few for {self.num_features} features; "
                 f"{least_rows(self.num_features)} are enough"
             )
         return self.corrected, self.corrected_influence, self.curvature

@@ -23,7 +23,7 @@ from ..sampling.trajectories import Trajectories, TrajectoriesConfig
 from ..training.distillation import DistillConfig, distill
 from ..training.finetuning import finetune as _finetune
 from ..training.phases import FinetuneConfig, phases_of
-from ..weights.pipelines import place
+from ..weights.pipelines import check_drawn, place
 from .stage import OnStep
 
 DISTILL = DistillConfig(steps=200, batch_size=8, holdout=16)
@@ -70,6 +70,7 @@ def adapt(
     """
     model = transformer_of(pipeline)
     host = host_of(model)
+    check_drawn(pipeline, host)
     resolve(model, plan)
     pipeline.to(default_device())
     tell = on_step or (lambda name, step: None)

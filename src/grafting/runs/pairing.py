@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, GraftingError, RunError
-from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances
+from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances, turned
 from ..evaluation.influences import load_influences
 from ..machine.reading import JsonObject, read_json
 from ..metrics.paired import Estimate
@@ -48,16 +50,34 @@ def read_row(folder: Path, row: str | None = None) -> RunRow:
     return _run_row(folder, rows[names.index(row)], name=f"{folder}:{row}")
 
 
-def seen_in_images(a: RunRow, b: RunRow) -> JsonObject:
-    """How far images of a lie from those of b of the same seeds, as JSON; empty where they are not of the same seeds.
+@dataclass(frozen=True)
+class Against:
+    """A row compared with the first of several; what is found is computed when it is first asked for, and kept."""
 
-    Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`.
-    """
-    return {key: found._asdict() for key, found in _likeness(a, b).items()}
+    row: RunRow
+    first: RunRow
+
+    @cached_property
+    def paired(self) -> JsonObject:
+        """The row's figures against the first's, as `paired`."""
+        return paired(self.row, self.first)
+
+    @property
+    def of_first(self) -> JsonObject:
+        """The first's figures against the row's."""
+        return turned(self.paired) | {"to": self.row.row}
+
+    @cached_property
+    def seen(self) -> JsonObject:
+        """How far images of the same seeds lie from each other, as JSON; empty where they are not of the same seeds.
+
+        Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`.
+        """
+        return {key: found._asdict() for key, found in _likeness(self.first, self.row).items()}
 
 
 def seen_in_words(found: Mapping[str, Any]) -> list[str]:
-    """A sentence for each distance between images of the same seeds that was found by `seen_in_images`."""
+    """A sentence for each distance between images of the same seeds that was found as `Against.seen`."""
     kinds = {"image_distance": "of the range of pixels apart", "feature_distance": "apart in features"}
     parts = {
         key: [FIGURES[key].write(found[key][end]) for end in ("value", "low", "high")]

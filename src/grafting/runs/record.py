@@ -31,7 +31,7 @@ from ..report import (
 from ..words import ROW_TITLES, Row
 from .folder import read_log, stale_stages
 from .manifest import read_manifest
-from .pairing import RunRow, paired, seen_in_images, seen_in_words
+from .pairing import Against, RunRow, seen_in_words
 
 
 def write_report(folder: str | Path) -> Path:
@@ -45,32 +45,34 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
-def write_comparison(path: Path, rows: Sequence[RunRow]) -> Path:
-    """Write a page of measured rows of any runs, each compared with the first; returns its path.
+def write_comparison(path: Path, first: RunRow, others: Sequence[Against]) -> Path:
+    """Write a page of a measured row and others of any runs, each compared with the first; returns its path.
 
     Raises:
         RunError: the file is no .html, a part of a run's folder is damaged, or the page cannot be written.
     """
     if path.suffix != ".html":
         raise RunError(f"a comparison is written to an .html file, found {path}")
+    rows = [first, *(other.row for other in others)]
     runs = {row.folder: read_run(row.folder) for row in rows}
     titles = {folder: _title(folder, runs) for folder in runs}
     names = _names_of(rows, titles)
+    figures = [_figures(first, None), *(_figures(other.row, other) for other in others)]
     compared = [
-        ComparedRow(name, titles[row.folder], runs[row.folder], _against(rows[0], row))
-        for name, row in zip(names, rows, strict=True)
+        ComparedRow(name, titles[row.folder], runs[row.folder], found)
+        for name, row, found in zip(names, rows, figures, strict=True)
     ]
     write_bytes(path, comparison_page(compared).encode())
     return path
 
 
-def _against(first: RunRow, row: RunRow) -> Row:
+def _figures(row: RunRow, against: Against | None) -> Row:
     """A row's figures, those that compare it with its own run's pretrained model replaced by the comparison with the first."""
     of_pretrained = ("image_distance", "feature_distance", "paired")
     figures = {key: value for key, value in row.measured.figures.items() if not key.startswith(of_pretrained)}
-    if row is not first:
-        seen = seen_in_words(seen_in_images(first, row))
-        figures |= {"paired": paired(row, first), "notes": [*figures.get("notes", []), *seen]}
+    if against:
+        notes = [*figures.get("notes", []), *seen_in_words(against.seen)]
+        figures |= {"paired": against.paired, "notes": notes}
     return cast(Row, figures)
 
 

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..data import ImageFolderConfig
 from ..data.bundled import bundled_model_folder
 from ..diffusion import Diffusion
-from ..errors import CheckpointError, HostError, RecipeError
+from ..editing.surgery import resolve
+from ..errors import HostError, RecipeError
 from ..hosts import Host, hosts
 from ..latents.decoding import makes_pixels
 from ..machine.files import write_bytes
 from ..machine.reading import JsonObject, parse_yaml
 from ..operators import parse_operator
 from ..weights.folder import read_config
-from ..weights.locate import CONFIG_NAME, find_model
+from ..weights.locate import find_model
 from .file import load_recipe, parse_recipe
 from .job import skeleton
 from .recipe import FreshModel
@@ -65,6 +67,7 @@ _SMOKE = """\
 #     grafting run {smoke}
 base: {base}
 name: {name}-smoke
+calibrate: {{samples: 4, batch_size: 4}}
 distill: {{steps: 2, batch_size: 4, holdout: 4{cooldown}}}
 finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}}}
 """
@@ -79,7 +82,7 @@ class Start:
     """What a first recipe is made from."""
 
     source: str = "testbed"
-    """`testbed`, `scenes`, or the folder of a model, a run or a pipeline."""
+    """`testbed`, `scenes`, or the folder of a model or a pipeline."""
     operator: str | None = None
     """By default the quickstart's for a bundled model; else Hyena-X where the host takes mixers, or a window over rows and columns."""
     blocks: str | None = None
@@ -94,7 +97,9 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
     """Write a recipe, and a short one beside it, which are valid; returns both files. Neither may exist.
 
     Raises:
-        RecipeError: a file is there already, its name does not end in .yaml, or the operator or the blocks cannot be read.
+        RecipeError: a file is there already, its name does not end in .yaml, the operator or the blocks cannot be read, or
+            the model is already grafted.
+        PlanError: the model has not got these blocks, or does not take this operator.
         CheckpointError, HostError: there is no model, or it is of no known host.
     """
     if path.suffix not in (".yaml", ".yml"):
@@ -107,7 +112,7 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
     cooldown = ", cooldown_steps: 0" if start.source in _BUNDLED else ""
     short = _SMOKE.format(smoke=smoke.name, base=path.name, name=path.stem, cooldown=cooldown)
     short += _SMOKE_SAMPLES if "\nsample:" in text else ""
-    parse_recipe(_settings(text), source=f"the recipe for {path}")
+    resolve(model, parse_recipe(_settings(text), source=f"the recipe for {path}").edits)
     for file, content in ((path, text), (smoke, short)):
         write_bytes(file, content.encode())
     return path, smoke
@@ -122,8 +127,11 @@ def _settings(text: str) -> JsonObject:
 def missing_parts(path: Path) -> list[str]:
     """Folders that a first recipe names and that have to be made, each with what makes it."""
     recipe = load_recipe(path)
+    is_of_images = isinstance(recipe.data, ImageFolderConfig)
     ways = {
-        "data": "`grafting data latents` encodes images",
+        "data": "images, a folder for each class"
+        if is_of_images
+        else "`grafting data latents` encodes images",
         "conditions": "`grafting data prompts` encodes a file of prompts, see docs/text-to-image.md",
     }
     folders = {key: getattr(getattr(recipe, key), "folder", None) for key in ways}
@@ -134,16 +142,15 @@ def missing_parts(path: Path) -> list[str]:
 
 def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
     """The folder of a model (None of a bundled one), its host, and the model without values."""
-    bundled = bundled_model_folder(source)
-    folder = bundled or find_model(Path(source))
-    if (folder / "transformer" / CONFIG_NAME).is_file():
-        folder = folder / "transformer"
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(
-            f"no model in {source}: give testbed, scenes, or the folder of a model, of a run, or of a pipeline with `transformer`"
-        )
+    folder = find_model(source)
     config = read_config(folder)
-    name = str(config.get("_class_name")).removeprefix("Grafted")
+    if isinstance(graft := config.get("grafting"), dict):
+        base = graft.get("base")
+        made_of = f", {base.get('id')}" if isinstance(base, dict) else ""
+        raise RecipeError(
+            f"{source} is already grafted, and a recipe starts from a model without a plan: name the one that it was made of{made_of}"
+        )
+    name = str(config.get("_class_name"))
     host = next((host for host in hosts().values() if host.class_name == name), None)
     if host is None:
         known = ", ".join(host.class_name for host in hosts().values())
@@ -151,8 +158,12 @@ def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
             f"{folder} holds a {name}, and a recipe needs a known host: {known}; `grafting convert` makes one of diffusers' DiT, and "
             "`grafting sites --trace` describes any other class"
         )
-    settings = {key: value for key, value in config.items() if key[0] != "_" and key != "grafting"}
-    return (None if bundled else folder), host, skeleton(FreshModel(host=host.name, config=settings))
+    settings = {key: value for key, value in config.items() if key[0] != "_"}
+    return (
+        (None if bundled_model_folder(source) else folder),
+        host,
+        skeleton(FreshModel(host=host.name, config=settings)),
+    )
 
 
 def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], model: nn.Module) -> str:
@@ -167,11 +178,12 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         operator = quickstart.operator if quickstart else _first_operator(host, model)
     if blocks is None:
         blocks = quickstart.blocks if quickstart else "odd"
+    role, operator = _edit(operator, host, model)
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
         f"source: {start.source if folder is None else near(folder)}",
-        f"plan:\n  - {{role: {_role(operator)}, blocks: {blocks!r}, operator: {operator}}}",
+        f"plan:\n  - {{role: {role}, blocks: {blocks!r}, operator: {operator}}}",
     ]
     if quickstart:
         return "\n".join([*lines, quickstart.rest])
@@ -192,17 +204,26 @@ def _first_operator(host: Host[Any], model: nn.Module) -> str:
     return "hyena-x" if takes_mixers else "window-2d"
 
 
-def _role(operator: str) -> str:
-    """The first role of an operator, as a recipe writes it; faults of its settings are found when the recipe is read."""
+def _edit(operator: str, host: Host[Any], model: nn.Module) -> tuple[str, str]:
+    """The role that an operator replaces, its first, and the operator, as a recipe writes them.
+
+    Faults of its settings are found when the recipe is read. An MLP of no stated width gets three quarters of the host's neurons,
+    as the paper's r = 3 of 4: with all of them it would be the host's.
+    """
     value = parse_yaml(operator, name="--operator", error=RecipeError)
-    name = value.get("name") if isinstance(value, dict) else value
     try:
-        return sorted(parse_operator(name).roles)[0]
+        role = sorted(parse_operator(value.get("name") if isinstance(value, dict) else value).roles)[0]
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    replaced = next((site for site in host.sites(model) if site.role == role), None)
+    if value in ("mlp", {"name": "mlp"}) and replaced:
+        operator = f"{{name: mlp, ratio: {0.75 * replaced.hidden_dim / replaced.dim:g}}}"
+    return role, operator
 
 
 def _stages(host: Host[Any], model: nn.Module, *, vae: str | None, kind: str) -> Iterator[str]:
+    yield "# operators start from a fit in closed form: docs/initialisation.md"
+    yield "calibrate: {}"
     yield "# as published for DiT-XL/2 (arXiv:2506.05340, section 5); other models may want other rates"
     yield "distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}"
     # a distilled model's own loss would break it

@@ -35,12 +35,23 @@ def graft(model: Any, plan: Plan, *, host: Host | None = None, seed: int = 0) ->
 
     Raises:
         PlanError: the plan does not fit; lists every fault, and the model is unchanged.
-        HostError: the model belongs to no known host, or the pipeline has no transformer.
+        HostError: the model belongs to no known host, or the pipeline has no transformer, or does not draw with a graft in it.
     """
     transformer = _transformer_of(model)
+    if transformer is not model:
+        check_drawn(model, host or host_of(transformer))
     record = surgery.graft(transformer, plan, host=host, seed=seed)
     carry_plan(transformer)
     return replace(record, then=carry_plan)
+
+
+def check_drawn(pipeline: Any, host: Host) -> None:
+    """Raise a HostError if a pipeline cannot draw with operators in its transformer."""
+    if host.pipeline_fault:
+        raise HostError(
+            f"a {type(pipeline).__name__} cannot draw with a graft: {host.pipeline_fault}; its transformer alone can be grafted, and "
+            "called without that mask"
+        )
 
 
 def place(model: nn.Module, operators: Mapping[str, Placed], *, cast: bool = True) -> Graft:
