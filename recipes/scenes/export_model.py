@@ -1,15 +1,16 @@
 """Makes the bundled model of scenes from a pretraining run: a diffusers pipeline folder in bf16, with its card and picture.
 
     grafting run recipes/scenes/pretrain.yaml
-    python recipes/scenes/export_model.py runs/scenes-pretrain --notes "where and how long it ran"
+    grafting run recipes/scenes/pretrain_more.yaml
+    python recipes/scenes/export_model.py runs/scenes-pretrain runs/scenes-pretrain-more --notes "where and how long they ran"
 
-Reads the run's model, log and samples; judges 600 images at each of a few guidance scales; writes src/grafting/assets/scenes.
+Reads the runs' logs and the last one's model; judges 600 images at each of a few guidance scales; writes src/grafting/assets/scenes.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,20 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def main() -> None:
     options = parse_options()
-    recipe = yaml.safe_load((options.run / "recipe.yaml").read_text())
+    recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in options.runs]
+    shift = recipes[0]["process"]["shift"]
     shutil.rmtree(options.out, ignore_errors=True)
-    save_pipeline(options.run / "model", options.out, shift=recipe["process"]["shift"])
+    save_pipeline(options.runs[-1] / "model", options.out, shift=shift)
     model = PixArtTransformer2DModel.from_pretrained(options.out / "transformer", torch_dtype=torch.float32)
     scores = {}
     for scale in options.guidance:
-        images, scores[scale] = judged(model, scale, shift=recipe["process"]["shift"], count=options.images)
+        images, scores[scale] = judged(model, scale, shift=shift, count=options.images)
         print(
             f"guidance {scale:g}: exact {scores[scale].exact:.3f}, true {scores[scale].true:.3f}", flush=True
         )
         if scores[scale].exact == max(found.exact for found in scores.values()):
             save_picture(images, options.out / "samples.png")
-    write_card(options.out, recipe, read_losses(options.run), scores, notes=options.notes)
+    write_card(options.out, recipes, read_losses(options.runs), scores, notes=options.notes)
     write_checksums(options.out)
 
 
@@ -53,7 +55,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="folder of the run, finished")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of the runs, each from the one before it")
     parser.add_argument("--out", type=Path, default=ASSETS, metavar="FOLDER")
     parser.add_argument("--images", type=int, default=600, help="to judge at each guidance scale")
     parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
@@ -115,28 +117,31 @@ def save_picture(images: Tensor, path: Path, *, columns: int = 12, rows: int = 5
     )
 
 
-def read_losses(run: Path) -> dict[int, float]:
-    """Mean losses of twenty parts of the training, by their last step."""
-    rows = [json.loads(line) for line in (run / "finetune" / "log.jsonl").read_text().splitlines()]
-    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    steps = sorted(losses)
-    parts = [steps[len(steps) * k // 20 : len(steps) * (k + 1) // 20] for k in range(20)]
-    return {part[-1]: sum(losses[step] for step in part) / len(part) for part in parts if part}
+def read_losses(runs: Sequence[Path]) -> dict[int, float]:
+    """Mean losses of twenty parts of each run, by their last steps, counted from the first run on."""
+    found: dict[int, float] = {}
+    for run in runs:
+        rows = [json.loads(line) for line in (run / "finetune" / "log.jsonl").read_text().splitlines()]
+        losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+        steps, before = sorted(losses), max(found, default=0)
+        parts = [steps[len(steps) * k // 20 : len(steps) * (k + 1) // 20] for k in range(20)]
+        found |= {before + part[-1]: sum(losses[step] for step in part) / len(part) for part in parts if part}
+    return found
 
 
 def write_card(
     out: Path,
-    recipe: Mapping[str, Any],
+    recipes: Sequence[Mapping[str, Any]],
     losses: Mapping[int, float],
     scores: Mapping[float, ScenesEvaluation],
     *,
     notes: str,
 ) -> None:
     """The model's card."""
-    weights, training = out / "transformer" / WEIGHTS, recipe["finetune"]
+    weights, trainings = out / "transformer" / WEIGHTS, [recipe["finetune"] for recipe in recipes]
     figures = ("exact", "true", *(f"true_{task}" for task in TASKS), "twins", "twins_near", "twins_apart")
     figures = (*figures, "twins_far", "background")
-    seen = training["steps"] * training["batch_size"]
+    seen = sum(training["steps"] * training["batch_size"] for training in trainings)
     lines = [
         "# scenes: a small text-to-image PixArt, pretrained on drawn scenes",
         "",
@@ -144,12 +149,16 @@ def write_card(
         "",
         f"- **File:** `transformer/{WEIGHTS}`, {weights.stat().st_size:,} bytes, sha256 `{sha256_of(weights)}`; bfloat16, computed in float32",
         "- **Input:** 32x32 colour images in [-1, 1], step 0..1000, a caption of 6 tokens; **output:** velocity (flow matching)",
-        f"- **Data:** scenes of seeds {recipe['data']['seeds']}, drawn by this package. **Licence:** that of this package, Apache-2.0",
-        "- **Made by:** `grafting run recipes/scenes/pretrain.yaml`, then `python recipes/scenes/export_model.py runs/scenes-pretrain`",
-        f"- **Training:** {training['steps']:,} steps of {training['batch_size']} ({seen:,} images), AdamW, learning rate {training['lr']}, "
-        f"warm-up {training['warmup_steps']}, linear cool-down over the last {training['cooldown_steps']:,}, EMA {training['ema_decay']}",
+        f"- **Data:** scenes of seeds {recipes[0]['data']['seeds']}, drawn by this package. **Licence:** that of this package, Apache-2.0",
+        "- **Made by:** the commands at the top of `recipes/scenes/export_model.py`",
+        f"- **Training:** {seen:,} images, AdamW",
     ]
-    lines += [f"- **The run:** {notes}"] if notes else []
+    lines += [
+        f"    {number}. {training['steps']:,} steps of {training['batch_size']}, learning rate {training['lr']}, "
+        f"warm-up {training['warmup_steps']}, linear cool-down over the last {training['cooldown_steps']:,}, EMA {training['ema_decay']}"
+        for number, training in enumerate(trainings, 1)
+    ]
+    lines += [f"- **The runs:** {notes}"] if notes else []
     lines += ["", "| guidance | " + " | ".join(f"{scale:g}" for scale in scores) + " |"]
     lines += ["|---|" + "---|" * len(scores)]
     for name in figures:

@@ -63,7 +63,7 @@ def test_bfloat16_keeps_sums_over_thousands_of_tokens(autocast):
     weight = torch.randn_like(want)
     gradients = torch.autograd.grad(got, tensors, weight.bfloat16())
     for name, x, y in zip(
-        "q k v w1 w2 step".split(), gradients, torch.autograd.grad(want, exact, weight), strict=True
+        ["q", "k", "v", "w1", "w2", "step"], gradients, torch.autograd.grad(want, exact, weight), strict=True
     ):
         assert_close(f"gradient of {name}", x.double(), y, 3e-2)
 

@@ -5,13 +5,17 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import EllipsisType
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
-from pydantic._internal._model_construction import ModelMetaclass
 
 from ..errors import GraftingError, SettingsError, did_you_mean, listed
 from ._damage import fault_of
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # which has no public name
 
 _LARGEST = 2.0**63
 _LONGEST_NAME = 255  # bytes, as file systems have it
