@@ -221,7 +221,7 @@ def pool(page: str) -> list[float]:
     if page in WITH_PUBLISHED:
         known += numbers(read("published.json"))
     if page == "gpu.md":
-        known += numbers(read("h100.json"))
+        known += numbers([read(f"{name}.json") for name in ("h100", "h100_kernels", "h200")])
     if page == "scenes.md":
         known += numbers([read(f"scenes/{path.name}") for path in (ROOT / "results/scenes").glob("*.json")])
     if page == "initialisation.md":
