@@ -229,7 +229,7 @@ def pool(page: str) -> list[float]:
     if page in ("README.md", "plans.md"):
         known += [*derived(), *numbers([row["frechet"] for row in read("testbed/table4.json")])]
     if page == "plans.md":
-        known += [row["frechet"] for row in read("testbed/depth_to_width.json")]
+        known += numbers(read("testbed/depth_to_width.json"))
     return known
 
 
