@@ -34,6 +34,11 @@ def test_numbers_in_words(written, expected):
     assert written == expected
 
 
+def test_no_difference_has_no_sign():
+    none = {"value": -0.0, "low": -0.0004, "high": 0.0}
+    assert FIGURES["exact"].paired({"paired": {"exact": {"difference": none}}}) == "0.0 points (0.0 to 0.0)"
+
+
 def test_a_difference_of_shares_is_in_points():
     difference = {"value": -0.1312, "low": -0.148, "high": -0.114}
     assert FIGURES["agreement"].paired({"paired": {"agreement": {"difference": difference}}}) == (

@@ -107,7 +107,7 @@ def percent(value: Any) -> str:
 
 def _points(value: float) -> str:
     """A difference of shares in hundredths, which are no percent of anything."""
-    return f"{100 * value:.1f}".replace("-", MINUS)
+    return f"{round(100 * value, 1) + 0.0:.1f}".replace("-", MINUS)
 
 
 def change(value: Any, base: Any) -> str:
@@ -386,9 +386,10 @@ def verdict(row: Measured, base: Measured) -> str:
         return ""
     part = row["paired"][figure.key]
     none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
-    by = f"{figure.name([row, base])} {written}"
+    name = figure.name([row, base])
+    by = f"{name} {written}"
     if estimate["low"] <= none <= estimate["high"]:
-        return f"{row['name']} and {base['name']} cannot be told apart: {by}"
+        return f"{row['name']} and {base['name']} cannot be told apart by {name}: {written}"
     found = "better" if (estimate["value"] < none) == (figure.better == "low") else "worse"
     return f"{row['name']} is {found} than {base['name']}: {by}"
 

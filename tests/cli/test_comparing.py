@@ -30,7 +30,8 @@ def test_the_verdict(key, part, said):
     a, b = ({"name": name, key: 0.5} for name in "ab")
     figure = FIGURES[key]
     row = a | {"paired": {key: part}}
-    assert verdict(row, b) == f"{said}: {figure.title} {figure.paired(row)}"
+    by = " by {}: {}" if "cannot" in said else ": {} {}"
+    assert verdict(row, b) == said + by.format(figure.title, figure.paired(row))
 
 
 def test_without_a_comparison_there_is_none():

@@ -55,6 +55,7 @@ def test_a_share_has_wilsons_interval(hits, count, low, high):
     found = share_estimate(scores)
     assert found.value == hits / count
     assert (found.low, found.high) == (pytest.approx(low, abs=2e-5), pytest.approx(high, abs=2e-5))
+    assert (found.low == 0, found.high == 1) == (hits == 0, hits == count)  # without the dust of rounding
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])

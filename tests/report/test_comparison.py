@@ -79,7 +79,7 @@ def test_runs_of_one_name_are_told_by_their_folders(tmp_path):
         ),
         (
             (1.0, 0.9, 1.1),
-            "Our finetuned and before cannot be told apart: Fréchet distance 1.00\u00d7 (0.90\u20131.10).",
+            "Our finetuned and before cannot be told apart by Fréchet distance: 1.00\u00d7 (0.90\u20131.10).",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from grafting.data.subset import write_subset
 from grafting.editing.plan import Plan
 from grafting.editing.surgery import build_operators
 from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
-from grafting.runs.file import load_recipe
+from grafting.runs.file import load_recipe, parse_recipe
 from grafting.runs.folder import stale_stages
 from grafting.runs.job import load_source, prepare, skeleton
 from grafting.runs.operator_cache import OperatorStore
@@ -434,3 +434,16 @@ def test_states_are_saved_by_steps_or_by_time(said, steps, seconds):
 def test_no_other_time_is_known(said):
     with pytest.raises(ValueError, match="save_every"):
         Recipe.model_validate(TINY | {"save_every": said})
+
+
+def test_images_that_the_judge_does_not_take_are_shown_without_its_remarks(tmp_path):
+    recipe = {
+        "name": "other-size",
+        "source": "scenes",
+        "data": {"name": "scenes", "seeds": "0-63"},
+        "plan": [{"role": "attention", "blocks": "odd", "operator": {"name": "window-2d", "radius": 1}}],
+        "sample": {"sampler": "dpm-solver++", "steps": 2, "num_images": 12, "shape": [3, 64, 64]},
+        "rows": ["inherited"],
+    }
+    run(parse_recipe(recipe, source="here"), tmp_path / "run")
+    assert "inherited" in (tmp_path / "run/report.html").read_text()

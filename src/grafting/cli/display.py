@@ -160,8 +160,9 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     caption = f"{rows[0]['num_images']} images per model"
     if protocol:
         caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
-        if any(figure.paired(row) for row in rows):
-            caption += "\n\u00d7: to the pretrained model, by images of the same seeds"
+        if written := next(filter(None, map(figure.paired, rows)), ""):
+            mark = "\u00d7" if "\u00d7" in written else "points" if "points" in written else "+, \u2212"
+            caption += f"\n{mark}: to the pretrained model, by images of the same seeds"
         elif reason := next(filter(None, (why_no_ratio(row.get("paired") or {}) for row in rows)), ""):
             caption += f"\n{reason}"
     else:

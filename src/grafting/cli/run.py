@@ -238,16 +238,16 @@ def _carry_out(
     check_trackers(track or ())
 
     from ..machine.devices import default_device
-    from ..machine.precision import settled_run
+    from ..machine.precision import precisions_of, settled_run
     from ..runs.run import run as run_recipe
     from ..weights.card import rows_of
 
     folder = folder or Path("runs") / recipe.name
     told = err if as_json else out
-    say(told, f"Recipe {recipe.name}, in {folder}")
-    settings = settled_run(recipe, default_device(), folder=folder)[0].model_dump(
-        mode="json", exclude_none=True
-    )
+    settled = settled_run(recipe, default_device(), folder=folder)[0]
+    settings = settled.model_dump(mode="json", exclude_none=True)
+    precisions = " and ".join(sorted(set(precisions_of(settled))))
+    say(told, f"Recipe {recipe.name}, in {folder}" + (f", computed in {precisions}" if precisions else ""))
     with (
         tracking(track or (), folder, name=recipe.name, settings=settings) as note,
         follow(told) as show,

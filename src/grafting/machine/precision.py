@@ -88,8 +88,8 @@ def why(device: torch.device) -> str:
 def bf16_speedup(device: torch.device) -> float:
     """Speedup of bf16 over fp32 for a linear layer, forward and backward; measured once per process.
 
-    The fastest of a few, in turns, so that other work on the machine weighs on both. Takes up to about a quarter of a second;
-    draws no random numbers.
+    The fastest of a few, in turns, and on a CPU by its own time there, so that other work on the machine weighs on neither.
+    Takes up to about a quarter of a second; draws no random numbers.
     """
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return 0.0
@@ -118,13 +118,14 @@ def _fastest(device: torch.device, size: int, *, times: int) -> tuple[float, flo
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor, *, bf16: bool) -> float:
     x.grad = weight.grad = None
-    started = time.perf_counter()
+    clock = time.process_time if x.device.type == "cpu" else time.perf_counter
+    started = clock()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         y = F.linear(x, weight)
     y.sum().backward()  # a gradient that is given would import sympy, for half a second
     assert weight.grad is not None
     weight.grad.sum().item()  # a number on the CPU: waits for the device
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def settled(config: C, device: torch.device, *, together: bool = False) -> C:
@@ -166,6 +167,12 @@ def settled_sections(settings: S, choose: Callable[[str], Precision]) -> S:
 
     changed = {name: new for name, section in settings if (new := chosen(name, section)) != section}
     return settings.model_copy(update=changed) if changed else settings
+
+
+def precisions_of(settings: BaseModel) -> list[Precision]:
+    """The precision of each section that has one."""
+    sections = [section for _, section in _each(settings)]
+    return [section.precision for section in sections if isinstance(section, Computing)]
 
 
 def settled_run(recipe: S, device: torch.device, *, folder: Path | None = None) -> tuple[S, str]:

@@ -54,7 +54,10 @@ class Spread:
         shrunk = 1 + quantile**2 / size
         middle = (share + quantile**2 / (2 * size)) / shrunk
         reach = quantile / shrunk * math.sqrt(share * (1 - share) / size + quantile**2 / (4 * size**2))
-        return Estimate(share, self.error, max(middle - reach, 0.0), min(middle + reach, 1.0))
+        # exact where rounding would leave dust
+        low = max(middle - reach, 0.0) if share > 0 else 0.0
+        high = min(middle + reach, 1.0) if share < 1 else 1.0
+        return Estimate(share, self.error, low, high)
 
     def times(self, ratio: float) -> Estimate:
         """The interval of a ratio whose logarithm has this standard error."""
