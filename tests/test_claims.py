@@ -225,7 +225,10 @@ def pool(page: str) -> list[float]:
     if page == "scenes.md":
         known += numbers([read(f"scenes/{path.name}") for path in (ROOT / "results/scenes").glob("*.json")])
     if page == "README.md":
-        known += [row["true"] for row in read("scenes/table5.json")]
+        text_to_image = read("scenes/table5.json")
+        known += [row["true"] for row in text_to_image]
+        points = [f"true_difference{end}" for end in ("", "_low", "_high")]
+        known += [100 * abs(row[key]) for row in text_to_image for key in points if key in row]
     if page == "initialisation.md":
         known += numbers(read("testbed/initialisation.json"))
     if page in ("README.md", "plans.md"):
