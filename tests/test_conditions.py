@@ -47,7 +47,7 @@ def test_a_dit_knows_its_classes_and_shape():
     ("name", "shape", "process"),
     [
         ("pixart", (4, 16, 16), {"name": "diffusion"}),
-        ("sd3", (4, 128, 128), {"name": "flow", "scale": 1000.0, "shift": 3.0}),
+        ("sd3", (4, 16, 16), {"name": "flow", "scale": 1000.0, "shift": 3.0}),
         ("flux", (4, 128, 128), {"name": "flow", "scale": 1.0, "shift": 3.16, "spacing": "even"}),
         ("wan", (4, 21, 60, 104), {"name": "flow", "scale": 1000.0, "shift": 3.0}),
     ],

@@ -73,6 +73,9 @@ def skeleton_of(source: str) -> nn.Module:
 
 
 def model_of(recipe: Recipe) -> nn.Module:
+    if isinstance(recipe.source, str) and recipe.source.startswith("runs/"):
+        # the model that another of these recipes makes
+        (recipe,) = [r for path in FILES for r in recipes_in(path) if r.name == Path(recipe.source).parts[1]]
     return skeleton_of(yaml.safe_dump(recipe.model_dump(mode="json")["source"]))
 
 
