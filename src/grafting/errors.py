@@ -24,11 +24,11 @@ class GraftingError(Exception):
 
 
 class SettingsError(GraftingError, ValueError):
-    """Settings cannot be used, of whatever class: lists every fault."""
+    """Settings of any class are invalid: lists every fault."""
 
 
 class PlanError(GraftingError):
-    """A plan is none, or does not fit its model: lists every fault."""
+    """A plan is malformed, or does not fit its model: lists every fault."""
 
 
 class HostError(GraftingError):

@@ -387,11 +387,10 @@ def verdict(row: Measured, base: Measured) -> str:
     part = row["paired"][figure.key]
     none, estimate = (1.0, part["ratio"]) if "ratio" in part else (0.0, part["difference"])
     name = figure.name([row, base])
-    by = f"{name} {written}"
     if estimate["low"] <= none <= estimate["high"]:
         return f"{row['name']} and {base['name']} cannot be told apart by {name}: {written}"
     found = "better" if (estimate["value"] < none) == (figure.better == "low") else "worse"
-    return f"{row['name']} is {found} than {base['name']}: {by}"
+    return f"{row['name']} is {found} than {base['name']}: {name} {written}"
 
 
 def name_of(key: str, rows: Sequence[Measured]) -> str:

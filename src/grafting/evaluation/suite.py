@@ -159,6 +159,10 @@ class Suite(Settings, ABC):
     def faults(self, num_images: int, image_shape: tuple[int, ...]) -> list[str]:
         """Reasons why it cannot measure these images; each tells them first: `3 images; at least 10 are needed`."""
 
+    def takes(self, image_shape: tuple[int, ...]) -> bool:
+        """Whether it measures images of this shape, if there are enough."""
+        return not self.faults(1_000_000, image_shape)
+
     def misfits(self, conditions: Conditions) -> list[str]:
         """Reasons why it cannot judge images of these conditions; empty if it can."""
         return []

@@ -162,7 +162,7 @@ def _is_measured(recipe: Recipe, conditions: Conditions, image_shape: tuple[int,
     assert recipe.sample is not None
     suite = recipe.suite
     is_asked = suite.asked_by in (None, recipe.asked)
-    if recipe.evaluate is None and (not is_asked or suite.faults(1_000_000, image_shape)):
+    if recipe.evaluate is None and (not is_asked or not suite.takes(image_shape)):
         return False
     faults = suite.faults(recipe.sample.num_images, image_shape)
     if not is_asked:

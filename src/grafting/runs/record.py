@@ -197,7 +197,7 @@ def _read_samples(path: Path, words_of: _Words | None, suite: Suite | None) -> S
         count = file.get_slice("images").get_shape()[0]
     words = None if words_of is None else [words_of(number) for number in labels.tolist()]
     remarks = None
-    if suite is not None and not suite.faults(1_000_000, images.shape[1:]):
+    if suite is not None and suite.takes(images.shape[1:]):
         remarks = suite.remarks(torch.from_numpy(images), torch.from_numpy(labels))
     return Samples(images, labels, count, words, remarks)
 
