@@ -101,13 +101,17 @@ def key_norm(
     A constant that is added to all keys changes nothing, as in softmax attention.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
+    # not `var_mean`, whose backward pass takes longer than these two
     if key_mask is None:
-        variance, mean = torch.var_mean(k.to(dtype), dim=2, correction=0, keepdim=True)
+        mean = k.to(dtype).mean(2, keepdim=True)
+        varied = k - mean
+        variance = varied.square().mean(2, keepdim=True)
     else:
         share = _shares(key_mask, dtype)
         mean = (k * share).sum(2, keepdim=True)
-        variance = ((k - mean).square() * share).sum(2, keepdim=True)
-    return ((k - mean) * (variance + KEY_NORM_EPS).rsqrt()).to(k.dtype)
+        varied = k - mean
+        variance = (varied.square() * share).sum(2, keepdim=True)
+    return (varied * (variance + KEY_NORM_EPS).rsqrt()).to(k.dtype)
 
 
 def _shares(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
