@@ -9,8 +9,11 @@ import tinypipeline
 from grafting import Plan, Replace, graft, save
 from grafting.cli import app
 from grafting.hosts import hosts
+from grafting.latents.prompting import WordsConfig
 from grafting.runs.file import load_recipe
+from grafting.sampling.taught import TaughtConfig
 from grafting.training.calibration import CalibrateConfig
+from latents.textpipelines import sd3
 
 
 def init(*arguments: object) -> Result:
@@ -41,19 +44,47 @@ def test_an_operator_comes_with_its_settings_and_keeps_the_default_blocks():
     assert (edit.operator.geometry, edit.blocks) == ("2d", "4-7")
 
 
-def test_for_a_pipeline_it_takes_the_transformer_the_autoencoder_and_prompts():
+def test_for_a_pipeline_words_are_enough():
     tinypipeline.of(hosts()["pixart"].tiny()).save_pretrained("pipe")
-    result = init("recipes/mine.yaml", "--source", "pipe", "--operator", "swa", "--data", "data/latents")
+    result = init("recipes/mine.yaml", "--source", "pipe", "--operator", "swa")
     assert result.exit_code == 0, result.output
     here = Path.cwd()
     recipe = load_recipe("recipes/mine.yaml")
-    assert recipe.source == str(here / "pipe/transformer")
+    assert recipe.source == str(here / "pipe")
     assert recipe.vae.source == str(here / "pipe/vae")
-    assert recipe.data.folder == here / "data/latents"
-    assert recipe.conditions.folder == here / "prompts"
+    assert recipe.conditions == WordsConfig(file=here / "prompts.txt")
+    assert recipe.data == TaughtConfig(num_images=1000, steps=20)
     assert recipe.plan[0].operator.name == "window-1d"
     assert recipe.sample.sampler == "dpm-solver++"
-    for folder in ("data/latents", "prompts"):
+    new, both = recipe.finetune
+    assert (new.steps, new.trainable, new.diffusion_weight, new.output_weight) == (500, "new", 0, 1)
+    assert (both.steps, both.trained_in_words) == (2000, "new + lora 16")
+    assert f"To be made: {here / 'prompts.txt'}: a prompt a line" in result.stdout
+    smoke = load_recipe("recipes/mine-smoke.yaml")
+    assert smoke.data == TaughtConfig(num_images=12, steps=2, batch_size=4)
+    assert (smoke.finetune.steps, smoke.finetune.trained_in_words) == (2, "new + lora 16")
+
+
+def test_its_trial_runs_from_a_pipelines_folder_and_words():
+    sd3().save_pretrained("pipe")
+    Path("prompts.txt").write_text("a red cat\nthe blue dog\n")
+    assert init("mine.yaml", "--source", "pipe").exit_code == 0
+    result = CliRunner().invoke(app, ["run", "mine-smoke.yaml", "--out", "run"])
+    assert result.exit_code == 0, result.output
+    assert Path("run/report.html").is_file()
+    assert Path("run/pipeline/model_index.json").is_file()
+
+
+def test_for_a_pipeline_it_takes_ones_own_latents_and_encoded_prompts():
+    tinypipeline.of(hosts()["pixart"].tiny()).save_pretrained("pipe")
+    result = init("mine.yaml", "--source", "pipe", "--data", "data/latents", "--prompts", "encoded")
+    assert result.exit_code == 0, result.output
+    here = Path.cwd()
+    recipe = load_recipe("mine.yaml")
+    assert recipe.data.folder == here / "data/latents"
+    assert recipe.conditions.folder == here / "encoded"
+    assert [(phase.diffusion_weight, phase.output_weight) for phase in recipe.finetune] == [(1, 1), (1, 1)]
+    for folder in ("data/latents", "encoded"):
         assert f"To be made: {here / folder}" in result.stdout
 
 
@@ -62,13 +93,27 @@ def test_it_is_valid_for_every_host(name: str):
     hosts()[name].tiny().save_pretrained("model")
     result = init("mine.yaml", "--source", "model")
     assert result.exit_code == 0, result.output
-    made_by = "images, a folder for each class" if name == "dit" else "`grafting data latents` encodes images"
-    assert f"{Path.cwd() / 'latents'}: {made_by}" in result.stdout
-    recipe = load_recipe("mine-smoke.yaml")
-    assert recipe.source == str(Path("model").resolve())
-    assert recipe.finetune.diffusion_weight == (0 if name == "flux" else 1)
-    assert recipe.calibrate.samples == 4
-    assert load_recipe("mine.yaml").calibrate == CalibrateConfig()
+    smoke, recipe = load_recipe("mine-smoke.yaml"), load_recipe("mine.yaml")
+    assert smoke.source == str(Path("model").resolve())
+    if name == "dit":
+        assert f"{Path.cwd() / 'latents'}: images, a folder for each class" in result.stdout
+        assert recipe.finetune.steps == 50_000
+        assert smoke.finetune.diffusion_weight == 1
+    else:
+        assert f"{Path.cwd() / 'prompts'}: `grafting data prompts` encodes" in result.stdout
+        assert isinstance(recipe.data, TaughtConfig)
+        assert (recipe.data.shape is not None) == (name == "wan")  # a video's is long: seen, it is thought of
+        assert smoke.finetune.diffusion_weight == 0
+    assert smoke.calibrate.samples == 4
+    assert recipe.calibrate == CalibrateConfig()
+
+
+def test_prompts_in_a_file_need_the_pipelines_text_encoders():
+    hosts()["pixart"].tiny().save_pretrained("model")
+    result = init("mine.yaml", "--source", "model", "--prompts", "words.jsonl")
+    assert result.exit_code == 1
+    assert "words.jsonl is a file of prompts, which a pipeline's text encoders read" in result.stderr
+    assert not Path("mine.yaml").exists()
 
 
 @pytest.mark.parametrize("operator", ["mlp", "{name: mlp}"])

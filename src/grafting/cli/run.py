@@ -79,16 +79,23 @@ def init(
         typer.Option(help="Blocks to edit: odd, all, 8-18:2, ... [dim]Default: odd, of the testbed 4-7.[/]"),
     ] = None,
     data: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Latents, or images for a model of pixels.")
-    ] = Path("latents"),
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Latents, or images for a model of pixels. [dim]Default: latents; none for a model asked by prompts, which makes its own.[/]",
+        ),
+    ] = None,
     prompts: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Encoded prompts, for a model asked by them.")
-    ] = Path("prompts"),
+        Path | None,
+        typer.Option(
+            help="For a model asked by them: a file (.txt, .jsonl), or a folder of encoded ones. [dim]Default: prompts.txt of a pipeline, else prompts.[/]"
+        ),
+    ] = None,
 ) -> None:
     """Write a first recipe for a model, and a short trial of it.
 
     [dim]$ grafting init my-recipe.yaml --source testbed
-    $ grafting init mine.yaml --source models/pixart --data latents[/]
+    $ grafting init mine.yaml --source models/pixart --prompts prompts.txt[/]
     """
     from ..runs.starter import Start, missing_parts, write_recipes
 

@@ -1,11 +1,12 @@
 """A first recipe for a model at hand, and a short one that shows in a minute that everything fits together.
 
-Lengths and rates are those of the quickstarts for the bundled models, and the published ones of arXiv:2506.05340 for any other model.
+Lengths and rates are those of the quickstarts for the bundled models, the published ones of arXiv:2506.05340 for other models of classes,
+and for models that are asked by prompts, which are large, short ones that train the new operators and adapters.
 Written as text, because a person goes on from here: each choice has its reason beside it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ from ..errors import HostError, RecipeError
 from ..hosts import Host, hosts
 from ..latents.decoding import makes_pixels
 from ..machine.files import write_bytes
-from ..machine.reading import JsonObject, parse_yaml
+from ..machine.reading import parse_yaml
 from ..operators import parse_operator
 from ..weights.folder import read_config
-from ..weights.locate import find_model
+from ..weights.locate import PIPELINE_NAME, find_model
 from .file import load_recipe, parse_recipe
 from .job import skeleton
 from .recipe import FreshModel
@@ -69,8 +70,9 @@ base: {base}
 name: {name}-smoke
 calibrate: {{samples: 4, batch_size: 4}}
 distill: {{steps: 2, batch_size: 4, holdout: 4{cooldown}}}
-finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}}}
+finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}{phase}}}
 """
+_SMOKE_LATENTS = "data: {num_images: 12, batch_size: 4, steps: 2}\n"
 _SMOKE_SAMPLES = """\
 sample: {num_images: 12, batch_size: 4, steps: 2}
 rows: [pretrained, finetuned]
@@ -87,10 +89,12 @@ class Start:
     """By default the quickstart's for a bundled model; else Hyena-X where the host takes mixers, or a window over rows and columns."""
     blocks: str | None = None
     """By default the quickstart's for a bundled model, else `odd`."""
-    data: Path = Path("latents")
-    """Folder of latents, or of images for a model of pixels."""
-    prompts: Path = Path("prompts")
-    """Folder of encoded prompts, for a model that is asked by them."""
+    data: Path | None = None
+    """Folder of latents, or of images for a model of pixels. If omitted, a model that is asked by prompts makes its own latents; for
+    others `latents`."""
+    prompts: Path | None = None
+    """For a model that is asked by them: a file of prompts (.txt, .jsonl), which the pipeline's text encoders read, or a folder of
+    encoded ones. If omitted `prompts.txt` for a pipeline, and `prompts` for a transformer alone."""
 
 
 def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
@@ -109,35 +113,39 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
         raise RecipeError(f"{' and '.join(there)}: there already; name another file, or remove it")
     folder, host, model = _open(start.source)
     text = _recipe(path, start, folder, host, model)
-    cooldown = ", cooldown_steps: 0" if start.source in _BUNDLED else ""
-    short = _SMOKE.format(smoke=smoke.name, base=path.name, name=path.stem, cooldown=cooldown)
-    short += _SMOKE_SAMPLES if "\nsample:" in text else ""
-    resolve(model, parse_recipe(_settings(text), source=f"the recipe for {path}").edits)
+    settings = parse_yaml(text, name="the recipe", error=RecipeError)
+    assert isinstance(settings, dict)
+    short = _SMOKE.format(
+        smoke=smoke.name,
+        base=path.name,
+        name=path.stem,
+        cooldown=", cooldown_steps: 0" if "cooldown_steps" in text else "",
+        phase=f", {_TRAINED}, objective: output" if isinstance(settings["finetune"], list) else "",
+    )
+    short += _SMOKE_LATENTS if "{name: teacher" in text else ""
+    short += _SMOKE_SAMPLES if "sample" in settings else ""
+    resolve(model, parse_recipe(settings, source=f"the recipe for {path}").edits)
     for file, content in ((path, text), (smoke, short)):
         write_bytes(file, content.encode())
     return path, smoke
 
 
-def _settings(text: str) -> JsonObject:
-    settings = parse_yaml(text, name="the recipe", error=RecipeError)
-    assert isinstance(settings, dict)
-    return settings
-
-
 def missing_parts(path: Path) -> list[str]:
-    """Folders that a first recipe names and that have to be made, each with what makes it."""
+    """Files and folders that a first recipe names and that have to be made, each with what makes it."""
     recipe = load_recipe(path)
     is_of_images = isinstance(recipe.data, ImageFolderConfig)
     ways = {
-        "data": "images, a folder for each class"
+        ("data", "folder"): "images, a folder for each class"
         if is_of_images
         else "`grafting data latents` encodes images",
-        "conditions": "`grafting data prompts` encodes a file of prompts, see docs/text-to-image.md",
+        (
+            "conditions",
+            "folder",
+        ): "`grafting data prompts` encodes a file of prompts, see docs/text-to-image.md",
+        ("conditions", "file"): "a prompt a line, some hundreds, like those that the model will be asked",
     }
-    folders = {key: getattr(getattr(recipe, key), "folder", None) for key in ways}
-    return [
-        f"{folder}: {ways[key]}" for key, folder in folders.items() if folder and not Path(folder).exists()
-    ]
+    named = {keys: getattr(getattr(recipe, keys[0]), keys[1], None) for keys in ways}
+    return [f"{part}: {ways[keys]}" for keys, part in named.items() if part and not Path(part).exists()]
 
 
 def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
@@ -182,21 +190,47 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
     lines = [
         f"# Check it, then run it; a run resumes where it was stopped.\n#     grafting check {path.name}\n#     grafting run {path.name}",
         f"name: {path.stem}",
-        f"source: {start.source if folder is None else near(folder)}",
+        f"source: {start.source if folder is None else near(_pipeline_of(folder) or folder)}",
         f"plan:\n  - {{role: {role}, blocks: {blocks!r}, operator: {operator}}}",
     ]
     if quickstart:
         return "\n".join([*lines, quickstart.rest])
-    kind = "image-folder" if makes_pixels(host.shape(model)) else "latents"
-    size = (
-        f", size: {host.shape(model)[-1]}, channels: {host.shape(model)[0]}" if kind == "image-folder" else ""
-    )
-    lines.append(f"data: {{name: {kind}, folder: {near(start.data)}{size}}}")
-    if host.conditions(model) is None:
-        lines.append(f"conditions: {{name: prompts, folder: {near(start.prompts)}}}")
-    vae = folder.parent / "vae" if folder is not None else None
-    lines += _stages(host, model, vae=near(vae) if vae and vae.is_dir() else None, kind=kind)
+    assert folder is not None  # bundled models have quickstarts
+    pipeline = _pipeline_of(folder)
+    asked_by_prompts = host.conditions(model) is None
+    if asked_by_prompts:
+        prompts = start.prompts or Path("prompts.txt" if pipeline else "prompts")
+        lines.append(f"conditions: {_conditions(prompts, near, pipeline)}")
+    shape, data = host.shape(model), start.data
+    if asked_by_prompts and data is None:
+        size = f", shape: {list(shape)}" if len(shape) == 4 else ""
+        lines.append(
+            f"# no data: the model makes latents for these prompts first, and is trained on them\n"
+            f"data: {{name: teacher, num_images: 1000, steps: 20{size}}}"
+        )
+    else:
+        kind = f"image-folder, size: {shape[-1]}, channels: {shape[0]}" if makes_pixels(shape) else "latents"
+        lines.append(f"data: {{name: {kind}, folder: {near(data or Path('latents'))}}}")
+    lines += _short_stages(host, own_data=data is not None) if asked_by_prompts else _PUBLISHED_STAGES
+    vae = None if pipeline is None or not (pipeline / "vae").is_dir() else near(pipeline / "vae")
+    lines += _samples(host, model, vae=vae)
     return "\n".join(lines) + "\n"
+
+
+def _pipeline_of(folder: Path) -> Path | None:
+    """The pipeline's folder that a transformer's stands in."""
+    return folder.parent if (folder.parent / PIPELINE_NAME).is_file() else None
+
+
+def _conditions(prompts: Path, near: Callable[[Path], str], pipeline: Path | None) -> str:
+    if prompts.suffix not in (".txt", ".jsonl"):
+        return f"{{name: prompts, folder: {near(prompts)}}}"
+    if pipeline is None:
+        raise RecipeError(
+            f"{prompts} is a file of prompts, which a pipeline's text encoders read, and the source is a transformer alone: name the "
+            "pipeline's folder, or a folder of encoded prompts (`grafting data prompts`)"
+        )
+    return f"{{name: words, file: {near(prompts)}}}"
 
 
 def _first_operator(host: Host[Any], model: nn.Module) -> str:
@@ -221,20 +255,35 @@ def _edit(operator: str, host: Host[Any], model: nn.Module) -> tuple[str, str]:
     return role, operator
 
 
-def _stages(host: Host[Any], model: nn.Module, *, vae: str | None, kind: str) -> Iterator[str]:
+_PUBLISHED_STAGES = """\
+# operators start from a fit in closed form: docs/initialisation.md
+calibrate: {}
+# as published for DiT-XL/2 (arXiv:2506.05340, section 5); other models may want other rates
+distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}
+finetune: {steps: 50000, batch_size: 256, lr: 1.0e-4, warmup_steps: 1000, ema_decay: 0.9999}
+save_every: 1000""".splitlines()
+_TRAINED = "trainable: [new, {lora: {rank: 16}}]"
+
+
+def _short_stages(host: Host[Any], *, own_data: bool) -> Iterator[str]:
+    # a distilled model's own loss would break it, and without data there is none
+    objective = "{process: 1, output: 1}" if own_data and not host.distilled else "output"
     yield "# operators start from a fit in closed form: docs/initialisation.md"
     yield "calibrate: {}"
-    yield "# as published for DiT-XL/2 (arXiv:2506.05340, section 5); other models may want other rates"
-    yield "distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}"
-    # a distilled model's own loss would break it
-    follow = ", diffusion_weight: 0, output_weight: 1" if host.distilled else ""
-    yield f"finetune: {{steps: 50000, batch_size: 256, lr: 1.0e-4, warmup_steps: 1000, ema_decay: 0.9999{follow}}}"
-    yield "save_every: 1000"
-    is_video = len(host.shape(model)) == 4
-    if kind == "latents" and (vae is None or is_video):
-        yield "# to draw images, name an autoencoder: `vae: {source: ...}`, and `sample: {steps: 20, num_images: 1000}`"
-        return
-    if kind == "latents":
+    yield "distill: {steps: 200, batch_size: 8, lr: 5.0e-4, cooldown_steps: 100, holdout: 64}"
+    yield "# the new operators alone, then adapters beside them; longer is better: docs/text-to-image.md, section 5"
+    yield "finetune:"
+    yield f"  - {{steps: 500, batch_size: 8, warmup_steps: 50, trainable: new, objective: {objective}}}"
+    yield f"  - {{steps: 2000, batch_size: 8, warmup_steps: 50, {_TRAINED}, objective: {objective}}}"
+    yield "save_every: 15 min"
+
+
+def _samples(host: Host[Any], model: nn.Module, *, vae: str | None) -> Iterator[str]:
+    shape = host.shape(model)
+    if not makes_pixels(shape):
+        if vae is None or len(shape) == 4:
+            yield "# to draw images, name an autoencoder: `vae: {source: ...}`, and `sample: {steps: 20, num_images: 1000}`"
+            return
         yield f"vae: {{source: {vae}}}"
     sampler = "dpm-solver++" if isinstance(host.process(model), Diffusion) else "euler"
     guidance = 1.0 if host.distilled else 4.5 if host.conditions(model) is None else 1.5
