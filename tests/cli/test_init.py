@@ -1,5 +1,6 @@
 """`grafting init`: recipes for a model at hand are valid, and say what they need."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_it_is_valid_for_every_host(name: str):
         assert smoke.finetune.diffusion_weight == 0
     assert smoke.calibrate.samples == 4
     assert recipe.calibrate == CalibrateConfig()
+
+
+@pytest.mark.parametrize("heads", [4, 24])
+def test_a_large_model_is_held_in_half_precision(heads: int):
+    sizes = {"num_layers": 24, "num_attention_heads": heads, "caption_projection_dim": 64 * heads}
+    config = {"_class_name": "SD3Transformer2DModel", "sample_size": 128} | sizes
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(config))
+    assert init("mine.yaml", "--source", "model").exit_code == 0
+    recipe = load_recipe("mine.yaml")
+    large = heads == 24  # 2 billion parameters
+    stages = (recipe.distill, *recipe.finetune)
+    assert [stage.frozen for stage in stages] == ["bf16" if large else "fp32"] * 3
+    assert [stage.batch_size for stage in stages] == [2 if large else 8] * 3
+    assert [phase.gradient_checkpointing for phase in recipe.finetune] == [large, large]
 
 
 def test_prompts_in_a_file_need_the_pipelines_text_encoders():

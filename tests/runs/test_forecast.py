@@ -235,6 +235,20 @@ def test_each_phase_has_its_cost():
     assert new.disk[next(iter(new.disk))] < whole.disk[next(iter(whole.disk))]
 
 
+def test_a_teacher_held_in_bf16_takes_half_the_memory_of_its_blocks_linear_layers():
+    full, held = (
+        stage(
+            forecast(tiny(distill={"frozen": frozen, "precision": "bf16"}), device="h100"), "distill"
+        ).memory
+        for frozen in ("fp32", "bf16")
+    )
+    # qkv, proj, both of the MLP and adaLN's of each of two blocks of 32 channels
+    linears = 2 * sum(n * m + m for n, m in ((32, 96), (32, 32), (32, 128), (128, 32), (32, 192)))
+    assert full["pretrained model"] - held["pretrained model"] == 2 * linears
+    assert full["bf16 copies of weights"] - held["bf16 copies of weights"] == 2 * linears
+    assert full["operators"] == held["operators"]
+
+
 def test_phases_are_timed_by_their_own_lines(tmp_path):
     log = tmp_path / "finetune" / "log.jsonl"
     log.parent.mkdir()

@@ -8,7 +8,7 @@ import torch
 from closeness import assert_close
 from grafting.editing.plan import Drop, Merge, Plan, Replace
 from grafting.editing.surgery import build_operators
-from grafting.errors import CheckpointError, TrainingError
+from grafting.errors import CheckpointError, SettingsError, TrainingError
 from grafting.functional.losses import regression_loss
 from grafting.hosts import hosts
 from grafting.training.distillation import DistillConfig, distill
@@ -366,3 +366,46 @@ def test_a_frozen_teacher_has_operators_that_learn():
     operators = build_operators(teacher, Plan(edits=edits))
     steps = list(_run(teacher, operators, steps=40, batch_size=32, lr=1e-2, holdout_every=40))
     assert steps[-1].values["r2/blocks.1.attn"] > steps[0].values["r2/blocks.1.attn"] + 0.2
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_a_teacher_held_in_bf16_teaches_the_same_and_comes_back(inputs):
+    found = []
+    for frozen in ("fp32", "bf16"):
+        torch.manual_seed(5)
+        teacher, operators = _setup("hyena-x", blocks=[0, 2])
+        before = copy.deepcopy(teacher.state_dict())
+        steps = _run(teacher, operators, precision="bf16", frozen=frozen, inputs=inputs)
+        values = [next(steps).values]
+        linear = teacher.blocks[1].attn.qkv.weight
+        assert linear.dtype == (torch.bfloat16 if frozen == "bf16" else torch.float32)
+        values += [step.values for step in steps]
+        assert all(torch.equal(before[name], t) for name, t in teacher.state_dict().items())
+        assert {p.dtype for o in operators.values() for p in o.parameters()} == {torch.float32}
+        found.append((values, [t for o in operators.values() for t in o.state_dict().values()]))
+    (want, tensors), (got, others) = found
+    assert got == want
+    assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    "operator", ["softmax", {"name": "window-2d", "radius": 1}, {"name": "mlp", "ratio": 2}]
+)
+def test_operators_of_a_teacher_held_in_bf16_learn_in_fp32(operator):
+    role = "mlp" if isinstance(operator, dict) and operator["name"] == "mlp" else "attention"
+    teacher, operators = _setup(operator, role=role)
+    *_, last = _run(teacher, operators, precision="bf16", frozen="bf16")
+    assert {
+        t.dtype
+        for t in last.state()["operators"]["blocks.0." + ("mlp" if role == "mlp" else "attn")].values()
+    } == {torch.float32}
+
+
+def test_holding_in_bf16_needs_a_pass_in_bf16(monkeypatch):
+    with pytest.raises(SettingsError, match="frozen: bf16 requires precision: bf16"):
+        DistillConfig(frozen="bf16", precision="fp32")
+    monkeypatch.setattr("grafting.machine.precision.resolve_precision", lambda *_: "fp32")
+    with pytest.raises(
+        TrainingError, match="stage 1: frozen: bf16 requires precision: bf16, and auto is fp32"
+    ):
+        list(_run(*_setup("hyena-x"), frozen="bf16", precision="auto"))

@@ -25,11 +25,13 @@ def distill_memory(config: DistillConfig, shapes: Shapes, processes: int) -> dic
     own = shapes.new_params // (processes if spreads_sites else 1)
     batch = config.batch_size // (1 if spreads_sites else processes) // config.accumulate
     block = shapes.saved // shapes.num_blocks
+    held = shapes.linears if config.frozen == "bf16" else 0
     largest = max((site.saved_bytes for site in shapes.cost.after.sites if site.operator), default=block)
     return {
-        **weights(shapes),
+        "pretrained model": FP32 * shapes.cost.before.params - (FP32 - BF16) * held,
+        "operators": FP32 * shapes.new_params,
         "gradients and moments": (FP32 + _ADAM) * own,
-        **copies(config.precision, shapes.cost.before.params + shapes.new_params),
+        **copies(config.precision, shapes.cost.before.params + shapes.new_params - held),
         f"activations of {batch} images": batch * (block + largest),
     }
 

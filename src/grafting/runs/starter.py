@@ -211,7 +211,7 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
     else:
         kind = f"image-folder, size: {shape[-1]}, channels: {shape[0]}" if makes_pixels(shape) else "latents"
         lines.append(f"data: {{name: {kind}, folder: {near(data or Path('latents'))}}}")
-    lines += _short_stages(host, own_data=data is not None) if asked_by_prompts else _PUBLISHED_STAGES
+    lines += _short_stages(host, model, own_data=data is not None) if asked_by_prompts else _PUBLISHED_STAGES
     vae = None if pipeline is None or not (pipeline / "vae").is_dir() else near(pipeline / "vae")
     lines += _samples(host, model, vae=vae)
     return "\n".join(lines) + "\n"
@@ -263,18 +263,25 @@ distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}
 finetune: {steps: 50000, batch_size: 256, lr: 1.0e-4, warmup_steps: 1000, ema_decay: 0.9999}
 save_every: 1000""".splitlines()
 _TRAINED = "trainable: [new, {lora: {rank: 16}}]"
+_LARGE = 1e9  # parameters, from which on memory is thought of
 
 
-def _short_stages(host: Host[Any], *, own_data: bool) -> Iterator[str]:
+def _short_stages(host: Host[Any], model: nn.Module, *, own_data: bool) -> Iterator[str]:
     # a distilled model's own loss would break it, and without data there is none
     objective = "{process: 1, output: 1}" if own_data and not host.distilled else "output"
+    batch, held, checkpointed = 8, "", ""
+    if sum(p.numel() for p in model.parameters()) > _LARGE:
+        batch, held = 2 if len(host.shape(model)) == 3 else 1, ", precision: bf16, frozen: bf16"
+        checkpointed = ", gradient_checkpointing: true"
+        yield "# weights that are not trained are held in half precision; `grafting run --dry-run --device h100` says what a card has to hold"
     yield "# operators start from a fit in closed form: docs/initialisation.md"
     yield "calibrate: {}"
-    yield "distill: {steps: 200, batch_size: 8, lr: 5.0e-4, cooldown_steps: 100, holdout: 64}"
+    yield f"distill: {{steps: 200, batch_size: {batch}, lr: 5.0e-4, cooldown_steps: 100, holdout: 64{held}}}"
     yield "# the new operators alone, then adapters beside them; longer is better: docs/text-to-image.md, section 5"
     yield "finetune:"
-    yield f"  - {{steps: 500, batch_size: 8, warmup_steps: 50, trainable: new, objective: {objective}}}"
-    yield f"  - {{steps: 2000, batch_size: 8, warmup_steps: 50, {_TRAINED}, objective: {objective}}}"
+    for steps, trained in ((500, "trainable: new"), (2000, _TRAINED)):
+        how = f"objective: {objective}{held}{checkpointed}"
+        yield f"  - {{steps: {steps}, batch_size: {batch}, warmup_steps: 50, {trained}, {how}}}"
     yield "save_every: 15 min"
 
 

@@ -39,6 +39,7 @@ from ..machine.settings import Settings
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited
 from .batches import Batches, check_batch_size
 from .guard import GuardConfig, check_weights
+from .student import block_linears, held_in_bf16
 from .supply import Data, Supply, supply_of
 from .trainee import Trainee, adamw, take_step
 
@@ -89,6 +90,9 @@ class DistillConfig(Settings):
     """Steps between measurements on the held-out images; also done at the start and at the end."""
     precision: Precision = "auto"
     """fp32 or bf16; `auto` is bf16 where the device is faster in it."""
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which the linear layers of the teacher's blocks are held; bf16 needs half the memory, and `precision: bf16`,
+    which computes with the same values. Operators are fp32 all the same."""
     compile: bool = False
     """Compile each operator, and the teacher's attention and MLPs one by one."""
     guard: GuardConfig | None = None
@@ -103,6 +107,8 @@ class DistillConfig(Settings):
             )
         if self.spread == "sites" and self.inputs == "student":
             raise ValueError("spread: sites requires inputs: teacher; a student needs all of its operators")
+        if self.frozen == "bf16" and self.precision == "fp32":
+            raise ValueError("frozen: bf16 requires precision: bf16")
         return self
 
 
@@ -132,18 +138,26 @@ def distill(
         state: what an earlier step's `state()` returned, to resume from there.
 
     Raises:
-        TrainingError: too few images, a batch does not divide among processes, or weights, activations or a loss are not
-            finite.
+        TrainingError: too few images, a batch does not divide among processes, weights, activations or a loss are not
+            finite, or weights are to be held in bf16 where `auto` is fp32.
         DataError: an image is not finite.
         CheckpointError: the state is an earlier version's.
     """
     check_division(config)
     check_weights(teacher, "stage 1")
     config = settled(config, next(teacher.parameters()).device, together=True)
+    if config.frozen == "bf16" and config.precision == "fp32":
+        raise TrainingError("stage 1: frozen: bf16 requires precision: bf16, and auto is fp32 on this device")
     denoiser = denoiser or host_of(teacher).denoiser(teacher)
-    fitting = _Fitting(Visited(teacher, operators, denoiser, config.precision, config.inputs), data, config)
-    first = fitting.load(state) if state else 0
-    with _training(teacher, operators), compiled(_regions(teacher, operators) if config.compile else {}):
+    blocks = [site.path for site in host_of(teacher).blocks(teacher)] if config.frozen == "bf16" else []
+    with (
+        held_in_bf16(block_linears(teacher, blocks)),
+        _training(teacher, operators),
+        compiled(_regions(teacher, operators) if config.compile else {}),
+    ):
+        visited = Visited(teacher, operators, denoiser, config.precision, config.inputs)
+        fitting = _Fitting(visited, data, config)
+        first = fitting.load(state) if state else 0
         source = fitting.source(cache_folder)
         if first == 0:
             start = partial(fitting.snapshot, 0)
