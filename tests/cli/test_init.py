@@ -122,6 +122,10 @@ def test_a_large_model_is_held_in_half_precision(heads: int):
     assert [stage.frozen for stage in stages] == ["bf16" if large else "fp32"] * 3
     assert [stage.batch_size for stage in stages] == [2 if large else 8] * 3
     assert [phase.gradient_checkpointing for phase in recipe.finetune] == [large, large]
+    smoke = load_recipe("mine-smoke.yaml")
+    kept = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "cooldown_steps": 0}
+    assert smoke.finetune == recipe.finetune[1].model_copy(update=kept)
+    assert smoke.distill.frozen == recipe.distill.frozen
 
 
 def test_prompts_in_a_file_need_the_pipelines_text_encoders():

@@ -70,7 +70,7 @@ base: {base}
 name: {name}-smoke
 calibrate: {{samples: 4, batch_size: 4}}
 distill: {{steps: 2, batch_size: 4, holdout: 4{cooldown}}}
-finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}{phase}}}
+finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}{how}}}
 """
 _SMOKE_LATENTS = "data: {num_images: 12, batch_size: 4, steps: 2}\n"
 _SMOKE_SAMPLES = """\
@@ -120,7 +120,8 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
         base=path.name,
         name=path.stem,
         cooldown=", cooldown_steps: 0" if "cooldown_steps" in text else "",
-        phase=f", {_TRAINED}, objective: output" if isinstance(settings["finetune"], list) else "",
+        # one phase in the place of several has nothing of them by itself
+        how=f", {_TRAINED}, {_how(host, model, start)}" if isinstance(settings["finetune"], list) else "",
     )
     short += _SMOKE_LATENTS if "{name: teacher" in text else ""
     short += _SMOKE_SAMPLES if "sample" in settings else ""
@@ -211,7 +212,7 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
     else:
         kind = f"image-folder, size: {shape[-1]}, channels: {shape[0]}" if makes_pixels(shape) else "latents"
         lines.append(f"data: {{name: {kind}, folder: {near(data or Path('latents'))}}}")
-    lines += _short_stages(host, model, own_data=data is not None) if asked_by_prompts else _PUBLISHED_STAGES
+    lines += _short_stages(host, model, start) if asked_by_prompts else _PUBLISHED_STAGES
     vae = None if pipeline is None or not (pipeline / "vae").is_dir() else near(pipeline / "vae")
     lines += _samples(host, model, vae=vae)
     return "\n".join(lines) + "\n"
@@ -263,16 +264,26 @@ distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}
 finetune: {steps: 50000, batch_size: 256, lr: 1.0e-4, warmup_steps: 1000, ema_decay: 0.9999}
 save_every: 1000""".splitlines()
 _TRAINED = "trainable: [new, {lora: {rank: 16}}]"
+_HELD = "precision: bf16, frozen: bf16"
 _LARGE = 1e9  # parameters, from which on memory is thought of
 
 
-def _short_stages(host: Host[Any], model: nn.Module, *, own_data: bool) -> Iterator[str]:
+def _is_large(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) > _LARGE
+
+
+def _how(host: Host[Any], model: nn.Module, start: Start) -> str:
+    """The objective of stage 2, and how its memory is spared."""
     # a distilled model's own loss would break it, and without data there is none
-    objective = "{process: 1, output: 1}" if own_data and not host.distilled else "output"
-    batch, held, checkpointed = 8, "", ""
-    if sum(p.numel() for p in model.parameters()) > _LARGE:
-        batch, held = 2 if len(host.shape(model)) == 3 else 1, ", precision: bf16, frozen: bf16"
-        checkpointed = ", gradient_checkpointing: true"
+    own = start.data is not None and not host.distilled
+    objective = f"objective: {'{process: 1, output: 1}' if own else 'output'}"
+    return objective + (f", {_HELD}, gradient_checkpointing: true" if _is_large(model) else "")
+
+
+def _short_stages(host: Host[Any], model: nn.Module, start: Start) -> Iterator[str]:
+    batch, held = 8, ""
+    if _is_large(model):
+        batch, held = 2 if len(host.shape(model)) == 3 else 1, f", {_HELD}"
         yield "# weights that are not trained are held in half precision; `grafting run --dry-run --device h100` says what a card has to hold"
     yield "# operators start from a fit in closed form: docs/initialisation.md"
     yield "calibrate: {}"
@@ -280,8 +291,8 @@ def _short_stages(host: Host[Any], model: nn.Module, *, own_data: bool) -> Itera
     yield "# the new operators alone, then adapters beside them; longer is better: docs/text-to-image.md, section 5"
     yield "finetune:"
     for steps, trained in ((500, "trainable: new"), (2000, _TRAINED)):
-        how = f"objective: {objective}{held}{checkpointed}"
-        yield f"  - {{steps: {steps}, batch_size: {batch}, warmup_steps: 50, {trained}, {how}}}"
+        how = f"{trained}, {_how(host, model, start)}"
+        yield f"  - {{steps: {steps}, batch_size: {batch}, warmup_steps: 50, {how}}}"
     yield "save_every: 15 min"
 
 
