@@ -293,7 +293,9 @@ def test_disk_full_in_stage_1_and_then_space(finished, tmp_path, monkeypatch):
 
 def test_a_sweep_is_not_a_recipe():
     path = ROOT / "recipes" / "testbed" / "losses.yaml"
-    with pytest.raises(RecipeError, match=r"holds many recipes: grafting sweep .*losses\.yaml"):
+    with pytest.raises(
+        RecipeError, match=r"holds many recipes: .* and `grafting sweep .*losses\.yaml` runs them"
+    ):
         load_recipe(path)
 
 

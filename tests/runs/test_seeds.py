@@ -81,6 +81,14 @@ def test_what_is_of_one_run_is_refused(tmp_path):
     )
     assert result.exit_code == 1
     assert "--seeds makes whole runs and takes no --until" in result.stderr
+    arguments = ["run", str(tmp_path / "r.yaml"), "--seeds", "3", "--dry-run"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert [line.split()[0] for line in told.output.splitlines()[2:6]] == [
+        "seed-1",
+        "seed-2",
+        "seed-3",
+        "all",
+    ]
 
 
 def test_the_interval_of_a_share_stays_a_share():

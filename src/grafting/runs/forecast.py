@@ -79,6 +79,7 @@ class Forecast:
     device: str
     processes: int
     mfu: float
+    params: int  # of the model after the plan
     stages: tuple[StageForecast, ...]
     data: dict[str, int | None]  # items and bytes of what stages train on; None: not known
     # bytes of activations that stage 1 would keep by the published way, and that it keeps here
@@ -134,6 +135,7 @@ def forecast(
         device=known.title if known else str(default_device()),
         processes=processes,
         mfu=mfu,
+        params=shapes.cost.after.params,
         stages=tuple(stages),
         data=_data(recipe, shapes),
         dump={
