@@ -256,13 +256,13 @@ def _carry_out(
     has_figures = until in ("evaluate", "report") and metrics.is_file()
     rows = list(rows_of(folder)) if has_figures else []
     results = {
-        "distill": "distill",
+        "teach": "teach/latents",
         "finetune": "model",
-        "pipeline": "pipeline",
         "sample": "samples",
         "evaluate": "metrics.json",
+        "report": "report.html",
     }
-    result = folder / results.get(until, "report.html")
+    result = folder / results.get(until, until)
     if as_json:
         found = str(result) if result.exists() else None
         _print_result(
@@ -271,7 +271,7 @@ def _carry_out(
         return
     if rows:
         out.print(metrics_table(rows))
-    say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
+    say(out, f"{until.capitalize()}: {result if result.exists() else 'the recipe has no such stage'}")
 
 
 def _print_result(found: object) -> None:
