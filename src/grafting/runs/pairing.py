@@ -182,6 +182,12 @@ def _read_figures(folder: Path) -> list[Row]:
     path = folder / "metrics.json"
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}: a run, or RUN:ROW, is compared with another")
+    if not path.is_file() and (runs := sorted(found.parent for found in folder.glob("*/manifest.json"))):
+        table = next(filter(Path.is_file, (folder / "table-over-seeds.md", folder / "table.md")), None)
+        raise RunError(
+            f"{folder} holds {len(runs)} runs of a sweep: name one of them, such as {runs[0]}, to compare it with a run of the same seed"
+            + (f"; {table} has the figures of all" if table else "")
+        )
     if not path.is_file():
         raise RunError(f"{folder} has no metrics.json: a run is compared once its images are measured")
     if "evaluate" in stale_stages(folder):
