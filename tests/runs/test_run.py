@@ -442,7 +442,7 @@ def test_images_that_the_judge_does_not_take_are_shown_without_its_remarks(tmp_p
     recipe = {
         "name": "other-size",
         "source": "scenes",
-        "data": {"name": "scenes", "seeds": "0-63"},
+        "data": {"name": "scenes", "seeds": "10000000-10000063"},
         "plan": [{"role": "attention", "blocks": "odd", "operator": {"name": "window-2d", "radius": 1}}],
         "sample": {"sampler": "dpm-solver++", "steps": 2, "num_images": 12, "shape": [3, 64, 64]},
         "rows": ["inherited"],

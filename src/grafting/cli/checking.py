@@ -83,10 +83,13 @@ def _summary(job: "Job") -> dict[str, Any]:
     """Summarise what a recipe does to its model, as JSON data."""
     from ..cost.count import count_parameters
     from ..editing.surgery import build_operators, grafted
+    from ..runs.remarks import remarks
 
     sites = job.host.sites(job.model)
     before = count_parameters(job.model)
-    with grafted(job.model, build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)) as model:
+    operators = build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)
+    notes = remarks(job, operators)
+    with grafted(job.model, operators) as model:
         after = count_parameters(model)
     return {
         "recipe": job.recipe.name,
@@ -99,9 +102,7 @@ def _summary(job: "Job") -> dict[str, Any]:
             "after": job.attention_flops(is_edited=True).total,
         },
         "stages": _stages_in_words(job),
-        "notes": [f"no pipeline draws with this graft: {fault}"]
-        if (fault := job.host.pipeline_fault)
-        else [],
+        "notes": notes,
     }
 
 
