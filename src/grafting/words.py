@@ -151,6 +151,7 @@ class Figure:
         of: the images, the model that made them, or the run.
         better: which values are; None of what is only counted.
         write: its values as text.
+        bounds: the least and the most that it can be.
         ratio: a multiple of the pretrained model's says something.
         shown: beside those tables that show every figure: `main`, the first table of a run; `sweep`, a line of a sweep;
             `progress`, while a stage runs; `curve`, a chart of stage 2.
@@ -164,6 +165,7 @@ class Figure:
     of: Literal["images", "model", "run"]
     better: Literal["low", "high"] | None = None
     write: Callable[[Any], str] = number
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     ratio: bool = False
     shown: tuple[str, ...] = ()
     help: str = ""
@@ -210,13 +212,13 @@ class Figure:
 
 
 _score = partial(Figure, of="images", better="high")
-_share = partial(_score, write=percent)
+_share = partial(_score, write=percent, bounds=(0.0, 1.0))
 _cost = partial(Figure, of="model", better="low", write=amount)
 # in the order in which tables show them; the first that judges images and was measured is a table's main one
 _ROWS = (
     Figure(
         key="frechet", title="Fréchet distance", published="FID", of="images", better="low", ratio=True,
-        shown=("sweep",), help="the distance between Gaussians of features of these images and of the reference",
+        bounds=(0.0, math.inf), shown=("sweep",), help="the distance between Gaussians of features of these images and of the reference",
     ),
     _share(
         key="agreement", title="Agreement", brief="agreement", shown=("main", "sweep"),
@@ -231,11 +233,11 @@ _ROWS = (
         help="the squared maximum mean discrepancy of features, with a cubic kernel",
     ),
     _score(
-        key="precision", title="Precision", shown=("sweep",),
+        key="precision", title="Precision", bounds=(0.0, 1.0), shown=("sweep",),
         help="the share of images that lie among those of the reference",
     ),
     _score(
-        key="recall", title="Recall", shown=("sweep",),
+        key="recall", title="Recall", bounds=(0.0, 1.0), shown=("sweep",),
         help="the share of the reference that lies among these images",
     ),
     _score(
@@ -243,7 +245,7 @@ _ROWS = (
         help="how many neighbourhoods of the reference an image lies in, over the number of neighbours",
     ),
     _score(
-        key="coverage", title="Coverage",
+        key="coverage", title="Coverage", bounds=(0.0, 1.0),
         help="the share of the reference with an image in its neighbourhood",
     ),
     _score(
@@ -282,7 +284,7 @@ _ROWS = (
     ),
     Figure(
         key="background", title="Background", brief="background", of="images", better="low",
-        shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
+        bounds=(0.0, math.inf), shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
     ),
     _share(
         key="geneval", title="GenEval (transformers' Mask2Former)", brief="GenEval", shown=("main", "sweep"),
@@ -304,7 +306,7 @@ _ROWS = (
     ),
     Figure(
         key="image_distance", title="Distance to the pretrained image", brief="distance to the pretrained image",
-        of="images", write=percent, shown=("sweep",),
+        of="images", write=percent, bounds=(0.0, 1.0), shown=("sweep",),
         help="the root mean square difference of pixels from the pretrained model's image of the same seed, over their range",
     ),
     Figure(
@@ -399,6 +401,13 @@ def name_of(key: str, rows: Sequence[Measured]) -> str:
         return FIGURES[key].name(rows)
     whole, _, part = key.rpartition("_")
     return f"{name_of(whole, rows)}, {_PARTS[part]}"
+
+
+def bounds_of(key: str) -> tuple[float, float]:
+    """The least and the most that a figure can be, or that two rows can differ in it: of `exact_difference` -1 and 1."""
+    figure = FIGURES.get(key.removesuffix("_difference"))
+    low, high = figure.bounds if figure else (-math.inf, math.inf)
+    return (low, high) if key in FIGURES else (low - high, high - low)
 
 
 def swept(row: Measured) -> Iterator[str]:

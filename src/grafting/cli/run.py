@@ -382,6 +382,7 @@ def _sweep(
     machines: bool = False,
 ) -> None:
     from ..machine.processes import together
+    from ..runs.seeds import TWO_SEEDS
     from ..runs.sweep import run_sweep, run_sweep_on_ray
 
     folder = folder or Path("runs") / loaded.name
@@ -404,6 +405,8 @@ def _sweep(
     say(out, f"Table: {table.with_suffix('.md')}")
     if loaded.seeds > 1:
         say(out, f"Means over seeds: {table.with_name(table.name + '-over-seeds').with_suffix('.md')}")
+    if loaded.seeds == 2:
+        say(out, TWO_SEEDS)
 
 
 def _parse_label(text: str) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from .pairing import columns_against, pretrained_rows
 from .recipe import Name, Recipe
 from .rows import ROWS, rows_of
 from .run import run
-from .seeds import SEED, over_seeds, with_seeds_moved
+from .seeds import SEED, TWO_SEEDS, over_seeds, with_seeds_moved
 from .stage import OnStep
 from .stages import training_flops
 from .table import TableLine, read_table, table_locked, write_table
@@ -345,7 +345,8 @@ def _add(sweep: Sweep, table: Path, lines: Sequence[TableLine], folder: Path) ->
         lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
         write_table(table, lines)
         if sweep.seeds > 1 and (means := over_seeds(lines)):
-            write_table(table.with_name(f"{table.name}-over-seeds"), means)
+            note = TWO_SEEDS if sweep.seeds == 2 else ""
+            write_table(table.with_name(f"{table.name}-over-seeds"), means, note=note)
 
 
 def _compared(sweep: Sweep, lines: Sequence[TableLine], folder: Path) -> list[TableLine]:

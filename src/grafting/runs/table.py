@@ -61,13 +61,14 @@ def read_table(table: Path) -> list[TableLine]:
         raise RunError(f"{error}; name another with --table") from error
 
 
-def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """The lines as JSON, without their protocols as CSV and Markdown, and as a picture."""
+def write_table(table: Path, lines: Sequence[Mapping[str, Any]], *, note: str = "") -> None:
+    """The lines as JSON, without their protocols as CSV and Markdown with a note below, and as a picture."""
     write_json(table.with_suffix(".json"), lines)
     columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
     cells = [[_cell(line.get(column)) for column in columns] for line in lines]
     write_bytes(table.with_suffix(".csv"), csv_text([columns, *cells]).encode())
-    write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n".encode())
+    below = f"\n{note}.\n" if note else ""
+    write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n{below}".encode())
     write_sweep_picture(table.with_suffix(".svg"), lines)
 
 
