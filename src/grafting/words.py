@@ -5,7 +5,7 @@ Reports, cards, sweeps and the command line look figures up here. A suite of `ev
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NotRequired, TypeGuard
@@ -336,7 +336,8 @@ _ROWS = (
         shown=("curve",),
     ),
     Figure(key="phase", title="Phase", brief="phase", of="run", write=count, shown=("progress",)),
-    Figure(key="r2", title="R²", of="run", better="high", shown=("progress",)),
+    Figure(key="r2", title="R² on held-out images", brief="held-out R²", of="run", better="high", shown=("progress",)),
+    Figure(key="fit_r2", title="R² of the fit", of="run", better="high", shown=("progress",)),
     Figure(key="lr", title="Learning rate", of="run", shown=("curve",)),
     Figure(key="grad_norm", title="Gradient norm before clipping", of="run", shown=("curve",)),
     Figure(
@@ -408,30 +409,6 @@ def bounds_of(key: str) -> tuple[float, float]:
     figure = FIGURES.get(key.removesuffix("_difference"))
     low, high = figure.bounds if figure else (-math.inf, math.inf)
     return (low, high) if key in FIGURES else (low - high, high - low)
-
-
-def swept(row: Measured) -> Iterator[str]:
-    """The keys of a row that a sweep's table keeps: figures, and their intervals."""
-    for figure in shown_in("sweep"):
-        yield from (k for k in (figure.key, f"{figure.key}_low", f"{figure.key}_high") if k in row)
-
-
-def swept_pairs(paired: Measured) -> dict[str, float]:
-    """What a sweep's table keeps of a row's comparison with the pretrained one, as columns: `frechet_ratio`, `recall_difference_low`."""
-    columns: dict[str, float] = {}
-    for figure in shown_in("sweep"):
-        parts = paired.get(figure.key) or {}
-        for kind in [kind for kind in ("ratio", "difference") if kind in parts][:1]:
-            limits = {f"{figure.key}_{kind}_{end}": parts[kind][end] for end in ("low", "high")}
-            columns |= {f"{figure.key}_{kind}": parts[kind]["value"]} | limits
-    return columns
-
-
-def seeded_keys(line: Measured) -> list[str]:
-    """The columns of a sweep's line that are averaged over seeds: figures, and their comparisons with the pretrained model."""
-    kinds = ("", "_ratio", "_difference")
-    keys = [f"{figure.key}{kind}" for figure in shown_in("sweep") for kind in kinds]
-    return [key for key in keys if key in line]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ app = typer.Typer()
 @app.command()
 @uncollected()
 def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
-    """Check a recipe, and show what it would do; of a sweep, check every recipe.
+    """Check a recipe or a sweep, and show what it would do.
 
     [dim]$ grafting check my-recipe.yaml[/]
     """

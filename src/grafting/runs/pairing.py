@@ -16,8 +16,9 @@ from ..evaluation.influences import load_influences
 from ..machine.reading import JsonObject, read_json
 from ..metrics.paired import Estimate
 from ..sampling.files import open_samples
-from ..words import FIGURES, PRETRAINED, Row, swept, swept_pairs
+from ..words import FIGURES, PRETRAINED, Row
 from .folder import stale_stages
+from .table import swept, swept_pairs
 
 _BATCH = 500
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..metrics.paired import seeds_estimate
-from ..words import bounds_of, is_number, seeded_keys
+from ..words import bounds_of, is_number
 from .recipe import Recipe
+from .table import seeded_keys
 
 TWO_SEEDS = "Intervals of two seeds reach 12.7 standard errors to each side and tell little; those of three reach 4.3, of five 2.8"
 

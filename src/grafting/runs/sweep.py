@@ -23,7 +23,7 @@ from ..machine.files import clear_abandoned
 from ..machine.precision import Precision, settled_run, settled_sections
 from ..machine.reading import read_json
 from ..machine.settings import Settings
-from ..words import FINETUNED, PRETRAINED, ROW_TITLES, Row, swept, swept_pairs
+from ..words import FINETUNED, PRETRAINED, ROW_TITLES, Row
 from .file import Changes, changed, faults_of, parse_recipe, read_settings
 from .forecast import Forecast, forecast
 from .identity import row_fingerprint
@@ -36,7 +36,7 @@ from .run import run
 from .seeds import SEED, TWO_SEEDS, over_seeds, with_seeds_moved
 from .stage import OnStep
 from .stages import training_flops
-from .table import TableLine, read_table, table_locked, write_table
+from .table import TableLine, read_table, swept, swept_pairs, table_locked, write_table
 
 Label = str | int | float
 _MOST_POINTS = 10_000
