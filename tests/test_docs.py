@@ -136,7 +136,7 @@ def test_calibration_runs_as_it_is_shown(capsys):
         "data": noise_images(64, size=16),
     }
     run("initialisation.md", names)
-    assert "r2/blocks.0.mlp" in capsys.readouterr().out
+    assert "fit_r2/blocks.0.mlp" in capsys.readouterr().out
 
 
 def test_paired_scores_run_as_they_are_shown():

@@ -68,4 +68,4 @@ class FaultWarning(UserWarning):
 
 
 class ResumeWarning(UserWarning):
-    """A resumed run meets other circumstances than it began in; shown as a `FaultWarning` is."""
+    """A resumed run meets other circumstances than it began in, or its data were seen before; shown as a `FaultWarning` is."""

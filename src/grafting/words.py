@@ -5,7 +5,7 @@ Reports, cards, sweeps and the command line look figures up here. A suite of `ev
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NotRequired, TypeGuard
@@ -151,6 +151,7 @@ class Figure:
         of: the images, the model that made them, or the run.
         better: which values are; None of what is only counted.
         write: its values as text.
+        bounds: the least and the most that it can be.
         ratio: a multiple of the pretrained model's says something.
         shown: beside those tables that show every figure: `main`, the first table of a run; `sweep`, a line of a sweep;
             `progress`, while a stage runs; `curve`, a chart of stage 2.
@@ -164,6 +165,7 @@ class Figure:
     of: Literal["images", "model", "run"]
     better: Literal["low", "high"] | None = None
     write: Callable[[Any], str] = number
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     ratio: bool = False
     shown: tuple[str, ...] = ()
     help: str = ""
@@ -210,13 +212,13 @@ class Figure:
 
 
 _score = partial(Figure, of="images", better="high")
-_share = partial(_score, write=percent)
+_share = partial(_score, write=percent, bounds=(0.0, 1.0))
 _cost = partial(Figure, of="model", better="low", write=amount)
 # in the order in which tables show them; the first that judges images and was measured is a table's main one
 _ROWS = (
     Figure(
         key="frechet", title="Fréchet distance", published="FID", of="images", better="low", ratio=True,
-        shown=("sweep",), help="the distance between Gaussians of features of these images and of the reference",
+        bounds=(0.0, math.inf), shown=("sweep",), help="the distance between Gaussians of features of these images and of the reference",
     ),
     _share(
         key="agreement", title="Agreement", brief="agreement", shown=("main", "sweep"),
@@ -231,11 +233,11 @@ _ROWS = (
         help="the squared maximum mean discrepancy of features, with a cubic kernel",
     ),
     _score(
-        key="precision", title="Precision", shown=("sweep",),
+        key="precision", title="Precision", bounds=(0.0, 1.0), shown=("sweep",),
         help="the share of images that lie among those of the reference",
     ),
     _score(
-        key="recall", title="Recall", shown=("sweep",),
+        key="recall", title="Recall", bounds=(0.0, 1.0), shown=("sweep",),
         help="the share of the reference that lies among these images",
     ),
     _score(
@@ -243,7 +245,7 @@ _ROWS = (
         help="how many neighbourhoods of the reference an image lies in, over the number of neighbours",
     ),
     _score(
-        key="coverage", title="Coverage",
+        key="coverage", title="Coverage", bounds=(0.0, 1.0),
         help="the share of the reference with an image in its neighbourhood",
     ),
     _score(
@@ -282,7 +284,7 @@ _ROWS = (
     ),
     Figure(
         key="background", title="Background", brief="background", of="images", better="low",
-        shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
+        bounds=(0.0, math.inf), shown=("main", "sweep"), help="the distance of the background from the nearest grating, in levels of 256 (rms)",
     ),
     _share(
         key="geneval", title="GenEval (transformers' Mask2Former)", brief="GenEval", shown=("main", "sweep"),
@@ -304,7 +306,7 @@ _ROWS = (
     ),
     Figure(
         key="image_distance", title="Distance to the pretrained image", brief="distance to the pretrained image",
-        of="images", write=percent, shown=("sweep",),
+        of="images", write=percent, bounds=(0.0, 1.0), shown=("sweep",),
         help="the root mean square difference of pixels from the pretrained model's image of the same seed, over their range",
     ),
     Figure(
@@ -334,7 +336,8 @@ _ROWS = (
         shown=("curve",),
     ),
     Figure(key="phase", title="Phase", brief="phase", of="run", write=count, shown=("progress",)),
-    Figure(key="r2", title="R²", of="run", better="high", shown=("progress",)),
+    Figure(key="r2", title="R² on held-out images", brief="held-out R²", of="run", better="high", shown=("progress",)),
+    Figure(key="fit_r2", title="R² of the fit", of="run", better="high", shown=("progress",)),
     Figure(key="lr", title="Learning rate", of="run", shown=("curve",)),
     Figure(key="grad_norm", title="Gradient norm before clipping", of="run", shown=("curve",)),
     Figure(
@@ -401,28 +404,11 @@ def name_of(key: str, rows: Sequence[Measured]) -> str:
     return f"{name_of(whole, rows)}, {_PARTS[part]}"
 
 
-def swept(row: Measured) -> Iterator[str]:
-    """The keys of a row that a sweep's table keeps: figures, and their intervals."""
-    for figure in shown_in("sweep"):
-        yield from (k for k in (figure.key, f"{figure.key}_low", f"{figure.key}_high") if k in row)
-
-
-def swept_pairs(paired: Measured) -> dict[str, float]:
-    """What a sweep's table keeps of a row's comparison with the pretrained one, as columns: `frechet_ratio`, `recall_difference_low`."""
-    columns: dict[str, float] = {}
-    for figure in shown_in("sweep"):
-        parts = paired.get(figure.key) or {}
-        for kind in [kind for kind in ("ratio", "difference") if kind in parts][:1]:
-            limits = {f"{figure.key}_{kind}_{end}": parts[kind][end] for end in ("low", "high")}
-            columns |= {f"{figure.key}_{kind}": parts[kind]["value"]} | limits
-    return columns
-
-
-def seeded_keys(line: Measured) -> list[str]:
-    """The columns of a sweep's line that are averaged over seeds: figures, and their comparisons with the pretrained model."""
-    kinds = ("", "_ratio", "_difference")
-    keys = [f"{figure.key}{kind}" for figure in shown_in("sweep") for kind in kinds]
-    return [key for key in keys if key in line]
+def bounds_of(key: str) -> tuple[float, float]:
+    """The least and the most that a figure can be, or that two rows can differ in it: of `exact_difference` -1 and 1."""
+    figure = FIGURES.get(key.removesuffix("_difference"))
+    low, high = figure.bounds if figure else (-math.inf, math.inf)
+    return (low, high) if key in FIGURES else (low - high, high - low)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

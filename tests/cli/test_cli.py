@@ -15,7 +15,7 @@ import typer
 import yaml
 from typer.testing import Result
 
-from commandline import call, fails
+from commandline import call, fails, says
 from grafting import Prompt, cli, write_prompts
 from grafting.errors import RunError
 from grafting.hosts import hosts
@@ -497,3 +497,21 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
 def test_bad_settings_on_the_command_line(tmp_path: Path, setting: str, message: str):
     assert message in fails("check", write_recipe(tmp_path), "--set", setting)
     assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("until", "said"),
+    [
+        ("calibrate", "Calibrate: {folder}/calibrate"),
+        ("teach", "Teach: {folder}/teach/latents"),
+        ("distill", "Distill: the recipe has no such stage"),
+    ],
+)
+def test_a_run_says_what_its_last_stage_made(tmp_path, until, said):
+    settings = {key: RECIPE[key] for key in ("name", "source", "plan")}
+    made = {"name": "teacher", "num_images": 4, "sampler": "ddim", "steps": 1, "batch_size": 4}
+    calibrate = {"samples": 4, "batch_size": 4}
+    path, folder = tmp_path / "small.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(settings | {"data": made, "calibrate": calibrate}))
+    told = says("run", path, "--out", folder, "--until", until)
+    assert told.splitlines()[-1] == said.format(folder=folder)

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from commandline import fails
 from grafting import cli
 from grafting.words import FIGURES, verdict
 from report.synthetic_run import write_run
@@ -55,6 +56,15 @@ def test_one_row_is_not_compared(tmp_path):
     result = CliRunner().invoke(cli.app, ["compare", str(write_run(tmp_path / "a"))])
     assert result.exit_code == 1
     assert "needs two rows or more" in result.output
+
+
+def test_a_sweeps_folder_is_no_run(tmp_path):
+    runs = [write_run(tmp_path / "many" / f"seed-{n}") for n in (1, 2)]
+    (tmp_path / "many" / "table-over-seeds.md").touch()
+    for row in ("", ":finetuned"):
+        said = fails("compare", f"{tmp_path / 'many'}{row}", tmp_path / "other")
+        assert f"holds 2 runs of a sweep: name one of them, such as {runs[0]}" in said
+        assert f"{tmp_path / 'many' / 'table-over-seeds.md'} has the figures of all" in said
 
 
 def test_a_page_is_written_too(tmp_path):

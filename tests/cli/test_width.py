@@ -37,4 +37,9 @@ def test_a_step_says_its_shares_in_percent():
     said = describe_values(
         {"loss/a": 0.03, "loss/b": 0.05, "r2/a": 0.871, "images_per_s": 81.25, "data_wait": 0.0561}
     )
-    assert said == "loss 0.0400, R² 0.871, images/s 81.2, waiting for data 5.6\u00a0%"
+    assert said == "loss 0.0400, held-out R² 0.871, images/s 81.2, waiting for data 5.6\u00a0%"
+
+
+def test_calibrations_r2_is_not_called_as_stage_1s():
+    """One is of the images that were fitted, the other of held-out ones."""
+    assert describe_values({"fit_r2/a": 0.9, "fit_r2_before/a": -1.0}) == "R² of the fit 0.900"

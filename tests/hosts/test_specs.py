@@ -11,7 +11,9 @@ from closeness import assert_close
 from grafting.contract import Grid
 from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
+from grafting.errors import HostError
 from grafting.hosts import SdpaHost, SdpaSpec, host_of, hosts
+from grafting.hosts._grids import fact
 from grafting.weights.folder import load, save_model
 
 # MochiModel asks for autocast that a CPU has not
@@ -99,6 +101,50 @@ def test_the_native_grid_is_that_of_the_models_config(name):
     with torch.no_grad():
         x = torch.randn(2, *shape)
         assert host.predict(model, x, torch.ones(2), condition).shape == x.shape
+
+
+@pytest.mark.parametrize("name", [name for name, host in SPECS.items() if host.spec.most])
+def test_a_model_takes_no_more_tokens_than_it_has_positions_for(name):
+    """Its native size is one that it takes, and larger ones are refused by `shape_faults`, before a model's IndexError."""
+    host = SPECS[name]
+    model = host.tiny().eval()
+    shape, inputs = host.shape(model), example(host, model)
+    rows, cols = (fact(model, side) for side in host.spec.most)
+    grid = host.sites(model)[0].grid
+    assert grid.rows <= rows < 64
+    assert grid.cols <= cols < 64
+    condition = {name: inputs[name] for name in host.needed(model)}
+    with torch.no_grad():
+        x = torch.randn(2, *shape)
+        assert host.predict(model, x, torch.ones(2), condition).shape == x.shape
+    side = shape[-1] // grid.cols
+    assert host.shape_faults(model, (shape[0], rows * side, cols * side)) == []
+    assert host.shape_faults(model, (shape[0], rows * side, (cols + 1) * side)) == [
+        f"{rows} x {cols + 1} tokens; this {host.class_name} has positions for {rows} x {cols}"
+    ]
+
+
+def test_the_published_size_is_native_where_there_are_positions_for_it():
+    host = SPECS["auraflow"]
+    with torch.device("meta"):
+        model = host.model_class(**host.spec.tiny | {"pos_embed_max_size": 9216})
+    assert host.shape(model) == (4, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "none"),
+    [
+        ("auraflow", ["num_mmdit_layers", "num_single_dit_layers"]),
+        ("zimage", ["n_layers", "n_refiner_layers"]),
+    ],
+)
+def test_a_model_without_blocks_is_one_error(name, none):
+    host = SPECS[name]
+    model = host.model_class(**host.spec.tiny | dict.fromkeys(none, 0))
+    with pytest.raises(HostError, match="has no blocks, in .*: there is nothing that could be replaced"):
+        graft(model, WINDOW)
+    # one block is enough
+    assert host.sites(host.model_class(**host.spec.tiny | {none[0]: 1, none[1]: 0}))
 
 
 def test_it_predicts_images_of_any_size(host, model):

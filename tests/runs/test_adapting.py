@@ -127,6 +127,19 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_pipeline_without_text_encoders_is_refused_before_any_work(tmp_path):
+    pipe = pixart()
+    pipe.text_encoder = None
+    with pytest.raises(
+        grafting.HostError, match="is to encode prompts, and its text_encoder is None: load it whole"
+    ):
+        grafting.adapt(pipe, plan_of("softmax"), prompts=WORDS, folder=tmp_path / "x")
+    pipe.tokenizer = None
+    with pytest.raises(grafting.HostError, match="its text_encoder and tokenizer are None"):
+        grafting.adapt(pipe, plan_of("softmax"), prompts=WORDS, folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_small_model_is_taught_in_its_own_size():
     """An SD3 of 16 x 16 latents, not of the published 128 x 128, which its positions do not reach to."""
     torch.manual_seed(0)

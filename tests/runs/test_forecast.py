@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 
 import tinyrecipe
 from grafting import cli
+from grafting.cost.speed import matmul_tflops
 from grafting.errors import RecipeError
+from grafting.machine.devices import default_device
+from grafting.machine.precision import resolve_precision
 from grafting.runs.file import load_recipe
 from grafting.runs.forecast import Forecast, StageForecast, forecast
 from grafting.runs.recipe import Recipe
@@ -176,12 +179,24 @@ def test_guidance_doubles_sampling():
     assert plain.disk == {"images (in shards, then in one file)": 2 * 20 * 32 * 32}
 
 
-def test_without_a_known_device_there_is_no_time(monkeypatch):
+def test_a_device_without_a_known_peak_has_that_of_a_matrix_product(monkeypatch):
     monkeypatch.setattr("grafting.runs.forecast.device_at", lambda device: None)
-    found = stage(forecast(tiny()), "distill")
-    assert found.hours is None
-    assert "set --device or --peak-tflops" in found.basis
-    assert stage(forecast(tiny(), peak_tflops=1.0), "distill").hours > 0
+    monkeypatch.setattr("grafting.runs.forecast.matmul_tflops", lambda dtype, device: 1e-6)
+    found = stage(forecast(tiny()), "finetune")
+    assert found.hours == pytest.approx(found.flops / (1e6 * 0.3) / 3600)
+    precision = resolve_precision("auto", default_device())
+    assert found.basis == f"computed, FLOPs at 30% of 1e-06 TFLOP/s ({precision}, a matrix product here)"
+    assert stage(forecast(tiny(), peak_tflops=1.0), "finetune").hours < found.hours
+    # several processes share its cores
+    shared = stage(forecast(tiny(), processes=2), "finetune")
+    assert shared.hours is None
+    assert "set --device or --peak-tflops" in shared.basis
+
+
+def test_the_rate_of_a_matrix_product_is_measured():
+    rate = matmul_tflops(torch.float32, torch.device("cpu"))
+    assert 1e-4 < rate < 100
+    assert matmul_tflops(torch.float32, torch.device("cpu")) == rate
 
 
 def test_an_unknown_device_is_named_with_those_that_are_known():

@@ -191,6 +191,17 @@ def test_a_suite_of_scores_needs_scores_alone():
     assert found["correct"]["difference"]["value"] == pytest.approx(float((a - b).mean()))
 
 
+def test_a_difference_of_shares_stays_within_100_points():
+    labels, a, b = torch.arange(4), torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    rows = (
+        row(name, PerImage(labels=labels, scores={"exact": scores})) for name, scores in (("a", a), ("b", b))
+    )
+    found = comparison(*rows)["exact"]["difference"]
+    assert found["value"] == -0.5
+    assert found["low"] == -1
+    assert found["high"] == 1
+
+
 def test_a_row_equals_itself():
     found = comparison(row("a", per_image()), row("b", per_image()))
     assert found["frechet"]["ratio"] == {"value": 1, "error": 0, "low": 1, "high": 1}

@@ -1,15 +1,18 @@
 """A recipe repeated with all its seeds moved: other weights and images each time, and means with t intervals."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
 
+from commandline import says
 from grafting import cli
 from grafting.runs.file import load_recipe
 from grafting.runs.recipe import Recipe
 from grafting.runs.seeds import over_seeds, with_seeds_moved
 from grafting.runs.sweep import Sweep, points, read_table, run_sweep, seeds_sweep
+from grafting.words import bounds_of
 from tinyrecipe import TINY
 
 RECIPE = Recipe.model_validate(TINY | {"calibrate": {"samples": 8}, "rows": ["pretrained", "finetuned"]})
@@ -81,6 +84,14 @@ def test_what_is_of_one_run_is_refused(tmp_path):
     )
     assert result.exit_code == 1
     assert "--seeds makes whole runs and takes no --until" in result.stderr
+    arguments = ["run", str(tmp_path / "r.yaml"), "--seeds", "3", "--dry-run"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert [line.split()[0] for line in told.output.splitlines()[2:6]] == [
+        "seed-1",
+        "seed-2",
+        "seed-3",
+        "all",
+    ]
 
 
 def test_the_interval_of_a_share_stays_a_share():
@@ -92,3 +103,38 @@ def test_the_interval_of_a_share_stays_a_share():
     assert line["exact"] == pytest.approx(0.35 / 3)
     assert line["exact_low"] == 0.0
     assert 0.3 < line["exact_high"] < 1
+
+
+def test_an_interval_stays_within_what_its_figure_can_be():
+    lines = [
+        {
+            "seed": f"seed-{n}",
+            "stage": "finetuned",
+            "exact_difference": d,
+            "recall": r,
+            "frechet": f,
+            "kid": k,
+        }
+        for n, (d, r, f, k) in enumerate(((-0.9, 0.5, 1.0, 1.0), (-0.5, 0.9, 3.0, 3.0)), start=1)
+    ]
+    (line,) = over_seeds(lines)
+    reach = 12.706205
+    assert line["exact_difference"] == pytest.approx(-0.7)
+    assert (line["exact_difference_low"], line["exact_difference_high"]) == (-1, 1)
+    assert (line["recall_low"], line["recall_high"]) == (0, 1)
+    assert line["frechet_low"] == 0
+    assert line["frechet_high"] == pytest.approx(2 + reach)
+    # an unbiased estimate can be negative
+    assert bounds_of("kid") == (-math.inf, math.inf)
+    assert bounds_of("kid_difference") == bounds_of("frechet_ratio") == (-math.inf, math.inf)
+
+
+def test_two_seeds_are_said_to_tell_little(tmp_path):
+    settings = TINY | {"distill": None, "finetune": None, "rows": ["pretrained"]}
+    (tmp_path / "r.yaml").write_text(json.dumps(settings))
+    said = says("run", tmp_path / "r.yaml", "--seeds", "2", "--out", tmp_path / "runs")
+    table = (tmp_path / "runs" / "table-over-seeds.md").read_text()
+    for text in (said, table):
+        assert text.splitlines()[-1].startswith(
+            "Intervals of two seeds reach 12.7 standard errors to each side"
+        )

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from grafting.cli import app
 from grafting.errors import MissingBackend, RecipeError, RunError
+from grafting.runs.forecast import forecast
 from grafting.runs.identity import row_fingerprint
 from grafting.runs.job import prepare
 from grafting.runs.stages import training_flops
@@ -22,6 +23,7 @@ from grafting.runs.sweep import (
     run_sweep,
     run_sweep_on_ray,
 )
+from grafting.words import amount
 from tinyrecipe import SAVED_OFTEN as TINY
 
 SWEEP = {
@@ -189,6 +191,54 @@ def test_command_line(finished, tmp_path):
     wrong = CliRunner().invoke(app, [*map(str, arguments), "--only", "window"])
     assert wrong.exit_code == 1
     assert "--only takes COLUMN=LABEL" in wrong.output
+
+
+def test_a_dry_run_says_what_each_recipe_takes_and_the_sum(tmp_path):
+    file, grids = write(tmp_path), SWEEP["grids"]
+    alone = forecast(points(load_sweep(file))[-1].recipe, device="h100")
+    arguments = ["sweep", str(file), "--dry-run", "--device", "h100", "--out", str(tmp_path / "runs")]
+    told = CliRunner().invoke(app, [*arguments, "--only", "ratio=100"])
+    assert told.exit_code == 0, told.output
+    lines = [line.split() for line in told.output.splitlines()]
+    assert [line[:2] for line in lines[2:4]] == [["hyena-x", "100"], ["window", "100"]]
+    assert lines[3][2:4] == f"{alone.params / 1000:.1f} k".split()
+    assert lines[4][0] == "all"
+    disk = sum(stage.disk_bytes for stage in alone.stages)
+    assert lines[3][-2:] == amount(disk).replace("k", "kB").replace("M", "MB").split()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.yaml"]
+    grids = [
+        {"changes": {"plan": [{"role": "attention", "blocks": [n], "operator": "softmax"}]}} for n in (5, 9)
+    ]
+    write(tmp_path, grids=[{"labels": {"at": n}, **grid} for n, grid in enumerate(grids)])
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1
+    assert "2 faults in recipes of 2" in refused.stderr
+    assert "no block 5" in refused.stderr
+    assert "no block 9" in refused.stderr
+    only = CliRunner().invoke(app, ["sweep", str(file), "--mfu", "0.5"])
+    assert "--mfu only applies to --dry-run" in only.stderr
+
+
+def test_check_takes_a_sweep(tmp_path):
+    file = str(write(tmp_path))
+    told = CliRunner().invoke(app, ["check", file])
+    assert told.exit_code == 0, told.output
+    assert [line.split()[:3] for line in told.output.splitlines()[1:6]] == [
+        ["none", "0", "0"],
+        ["hyena-x", "50", "1"],
+        ["hyena-x", "100", "2"],
+        ["window", "50", "1"],
+        ["window", "100", "2"],
+    ]
+    assert "The 5 recipes of the sweep are valid." in told.output
+    facts = json.loads(CliRunner().invoke(app, ["check", file, "--json"]).output)
+    assert [len(recipe["edits"]) for recipe in facts] == [0, 1, 2, 1, 2]
+    assert facts[3]["labels"] == {"design": "window", "ratio": 50}
+    assert "--set changes one recipe" in CliRunner().invoke(app, ["check", file, "--set", "seed=1"]).stderr
+    for command in (["cost", file], ["run", file]):
+        refused = CliRunner().invoke(app, command).stderr
+        assert f"`grafting check {file}`" in refused
+        assert f"`grafting sweep {file} --dry-run`" in refused
 
 
 def test_ray_is_asked_for_by_name(finished, tmp_path, monkeypatch):

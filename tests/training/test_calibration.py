@@ -46,8 +46,8 @@ def test_an_output_layer_that_was_disturbed_is_recovered():
     last = _calibrate(teacher, operators, ridge=1e-10)[-1]
     for path, operator in operators.items():
         original = teacher.get_submodule(path).proj
-        assert last.values[f"r2_before/{path}"] < 0
-        assert last.values[f"r2/{path}"] > 1 - 1e-6
+        assert last.values[f"fit_r2_before/{path}"] < 0
+        assert last.values[f"fit_r2/{path}"] > 1 - 1e-6
         assert_close("weight", operator.attention.proj.weight, original.weight, 1e-3)
         assert_close("bias", operator.attention.proj.bias, original.bias, 1e-3)
 
@@ -71,9 +71,9 @@ def test_random_operators_come_to_explain_the_teacher():
     values = _calibrate(teacher, operators)[-1].values
     again = _calibrate(teacher, operators)[-1].values
     for path in operators:
-        assert values[f"r2_before/{path}"] < 0 < values[f"r2/{path}"]
+        assert values[f"fit_r2_before/{path}"] < 0 < values[f"fit_r2/{path}"]
         # what the sums promise is what the refitted operator gives for the same images
-        assert again[f"r2_before/{path}"] == pytest.approx(values[f"r2/{path}"], abs=1e-5)
+        assert again[f"fit_r2_before/{path}"] == pytest.approx(values[f"fit_r2/{path}"], abs=1e-5)
 
 
 def test_a_narrower_mlp_takes_the_neurons_that_no_other_stands_for():
@@ -93,7 +93,7 @@ def test_a_narrower_mlp_takes_the_neurons_that_no_other_stands_for():
     for path, mlp in mlps.items():
         taken = (operators[path].mixer.fc1.weight[:, None] == mlp.fc1.weight[:64]).all(-1)
         assert (taken.sum(0) == 1).all(), "one of each pair"
-        assert steps[-1].values[f"r2/{path}"] > 1 - 1e-5
+        assert steps[-1].values[f"fit_r2/{path}"] > 1 - 1e-5
 
 
 def test_a_random_mlp_takes_no_neurons():
@@ -123,7 +123,7 @@ def test_a_layer_without_a_bias_gets_none():
         fit.add((h,), {}, teacher(h))
     values = torch.no_grad()(fit.finish)(CalibrateConfig(ridge=1e-10))
     assert_close("weight", layer.weight, teacher.weight, 1e-5)
-    assert values["r2/layer"] > 1 - 1e-9
+    assert values["fit_r2/layer"] > 1 - 1e-9
 
 
 def test_same_seed_same_operators():
@@ -236,5 +236,5 @@ def test_bfloat16_passes_come_close():
     )
     assert got != want
     for name, value in want.items():
-        if name.startswith("r2/"):
+        if name.startswith("fit_r2/"):
             assert got[name] == pytest.approx(value, abs=0.02)

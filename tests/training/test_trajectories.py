@@ -195,8 +195,8 @@ def test_calibration_takes_them(teacher):
     operators = build_operators(teacher, HYENA, seed=1)
     config = CalibrateConfig(samples=32, batch_size=8, precision="fp32")
     *_, last = calibrate(teacher, operators, trajectories(), config, denoiser=denoiser())
-    (r2,) = (value for name, value in last.values.items() if name.startswith("r2/"))
-    (before,) = (value for name, value in last.values.items() if name.startswith("r2_before/"))
+    (r2,) = (value for name, value in last.values.items() if name.startswith("fit_r2/"))
+    (before,) = (value for name, value in last.values.items() if name.startswith("fit_r2_before/"))
     assert r2 > before
 
 

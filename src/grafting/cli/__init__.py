@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from ..cli import about, comparing, data, inspection, measuring, run, samples, weights
+from ..cli import about, checking, comparing, data, inspection, measuring, run, samples, weights
 from ..errors import FaultWarning, GraftingError, ResumeWarning, listed
 from ..machine.signals import Interrupted, catching_signals
 from ._shared import err
@@ -61,7 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (run, comparing, inspection, about, samples, measuring, weights):
+for group in (run, comparing, checking, inspection, about, samples, measuring, weights):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
 

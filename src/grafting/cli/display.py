@@ -1,6 +1,7 @@
 """Terminal output: progress of stages, and tables. Computes no figures."""
 
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -271,18 +272,15 @@ def show_cost(console: Console, facts: Mapping[str, Any]) -> None:
 def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
     """Print a forecast (as JSON): one line per stage, the contents of memory and disk, and the basis of the times."""
 
-    def size(num_bytes: int | None) -> str:
-        return ABSENT if num_bytes is None else f"{amount(num_bytes)}B"
-
     stages = found["stages"]
     rows = [
         [
             stage["name"],
             stage["work"],
             f"{number(stage['flops'] / 1e15)} P",
-            duration(3600 * stage["hours"]) if stage["hours"] is not None else ABSENT,
-            size(stage["memory_bytes"]),
-            size(stage["disk_bytes"]),
+            _hours(stage["hours"]),
+            _size(stage["memory_bytes"]),
+            _size(stage["disk_bytes"]),
         ]
         for stage in stages
     ]
@@ -290,21 +288,67 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
     console.print(plain_table(["stage", "work", "FLOPs", "time", "memory per process", "disk"], rows))
     for stage in stages:
         for what in ("memory", "disk"):
-            parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in stage[what].items())
+            parts = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in stage[what].items())
             say(console, f"{stage['name']}, {what}: {parts}")
         if stage["activations"]:
-            parts = ", ".join(f"{size(num_bytes)} {how}" for how, num_bytes in stage["activations"].items())
+            parts = ", ".join(f"{_size(num_bytes)} {how}" for how, num_bytes in stage["activations"].items())
             say(console, f"{stage['name']}, activations: {parts}")
         say(console, f"{stage['name']}, time: {stage['basis']}")
     if found["data"]["items"] is not None:
-        say(console, f"Data: {found['data']['items']:,} items, {size(found['data']['bytes'])}")
+        say(console, f"Data: {found['data']['items']:,} items, {_size(found['data']['bytes'])}")
     dump = found["dump"]
     if dump["published"]:
-        here = size(dump["here"]) if dump["here"] else "nothing"
+        here = _size(dump["here"]) if dump["here"] else "nothing"
         say(
             console,
-            f"Activations on disk: {here}; the published method for stage 1 stores {size(dump['published'])}",
+            f"Activations on disk: {here}; the published method for stage 1 stores {_size(dump['published'])}",
         )
+
+
+def show_forecasts(
+    console: Console, name: str, found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> None:
+    """Print what a sweep's recipes take, of each its labels and its forecast (as JSON): a line each, and their sum."""
+    columns = list(dict.fromkeys(column for labels, _ in found for column in labels))
+    every = [stage for _, forecast in found for stage in forecast["stages"]]
+    rows = [
+        [*map(labels.get, columns), amount(forecast["params"]), *_takes(forecast["stages"])]
+        for labels, forecast in found
+    ]
+    rows.append([*[None] * len(columns), "all", *_takes(every)])
+    first = found[0][1]
+    say(console, f"Sweep {name}, {len(found)} recipes, {first['processes']} x {first['device']}")
+    heads = ["params", "FLOPs", "time", "memory per process", "disk"]
+    console.print(plain_table([*columns, *heads], rows))
+    # each run has logged a rate of its own
+    bases = [
+        re.sub("^measured, .*", "measured, by what runs of the sweep have logged", s["basis"]) for s in every
+    ]
+    for basis in dict.fromkeys(bases):
+        say(console, f"Time: {basis}")
+    say(
+        console,
+        "Each as if it ran alone: sites that several recipes fit alike are fitted once, and a recipe whose lines are in the table is skipped",
+    )
+
+
+def _takes(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """FLOPs, time and disk of stages together, and the memory of the one that takes most."""
+    hours = [stage["hours"] for stage in stages]
+    return [
+        f"{number(sum(stage['flops'] for stage in stages) / 1e15)} P",
+        _hours(None if None in hours else sum(hours)),
+        _size(max((stage["memory_bytes"] for stage in stages), default=0)),
+        _size(sum(stage["disk_bytes"] for stage in stages)),
+    ]
+
+
+def _hours(hours: float | None) -> str:
+    return ABSENT if hours is None else duration(3600 * hours)
+
+
+def _size(num_bytes: int | None) -> str:
+    return ABSENT if num_bytes is None else f"{amount(num_bytes)}B"
 
 
 def show_diagnosis(console: Console, found: "Diagnosis") -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..cost.speed import matmul_tflops
 from ..data.bundled import (
     bundled_classifier,
     bundled_reference_path,
@@ -30,8 +31,6 @@ from ..machine.devices import default_device
 from ..machine.precision import resolve_precision, why
 
 # large enough that starting the multiplication does not count, small enough for a slow core
-_MATMUL_SIZE = 512
-_REPEATS = 3
 
 _ASSETS: dict[str, Callable[[], object]] = {
     "testbed model": testbed_model_folder,
@@ -130,7 +129,7 @@ def measure_matmul(device: torch.device) -> dict[str, float]:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if device.type != "cpu":
         dtypes["float16"] = torch.float16
-    return {name: round(_matmul_gflops(dtype, device), 1) for name, dtype in dtypes.items()}
+    return {name: round(1000 * matmul_tflops(dtype, device), 1) for name, dtype in dtypes.items()}
 
 
 def find_compiler() -> str | None:
@@ -154,16 +153,6 @@ def _compile_outlook(compiler: str | None) -> str:
     if compiler is None:
         return "no C++ compiler (g++ or clang++) found: torch.compile will not work on the CPU"
     return "not tried (`grafting doctor --full` does)"
-
-
-def _matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
-    x = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(_REPEATS + 1):  # the first is a warm-up
-        started = time.perf_counter()
-        (x @ x).sum().item()  # a number on the CPU: waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * _MATMUL_SIZE**3 / min(seconds[1:]) / 1e9
 
 
 def _usable_cores() -> int:

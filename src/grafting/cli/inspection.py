@@ -1,4 +1,4 @@
-"""Read-only commands that inspect recipes and models, and what they cost."""
+"""Read-only commands that inspect models, and what plans cost."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, HostError
-from ..words import FIGURES
 from ._shared import (
     Json,
     Model,
@@ -21,7 +20,6 @@ from ._shared import (
     open_recipe,
     out,
     print_json,
-    uncollected,
 )
 from .display import follow, plain_table, say, show_cost
 from .options import Options, command
@@ -32,97 +30,9 @@ if TYPE_CHECKING:
     from ..analysis import Locality
     from ..contract import Denoiser, Grid, Site
     from ..editing.plan import Choice
-    from ..runs.job import Job
     from ..sampling.chain import SamplingConfig
 
 app = typer.Typer()
-
-
-@app.command()
-@uncollected()
-def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, spec: Spec = None) -> None:
-    """Check a recipe, and show what it would do.
-
-    [dim]$ grafting check my-recipe.yaml[/]
-    """
-    from ..runs.job import prepare
-
-    summary = _summary(prepare(open_recipe(recipe, settings)))
-    if as_json:
-        print_json(summary)
-        return
-    edits = [[e["block"], e["role"], e["path"], e["operator"]["name"]] for e in summary["edits"]]
-    if edits:
-        out.print(plain_table(["block", "role", "path", "operator"], edits))
-    num_blocks = sum(edit["role"] == "block" for edit in summary["edits"])
-    say(out, f"{len(edits) - num_blocks} of {summary['num_sites']} sites are edited")
-    if num_blocks:
-        say(out, f"{num_blocks} blocks are merged or dropped")
-    for what in ("params", "attention_flops"):
-        before, after = summary[what]["before"], summary[what]["after"]
-        change = f" ({after / before - 1:+.1%})" if before else ""
-        say(out, f"{FIGURES[what].inline}: {before:,} to {after:,}{change}")
-    for stage, words in summary["stages"].items():
-        say(out, f"{stage}: {words}")
-    for note in summary["notes"]:
-        say(out, f"Note: {note}")
-    say(out, "The recipe is valid.")
-
-
-def _summary(job: "Job") -> dict[str, Any]:
-    """Summarise what a recipe does to its model, as JSON data."""
-    from ..cost.count import count_parameters
-    from ..editing.surgery import build_operators, grafted
-
-    sites = job.host.sites(job.model)
-    before = count_parameters(job.model)
-    with grafted(job.model, build_operators(job.model, job.recipe.edits, seed=job.recipe.seed)) as model:
-        after = count_parameters(model)
-    return {
-        "recipe": job.recipe.name,
-        "host": job.host.name,
-        "num_sites": len(sites),
-        "edits": [_site_facts(site, choice) for site, choice in job.chosen.items()],
-        "params": {"before": before, "after": after},
-        "attention_flops": {
-            "before": job.attention_flops(is_edited=False).total,
-            "after": job.attention_flops(is_edited=True).total,
-        },
-        "stages": _stages_in_words(job),
-        "notes": [f"no pipeline draws with this graft: {fault}"]
-        if (fault := job.host.pipeline_fault)
-        else [],
-    }
-
-
-def _stages_in_words(job: "Job") -> dict[str, str]:
-    from ..sampling.taught import TaughtConfig
-    from ..sampling.trajectories import Trajectories
-
-    recipe, words = job.recipe, {}
-    if isinstance(recipe.data, TaughtConfig):
-        made = recipe.data
-        words["teach"] = f"{made.num_images} latents of the source, {made.sampler} with {made.steps} steps"
-    if recipe.distill and job.chosen:
-        held_out = recipe.distill.holdout
-        images = (
-            f"{job.data}; {held_out} held out"
-            if isinstance(job.data, Trajectories)
-            else f"images, {len(job.data) - held_out} to train on and {held_out} held out"
-        )
-        words["distill"] = f"{recipe.distill.steps} steps of {recipe.distill.batch_size} {images}"
-    for number, phase in enumerate(recipe.phases, start=1):
-        name = "finetune" if len(recipe.phases) == 1 else f"finetune, phase {number}"
-        trained = "" if phase.trainable == "all" else f", which train {phase.trained_in_words}"
-        images = f"{job.data}" if isinstance(job.data, Trajectories) else f"of {len(job.data)} images"
-        words[name] = f"{phase.steps} steps of {phase.batch_size} {images}{trained}"
-    if recipe.sample:
-        config = recipe.sample
-        words["sample"] = (
-            f"{config.num_images} images of each model, {config.sampler} with {config.steps} steps, "
-            f"cfg scale {config.cfg_scale:g}"
-        )
-    return words
 
 
 @app.command()
@@ -247,7 +157,7 @@ def sites(
     loaded, plan = open_model(model)
     host, chosen = host_of(loaded), resolve(loaded, plan)
     blocks = [site for site in host.blocks(loaded) if site in chosen]
-    facts = [_site_facts(site, chosen.get(site)) for site in (*host.sites(loaded), *blocks)]
+    facts = [site_facts(site, chosen.get(site)) for site in (*host.sites(loaded), *blocks)]
     if as_json:
         print_json({"host": host.name, "sites": facts})
         return
@@ -262,7 +172,7 @@ def sites(
     out.print(plain_table(headings, rows))
 
 
-def _site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
+def site_facts(site: "Site", choice: "Choice | None") -> dict[str, Any]:
     from ..editing.plan import describe_choice
 
     return {

@@ -11,7 +11,7 @@ import typer
 from ..errors import RecipeError
 from ..runs.paths import recipes_folder
 from ._shared import Json, Out, RecipeFile, Settings, Spec, err, open_recipe, out, print_json
-from .display import follow, in_turn, metrics_table, say, show_forecast
+from .display import follow, in_turn, metrics_table, say, show_forecast, show_forecasts
 
 if TYPE_CHECKING:
     from ..runs.recipe import Recipe
@@ -41,6 +41,20 @@ Seeds = Annotated[
         min=2,
         help="Repeat training and sampling with this many seeds; a table has means and t intervals over them.",
     ),
+]
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Estimate time, memory and disk, then stop. Needs no data.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Device to estimate for: h100, a100, ... [dim]Default: this machine's.[/]", metavar="NAME"
+    ),
+]
+Processes = Annotated[int, typer.Option(min=1, help="Processes to estimate for, one per device.")]
+Mfu = Annotated[
+    float, typer.Option(min=0.001, max=1, help="MFU to assume: share of the device's peak, from 0 to 1.")
 ]
 
 app = typer.Typer()
@@ -123,21 +137,10 @@ def run(
     peak_tflops: PeakTflops = None,
     settings: Settings = None,
     seeds: Seeds = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Estimate time, memory and disk, then stop. Needs no data."),
-    ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Device to estimate for: h100, a100, ... [dim]Default: this machine's.[/]", metavar="NAME"
-        ),
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes to estimate for, one per device.")] = 1,
-    mfu: Annotated[
-        float,
-        typer.Option(min=0.001, max=1, help="MFU to assume: share of the device's peak, from 0 to 1."),
-    ] = 0.3,
+    dry_run: DryRun = False,
+    device: Device = None,
+    processes: Processes = 1,
+    mfu: Mfu = 0.3,
     as_json: Json = False,
     spec: Spec = None,
 ) -> None:
@@ -147,29 +150,18 @@ def run(
     $ grafting run my-recipe.yaml --dry-run --device h100 --processes 8
     $ grafting run my-recipe.yaml --seeds 3[/]
     """
+    how = _estimating(dry_run, device=device, processes=processes, mfu=mfu) | {"peak_tflops": peak_tflops}
     if seeds is not None:
-        _check_repeatable(dry_run=dry_run, until=until, track=track, peak_tflops=peak_tflops, json=as_json)
+        given_peak = None if dry_run else peak_tflops
+        _check_repeatable(until=until, track=track, peak_tflops=given_peak, json=as_json)
         from ..runs.sweep import seeds_sweep
 
-        _sweep(seeds_sweep(open_recipe(recipe, settings), seeds), out_folder)
+        many = seeds_sweep(open_recipe(recipe, settings), seeds)
+        _forecast_sweep(many, out_folder, **how) if dry_run else _sweep(many, out_folder)
         return
     if dry_run:
-        _forecast(
-            open_recipe(recipe, settings),
-            out_folder,
-            device=device,
-            peak_tflops=peak_tflops,
-            processes=processes,
-            mfu=mfu,
-            as_json=as_json,
-        )
+        _forecast(open_recipe(recipe, settings), out_folder, as_json=as_json, **how)
         return
-    options = {"--device": device, "--processes": processes != 1, "--mfu": mfu != 0.3}
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise RecipeError(
-            f"{', '.join(given)} only applies to --dry-run; a run uses the devices that torch sees"
-        )
     _run(
         recipe,
         out_folder,
@@ -264,13 +256,13 @@ def _carry_out(
     has_figures = until in ("evaluate", "report") and metrics.is_file()
     rows = list(rows_of(folder)) if has_figures else []
     results = {
-        "distill": "distill",
+        "teach": "teach/latents",
         "finetune": "model",
-        "pipeline": "pipeline",
         "sample": "samples",
         "evaluate": "metrics.json",
+        "report": "report.html",
     }
-    result = folder / results.get(until, "report.html")
+    result = folder / results.get(until, until)
     if as_json:
         found = str(result) if result.exists() else None
         _print_result(
@@ -279,7 +271,7 @@ def _carry_out(
         return
     if rows:
         out.print(metrics_table(rows))
-    say(out, f"{until.capitalize()}: {result if result.exists() else 'nothing to do'}")
+    say(out, f"{until.capitalize()}: {result if result.exists() else 'the recipe has no such stage'}")
 
 
 def _print_result(found: object) -> None:
@@ -297,6 +289,29 @@ def _forecast(recipe: "Recipe", folder: Path | None, *, as_json: bool, **how: An
         print_json(found)
     else:
         show_forecast(out, found)
+
+
+def _estimating(dry_run: bool, **how: Any) -> dict[str, Any]:
+    """What a forecast assumes. Raises a RecipeError if that is said of what is no forecast."""
+    if not dry_run and (given := _given(how, {"processes": 1, "mfu": 0.3})):
+        raise RecipeError(
+            f"{', '.join(given)} only applies to --dry-run; a run uses the devices that torch sees"
+        )
+    return how
+
+
+def _given(options: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """The options that say something else than they usually do, as they are typed."""
+    return [
+        f"--{key.replace('_', '-')}" for key, value in options.items() if value and value != usual.get(key)
+    ]
+
+
+def _forecast_sweep(loaded: "Sweep", folder: Path | None, **how: Any) -> None:
+    from ..runs.sweep import forecasts
+
+    found = forecasts(loaded, folder or Path("runs") / loaded.name, **how)
+    show_forecasts(out, loaded.name, [(point.labels, each.to_json()) for point, each in found])
 
 
 @app.command()
@@ -321,34 +336,39 @@ def sweep(
         bool, typer.Option("--ray", help="Distribute the runs over a Ray cluster with a shared file system.")
     ] = False,
     seeds: Seeds = None,
+    dry_run: DryRun = False,
+    device: Device = None,
+    peak_tflops: PeakTflops = None,
+    processes: Processes = 1,
+    mfu: Mfu = 0.3,
     spec: Spec = None,
 ) -> None:
     """Run many recipes into one table; finished rows are skipped.
 
     The table is written as JSON, CSV and Markdown.
 
-    [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best[/]
+    [dim]$ grafting sweep recipes/testbed/table4.yaml --only recipe=best
+    $ grafting sweep recipes/testbed/table4.yaml --dry-run --device h100[/]
     """
     from ..runs.sweep import load_sweep
 
     loaded = load_sweep(file)
-    _sweep(
-        loaded if seeds is None else loaded.model_copy(update={"seeds": seeds}),
-        out_folder,
-        table=table,
-        only=dict(map(_parse_label, only or [])),
-        rows=rows.split(",") if rows else None,
-        machines=machines,
-    )
+    if seeds is not None:
+        loaded = loaded.model_copy(update={"seeds": seeds})
+    part: dict[str, Any] = {
+        "only": dict(map(_parse_label, only or [])),
+        "rows": rows.split(",") if rows else None,
+    }
+    how = _estimating(dry_run, device=device, processes=processes, mfu=mfu, peak_tflops=peak_tflops)
+    if dry_run:
+        _forecast_sweep(loaded, out_folder, **part, **how)
+    else:
+        _sweep(loaded, out_folder, table=table, machines=machines, **part)
 
 
 def _check_repeatable(**options: Any) -> None:
     """Raise a RecipeError if options of one run are given for many."""
-    usual = {"until": "report"}
-    given = [
-        f"--{name.replace('_', '-')}" for name, value in options.items() if value and value != usual.get(name)
-    ]
-    if given:
+    if given := _given(options, {"until": "report"}):
         raise RecipeError(f"--seeds makes whole runs and takes no {' and no '.join(given)}")
 
 
@@ -362,6 +382,7 @@ def _sweep(
     machines: bool = False,
 ) -> None:
     from ..machine.processes import together
+    from ..runs.seeds import TWO_SEEDS
     from ..runs.sweep import run_sweep, run_sweep_on_ray
 
     folder = folder or Path("runs") / loaded.name
@@ -384,6 +405,8 @@ def _sweep(
     say(out, f"Table: {table.with_suffix('.md')}")
     if loaded.seeds > 1:
         say(out, f"Means over seeds: {table.with_name(table.name + '-over-seeds').with_suffix('.md')}")
+    if loaded.seeds == 2:
+        say(out, TWO_SEEDS)
 
 
 def _parse_label(text: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -62,6 +63,8 @@ class Launches:
 
 LAUNCHES = Launches()
 
+_MATMUL_SIZE = 512
+
 
 def device_called(name: str) -> Device | None:
     """The kind of accelerator that a driver calls `name`; None if its peak is not known here."""
@@ -71,6 +74,18 @@ def device_called(name: str) -> Device | None:
 def device_at(device: torch.device) -> Device | None:
     """The kind of accelerator that this is; None on a CPU, and where its peak is not known."""
     return device_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@cache
+def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of a square matrix product: the best of a few, measured once a process."""
+    x = torch.ones(_MATMUL_SIZE, _MATMUL_SIZE, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first is a warm-up
+        started = time.perf_counter()
+        (x @ x).sum().item()  # a number on the CPU: waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * _MATMUL_SIZE**3 / min(seconds[1:]) / 1e12
 
 
 @dataclass(frozen=True, kw_only=True)

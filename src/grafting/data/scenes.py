@@ -319,12 +319,16 @@ def _range_of_seeds(text: str) -> str:
     return text
 
 
+PRETRAINING = range(800_000)
+"""Seeds of the scenes that the bundled model of `scenes` was pretrained on: those of recipes/scenes/pretrain.yaml."""
+
+
 class ScenesConfig(Settings):
     """Scenes of a range of seeds, drawn as they are asked for."""
 
     name: Literal["scenes"] = "scenes"
-    seeds: Annotated[str, AfterValidator(_range_of_seeds)] = "0-999999"
-    """First and last seed; one scene each."""
+    seeds: Annotated[str, AfterValidator(_range_of_seeds)] = "10000000-10999999"
+    """First and last seed; one scene each. The bundled model was pretrained on 0-799999."""
 
     def load(self) -> "Scenes":
         return Scenes(self.span)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ProtocolError
 from ..machine.reading import JsonObject
 from ..metrics.paired import Estimate, mean_estimate, paired_change, paired_difference
+from ..words import bounds_of
 from .per_image import PerImage, dealt_in_turn
 from .protocol import Protocol
 
@@ -67,7 +68,7 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
         except ValueError as error:
             notes.append(f"{NO_RATIO}: {error}")
     for key, difference in _differences(a, b, how):
-        found[key] = {"difference": difference}
+        found[key] = {"difference": difference.within(*bounds_of(f"{key}_difference"))}
     notes += [KERNEL_NOTE] if "kid" in found else []
     notes += [POINTS_NOTE] if {"recall", "coverage"} & found.keys() else []
     return {

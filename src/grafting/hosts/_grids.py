@@ -20,13 +20,15 @@ _AXES = {4: "b c h w", 5: "b c f h w"}
 
 
 def fact(model: nn.Module, value: Fact) -> Any:
-    """A number, or the one that the model keeps there, or the quotient of two.
+    """A number, or the one that the model keeps there, or the quotient of two, or a square root.
 
     Raises:
         AttributeError, KeyError, IndexError: the model keeps nothing there.
     """
     if not isinstance(value, str):
         return value
+    if value.endswith(" ** 0.5"):
+        return math.isqrt(fact(model, value.removesuffix(" ** 0.5")))
     first, *others = (_kept(model, part.strip()) for part in value.split("/"))
     return first // others[0] if others else first
 

@@ -23,7 +23,7 @@ from ._grids import (
     patch_sizes,
 )
 from ._host import Host, as_linear, built_of, linear_weights, randomise
-from ._sites import blocks_of, check_arguments, native_grid, part_of, sites_of
+from ._sites import blocks_of, check_arguments, grid_faults, native_grid, part_of, sites_of
 from ._spec import ACTIVATIONS, LatentTokens, PackedTokens, SdpaSpec
 
 
@@ -107,15 +107,13 @@ class SdpaHost(Host[nn.Module]):
         image = self.spec.image
         if isinstance(image, LatentTokens):
             return latent_grid(model, image, arguments[image.argument])
-        if image.positions is None:
+        if image.positions is None or (self.grid is None and not torch.compiler.is_compiling()):
             return packed_grid(image, arguments)
         if self.grid is None:
-            if torch.compiler.is_compiling():
-                raise HostError(
-                    f"{self.name}: the grid stands in {image.positions}, which a compiled model cannot read: "
-                    "graft with host=host_of(model).at_grid(Grid(rows, cols)), or compile the blocks alone"
-                )
-            return packed_grid(image, arguments)
+            raise HostError(
+                f"{self.name}: the grid stands in {image.positions}, which a compiled model cannot read: "
+                "graft with host=host_of(model).at_grid(Grid(rows, cols)), or compile the blocks alone"
+            )
         num_tokens = arguments[image.argument].shape[1]
         if self.grid.num_tokens != num_tokens:
             raise HostError(f"{self.name}: {num_tokens} image tokens, but its host was made for {self.grid}")
@@ -202,6 +200,9 @@ class SdpaHost(Host[nn.Module]):
             return channels, image.native_frames, rows, cols
         is_video = self.spec.native_grid.frames > 1
         return (channels, frames, rows, cols) if is_video else (channels, rows, cols)
+
+    def shape_faults(self, model: nn.Module, shape: tuple[int, ...]) -> list[str]:
+        return super().shape_faults(model, shape) or grid_faults(self.spec, model, self.grid_of(model, shape))
 
     def tiny(self) -> nn.Module:
         if self.spec.tiny is None:

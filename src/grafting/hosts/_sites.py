@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from ..contract import BlockCall, Grid, Site
+from ..errors import HostError
 from ..machine.reading import cut
 from ._grids import fact
 from ._host import as_linear
@@ -14,20 +16,41 @@ from ._spec import BlockList, PackedTokens, SdpaSpec, Time
 
 
 def native_grid(spec: SdpaSpec, model: nn.Module) -> Grid:
-    """The image tokens that the model was trained for: as its config says, where the spec knows that. Raises as `sites_of`."""
-    if spec.own_grid is None:
-        return spec.native_grid
-    *frames, rows, cols = (fact(model, side) for side in spec.own_grid)
-    return Grid(rows, cols, *frames)
+    """The image tokens that the model was trained for: as its config says, where the spec knows that, and no more than it has
+    positions for. Raises as `sites_of`."""
+    grid = spec.native_grid
+    if spec.own_grid is not None:
+        *frames, rows, cols = (fact(model, side) for side in spec.own_grid)
+        grid = Grid(rows, cols, *frames)
+    if spec.most is not None:
+        rows, cols = (fact(model, side) for side in spec.most)
+        grid = replace(grid, rows=min(grid.rows, rows), cols=min(grid.cols, cols))
+    return grid
+
+
+def grid_faults(spec: SdpaSpec, model: nn.Module, grid: Grid) -> list[str]:
+    """Why the model has no positions for a grid; empty if it has. Raises as `sites_of`."""
+    rows, cols = (fact(model, side) for side in spec.most or (grid.rows, grid.cols))
+    if grid.rows <= rows and grid.cols <= cols:
+        return []
+    return [
+        f"{grid.rows} x {grid.cols} tokens; this {type(model).__name__} has positions for {rows} x {cols}"
+    ]
 
 
 def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
     """Every attention and MLP, block by block.
 
     Raises:
-        AttributeError, KeyError, IndexError, TypeError: the model has no such module or fact.
+        AttributeError, KeyError, IndexError, TypeError: the model has no such module or fact. HostError: it has no blocks.
     """
-    for number, (path, blocks) in enumerate(_block_paths(spec, model)):
+    paths = [*_block_paths(spec, model)]
+    if not paths:
+        lists = ", ".join(blocks.path for blocks in spec.blocks)
+        raise HostError(
+            f"this {type(model).__name__} has no blocks, in {lists}: there is nothing that could be replaced"
+        )
+    for number, (path, blocks) in enumerate(paths):
         site, attention = _site(spec, model, number, blocks, grid), blocks.attention_of(path)
         block = model.get_submodule(path)
         if blocks.attention:

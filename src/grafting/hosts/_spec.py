@@ -31,7 +31,7 @@ from ..diffusion import FlowConfig, ProcessConfig
 
 Fact = str | NonNegativeInt
 """A number, or where the model keeps it: a dotted attribute such as `config.num_attention_heads`, an entry of a list such as
-`config.caption_channels.0`, or the quotient of two, `config.dim / config.n_heads`."""
+`config.caption_channels.0`, the quotient of two, `config.dim / config.n_heads`, or a square root, `config.num_places ** 0.5`."""
 Size = str | PositiveInt
 """A fact that is at least 1."""
 Activation = Literal["gelu", "gelu-tanh", "silu", "relu"]
@@ -248,6 +248,8 @@ class SdpaSpec(_Spec):
     """The image tokens that the model was trained for; a forward pass may have another grid."""
     own_grid: tuple[Size, Size] | tuple[Size, Size, Size] | None = None
     """Where a model's config says that, for models of other sizes than the published: rows and columns, or frames, rows and columns."""
+    most: tuple[Size, Size] | None = None
+    """The most rows and columns, where positions stand in a table that ends."""
     native_num_text: NonNegativeInt = 0
     """Other tokens beside them."""
     channels: Size = "config.in_channels"

@@ -277,6 +277,7 @@ class Prompting:
         source: str,
         call: Mapping[str, Any] | None = None,
     ):
+        check_encodes(pipeline)
         self.words, self.source = words, source
         self.capture = watch(pipeline, _host(pipeline), call=_call(pipeline, config, call or {}))
         started = time.perf_counter()
@@ -338,6 +339,20 @@ class Prompting:
                 done += len(rows)
                 yield Step(done=done, total=own)
         target.finish(source=self.source)
+
+
+def check_encodes(pipeline: Any) -> None:
+    """Raises a HostError if a pipeline was loaded without text encoders or tokenizers; of several, one is enough."""
+    missing = list[str]()
+    for kind in ("text_encoder", "tokenizer"):
+        parts = {name: part for name, part in pipeline.components.items() if name.startswith(kind)}
+        if parts and not any(part is not None for part in parts.values()):
+            missing += parts
+    if missing:
+        raise HostError(
+            f"{type(pipeline).__name__} is to encode prompts, and its {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} None: "
+            "load it whole, or encode the prompts by the whole pipeline with `grafting data prompts` and train by a recipe that names their folder"
+        )
 
 
 def _host(pipeline: Any) -> Host | None:

@@ -18,6 +18,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def within(self, least: float, most: float) -> "Estimate":
+        """The same, with limits that the figure can have."""
+        return self._replace(low=max(self.low, least), high=min(self.high, most))
+
 
 USUAL = 0.95
 """Confidence of an interval, where none is asked for."""

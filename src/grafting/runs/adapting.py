@@ -14,7 +14,7 @@ from ..data.prompts import Prompts
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, build_operators, resolve, sharing_copy
 from ..hosts import host_of, process_of, transformer_of
-from ..latents.prompting import Prompting, PromptingConfig
+from ..latents.prompting import Prompting, PromptingConfig, check_encodes
 from ..machine.devices import default_device
 from ..sampling.chain import check_sampling
 from ..sampling.drawing import describe_model
@@ -65,12 +65,14 @@ def adapt(
         The record, which can undo the graft; weights of the model's own that were trained (`trainable: all`) stay in memory for it.
 
     Raises:
-        PlanError: the plan does not fit; before any work. HostError: the pipeline has no transformer that can be edited, or does not run.
+        PlanError: the plan does not fit; before any work. HostError: the pipeline has no transformer that can be edited, has
+            no text encoder, or does not run.
         TrainingError: what a stage says; the transformer is then as it was.
     """
     model = transformer_of(pipeline)
     host = host_of(model)
     check_drawn(pipeline, host)
+    check_encodes(pipeline)
     resolve(model, plan)
     pipeline.to(default_device())
     tell = on_step or (lambda name, step: None)

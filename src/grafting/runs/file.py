@@ -37,7 +37,10 @@ def load_recipe(path: str | Path, *, changes: Mapping[str, Any] | None = None) -
     path = Path(path)
     settings = read_settings(path)
     if "grids" in settings:
-        raise RecipeError(f"{path} holds many recipes: grafting sweep {path}")
+        raise RecipeError(
+            f"{path} holds many recipes: `grafting check {path}` checks them, `grafting sweep {path} --dry-run` says what they take, "
+            f"and `grafting sweep {path}` runs them"
+        )
     return parse_recipe(changed(settings, with_paths(changes or {})), source=str(path))
 
 

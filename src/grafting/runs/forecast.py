@@ -2,8 +2,9 @@
 
 Neither weights nor data are needed. FLOPs, parameters and the activations kept for a backward pass are counted on the
 model's shapes; time is FLOPs over a device's peak at a stated share of it (MFU), which is an assumption, but no less than it
-takes to launch every step's operations; or images over the rate that an earlier part of the same run has logged. Left out: starting up, reading data, measuring on held-out images,
-decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
+takes to launch every step's operations; or images over the rate that an earlier part of the same run has logged. A device of no known
+peak, such as a CPU, has that of a matrix product, measured on the spot. Left out: starting up, reading data, measuring on
+held-out images, decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
 """
 
 import math
@@ -14,7 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..cost.speed import DEVICES, LAUNCHES, device_at
+import torch
+
+from ..cost.speed import DEVICES, LAUNCHES, device_at, matmul_tflops
 from ..data import LatentsConfig
 from ..errors import RecipeError, RunError
 from ..machine.devices import default_device
@@ -59,7 +62,7 @@ class StageForecast:
     disk: dict[str, int]  # bytes, by what they hold
     activations: dict[str, int] = field(default_factory=dict)
     """Bytes with gradient checkpointing and without, of stages that have both."""
-    hours: float | None = None  # by the clock; None: no peak is known
+    hours: float | None = None  # by the clock; None: not known
     basis: str = ""  # what the hours come from
 
     @property
@@ -79,6 +82,7 @@ class Forecast:
     device: str
     processes: int
     mfu: float
+    params: int  # of the model after the plan
     stages: tuple[StageForecast, ...]
     data: dict[str, int | None]  # items and bytes of what stages train on; None: not known
     # bytes of activations that stage 1 would keep by the published way, and that it keeps here
@@ -134,6 +138,7 @@ def forecast(
         device=known.title if known else str(default_device()),
         processes=processes,
         mfu=mfu,
+        params=shapes.cost.after.params,
         stages=tuple(stages),
         data=_data(recipe, shapes),
         dump={
@@ -175,10 +180,15 @@ class _Clock:
             basis = f"measured, {rate:.4g} images/s in {self.logs}"
             return replace(stage, hours=(images or stage.images) / rate / 3600, basis=basis)
         peak = self.peak_tflops or (self.device.tflops(precision) if self.device else None)
+        of = ""
         if peak is None:
-            return replace(stage, basis="unknown for this device: set --device or --peak-tflops")
+            if self.processes > 1:
+                unknown = "unknown for several processes on this device: set --device or --peak-tflops"
+                return replace(stage, basis=unknown)
+            peak = matmul_tflops(torch.bfloat16 if precision == "bf16" else torch.float32, default_device())
+            of = ", a matrix product here"
         seconds = stage.flops / (peak * 1e12 * self.mfu * self.processes)
-        basis = f"FLOPs at {self.mfu:.0%} of {peak:g} TFLOP/s ({precision})"
+        basis = f"FLOPs at {self.mfu:.0%} of {peak:.3g} TFLOP/s ({precision}{of})"
         if launches_s > seconds:
             basis = f"time to launch each step's operations; {basis} would take less"
         return replace(stage, hours=max(launches_s, seconds) / 3600, basis=f"computed, {basis}")

@@ -149,7 +149,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
 
 def _spec_of(host: SdpaHost) -> JsonValue:
     """A host's spec; what it leaves out of the newer keys is not hashed, so that earlier runs resume."""
-    unsaid = {key for key in ("own_grid", "pipeline_fault") if not getattr(host.spec, key)}
+    unsaid = {key for key in ("own_grid", "most", "pipeline_fault") if not getattr(host.spec, key)}
     return host.spec.model_dump(mode="json", exclude=unsaid)
 
 

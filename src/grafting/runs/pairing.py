@@ -16,8 +16,9 @@ from ..evaluation.influences import load_influences
 from ..machine.reading import JsonObject, read_json
 from ..metrics.paired import Estimate
 from ..sampling.files import open_samples
-from ..words import FIGURES, PRETRAINED, Row, swept, swept_pairs
+from ..words import FIGURES, PRETRAINED, Row
 from .folder import stale_stages
+from .table import swept, swept_pairs
 
 _BATCH = 500
 
@@ -182,6 +183,12 @@ def _read_figures(folder: Path) -> list[Row]:
     path = folder / "metrics.json"
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}: a run, or RUN:ROW, is compared with another")
+    if not path.is_file() and (runs := sorted(found.parent for found in folder.glob("*/manifest.json"))):
+        table = next(filter(Path.is_file, (folder / "table-over-seeds.md", folder / "table.md")), None)
+        raise RunError(
+            f"{folder} holds {len(runs)} runs of a sweep: name one of them, such as {runs[0]}, to compare it with a run of the same seed"
+            + (f"; {table} has the figures of all" if table else "")
+        )
     if not path.is_file():
         raise RunError(f"{folder} has no metrics.json: a run is compared once its images are measured")
     if "evaluate" in stale_stages(folder):

@@ -26,6 +26,7 @@ from .folder import RunFolder, refuse_strangers
 from .job import Job, prepare
 from .operator_cache import OperatorStore
 from .recipe import Recipe
+from .remarks import seen_before
 from .stage import OnStep, carry_out
 from .stages import STAGES
 
@@ -57,7 +58,8 @@ def run(
         if isinstance(job.data, Taught):
             job.data.folder = folder / "teach" / "latents"
         with _open(job, folder) as run_folder:
-            run_folder.tell(told)
+            for what in (told, *seen_before(job)):
+                run_folder.tell(what)
             for name, stage in STAGES.items():
                 carry_out(stage, job, run_folder, on_step if on_step and is_main() else _ignore)
                 if name == until:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
@@ -23,8 +23,9 @@ from ..machine.files import clear_abandoned
 from ..machine.precision import Precision, settled_run, settled_sections
 from ..machine.reading import read_json
 from ..machine.settings import Settings
-from ..words import FINETUNED, PRETRAINED, ROW_TITLES, Row, swept, swept_pairs
+from ..words import FINETUNED, PRETRAINED, ROW_TITLES, Row
 from .file import Changes, changed, faults_of, parse_recipe, read_settings
+from .forecast import Forecast, forecast
 from .identity import row_fingerprint
 from .job import Job, prepare
 from .operator_cache import OperatorStore
@@ -32,13 +33,15 @@ from .pairing import columns_against, pretrained_rows
 from .recipe import Name, Recipe
 from .rows import ROWS, rows_of
 from .run import run
-from .seeds import SEED, over_seeds, with_seeds_moved
+from .seeds import SEED, TWO_SEEDS, over_seeds, with_seeds_moved
 from .stage import OnStep
 from .stages import training_flops
-from .table import TableLine, read_table, table_locked, write_table
+from .table import TableLine, read_table, swept, swept_pairs, table_locked, write_table
 
 Label = str | int | float
 _MOST_POINTS = 10_000
+
+T = TypeVar("T")
 
 
 class SweepGrid(Settings):
@@ -168,7 +171,7 @@ def run_sweep(
     """
     folder, table = Path(folder), Path(table)
     chosen = _chosen(sweep, only or {}, rows)
-    _check(chosen)
+    each(chosen, _check)
     if processes.is_main():
         clear_abandoned(folder)  # of runs that are finished too, whose folders are not opened again
     for point in chosen:
@@ -178,6 +181,31 @@ def run_sweep(
             _add(sweep, table, lines, folder)
         processes.barrier()
         yield point
+
+
+def forecasts(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    only: Mapping[str, str] | None = None,
+    rows: Sequence[str] | None = None,
+    **how: Any,
+) -> list[tuple[Point, Forecast]]:
+    """What each recipe of a sweep will take alone, all checked as far as they can be without weights and data.
+
+    Args:
+        only, rows: as `run_sweep`.
+        how: as `forecast`.
+
+    Raises:
+        RecipeError: as `run_sweep`.
+    """
+
+    def of(point: Point) -> Forecast:
+        recipe = point.recipe if rows is None else _with_rows(point.recipe, rows)
+        return forecast(recipe, folder=folder / point.name, **how)
+
+    return each(_chosen(sweep, only or {}, rows), of)
 
 
 def run_sweep_on_ray(
@@ -200,7 +228,7 @@ def run_sweep_on_ray(
     except ImportError as error:
         raise MissingBackend("a sweep over machines needs Ray: pip install 'grafting[ray]'") from error
     chosen = _chosen(sweep, only or {}, rows)
-    _check(chosen)
+    each(chosen, _check)
     known = _known(table)
 
     def task(point: Point) -> list[TableLine]:
@@ -286,16 +314,25 @@ def _chosen(sweep: Sweep, only: Mapping[str, str], rows: Sequence[str] | None) -
     return chosen
 
 
-def _check(chosen: Sequence[Point]) -> None:
-    """Finds faults of all recipes before the first is carried out. Raises a RecipeError that lists them."""
-    faults = []
+def each(chosen: Sequence[Point], find: Callable[[Point], T]) -> list[tuple[Point, T]]:
+    """What is found of each recipe.
+
+    Raises:
+        RecipeError: lists the faults of all recipes.
+    """
+    found, faults = [], []
     for point in chosen:
         try:
-            prepare(point.recipe)
+            found.append((point, find(point)))
         except GraftingError as error:
             faults.append(f"{point.name}: {error}")
     if faults:
         raise RecipeError(fault_list(faults, f"recipes of {len(chosen)}"))
+    return found
+
+
+def _check(point: Point) -> None:
+    prepare(point.recipe)
 
 
 def _known(table: Path) -> frozenset[str]:
@@ -308,7 +345,8 @@ def _add(sweep: Sweep, table: Path, lines: Sequence[TableLine], folder: Path) ->
         lines = _compared(sweep, _in_order(sweep, [*read_table(table), *lines]), folder)
         write_table(table, lines)
         if sweep.seeds > 1 and (means := over_seeds(lines)):
-            write_table(table.with_name(f"{table.name}-over-seeds"), means)
+            note = TWO_SEEDS if sweep.seeds == 2 else ""
+            write_table(table.with_name(f"{table.name}-over-seeds"), means, note=note)
 
 
 def _compared(sweep: Sweep, lines: Sequence[TableLine], folder: Path) -> list[TableLine]:

@@ -18,7 +18,7 @@ from ..machine.locks import Lock
 from ..machine.reading import JsonObject, parse_json, read_bytes
 from ..machine.sheets import csv_text
 from ..report import write_sweep_picture
-from ..words import RowName, markdown_table
+from ..words import Measured, RowName, markdown_table, shown_in
 
 TableLine: TypeAlias = JsonObject
 """A line of a sweep's table: labels, the stage, figures, costs and a fingerprint, by column."""
@@ -61,14 +61,39 @@ def read_table(table: Path) -> list[TableLine]:
         raise RunError(f"{error}; name another with --table") from error
 
 
-def write_table(table: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """The lines as JSON, without their protocols as CSV and Markdown, and as a picture."""
+def write_table(table: Path, lines: Sequence[Mapping[str, Any]], *, note: str = "") -> None:
+    """The lines as JSON, without their protocols as CSV and Markdown with a note below, and as a picture."""
     write_json(table.with_suffix(".json"), lines)
     columns = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _NOT_SHOWN]
     cells = [[_cell(line.get(column)) for column in columns] for line in lines]
     write_bytes(table.with_suffix(".csv"), csv_text([columns, *cells]).encode())
-    write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n".encode())
+    below = f"\n{note}.\n" if note else ""
+    write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n{below}".encode())
     write_sweep_picture(table.with_suffix(".svg"), lines)
+
+
+def swept(row: Measured) -> Iterator[str]:
+    """The keys of a row that a sweep's table keeps: figures, and their intervals."""
+    for figure in shown_in("sweep"):
+        yield from (k for k in (figure.key, f"{figure.key}_low", f"{figure.key}_high") if k in row)
+
+
+def swept_pairs(paired: Measured) -> dict[str, float]:
+    """What a sweep's table keeps of a row's comparison with the pretrained one, as columns: `frechet_ratio`, `recall_difference_low`."""
+    columns: dict[str, float] = {}
+    for figure in shown_in("sweep"):
+        parts = paired.get(figure.key) or {}
+        for kind in [kind for kind in ("ratio", "difference") if kind in parts][:1]:
+            limits = {f"{figure.key}_{kind}_{end}": parts[kind][end] for end in ("low", "high")}
+            columns |= {f"{figure.key}_{kind}": parts[kind]["value"]} | limits
+    return columns
+
+
+def seeded_keys(line: Measured) -> list[str]:
+    """The columns of a sweep's line that are averaged over seeds: figures, and their comparisons with the pretrained model."""
+    kinds = ("", "_ratio", "_difference")
+    keys = [f"{figure.key}{kind}" for figure in shown_in("sweep") for kind in kinds]
+    return [key for key in keys if key in line]
 
 
 def _cell(value: Any) -> str:

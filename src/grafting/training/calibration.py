@@ -61,8 +61,9 @@ def calibrate(
 ) -> Iterator[Step]:
     """Fit what has a closed form in `operators` (by site path, built for `teacher`), in place. The teacher is unchanged.
 
-    Operators without an output layer of their own start as they are. The last step's values are `r2_before/PATH` and
-    `r2/PATH` of the others, on the calibration images: 1 minus the squared error over the variance of the teacher's output.
+    Operators without an output layer of their own start as they are. The last step's values are `fit_r2_before/PATH` and
+    `fit_r2/PATH` of the others: 1 minus the squared error over the variance of the teacher's output, on the images of the fit itself,
+    where stage 1's `r2/PATH` is on held-out ones.
 
     Args:
         denoiser: how the teacher is called, its process and its conditions, which are dropped in their share; by
@@ -155,7 +156,10 @@ class _OutputFit:
             self.layer.bias.add_(bias.to(self.layer.bias))
         left = error - error_removed(self.gram, self.cross, correction)
         variance = max(variance, 1e-30)
-        return {f"r2_before/{self.path}": 1 - error / variance, f"r2/{self.path}": 1 - left / variance}
+        return {
+            f"fit_r2_before/{self.path}": 1 - error / variance,
+            f"fit_r2/{self.path}": 1 - left / variance,
+        }
 
 
 _Sites = dict[str, _NeuronChoice] | dict[str, _OutputFit]

@@ -1,0 +1,59 @@
+"""What a person should know of a recipe before it runs, although nothing in it is wrong: a line each."""
+
+from ..cost.count import count_parameters
+from ..data.scenes import PRETRAINING, ScenesConfig
+from ..editing.placed import Operators
+from .job import Job
+
+
+def remarks(job: Job, operators: Operators) -> list[str]:
+    """All that is to be said of a job, whose sites get these operators."""
+    return [
+        *([f"no pipeline draws with this graft: {fault}"] if (fault := job.host.pipeline_fault) else []),
+        *seen_before(job),
+        *_not_measured(job),
+        *_as_large(job, operators),
+    ]
+
+
+def seen_before(job: Job) -> list[str]:
+    """That the source was pretrained on the recipe's data; of the one model whose data are known by their seeds."""
+    data, source = job.recipe.data, job.recipe.source
+    weights = source if isinstance(source, str) else source.weights
+    if weights != "scenes" or not isinstance(data, ScenesConfig) or not job.recipe.trains:
+        return []
+    seen = range(max(data.span.start, PRETRAINING.start), min(data.span.stop, PRETRAINING.stop))
+    if not seen:
+        return []
+    unseen = ScenesConfig().seeds
+    return [
+        f"data: {len(seen):,} of the {len(data.span):,} scenes were in the source's pretraining; `seeds: {unseen}` were not"
+    ]
+
+
+def _not_measured(job: Job) -> list[str]:
+    recipe = job.recipe
+    if recipe.sample is None or job.is_measured or job.decoder is None:
+        return []
+    suite, shape = recipe.suite, job.decoder.image_shape(recipe.sample.shape or job.shape)
+    if suite.asked_by != recipe.asked:
+        why = f"no bundled suite judges images of {recipe.asked}"
+    else:
+        why = suite.faults(recipe.sample.num_images, shape)[0]
+    return [f"the images will not be measured: {why}; `evaluate` names another suite"]
+
+
+def _as_large(job: Job, operators: Operators) -> list[str]:
+    """MLPs of the host's own size."""
+    same = [
+        site.path
+        for site in job.host.sites(job.model)
+        if site.role == "mlp"
+        and site.path in operators
+        and count_parameters(operators[site.path]) == count_parameters(job.model.get_submodule(site.path))
+    ]
+    if not same:
+        return []
+    return [
+        f"MLPs as large as those they replace change weights, and make the model neither smaller nor faster: {', '.join(same)}"
+    ]
