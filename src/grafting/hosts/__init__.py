@@ -4,6 +4,7 @@ from ._construct import constructed as constructed
 from ._host import Host as Host
 from ._host import LayoutTracker as LayoutTracker
 from ._host import config_of as config_of
+from ._host import evaluating as evaluating
 from ._pipelines import call_of as call_of
 from ._pipelines import process_of as process_of
 from ._pipelines import process_of_scheduler as process_of_scheduler

@@ -6,8 +6,8 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -362,6 +362,18 @@ def as_linear(layer: nn.Module) -> nn.Linear:
             f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
         )
     return layer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, each module's mode is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def randomise(model: Model, std: float = 0.05) -> Model:

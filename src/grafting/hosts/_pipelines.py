@@ -166,16 +166,12 @@ def stepping_by(pipeline: Any, step: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
-    handles = [
+    with (
         model.register_forward_pre_hook(spy.before, with_kwargs=True),
         model.register_forward_hook(spy.after),
-    ]
-    try:
-        with stepping_by(pipeline, spy.stepping(pipeline.scheduler.step)):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        stepping_by(pipeline, spy.stepping(pipeline.scheduler.step)),
+    ):
+        yield
 
 
 def _known(pipeline: Any, spy: _Spy) -> Knowledge:
