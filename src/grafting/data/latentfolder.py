@@ -66,11 +66,7 @@ class LatentFolder:
         return WorkFolder(self.folder, self.facts, Record, what="latents")
 
     def check(self) -> tuple[int, int]:
-        """Bytes that the shards still to be written take, and bytes that are free.
-
-        Raises:
-            RunError: they do not fit, or the folder holds anything else than a part of this work; says what differs.
-        """
+        """Bytes that the shards still to be written take, and bytes that are free."""
         self._work.check()
         left = [number for number in range(self.num_shards) if not self._work.path(number).is_file()]
         needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
@@ -86,9 +82,6 @@ class LatentFolder:
         """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
 
         A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
-
-        Raises:
-            RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
         """
         return self._work.working(range(self.num_shards), rank=rank, world_size=world_size)
 
@@ -101,11 +94,7 @@ class LatentFolder:
         names: Sequence[str],
         unreadable: Mapping[str, str],
     ) -> None:
-        """Write a shard and then its record.
-
-        Raises:
-            DataError: latents that are not finite in this dtype, or a label that is no class. RunError: a full disk.
-        """
+        """Write a shard and then its record."""
         assert len(latents) == len(labels) == len(names)
         stored = latents.to(DTYPES[self.dtype])
         _check_finite(stored, names, dtype=self.dtype)

@@ -229,11 +229,7 @@ class LatentSet:
         return torch.from_numpy(labels)
 
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c *fhw"], Int[Tensor, " b"]]:
-        """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
-
-        Raises:
-            DataError: a shard is missing or damaged, or holds values that are not finite.
-        """
+        """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once."""
         numbers = self.items[indices]
         stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
         content, labels = stored.flatten(1).view(torch.uint8).numpy(), np.empty(len(numbers), np.int64)

@@ -197,11 +197,7 @@ class PromptFolder:
         return self.words[number * self.per_shard : (number + 1) * self.per_shard]
 
     def check(self) -> tuple[int, int]:
-        """Bytes that remain to be written, at the length of the prompt that others are like, and bytes that are free.
-
-        Raises:
-            RunError: the folder holds something else, or they do not fit.
-        """
+        """Bytes that remain to be written, at the length of the prompt that others are like, and bytes that are free."""
         self._work.check()
         left = [n for n in range(self.num_shards) if not self._work.path(n).is_file()]
         needed = self.prompt_bytes * sum(len(self.words_of(n)) or len(self.nulls) for n in left)
@@ -214,11 +210,7 @@ class PromptFolder:
             yield missing
 
     def write(self, number: int, rows: Iterable[Prompt]) -> None:
-        """Write a shard's prompts and then its record; the nulls' shard has them of its own.
-
-        Raises:
-            DataError: a prompt is not like the others. RunError: a full disk.
-        """
+        """Write a shard's prompts and then its record; the nulls' shard has them of its own."""
         (self.folder / INDEX_NAME).unlink(missing_ok=True)  # it may name what this shard was
         own = rows if number < self._num_filled else self.nulls
         admitted = [self._table.admit(prompt) for prompt in own]

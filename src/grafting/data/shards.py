@@ -128,11 +128,7 @@ class ShardFile:
     def read_rows(
         self, name: str, rows: list[int], into: UInt8[np.ndarray, "b n"], places: list[int]
     ) -> None:
-        """Copies the bytes of a column's `rows` to the beginnings of `places` of `into`.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """Copies the bytes of a column's `rows` to the beginnings of `places` of `into`."""
         starts, lengths = self.spans(name)
         dtype, (_, *shape) = self.tensors[name]
         size = getattr(torch, dtype).itemsize * math.prod(shape)
@@ -140,11 +136,7 @@ class ShardFile:
         self._read(name, zip(targets, (int(starts[row]) * size for row in rows), strict=True))
 
     def integers(self, name: str) -> Int32[np.ndarray, " n"]:
-        """A tensor [n] of int32, whole.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """A tensor [n] of int32, whole."""
         numbers = np.empty(self.tensors[name][1], "<i4")
         self._read(name, [(numbers.view(np.uint8), 0)])
         return numbers

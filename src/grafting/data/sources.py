@@ -62,20 +62,12 @@ class ImageStream:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def crop(self, number: int, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """The image of a number, cropped.
-
-        Raises:
-            DataError: it cannot be read, or is not an image; the message says why.
-        """
+        """The image of a number, cropped."""
         return centre_crop(decode(self.read(number)), size)
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image in RGB; grey, palette and CMYK files are converted, an orientation in EXIF is not applied.
-
-    Raises:
-        DataError: not an image, cut short, or too large to be one.
-    """
+    """An image in RGB; grey, palette and CMYK files are converted, an orientation in EXIF is not applied."""
     return read_picture(content, name="it")
 
 
@@ -103,9 +95,6 @@ def image_folder(folder: Path, *, name: str | None = None) -> ImageStream:
 
     Args:
         name: of the data set; by default the last two parts of the path.
-
-    Raises:
-        DataError: no folder, no class subfolder, or a class without images.
     """
     listing = list_image_folder(folder)
     ids = list(map(str, listing.ids))

@@ -183,11 +183,7 @@ class PartialData(Settings, ABC):
         """
 
     def pinned(self) -> "PartialData":
-        """The same, with the hash of its subset file.
-
-        Raises:
-            DataError: the file is missing, damaged, or has another hash.
-        """
+        """The same, with the hash of its subset file."""
         subset = self._read_subset()
         return self if subset is None else self.model_copy(update={"subset_sha256": subset.sha256})
 
@@ -241,11 +237,7 @@ def subset_sha256(ids: tuple[int, ...] | tuple[str, ...]) -> str:
 
 
 def write_subset(path: Path, subset: Subset) -> None:
-    """Write a subset file: source, sha256, num_classes, ids, and how they were drawn if that is known.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write a subset file: source, sha256, num_classes, ids, and how they were drawn if that is known."""
     fields = asdict(subset)
     drawn = {"drawn": subset.drawn} if fields.pop("drawn") else {}
     write_json(path, {"source": fields.pop("source"), "sha256": subset.sha256, **drawn, **fields})

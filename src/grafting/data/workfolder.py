@@ -130,9 +130,6 @@ class WorkFolder(Generic[R]):
         """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
 
         A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
-
-        Raises:
-            RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
         """
         self.check()
         write_json(self.folder / WORK_NAME, self.facts)

@@ -43,11 +43,7 @@ class _Words(BaseModel):
 
 
 def save_influences(path: Path, per_image: PerImage, *, figures: Mapping[str, Any]) -> None:
-    """Write what each image adds to these figures, atomically.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write what each image adds to these figures, atomically."""
     arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in _tensors(per_image)}
     words = {
         "format": _FORMAT,

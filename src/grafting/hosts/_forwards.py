@@ -171,11 +171,7 @@ class Forward:
 
 
 def unmixed_forward(model: nn.Module, inputs: Inputs) -> Forward:
-    """A forward pass without mixing; the model and random numbers stay as they were.
-
-    Raises:
-        HostError: the model does not run on these inputs.
-    """
+    """A forward pass without mixing; the model and random numbers stay as they were."""
     with _watching(model) as watch:
         unmixed = _Unmixed(watch.where)
         watch.calls = unmixed.calls

@@ -24,11 +24,7 @@ _given: dict[str, Host] = {}
 
 
 def hosts() -> dict[str, Host]:
-    """Every host by name: those that were given by `use_spec`, then those that are installed.
-
-    Raises:
-        HostError: a package's entry point gives no host, or one whose name is taken.
-    """
+    """Every host by name: those that were given by `use_spec`, then those that are installed."""
     return _given | _installed()
 
 

@@ -318,9 +318,6 @@ class Prompting:
         """Fill the folder with this process's shards, number % world_size == rank; a step is a prompt.
 
         Whatever was done before is not done again. The process that finds all shards done writes the index.
-
-        Raises:
-            HostError, DataError: a prompt cannot be encoded as the others. RunError: the folder holds something else, a full disk.
         """
         target = self.target
         target.check()
@@ -348,11 +345,7 @@ def _host(pipeline: Any) -> Host | None:
 
 
 def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> Kwargs:
-    """What the pipeline is called with beside the prompt.
-
-    Raises:
-        HostError: it does not take something that is asked for.
-    """
+    """What the pipeline is called with beside the prompt."""
     asked = {
         "negative_prompt": config.negative,
         "guidance_scale": config.guidance,

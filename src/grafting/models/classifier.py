@@ -86,11 +86,7 @@ class Residual(nn.Module):
 
 
 def save_classifier(path: Path, model: Classifier) -> None:
-    """Write a classifier to a safetensors file, its floating-point values rounded to float16.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write a classifier to a safetensors file, its floating-point values rounded to float16."""
     tensors = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in model.state_dict().items()

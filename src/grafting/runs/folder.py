@@ -224,11 +224,7 @@ class RunFolder:
 
 
 def stale_stages(folder: Path) -> frozenset[str]:
-    """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there.
-
-    Raises:
-        RunError: the manifest is damaged.
-    """
+    """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there."""
     path = folder / "manifest.json"
     stages = read_manifest(path).stages if path.is_file() else {}
     return frozenset(name for name, entry in stages.items() if entry.stale)

@@ -111,12 +111,7 @@ class Drawing:
         return self._shards.is_begun
 
     def draw(self, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
-        """Draw this process's share of what is missing, one step per shard; its `ms_per_image` is this process's own.
-
-        Raises:
-            ProtocolError: the model cannot be sampled in this way; raised before any work.
-            RunError: a file cannot be written, or the disk is too small for shards and samples file.
-        """
+        """Draw this process's share of what is missing, one step per shard; its `ms_per_image` is this process's own."""
         mine = range(len(self._shards))[rank::world_size]
         folder, num_images = self._shards.folder, self.config.num_images
         _check_space(folder, self.shape, num_images=num_images, num_drawn=self.num_drawn)
@@ -183,11 +178,7 @@ class Drawing:
             yield self._step(done, {})
 
     def write(self, path: Path) -> None:
-        """Write all images as one samples file, atomically, with what drew them; then remove the shards.
-
-        Raises:
-            RunError: a shard is missing or damaged, or the file cannot be written.
-        """
+        """Write all images as one samples file, atomically, with what drew them; then remove the shards."""
         write_samples(
             path,
             self._shards.batches(),

@@ -73,11 +73,7 @@ class SampleFile:
     read: Callable[[int], Iterator[Tensor]]
 
     def images(self, size: int = 500) -> Iterator[UInt8[Tensor, "b c *size"]]:
-        """The images in their order, `size` at a time.
-
-        Raises:
-            DataError: the file is damaged; found when the damaged part, or the end, is read.
-        """
+        """The images in their order, `size` at a time."""
         return self.read(size)
 
     def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, " b"]]]:

@@ -36,9 +36,6 @@ class Supply(Protocol):
         Args:
             holdout: number of items held out.
             images: number of items to train on; all others when None.
-
-        Raises:
-            TrainingError: there are not as many.
         """
         ...
 
