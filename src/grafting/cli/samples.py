@@ -167,7 +167,7 @@ def _teach(
     """Draw this process's share of latents and show progress."""
     from ..data.latents import INDEX_NAME
     from ..machine.devices import default_device
-    from ..machine.processes import rank, world_size
+    from ..machine.processes import share
     from ..sampling.taught import teach
 
     steps = teach(
@@ -178,8 +178,7 @@ def _teach(
         shape=shape,
         identity=identity,
         source=f"made by {name}",
-        rank=rank(),
-        world_size=world_size(),
+        share=share(),
     )
     if fills("sample", steps, index=folder / INDEX_NAME):
         say(
@@ -190,9 +189,9 @@ def _teach(
 
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     """Draw this process's share and show progress; the main process then writes the samples file."""
-    from ..machine.processes import is_main, rank, world_size
+    from ..machine.processes import is_main, share, world_size
 
-    steps = drawing.draw(model, rank=rank(), world_size=world_size())
+    steps = drawing.draw(model, share())
     if not is_main():
         for _ in steps:
             pass

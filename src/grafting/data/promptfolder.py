@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -203,11 +203,9 @@ class PromptFolder:
         needed = self.prompt_bytes * sum(len(self.words_of(n)) or len(self.nulls) for n in left)
         return needed, self._work.check_space(needed, remedy="fewer prompts")
 
-    @contextmanager
-    def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
-        """Inside, this process fills the folder: gives its shards still to do."""
-        with self._work.working(range(self.num_shards), rank=rank, world_size=world_size) as missing:
-            yield missing
+    def working(self, share: slice) -> AbstractContextManager[list[int]]:
+        """As `WorkFolder.working`."""
+        return self._work.working(self.num_shards, share)
 
     def write(self, number: int, rows: Iterable[Prompt]) -> None:
         """Write a shard's prompts and then its record; the nulls' shard has them of its own."""

@@ -5,7 +5,7 @@ process that is killed loses the shard it was at, and whoever resumes finds the 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -126,16 +126,16 @@ class WorkFolder(Generic[R]):
         return path.is_file() and sha256_of(path) == record.shard.sha256
 
     @contextmanager
-    def working(self, numbers: Iterable[int], *, rank: int, world_size: int) -> Iterator[list[int]]:
-        """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
+    def working(self, num_shards: int, share: slice) -> Iterator[list[int]]:
+        """Inside, this process fills the folder: gives its shards still to do, of those in its share.
 
         A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
         """
         self.check()
         write_json(self.folder / WORK_NAME, self.facts)
-        with self._locked(f".lock-{rank}-of-{world_size}"):
+        with self._locked(f".lock-{share.start}-of-{share.step}"):
             clear_abandoned(self.folder)
-            yield [n for n in numbers if n % world_size == rank and not self.is_done(n)]
+            yield [n for n in range(num_shards)[share] if not self.is_done(n)]
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
