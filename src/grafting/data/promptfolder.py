@@ -87,41 +87,19 @@ def write_prompts(
     ]
     if len(table.lines) == len(nulls):
         raise DataError(f"no prompts to write to {folder}")
-    return _write_index(
-        folder,
-        shards,
-        source=source,
-        lines=table.lines,
-        num_nulls=len(nulls),
-        columns=table.columns,
-        dropout=dropout,
-        shared=shared,
-    )
+    facts = {"source": source, "columns": table.columns, "shards": shards, "dropout": dropout, **shared}
+    return _write_index(folder, table.lines, len(nulls), facts)
 
 
-def _write_index(
-    folder: Path,
-    shards: Sequence[PromptShard],
-    *,
-    source: str,
-    lines: Sequence[str],
-    num_nulls: int,
-    columns: dict[str, Column],
-    dropout: float,
-    shared: "_Shared",
-) -> PromptIndex:
-    """The words of all prompts, the nulls' last, and the index, with which the folder is complete."""
+def _write_index(folder: Path, lines: Sequence[str], num_nulls: int, facts: Mapping[str, Any]) -> PromptIndex:
+    """The words of all prompts, the nulls' last, and the index, with which the folder is complete.
+
+    Args:
+        facts: fields of the index beside those.
+    """
     write_bytes(folder / WORDS_NAME, "".join(lines).encode("utf-8", "surrogatepass"))
-    index = PromptIndex(
-        source=source,
-        count=len(lines) - num_nulls,
-        num_nulls=num_nulls,
-        columns=columns,
-        shards=tuple(shards),
-        words=StoredFile(**facts_of(folder / WORDS_NAME)),
-        dropout=dropout,
-        **shared,
-    )
+    words = StoredFile(**facts_of(folder / WORDS_NAME))
+    index = PromptIndex(count=len(lines) - num_nulls, num_nulls=num_nulls, words=words, **facts)
     write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
     return index
 
@@ -233,16 +211,14 @@ class PromptFolder:
             *map(_line, self.words),
             *(_line(null.words, number) for number, null in enumerate(self.nulls)),
         ]
-        return _write_index(
-            self.folder,
-            [record.shard for record in records if record.shard is not None],
-            source=source,
-            lines=lines,
-            num_nulls=len(self.nulls),
-            columns=records[0].columns,
-            dropout=self.dropout,
-            shared=_write_shared(self.folder, self.common, self.constants),
-        )
+        facts = {
+            "source": source,
+            "columns": records[0].columns,
+            "shards": [record.shard for record in records if record.shard is not None],
+            "dropout": self.dropout,
+            **_write_shared(self.folder, self.common, self.constants),
+        }
+        return _write_index(self.folder, lines, len(self.nulls), facts)
 
 
 def _line(words: str, null: int = 0) -> str:

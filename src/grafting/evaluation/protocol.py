@@ -21,7 +21,7 @@ from ..machine.files import flatten
 from ..machine.settings import Settings
 
 # settings of sampling that say where and how fast it ran, not what came out
-_CIRCUMSTANCES = frozenset({"batch_size", "compile", "device", "num_processes"})
+CIRCUMSTANCES = frozenset({"batch_size", "compile", "device", "num_processes"})
 
 
 class Identity(Settings):
@@ -162,5 +162,5 @@ class Protocol(Settings):
 
     def _compared(self) -> dict[str, object]:
         fields = self.model_dump(mode="json", exclude={"recorded"})
-        fields["sampling"] = {k: v for k, v in fields["sampling"].items() if k not in _CIRCUMSTANCES}
+        fields["sampling"] = {k: v for k, v in fields["sampling"].items() if k not in CIRCUMSTANCES}
         return flatten(fields)

@@ -326,10 +326,6 @@ class Host(ABC, Generic[Model]):
         tracker.host = self
         return tracker
 
-    def untrack_layout(self, model: nn.Module) -> None:
-        """Remove the model's tracker, if it has one."""
-        LayoutTracker.remove_from(model)
-
 
 def built_of(host: Host[Model], model: Model, config: ProcessConfig) -> NoiseProcess:
     """The process of a config, which knows how large a token is where its shift follows the size."""
