@@ -10,7 +10,7 @@ import typer
 
 from ..errors import DataError
 from ._shared import Model, Process, PromptsFolder, Shift, Spec, open_denoiser, open_model, out
-from .display import fills, follow, say
+from .display import fills, say, take
 from .options import Options, command
 
 if TYPE_CHECKING:
@@ -192,16 +192,12 @@ def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     from ..machine.processes import is_main, share, world_size
 
     steps = drawing.draw(model, share())
-    if not is_main():
-        for _ in steps:
-            pass
-        return
     num_images, before, started = drawing.config.num_images, drawing.num_drawn, time.monotonic()
     if before:
         say(out, f"{before} of {num_images} images were already drawn")
-    with follow(out) as on_step:
-        for step in chain(steps, drawing.wait()):
-            on_step("sample", step)
+    take("sample", chain(steps, drawing.wait()) if is_main() else steps)
+    if not is_main():
+        return
     seconds = time.monotonic() - started
     if not drawing.is_begun and drawing.matches(out_file):
         _say_drawn_before(drawing, out_file)  # by another command, meanwhile

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +17,7 @@ from ..errors import DataError, RunError, listed
 from ..machine.files import atomic_path, hash_json, write_bytes, write_json
 from ..machine.reading import JsonObject, damage, parse_json
 from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
-from .shards import LENGTHS, StoredFile, facts_of
+from .shards import LENGTHS, StoredFile
 from .workfolder import ShardRecord, WorkFolder
 
 WORDS_NAME = "words.jsonl"
@@ -98,7 +98,7 @@ def _write_index(folder: Path, lines: Sequence[str], num_nulls: int, facts: Mapp
         facts: fields of the index beside those.
     """
     write_bytes(folder / WORDS_NAME, "".join(lines).encode("utf-8", "surrogatepass"))
-    words = StoredFile(**facts_of(folder / WORDS_NAME))
+    words = StoredFile.of(folder / WORDS_NAME)
     index = PromptIndex(count=len(lines) - num_nulls, num_nulls=num_nulls, words=words, **facts)
     write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
     return index
@@ -321,24 +321,13 @@ def _write_shard(path: Path, rows: list[dict[str, Tensor]], columns: Mapping[str
             tensors[LENGTHS + name] = torch.tensor([len(part) for part in parts], dtype=torch.int32)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
-    return PromptShard(**facts_of(path), count=len(rows), lengths=lengths)
+    return PromptShard.of(path, count=len(rows), lengths=lengths)
 
 
-class _Shared(TypedDict):
-    """What the index says of tensors and values that all prompts share."""
-
-    shared: dict[str, Literal["common", "constant"]]
-    values: JsonObject
-    common: NotRequired[StoredFile]
-
-
-def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> _Shared:
+def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the tensors that are the same for all prompts; gives what the index says of them and of other constants."""
     constant = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
-    kinds: dict[str, Literal["common", "constant"]] = {
-        **dict.fromkeys(common, "common"),
-        **dict.fromkeys(constant, "constant"),
-    }
+    kinds = dict.fromkeys(common, "common") | dict.fromkeys(constant, "constant")
     if odd := odd_names([*common, *constants]):
         raise DataError(f"arguments without names of their own: {', '.join(odd)}")
     with damage("a constant", "a tensor or a JSON value", error=DataError):
@@ -349,4 +338,4 @@ def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in {**common, **constant}.items()}
     with atomic_path(folder / COMMON_NAME) as temporary:
         save_file(tensors, temporary)
-    return {"shared": kinds, "values": values, "common": StoredFile(**facts_of(folder / COMMON_NAME))}
+    return {"shared": kinds, "values": values, "common": StoredFile.of(folder / COMMON_NAME)}

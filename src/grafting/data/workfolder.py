@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from ..errors import DataError, FaultWarning, ResumeWarning, RunError, listed
 from ..machine.files import (
     clear_abandoned,
@@ -25,16 +23,15 @@ from ..machine.files import (
 )
 from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, read_json, shown
+from ..machine.settings import Stored
 from .shards import StoredFile
 
 WORK_NAME = "work.json"
 RECORDS_NAME = "shards"
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Stored):
     """Outcome of a shard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: StoredFile | None  # None where nothing of it could be read
     owner: str | None = None  # a hash of the work and the shard's number; None: an earlier version noted none
@@ -70,11 +67,8 @@ class WorkFolder(Generic[R]):
             return
         found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
         asked = flatten(self.facts)
-        differing = [key for key in asked | found if asked.get(key) != found.get(key)]
-        if differing:
-            lines = [
-                f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in sorted(differing)
-            ]
+        if keys := sorted(key for key in asked | found if asked.get(key) != found.get(key)):
+            lines = [f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in keys]
             head = f"{self.folder} holds {self.what} of another work; name another folder, or empty it:"
             raise RunError(listed(head, lines))
 

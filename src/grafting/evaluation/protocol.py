@@ -17,7 +17,7 @@ from pydantic import (
 
 from ..errors import ProtocolError
 from ..functional.pixels import UINT8_RULE
-from ..machine.files import flatten
+from ..machine.files import differing, flatten
 from ..machine.settings import Settings
 
 # settings of sampling that say where and how fast it ran, not what came out
@@ -128,8 +128,7 @@ class Protocol(Settings):
         absent = "nothing"
         return [
             f"{name}: {mine.get(name, absent)} and {theirs.get(name, absent)}"
-            for name in mine | theirs
-            if (name in mine, mine.get(name)) != (name in theirs, theirs.get(name))
+            for name in differing(mine, theirs)
         ]
 
     def misfits(self, network: Identified, reference: Identified) -> list[str]:

@@ -84,6 +84,12 @@ class Settings(BaseModel, metaclass=_Refusing):
         return value
 
 
+class Stored(BaseModel):
+    """Base of what files beside data say of them; they have no other keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 def is_no_name(text: str) -> bool:
     """True of what no file could be called."""
     return "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/"))
