@@ -129,7 +129,7 @@ def image_tars(source: Path, *, num_classes: int | None = None, name: str | None
             places.append(image)
     if not ids:
         raise DataError(
-            f"no image in the tars of {source}: members that end in {_listed(PICTURE_SUFFIXES)} are read"
+            f"no image in the tars of {source}: members that end in {', '.join(sorted(PICTURE_SUFFIXES))} are read"
         )
     return ImageStream(
         name=name or short_name(source.resolve().with_suffix("") if source.suffix == ".tar" else source),
@@ -282,7 +282,3 @@ def _count_classes(labels: Sequence[int], num_classes: int | None, source: str |
         allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
         raise DataError(f"labels of {source} are {lowest}..{highest}, allowed are {allowed}")
     return num_classes or highest + 1
-
-
-def _listed(suffixes: frozenset[str]) -> str:
-    return ", ".join(sorted(suffixes))

@@ -259,8 +259,6 @@ def read_subset(path: Path) -> Subset:
     Raises:
         DataError: no such file, not a subset file, no ids, an id named twice, or the ids are not those of its hash.
     """
-    if not path.is_file():
-        raise DataError(f"no subset file {path}")
     kind = "a subset file (JSON with source, sha256, num_classes, ids)"
     fields = read_json(path, _SubsetFile, kind=kind, error=DataError)
     subset = Subset(source=fields.source, num_classes=fields.num_classes, ids=fields.ids, drawn=fields.drawn)
@@ -285,8 +283,6 @@ def read_paths(path: Path) -> list[str]:
     Raises:
         DataError: no such file, or it holds something else, no path, or one twice.
     """
-    if not path.is_file():
-        raise DataError(f"no file of paths {path}")
     kind = "a list of paths, one per line or pickled"
     content = read_bytes(path, kind=kind)
     with damage(path, kind, error=DataError):

@@ -17,7 +17,7 @@ from ..machine.files import write_bytes
 from ._arguments import Knowledge
 from ._forwards import copied, run, tensors_of
 from ._host import LayoutTracker
-from ._observing import AttentionCall, Observation, observe
+from ._observing import AttentionCall, observe
 from ._pipelines import Caught, catch
 from ._proposing import propose
 from ._registry import hosts
@@ -150,7 +150,7 @@ def trace(
         partial=tuple(proposal.partial),
         grid=host.image_grid(caught.model, caught.inputs),
         num_forwards=len(forwards),
-        seen=tuple(_rows(seen)),
+        seen=tuple(replace(row, count=count) for row, count in Counter(map(_row, seen.calls)).items()),
         takes=tuple(", ".join(_takes(host, caught.model, blocks)) for blocks in spec.blocks),
         model=caught.model,
         example=caught.inputs,
@@ -207,11 +207,6 @@ def _has(weights: Callable[[nn.Module], object], module: nn.Module) -> bool:
     except HostError:
         return False
     return True
-
-
-def _rows(seen: Observation) -> list[SeenAttention]:
-    counts = Counter(map(_row, seen.calls))
-    return [replace(row, count=count) for row, count in counts.items()]
 
 
 def _row(call: AttentionCall) -> SeenAttention:

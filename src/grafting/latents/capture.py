@@ -227,7 +227,8 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
         for n in kept
         if axes[n] is not None and isinstance(first[0][n], Tensor)
     }
-    constants = {n: _plain(first[0][n]) for n in kept if n not in common and first[0][n] != {}}
+    constants = {n: first[0][n] for n in kept if n not in common and first[0][n] != {}}
+    constants = {n: list(value) if isinstance(value, tuple) else value for n, value in constants.items()}
     rows, long_rows = (
         {name: _rows(calls, name, axis)[place] for name, axis in table.items()} for calls in (first, longer)
     )
@@ -359,10 +360,6 @@ def _places(
     place = moved.pop()
     null = {name: rows[1 - place] for name, (rows, _) in pairs.items()} if count == 2 else None
     return place, null
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _masks(host: Host | None, row: Mapping[str, Tensor]) -> dict[str, str]:

@@ -43,9 +43,11 @@ def write_sweep_picture(path: str | Path, lines: Sequence[Mapping[str, Any]]) ->
     values += [] if pretrained is None else [pretrained]
     across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=figure.ratio)
     stages = {line["stage"] for line in drawn}
+    better = "less is better" if figure.better == "low" else "more is better"
+    title = f"{figure.name(lines)}{', logarithmic' if figure.ratio else ''}; {better}"
     marks = [
         *_axis(across, height),
-        *_legend(_axis_title(figure, lines), colour_of if by_colour else {}, stages),
+        *_legend(title, colour_of if by_colour else {}, stages),
     ]
     for place, name in enumerate(names):
         y = _TOP + _ROW * (place + 0.5)
@@ -80,11 +82,6 @@ def _axis(across: Scale, height: float) -> list[Markup]:
         marks.append(element("path", d=f"M{x:.1f} {_TOP}V{height - 26}", class_="grid"))
         marks.append(element("text", f"{tick:g}", x=x, y=height - 9, text_anchor="middle", class_="quiet"))
     return marks
-
-
-def _axis_title(figure: Figure, lines: Sequence[Mapping[str, Any]]) -> str:
-    better = "less is better" if figure.better == "low" else "more is better"
-    return f"{figure.name(lines)}{', logarithmic' if figure.ratio else ''}; {better}"
 
 
 def _legend(title: str, colour_of: Mapping[str, str], stages: Collection[str]) -> list[Markup]:
