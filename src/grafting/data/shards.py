@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ LENGTHS = "lengths:"
 DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
+F = TypeVar("F", bound="StoredFile")
+
+
 class StoredFile(Stored):
     """A file of an index."""
 
@@ -38,7 +41,7 @@ class StoredFile(Stored):
     sha256: str
 
     @classmethod
-    def of(cls, path: Path, **more: Any) -> Self:
+    def of(cls: type[F], path: Path, **more: Any) -> F:
         """Entry of a folder's index for one of its files."""
         return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), **more)
 
