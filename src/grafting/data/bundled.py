@@ -97,6 +97,10 @@ def bundled_model_folder(name: str) -> Path | None:
     return scenes_pipeline_folder() / "transformer" if name == "scenes" else None
 
 
+def _home(bundle: str) -> Path:
+    return Path(str(resources.files("grafting").joinpath("assets", bundle)))
+
+
 def _model_folder(bundle: str, folder: str) -> Path:
     config, _ = (
         _asset(f"{folder}/{name}", bundle) for name in ("config.json", "diffusion_pytorch_model.safetensors")
@@ -106,7 +110,7 @@ def _model_folder(bundle: str, folder: str) -> Path:
 
 def _asset(name: str, bundle: str = "testbed") -> Path:
     """A bundled file, after its hash was compared."""
-    home = Path(str(resources.files("grafting").joinpath("assets", bundle)))
+    home = _home(bundle)
     path, expected = home / name, _checksums(home / "checksums.json").get(name)
     if not path.is_file():
         raise DataError(f"the bundled file {path} is missing: reinstall grafting")

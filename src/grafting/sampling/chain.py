@@ -20,7 +20,7 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from ..contract import Denoiser
+from ..contract import Conditions, Denoiser
 from ..errors import HostError, ProtocolError, listed
 from ..functional.pixels import to_uint8
 from ..hosts import evaluating, host_of
@@ -204,11 +204,10 @@ def check_sampling(config: ChainConfig, *, denoiser: Denoiser, channels: int | N
         channels: of a sample; None if not known yet, then `guided_channels` is not checked.
     """
     conditions = denoiser.conditions
-    has_null = conditions.nulls(torch.tensor([0])) is not None
     faults = denoiser.process.sampling_faults(config.sampler, steps=config.steps, clip=config.clip)
     if config.sampler not in denoiser.process.samplers and "sampler" not in config.model_fields_set:
         faults[0] += f"; {config.sampler} is the default: name one of these"
-    if config.guidance is not None and config.negative is None and not has_null:
+    if config.guidance is not None and config.negative is None and _has_no_null(conditions):
         faults.append(
             f"cfg_scale is {config.cfg_scale:g}, but the model has no null label or prompt to lead away from (it was trained "
             "without one, or distilled): set cfg_scale to 1"
@@ -226,6 +225,10 @@ def check_sampling(config: ChainConfig, *, denoiser: Denoiser, channels: int | N
             faults.append(f"{name} {unknown} are out of range: conditions are 0..{len(conditions) - 1}")
     if faults:
         raise ProtocolError(listed("these samples cannot be drawn:", faults))
+
+
+def _has_no_null(conditions: Conditions) -> bool:
+    return conditions.nulls(torch.tensor([0])) is None
 
 
 def labels_of(indices: Sequence[int], config: SamplingConfig, *, count: int) -> Int[Tensor, " b"]:
@@ -286,8 +289,7 @@ def visits(
         numbers: of the conditions.
         streams: a fresh generator for each sample, of its first noise and of what the sampler adds.
     """
-    x = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-    x = x.to(next(model.parameters()).device)
+    x = _initial_noise(streams, shape).to(next(model.parameters()).device)
     chain = denoiser.process.at(shape).chain(
         config.sampler, steps=config.steps, clip=config.clip, streams=list(streams)
     )
@@ -297,6 +299,10 @@ def visits(
         after = update(guided.float(), x)
         yield Visit(step, x, prediction, after)
         x = after
+
+
+def _initial_noise(streams: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
 class _Asked:
