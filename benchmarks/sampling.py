@@ -133,7 +133,7 @@ def draw_share(
         decoder=Decoder(),
         identity=describe_model(model, settings={}),
     )
-    for _ in drawing.draw(model, rank=rank, world_size=world_size):
+    for _ in drawing.draw(model, slice(rank, None, world_size)):
         pass
     if rank == 0:
         for _ in drawing.wait():

@@ -186,7 +186,7 @@ DATA = [
     reads("no Fashion-MNIST", {"name": "fashion-mnist", "folder": "{w}/nowhere"}, "no file {w}/nowhere/", "dataset-fashion-mnist"),
     reads("idx that is none", {"name": "fashion-mnist", "folder": "{w}/idx"}, "is not a complete gzip file"),
     reads("more a class than there are", images("good", per_class=9), "9 items of every class", "2 of 2 classes have fewer: class 0: 2"),
-    reads("no subset file", images("good", subset="{w}/nowhere.json"), "no subset file {w}/nowhere.json"),
+    reads("no subset file", images("good", subset="{w}/nowhere.json"), "{w}/nowhere.json is missing"),
     reads("subset is no JSON", images("good", subset="{w}/notes.txt"), "notes.txt is not a subset file", "source, sha256, num_classes, ids"),
     reads("subset was changed", images("good", subset="{w}/changed.json"), "changed.json was changed: it says sha256 00", "its 2 ids have"),
     reads("subset of other data", images("good", subset="{w}/other.json"), "{w}/other.json: ", "does not fit|are not in"),

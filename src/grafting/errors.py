@@ -1,6 +1,7 @@
 """Errors in a user's input, one class per kind; raised before any work begins.
 
-A message says what was asked, what was found, what is allowed and what to do. `assert` is for our own invariants.
+A message says what was asked, what was found, what is allowed and what to do. `assert` is for our own invariants. What a
+function inside the library only passes on is told where it is raised, not by each of its callers.
 """
 
 from collections.abc import Iterable, Sequence

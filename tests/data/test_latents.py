@@ -104,7 +104,7 @@ def test_a_folder_of_videos_filled_shard_by_shard(tmp_path: Path):
     folder = LatentFolder(
         folder=tmp_path, facts={}, num_images=11, per_shard=4, shape=(4, 3, 2, 3), dtype="fp32", num_classes=3
     )
-    with folder.working(rank=0, world_size=1) as shards:
+    with folder.working(slice(0, None, 1)) as shards:
         for number in shards:
             items = list(folder.images_of(number))
             labels, names = LABELS[items].tolist(), [str(item) for item in items]

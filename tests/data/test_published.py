@@ -83,8 +83,8 @@ def test_stopped_and_shared_between_processes_it_is_the_same(tars: Path, tmp_pat
             break
     steps.close()
     assert not (tmp_path / "out" / INDEX_NAME).exists()
-    run(tars, tmp_path / "out", rank=1, world_size=2)
-    assert run(tars, tmp_path / "out", rank=0, world_size=2)[0].done == 3
+    run(tars, tmp_path / "out", share=slice(1, None, 2))
+    assert run(tars, tmp_path / "out", share=slice(0, None, 2))[0].done == 3
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     with pytest.raises(RunError, match="another work.*\n  import.dtype: asked 'fp16', found 'fp32'"):
         run(tars, tmp_path / "out", ImportConfig(shard_size=3))

@@ -122,7 +122,7 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no subset file .*none\.json"):
+    with pytest.raises(DataError, match=r"none\.json is missing"):
         read_subset(tmp_path / "none.json")
 
 

@@ -248,7 +248,7 @@ def test_another_network_is_refused(reference, network, tmp_path):
 
 def test_damaged_files_are_refused(reference, tmp_path):
     path, missing = tmp_path / "r", tmp_path / "missing"
-    with pytest.raises(CheckpointError, match="no reference file"):
+    with pytest.raises(CheckpointError, match="missing is missing"):
         Reference.load(missing)
     reference.save(path)
     whole = path.read_bytes()

@@ -9,6 +9,16 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from hosts.zoo import TEXT, Specimen, specimens
 
+VIDEO_VAE: dict[str, Any] = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True],
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
+
 Made = tuple[diffusers.DiffusionPipeline, dict[str, Any]]
 """A pipeline, and what it is called with."""
 
@@ -31,6 +41,18 @@ def embeds(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
+def prompt(
+    *, mask: torch.dtype | None = None, with_pooled: bool = False, with_negative: bool = True
+) -> dict[str, Any]:
+    """Vectors of a prompt, with a mask of this dtype, and of what it is to avoid."""
+    call = {"prompt_embeds": embeds(1, TEXT, 24)}
+    if with_pooled:
+        call["pooled_prompt_embeds"] = embeds(1, 12)
+    if mask is not None:
+        call["prompt_attention_mask"] = torch.ones(1, TEXT, dtype=mask)
+    return call | ({f"negative_{name}": tensor for name, tensor in call.items()} if with_negative else {})
+
+
 def made(pipeline: str, transformer: str, call: dict[str, Any], **parts: Any) -> Made:
     """A pipeline of this class, with None for the parts that turn words into vectors."""
     cls = getattr(diffusers, pipeline)
@@ -42,51 +64,23 @@ def made(pipeline: str, transformer: str, call: dict[str, Any], **parts: Any) ->
 
 
 def flux() -> Made:
-    call = {"prompt_embeds": embeds(1, TEXT, 24), "pooled_prompt_embeds": embeds(1, 12), **SIZE}
+    call = {**prompt(with_pooled=True, with_negative=False), **SIZE}
     return made("FluxPipeline", "FluxTransformer2DModel", call)
 
 
 def sd3() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "pooled_prompt_embeds": embeds(1, 12),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_pooled_prompt_embeds": embeds(1, 12),
-        **SIZE,
-    }
+    call = {**prompt(with_pooled=True), **SIZE}
     return made("StableDiffusion3Pipeline", "SD3Transformer2DModel", call)
 
 
 def pixart() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "prompt_attention_mask": torch.ones(1, TEXT),
-        "negative_prompt": None,
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_attention_mask": torch.ones(1, TEXT),
-        "use_resolution_binning": False,
-        **SIZE,
-    }
+    call = {**prompt(mask=torch.float), "negative_prompt": None, "use_resolution_binning": False, **SIZE}
     return made("PixArtSigmaPipeline", "PixArtTransformer2DModel", call, scheduler=diffusers.DDIMScheduler())
 
 
 def wan() -> Made:
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "num_frames": 5,
-        "height": 32,
-        "width": 48,
-    }
+    vae = diffusers.AutoencoderKLWan(**VIDEO_VAE)
+    call = {**prompt(), "num_frames": 5, "height": 32, "width": 48}
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
@@ -94,17 +88,9 @@ def wan() -> Made:
 
 
 def qwen_image() -> Made:
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    vae = diffusers.AutoencoderKLQwenImage(**VIDEO_VAE)
     call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
+        **prompt(with_negative=False),
         "prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long),
         **SIZE,
     }
@@ -113,36 +99,17 @@ def qwen_image() -> Made:
 
 
 def chroma() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "prompt_attention_mask": torch.ones(1, TEXT),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_attention_mask": torch.ones(1, TEXT),
-        **SIZE,
-    }
+    call = {**prompt(mask=torch.float), **SIZE}
     return made("ChromaPipeline", "ChromaTransformer2DModel", call)
 
 
 def aura_flow() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "prompt_attention_mask": torch.ones(1, TEXT),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_attention_mask": torch.ones(1, TEXT),
-        **SIZE,
-    }
+    call = {**prompt(mask=torch.float), **SIZE}
     return made("AuraFlowPipeline", "AuraFlowTransformer2DModel", call)
 
 
 def lumina2() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
-        "height": 32,
-        "width": 48,
-    }
+    call = {**prompt(mask=torch.bool), "height": 32, "width": 48}
     return made("Lumina2Pipeline", "Lumina2Transformer2DModel", call)
 
 
@@ -156,7 +123,7 @@ def z_image() -> Made:
 
 
 def flux2() -> Made:
-    call = {"prompt_embeds": embeds(1, TEXT, 24), **SIZE}
+    call = {**prompt(with_negative=False), **SIZE}
     vae = diffusers.AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -169,35 +136,19 @@ def flux2() -> Made:
 
 
 def ltx() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "prompt_attention_mask": torch.ones(1, TEXT),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_attention_mask": torch.ones(1, TEXT),
-        "height": 128,
-        "width": 192,
-        "num_frames": 9,
-    }
+    call = {**prompt(mask=torch.float), "height": 128, "width": 192, "num_frames": 9}
     return made("LTXPipeline", "LTXVideoTransformer3DModel", call, vae=None)
 
 
 def cog_video_x() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "num_frames": 5,
-        "height": 64,
-        "width": 96,
-    }
+    call = {**prompt(), "num_frames": 5, "height": 64, "width": 96}
     scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     return made("CogVideoXPipeline", "CogVideoXTransformer3DModel", call, vae=None, scheduler=scheduler)
 
 
 def hunyuan_video() -> Made:
     call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "pooled_prompt_embeds": embeds(1, 12),
-        "prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.long),
+        **prompt(mask=torch.long, with_pooled=True, with_negative=False),
         "num_frames": 5,
         "height": 64,
         "width": 96,
@@ -206,26 +157,20 @@ def hunyuan_video() -> Made:
 
 
 def cog_view3() -> Made:
-    call = {"prompt_embeds": embeds(1, TEXT, 24), "negative_prompt_embeds": embeds(1, TEXT, 24), **SIZE}
+    call = {**prompt(), **SIZE}
     scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     return made("CogView3PlusPipeline", "CogView3PlusTransformer2DModel", call, scheduler=scheduler)
 
 
 def cog_view4() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "height": 32,
-        "width": 48,
-    }
+    call = {**prompt(), "height": 32, "width": 48}
     scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True)
     return made("CogView4Pipeline", "CogView4Transformer2DModel", call, scheduler=scheduler)
 
 
 def latte() -> Made:
     call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
+        **prompt(),
         "negative_prompt": None,
         "mask_feature": False,
         "video_length": 3,
@@ -242,15 +187,7 @@ def sky_reels() -> Made:
 
 
 def mochi() -> Made:
-    call = {
-        "prompt_embeds": embeds(1, TEXT, 24),
-        "prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
-        "negative_prompt_embeds": embeds(1, TEXT, 24),
-        "negative_prompt_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
-        "num_frames": 7,
-        "height": 64,
-        "width": 96,
-    }
+    call = {**prompt(mask=torch.bool), "num_frames": 7, "height": 64, "width": 96}
     return made("MochiPipeline", "MochiTransformer3DModel", call, vae=None)
 
 

@@ -90,7 +90,13 @@ def mask(length: int = TEXT, dtype: torch.dtype = torch.bool) -> Tensor:
     return torch.ones(2, length, dtype=dtype)
 
 
+def asked(x: Tensor, timestep: Tensor, **more: Any) -> Inputs:
+    """The inputs of most classes: a noised x with its step, and a text."""
+    return {"hidden_states": x, "encoder_hidden_states": text(), "timestep": timestep, **more}
+
+
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+_CHANNELS = {"in_channels": 4, "out_channels": 4}
 _ROPE = {"axes_dims_rope": (4, 6, 6)}
 
 _IMAGES = (
@@ -114,20 +120,14 @@ _IMAGES = (
             "caption_channels": 24,
             "norm_num_groups": 2,
         },
-        lambda: {
-            "hidden_states": latent(),
-            "timestep": times().long(),
-            "encoder_hidden_states": text(),
-            "encoder_attention_mask": mask(dtype=torch.float),
-        },
+        lambda: asked(latent(), times().long(), encoder_attention_mask=mask(dtype=torch.float)),
     ),
     Specimen(
         "SD3Transformer2DModel",
         {
             **_HEADS,
             "sample_size": 16,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 3,
             "joint_attention_dim": 24,
             "caption_projection_dim": 32,
@@ -152,7 +152,7 @@ _IMAGES = (
             "caption_projection_dim": 32,
             "pos_embed_max_size": 256,
         },
-        lambda: {"hidden_states": latent(), "encoder_hidden_states": text(), "timestep": times(1)},
+        lambda: asked(latent(), times(1)),
     ),
     Specimen(
         "HunyuanDiT2DModel",
@@ -204,8 +204,7 @@ _IMAGES = (
         "SanaTransformer2DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_cross_attention_heads": 2,
             "cross_attention_head_dim": 16,
@@ -213,19 +212,13 @@ _IMAGES = (
             "caption_channels": 24,
             "sample_size": 8,
         },
-        lambda: {
-            "hidden_states": latent(patch=1),
-            "encoder_hidden_states": text(),
-            "timestep": times(),
-            "encoder_attention_mask": mask(dtype=torch.float),
-        },
+        lambda: asked(latent(patch=1), times(), encoder_attention_mask=mask(dtype=torch.float)),
     ),
     Specimen(
         "Transformer2DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "patch_size": 2,
             "sample_size": 16,
             "num_layers": 2,
@@ -236,12 +229,7 @@ _IMAGES = (
             "norm_elementwise_affine": False,
             "use_additional_conditions": False,
         },
-        lambda: {
-            "hidden_states": latent(),
-            "encoder_hidden_states": text(),
-            "timestep": times().long(),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        },
+        lambda: asked(latent(), times().long(), added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
     ),
     Specimen(
         "DreamLiteTransformer2DModel",
@@ -252,8 +240,7 @@ _IMAGES = (
         "CogView3PlusTransformer2DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "text_embed_dim": 24,
             "time_embed_dim": 16,
@@ -261,21 +248,19 @@ _IMAGES = (
             "pos_embed_max_size": 8,
             "sample_size": 8,
         },
-        lambda: {
-            "hidden_states": latent(),
-            "encoder_hidden_states": text(),
-            "timestep": times(),
-            "original_size": torch.full((2, 2), 64.0),
-            "target_size": torch.full((2, 2), 64.0),
-            "crop_coords": torch.zeros(2, 2),
-        },
+        lambda: asked(
+            latent(),
+            times(),
+            original_size=torch.full((2, 2), 64.0),
+            target_size=torch.full((2, 2), 64.0),
+            crop_coords=torch.zeros(2, 2),
+        ),
     ),
     Specimen(
         "CogView4Transformer2DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "text_embed_dim": 24,
             "time_embed_dim": 16,
@@ -284,21 +269,19 @@ _IMAGES = (
             "sample_size": 8,
             "rope_axes_dim": (16, 16),
         },
-        lambda: {
-            "hidden_states": latent(),
-            "encoder_hidden_states": text(),
-            "timestep": times(),
-            "original_size": torch.full((2, 2), 64.0),
-            "target_size": torch.full((2, 2), 64.0),
-            "crop_coords": torch.zeros(2, 2),
-        },
+        lambda: asked(
+            latent(),
+            times(),
+            original_size=torch.full((2, 2), 64.0),
+            target_size=torch.full((2, 2), 64.0),
+            crop_coords=torch.zeros(2, 2),
+        ),
     ),
     Specimen(
         "GlmImageTransformer2DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "text_embed_dim": 24,
             "time_embed_dim": 16,
@@ -322,8 +305,7 @@ _IMAGES = (
             "num_attention_heads": 2,
             "num_layers": 2,
             "ffn_hidden_size": 48,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "text_in_dim": 24,
             "rope_axes_dim": (4, 6, 6),
         },
@@ -339,8 +321,7 @@ _IMAGES = (
         {
             **_HEADS,
             "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_single_layers": 2,
             "caption_channels": [24, 20],
@@ -364,20 +345,14 @@ _IMAGES = (
         "HunyuanImageTransformer2DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_single_layers": 2,
             "num_refiner_layers": 1,
             "text_embed_dim": 24,
             "rope_axes_dim": (8, 8),
         },
-        lambda: {
-            "hidden_states": latent(patch=1),
-            "timestep": times(),
-            "encoder_hidden_states": text(),
-            "encoder_attention_mask": mask(dtype=torch.long),
-        },
+        lambda: asked(latent(patch=1), times(), encoder_attention_mask=mask(dtype=torch.long)),
     ),
     Specimen(
         "Lumina2Transformer2DModel",
@@ -394,12 +369,7 @@ _IMAGES = (
             "axes_lens": (64, 32, 32),
             "cap_feat_dim": 24,
         },
-        lambda: {
-            "hidden_states": latent(),
-            "timestep": times(1),
-            "encoder_hidden_states": text(),
-            "encoder_attention_mask": mask(),
-        },
+        lambda: asked(latent(), times(1), encoder_attention_mask=mask()),
     ),
     Specimen(
         "OmniGenTransformer2DModel",
@@ -439,7 +409,7 @@ _IMAGES = (
             "depth": 2,
             "axes_dim": [8, 8],
         },
-        lambda: {"hidden_states": latent(), "timestep": times(1), "encoder_hidden_states": text()},
+        lambda: asked(latent(), times(1)),
     ),
     Specimen(
         "BriaFibo2Transformer2DModel",
@@ -520,14 +490,13 @@ _PACKED = (
             "timestep_guidance_channels": 16,
             "axes_dims_rope": (4, 4, 4, 4),
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_ids": places(4).expand(2, -1, -1),
-            "txt_ids": torch.zeros(2, TEXT, 4),
-            "guidance": torch.full((2,), 4.0),
-        },
+        lambda: asked(
+            packed(),
+            times(1),
+            img_ids=places(4).expand(2, -1, -1),
+            txt_ids=torch.zeros(2, TEXT, 4),
+            guidance=torch.full((2,), 4.0),
+        ),
     ),
     Specimen(
         "Flux3Transformer2DModel",
@@ -541,13 +510,7 @@ _PACKED = (
             "timestep_channels": 16,
             "axes_dims_rope": (4, 4, 4, 4),
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_ids": places(4),
-            "txt_ids": torch.zeros(TEXT, 4),
-        },
+        lambda: asked(packed(), times(1), img_ids=places(4), txt_ids=torch.zeros(TEXT, 4)),
     ),
     Specimen(
         "BriaTransformer2DModel",
@@ -559,13 +522,7 @@ _PACKED = (
             "joint_attention_dim": 24,
             "axes_dims_rope": [4, 6, 6],
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_ids": places(),
-            "txt_ids": torch.zeros(TEXT, 3),
-        },
+        lambda: asked(packed(), times(1), img_ids=places(), txt_ids=torch.zeros(TEXT, 3)),
     ),
     Specimen(
         "BriaFiboTransformer2DModel",
@@ -600,13 +557,7 @@ _PACKED = (
             "approximator_hidden_dim": 16,
             "approximator_layers": 1,
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_ids": places(),
-            "txt_ids": torch.zeros(TEXT, 3),
-        },
+        lambda: asked(packed(), times(1), img_ids=places(), txt_ids=torch.zeros(TEXT, 3)),
     ),
     Specimen(
         "LongCatImageTransformer2DModel",
@@ -619,13 +570,7 @@ _PACKED = (
             "pooled_projection_dim": 24,
             "axes_dims_rope": [4, 6, 6],
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_ids": places(),
-            "txt_ids": torch.zeros(TEXT, 3),
-        },
+        lambda: asked(packed(), times(1), img_ids=places(), txt_ids=torch.zeros(TEXT, 3)),
     ),
     Specimen(
         "OvisImageTransformer2DModel",
@@ -638,13 +583,7 @@ _PACKED = (
             "num_single_layers": 2,
             "joint_attention_dim": 24,
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_ids": places(),
-            "txt_ids": torch.zeros(TEXT, 3),
-        },
+        lambda: asked(packed(), times(1), img_ids=places(), txt_ids=torch.zeros(TEXT, 3)),
     ),
     Specimen(
         "Krea2Transformer2DModel",
@@ -681,12 +620,7 @@ _PACKED = (
             "num_layers": 2,
             "joint_attention_dim": 24,
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_shapes": [[(1, ROWS, COLS)]] * 2,
-        },
+        lambda: asked(packed(), times(1), img_shapes=[[(1, ROWS, COLS)]] * 2),
     ),
     Specimen(
         "QwenImage21Transformer2DModel",
@@ -698,13 +632,12 @@ _PACKED = (
             "num_layers": 2,
             "context_in_dim": 24,
         },
-        lambda: {
-            "hidden_states": packed(),
-            "encoder_hidden_states": text(),
-            "timestep": times(1),
-            "img_shapes": [[(1, ROWS, COLS)]] * 2,
-            "img_mask": torch.tensor([[False] * TEXT + [True] * (ROWS * COLS // 4)] * 2),
-        },
+        lambda: asked(
+            packed(),
+            times(1),
+            img_shapes=[[(1, ROWS, COLS)]] * 2,
+            img_mask=torch.tensor([[False] * TEXT + [True] * (ROWS * COLS // 4)] * 2),
+        ),
     ),
     Specimen(
         "NucleusMoEImageTransformer2DModel",
@@ -718,13 +651,9 @@ _PACKED = (
             "mlp_ratio": 8.0,
             "moe_enabled": False,
         },
-        lambda: {
-            "hidden_states": packed(),
-            "img_shapes": [(1, ROWS, COLS)] * 2,
-            "encoder_hidden_states": text(),
-            "encoder_hidden_states_mask": mask(),
-            "timestep": times(1),
-        },
+        lambda: asked(
+            packed(), times(1), img_shapes=[(1, ROWS, COLS)] * 2, encoder_hidden_states_mask=mask()
+        ),
     ),
     Specimen(
         "Ideogram4Transformer2DModel",
@@ -805,12 +734,11 @@ _VIDEOS = (
     Specimen(
         "AnyFlowTransformer3DModel",
         {**_WAN, "rope_max_seq_len": 32},
-        lambda: {
-            "hidden_states": video().transpose(1, 2),
-            "timestep": times()[:, None].expand(2, FRAMES),
-            "r_timestep": times()[:, None].expand(2, FRAMES) / 2,
-            "encoder_hidden_states": text(),
-        },
+        lambda: asked(
+            video().transpose(1, 2),
+            times()[:, None].expand(2, FRAMES),
+            r_timestep=times()[:, None].expand(2, FRAMES) / 2,
+        ),
         grid=_VIDEO_GRID,
     ),
     Specimen(
@@ -857,8 +785,7 @@ _VIDEOS = (
         "CogVideoXTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "time_embed_dim": 16,
             "text_embed_dim": 24,
             "num_layers": 2,
@@ -867,19 +794,14 @@ _VIDEOS = (
             "sample_frames": 5,
             "max_text_seq_length": TEXT,
         },
-        lambda: {
-            "hidden_states": video().transpose(1, 2),
-            "encoder_hidden_states": text(),
-            "timestep": times().long(),
-        },
+        lambda: asked(video().transpose(1, 2), times().long()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "ConsisIDTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "time_embed_dim": 16,
             "text_embed_dim": 24,
             "num_layers": 2,
@@ -888,19 +810,14 @@ _VIDEOS = (
             "sample_frames": 5,
             "max_text_seq_length": TEXT,
         },
-        lambda: {
-            "hidden_states": video().transpose(1, 2),
-            "encoder_hidden_states": text(),
-            "timestep": times().long(),
-        },
+        lambda: asked(video().transpose(1, 2), times().long()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "EasyAnimateTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "patch_size": 2,
             "sample_width": 12,
             "sample_height": 8,
@@ -909,15 +826,14 @@ _VIDEOS = (
             "time_embed_dim": 16,
             "text_embed_dim": 24,
         },
-        lambda: {"hidden_states": video(), "timestep": times(), "encoder_hidden_states": text()},
+        lambda: asked(video(), times()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "CosmosTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "text_embed_dim": 24,
             "adaln_lora_dim": 4,
@@ -925,15 +841,14 @@ _VIDEOS = (
             "concat_padding_mask": False,
             "extra_pos_embed_type": None,
         },
-        lambda: {"hidden_states": video(), "timestep": times(), "encoder_hidden_states": text()},
+        lambda: asked(video(), times()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "HunyuanVideoTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_single_layers": 2,
             "num_refiner_layers": 1,
@@ -955,8 +870,7 @@ _VIDEOS = (
         "HunyuanVideo15Transformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_refiner_layers": 1,
             "text_embed_dim": 24,
@@ -980,8 +894,7 @@ _VIDEOS = (
         "HunyuanVideoFramepackTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_single_layers": 2,
             "num_refiner_layers": 1,
@@ -1013,35 +926,32 @@ _VIDEOS = (
     Specimen(
         "JoyImageEditTransformer3DModel",
         {
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "hidden_size": 32,
             "num_attention_heads": 2,
             "text_dim": 24,
             "num_layers": 2,
             "rope_dim_list": [4, 6, 6],
         },
-        lambda: {"hidden_states": video(), "timestep": times(), "encoder_hidden_states": text()},
+        lambda: asked(video(), times()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "JoyImageEditPlusTransformer3DModel",
         {
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "hidden_size": 32,
             "num_attention_heads": 2,
             "text_dim": 24,
             "num_layers": 2,
             "rope_dim_list": [4, 6, 6],
         },
-        lambda: {
-            "hidden_states": torch.randn(2, ROWS * COLS, 4, 1, 2, 2),
-            "timestep": times(),
-            "encoder_hidden_states": text(),
-            "encoder_hidden_states_mask": mask(),
-            "shape_list": [[(1, ROWS, COLS)]] * 2,
-        },
+        lambda: asked(
+            torch.randn(2, ROWS * COLS, 4, 1, 2, 2),
+            times(),
+            encoder_hidden_states_mask=mask(),
+            shape_list=[[(1, ROWS, COLS)]] * 2,
+        ),
     ),
     Specimen(
         "Kandinsky5Transformer3DModel",
@@ -1104,11 +1014,7 @@ _VIDEOS = (
             "video_length": 3,
             "norm_elementwise_affine": False,
         },
-        lambda: {
-            "hidden_states": torch.randn(2, 4, 3, 8, 8),
-            "timestep": times().long(),
-            "encoder_hidden_states": text(),
-        },
+        lambda: asked(torch.randn(2, 4, 3, 8, 8), times().long()),
         grid=(1, 4, 4),
     ),
     Specimen(
@@ -1121,15 +1027,14 @@ _VIDEOS = (
             "num_layers": 2,
             "caption_channels": 24,
         },
-        lambda: {
-            "hidden_states": packed(8, FRAMES),
-            "encoder_hidden_states": text(),
-            "timestep": times(),
-            "encoder_attention_mask": mask(),
-            "num_frames": FRAMES,
-            "height": ROWS,
-            "width": COLS,
-        },
+        lambda: asked(
+            packed(8, FRAMES),
+            times(),
+            encoder_attention_mask=mask(),
+            num_frames=FRAMES,
+            height=ROWS,
+            width=COLS,
+        ),
         grid=_VIDEO_GRID,
     ),
     Specimen(
@@ -1173,34 +1078,27 @@ _VIDEOS = (
             "time_embed_dim": 16,
             "max_sequence_length": TEXT,
         },
-        lambda: {
-            "hidden_states": video(),
-            "encoder_hidden_states": text(),
-            "timestep": times(),
-            "encoder_attention_mask": mask(),
-        },
+        lambda: asked(video(), times(), encoder_attention_mask=mask()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "MotifVideoTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_single_layers": 2,
             "text_embed_dim": 24,
             "rope_axes_dim": (4, 6, 6),
         },
-        lambda: {"hidden_states": video(), "timestep": times(), "encoder_hidden_states": text()},
+        lambda: asked(video(), times()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
         "SanaVideoTransformer3DModel",
         {
             **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
+            **_CHANNELS,
             "num_layers": 2,
             "num_cross_attention_heads": 2,
             "cross_attention_head_dim": 16,
@@ -1208,7 +1106,7 @@ _VIDEOS = (
             "caption_channels": 24,
             "rope_max_seq_len": 32,
         },
-        lambda: {"hidden_states": video(), "encoder_hidden_states": text(), "timestep": times()},
+        lambda: asked(video(), times()),
         grid=_VIDEO_GRID,
     ),
     Specimen(
@@ -1326,12 +1224,7 @@ _SOUND = (
             "latent_dim": 4,
             "use_latent_condition": False,
         },
-        lambda: {
-            "hidden_states": torch.randn(2, 10, 4),
-            "encoder_hidden_states": text(),
-            "encoder_attention_mask": mask(),
-            "timestep": times(1),
-        },
+        lambda: asked(torch.randn(2, 10, 4), times(1), encoder_attention_mask=mask()),
         grid=(10,),
     ),
     Specimen(

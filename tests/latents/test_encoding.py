@@ -180,7 +180,7 @@ def test_two_processes_make_what_one_makes(
         child = os.fork()
         if child == 0:
             try:
-                run(stream, vae, folder, rank=rank, world_size=2)
+                run(stream, vae, folder, share=slice(rank, None, 2))
             except BaseException:
                 os._exit(1)
             os._exit(0)
@@ -193,7 +193,7 @@ def test_the_last_process_writes_the_index(
     stream: ImageStream, vae: Autoencoder, tmp_path: Path, undisturbed
 ):
     folder = tmp_path / "shared"
-    steps = run(stream, vae, folder, rank=1, world_size=2)
+    steps = run(stream, vae, folder, share=slice(1, None, 2))
     assert (steps[-1].done, steps[-1].total) == (5, 5)
     assert not (folder / INDEX_NAME).exists()
     # whoever goes on may be another number of processes
@@ -300,9 +300,9 @@ def test_too_many_unreadable_images_over_all_processes(stream: ImageStream, vae:
     for name in ("Bag/Bag_002.png", "Coat/Coat_003.png"):
         (tmp_path / "images" / name).write_bytes(b"no image")
     config = CONFIG.model_copy(update={"max_unreadable": 0.1})
-    run(stream, vae, tmp_path / "out", config, rank=1, world_size=2)
+    run(stream, vae, tmp_path / "out", config, share=slice(1, None, 2))
     with pytest.raises(DataError, match="2 of 12 images cannot be read, 1 allowed"):
-        run(stream, vae, tmp_path / "out", config, rank=0, world_size=2)
+        run(stream, vae, tmp_path / "out", config, share=slice(0, None, 2))
     assert not (tmp_path / "out" / INDEX_NAME).exists()
 
 
@@ -378,7 +378,7 @@ def test_bytes_on_disk_are_what_was_forecast(stream: ImageStream, vae: Autoencod
     assert (found.num_images, found.num_items, found.num_shards, found.images_left) == (12, 12, 3, 12)
     assert found.decode_seconds > 0
     assert found.encode_seconds > 0
-    run(stream, vae, tmp_path / "out", rank=0, world_size=2)
+    run(stream, vae, tmp_path / "out", share=slice(0, None, 2))
     written = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     left = forecast(stream, vae, CONFIG, tmp_path / "out")
     assert (left.images_left, left.bytes_left) == (5, 5 * 516)

@@ -204,7 +204,7 @@ def test_processes_share_the_shards(tmp_path):
     whole = encoded(pipe, tmp_path / "whole")
     for rank in (1, 0):
         work = Prompting(pipe, WORDS, tmp_path / "shared", PromptingConfig(shard_size=2), source="words")
-        for _ in work.steps(rank=rank, world_size=2):
+        for _ in work.steps(slice(rank, None, 2)):
             pass
     assert Prompts(tmp_path / "shared").index == whole.index
 

@@ -150,7 +150,7 @@ def latents(folder: Path) -> None:
     target = LatentFolder(
         folder=folder, facts={}, num_images=1, per_shard=1, shape=(1, 1, 1), dtype="fp32", num_classes=1
     )
-    with target.working(rank=0, world_size=1):
+    with target.working(slice(0, None, 1)):
         pass
 
 

@@ -226,7 +226,7 @@ def test_counts_of_training_batches_are_left_out(weights, tmp_path):
 
 def test_files_that_are_no_weights(tmp_path):
     path = tmp_path / "w.pth"
-    with pytest.raises(CheckpointError, match="no weights file"):
+    with pytest.raises(CheckpointError, match="w.pth is missing"):
         load_inception(path)
     path.write_bytes(b"PK\3\4 and then nothing")
     with pytest.raises(CheckpointError, match="not a complete file of tensors"):

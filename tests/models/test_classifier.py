@@ -60,7 +60,7 @@ def test_file_holds_the_values_rounded_to_float16(model, tmp_path):
 
 def test_bad_files_are_refused(model, tmp_path):
     path = tmp_path / "classifier.safetensors"
-    with pytest.raises(CheckpointError, match="no classifier file"):
+    with pytest.raises(CheckpointError, match="safetensors is missing"):
         load_classifier(path)
     save_classifier(path, model)
     whole = path.read_bytes()

@@ -52,7 +52,7 @@ def new(
 
 def draw(drawing: Drawing, model, *, rank: int = 0, world_size: int = 1) -> list[int]:
     """Draws, and says after how many images each step came."""
-    return [step.done for step in drawing.draw(model, rank=rank, world_size=world_size)]
+    return [step.done for step in drawing.draw(model, slice(rank, None, world_size))]
 
 
 def drawn_by(num_processes: int, folder: Path, model, **settings) -> Path:

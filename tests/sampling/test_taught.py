@@ -52,16 +52,16 @@ def test_latents_are_those_that_sampling_gives_bound_to_their_prompts(made, tmp_
 
 def test_processes_share_shards_and_a_killed_one_resumes_in_the_same_bytes(made, tmp_path):
     filled(made, tmp_path / "whole")
-    filled(made, tmp_path / "shared", rank=1, world_size=2)
+    filled(made, tmp_path / "shared", share=slice(1, None, 2))
     assert not (tmp_path / "shared" / INDEX_NAME).exists()
     model, denoiser = made
     given = {"denoiser": denoiser, "shape": SHAPE, "identity": {"model": "tiny"}, "source": "made by tiny"}
     steps = teach(
-        model, CONFIG, tmp_path / "shared", dtype="fp32", per_shard=3, rank=0, world_size=2, **given
+        model, CONFIG, tmp_path / "shared", dtype="fp32", per_shard=3, share=slice(0, None, 2), **given
     )
     assert [next(steps).done for _ in range(3)] == [0, 2, 3]
     steps.close()
-    assert [step.done for step in filled(made, tmp_path / "shared", rank=0, world_size=2)] == [3, 4]
+    assert [step.done for step in filled(made, tmp_path / "shared", share=slice(0, None, 2))] == [3, 4]
     whole, shared = [LatentsConfig(folder=tmp_path / name).load() for name in ("whole", "shared")]
     assert whole.index == shared.index
 

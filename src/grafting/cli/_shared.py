@@ -102,11 +102,7 @@ Spec = Annotated[
 
 
 def open_model(name: str) -> "tuple[nn.Module, Plan]":
-    """Load the model named on the command line, with the plan it was grafted with.
-
-    Raises:
-        CheckpointError, DataError: there is none, or it is damaged.
-    """
+    """Load the model named on the command line, with the plan it was grafted with."""
     from ..weights.folder import load_model
     from ..weights.locate import find_model
 
@@ -152,11 +148,7 @@ def open_denoiser(
 
 
 def open_recipe(path: Path, settings: list[str] | None = None) -> "Recipe":
-    """Load a recipe from a file and apply the `--set` overrides.
-
-    Raises:
-        RecipeError, DataError: it has faults, or a setting is not KEY=VALUE.
-    """
+    """Load a recipe from a file and apply the `--set` overrides."""
     from ..runs.file import load_recipe
 
     given = {"spec": str(_specs[0].resolve())} if _specs else {}

@@ -29,7 +29,8 @@ def operators(
     configs = operator_configs()
     if name is None:
         listed = [
-            {"name": n, "roles": sorted(c.roles), "summary": _summary_of(c)} for n, c in configs.items()
+            {"name": n, "roles": sorted(c.roles), "summary": (c.__doc__ or "").strip().partition("\n")[0]}
+            for n, c in configs.items()
         ]
         if as_json:
             print_json(listed)
@@ -67,10 +68,6 @@ def setting_rows(config: "type[OperatorConfig]") -> list[list[str]]:
 
 def _settings_in_words(operator: dict[str, Any]) -> str:
     return ", ".join([operator["name"], *(f"{k}: {v}" for k, v in operator.items() if k != "name")])
-
-
-def _summary_of(config: "type[OperatorConfig]") -> str:
-    return (config.__doc__ or "").strip().partition("\n")[0]
 
 
 def _type_of(setting: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def prompts(
     from ..data.prompts import INDEX_NAME
     from ..latents.prompting import Prompting, open_encoders, read_words
     from ..machine.devices import default_device
-    from ..machine.processes import is_main, rank, world_size
+    from ..machine.processes import is_main, share, world_size
 
     words = read_words(prompts, column=column)
     place = torch.device(device) if device else default_device()
@@ -111,7 +111,7 @@ def prompts(
         )
     if dry_run:
         return
-    if fills("prompts", work.steps(rank=rank(), world_size=world_size()), index=folder / INDEX_NAME):
+    if fills("prompts", work.steps(share()), index=folder / INDEX_NAME):
         say(out, f"Prompts: {folder}; name them in a recipe: conditions: {{name: prompts, folder: {folder}}}")
 
 
@@ -189,18 +189,19 @@ def latents(
         stored = encoding.model_dump(include=set(_STORED))
         _import(published, folder, stored, num_classes=num_classes, dry_run=dry_run)
         return
-    stream = _stream(
-        images, tars, dataset, split=split, revision=revision, num_classes=num_classes, name=name
-    )
-    _encode(
-        stream,
-        folder,
-        encoding,
-        vae=vae or "stabilityai/sd-vae-ft-ema",
-        vae_revision=vae_revision,
-        workers=workers,
-        dry_run=dry_run,
-    )
+    from ..data.sources import image_dataset, image_folder, image_tars
+
+    if images is not None and num_classes is not None:
+        raise DataError("--num-classes does not go with --images, whose subfolders are the classes")
+    if images is not None:
+        stream = image_folder(images, name=name)
+    elif tars is not None:
+        stream = image_tars(tars, num_classes=num_classes, name=name)
+    else:
+        assert dataset is not None
+        stream = image_dataset(dataset, split=split, revision=revision, num_classes=num_classes, name=name)
+    autoencoder = vae or "stabilityai/sd-vae-ft-ema", vae_revision
+    _encode(stream, folder, encoding, autoencoder, workers=workers, dry_run=dry_run)
 
 
 @app.command()
@@ -278,44 +279,22 @@ def _check_replaceable(path: Path, sha256: str) -> None:
             raise DataError(f"{path} is another subset, with sha256 {found}, not {sha256}: name another file")
 
 
-def _stream(
-    images: Path | None,
-    tars: Path | None,
-    dataset: str | None,
-    *,
-    split: str,
-    revision: str | None,
-    num_classes: int | None,
-    name: str | None,
-) -> "ImageStream":
-    from ..data.sources import image_dataset, image_folder, image_tars
-
-    if images is not None:
-        if num_classes is not None:
-            raise DataError("--num-classes does not go with --images, whose subfolders are the classes")
-        return image_folder(images, name=name)
-    if tars is not None:
-        return image_tars(tars, num_classes=num_classes, name=name)
-    assert dataset is not None
-    return image_dataset(dataset, split=split, revision=revision, num_classes=num_classes, name=name)
-
-
 def _encode(
     stream: "ImageStream",
     folder: Path,
     config: "EncodingConfig",
+    autoencoder: tuple[str, str | None],
     *,
-    vae: str,
-    vae_revision: str | None,
     workers: int,
     dry_run: bool,
 ) -> None:
     from ..latents.autoencoder import load_autoencoder
     from ..latents.encoding import encode, forecast
     from ..machine.devices import default_device
-    from ..machine.processes import is_main, rank, world_size
+    from ..machine.processes import is_main, share, world_size
 
-    encoder = load_autoencoder(vae, revision=vae_revision, device=default_device())
+    source, revision = autoencoder
+    encoder = load_autoencoder(source, revision=revision, device=default_device())
     if is_main():
         found = forecast(stream, encoder, config, folder, workers=workers)
         _say_amount(
@@ -335,17 +314,14 @@ def _encode(
             f"{world_size()} process{'' if world_size() == 1 else 'es'}",
         )
     if not dry_run:
-        _fill(
-            folder,
-            encode(stream, encoder, config, folder, workers=workers, rank=rank(), world_size=world_size()),
-        )
+        _fill(folder, encode(stream, encoder, config, folder, workers=workers, share=share()))
 
 
 def _import(
     source: Path, folder: Path, stored: Mapping[str, Any], *, num_classes: int | None, dry_run: bool
 ) -> None:
     from ..data.published import ImportConfig, import_published, import_target, open_published
-    from ..machine.processes import is_main, rank, world_size
+    from ..machine.processes import is_main, share
 
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = ImportConfig.model_validate({**stored, **classes})
@@ -362,7 +338,7 @@ def _import(
             free=free,
         )
     if not dry_run:
-        _fill(folder, import_published(found, folder, config, rank=rank(), world_size=world_size()))
+        _fill(folder, import_published(found, folder, config, share=share()))
 
 
 def _say_amount(what: str, *, items: int, shards: int, images_left: int, needed: int, free: int) -> None:

@@ -5,7 +5,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +68,23 @@ def fills(name: str, steps: Iterable["Step"], *, index: Path) -> bool:
     Returns:
         Whether the folder is whole, as its index then says. If not, the others' part is still to come, and that is said.
     """
-    from ..machine.processes import is_main
     from ._shared import out
 
-    if is_main():
-        with follow(out) as on_step:
-            for step in steps:
-                on_step(name, step)
-    else:
-        for _ in steps:
-            pass
+    take(name, steps)
     if not index.is_file():
         say(out, "This process is done; other processes are still running or must be started again")
     return index.is_file()
+
+
+def take(name: str, steps: Iterable["Step"]) -> None:
+    """Take this process's steps, of which the main process shows progress."""
+    from ..machine.processes import is_main
+    from ._shared import out
+
+    with follow(out) if is_main() else nullcontext() as on_step:
+        for step in steps:
+            if on_step is not None:
+                on_step(name, step)
 
 
 def in_turn(*followers: Callable[[str, "Step"], None]) -> Callable[[str, "Step"], None]:

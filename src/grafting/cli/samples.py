@@ -10,7 +10,7 @@ import typer
 
 from ..errors import DataError
 from ._shared import Model, Process, PromptsFolder, Shift, Spec, open_denoiser, open_model, out
-from .display import fills, follow, say
+from .display import fills, say, take
 from .options import Options, command
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _teach(
     """Draw this process's share of latents and show progress."""
     from ..data.latents import INDEX_NAME
     from ..machine.devices import default_device
-    from ..machine.processes import rank, world_size
+    from ..machine.processes import share
     from ..sampling.taught import teach
 
     steps = teach(
@@ -178,8 +178,7 @@ def _teach(
         shape=shape,
         identity=identity,
         source=f"made by {name}",
-        rank=rank(),
-        world_size=world_size(),
+        share=share(),
     )
     if fills("sample", steps, index=folder / INDEX_NAME):
         say(
@@ -190,19 +189,15 @@ def _teach(
 
 def _draw(drawing: "Drawing", model: "nn.Module", out_file: Path) -> None:
     """Draw this process's share and show progress; the main process then writes the samples file."""
-    from ..machine.processes import is_main, rank, world_size
+    from ..machine.processes import is_main, share, world_size
 
-    steps = drawing.draw(model, rank=rank(), world_size=world_size())
-    if not is_main():
-        for _ in steps:
-            pass
-        return
+    steps = drawing.draw(model, share())
     num_images, before, started = drawing.config.num_images, drawing.num_drawn, time.monotonic()
     if before:
         say(out, f"{before} of {num_images} images were already drawn")
-    with follow(out) as on_step:
-        for step in chain(steps, drawing.wait()):
-            on_step("sample", step)
+    take("sample", chain(steps, drawing.wait()) if is_main() else steps)
+    if not is_main():
+        return
     seconds = time.monotonic() - started
     if not drawing.is_begun and drawing.matches(out_file):
         _say_drawn_before(drawing, out_file)  # by another command, meanwhile

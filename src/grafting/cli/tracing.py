@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 
 def trace_sites(name: str, *, to: Path | None, call: list[str], example: Path | None, as_json: bool) -> None:
-    """Trace a pipeline or a model, show what was seen, and write the spec.
-
-    Raises:
-        CheckpointError: neither a pipeline nor a model is there, or the example is not readable.
-        HostError: it has no transformer that a spec can describe.
-    """
+    """Trace a pipeline or a model, show what was seen, and write the spec."""
     traced = _traced(name, call, example)
     exact = _is_exact(traced)
     if to is not None:

@@ -6,7 +6,7 @@ and no values, so the weights need not be at hand. Everything is for one image a
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,11 +237,9 @@ def _entering(
     def leave(*_: Any) -> None:
         parts[inside.pop()].counted_flops += counter.get_total_flops()
 
-    modules = [(path, model.get_submodule(path)) for path in paths]
-    handles = [module.register_forward_pre_hook(enter(path)) for path, module in modules]
-    handles += [module.register_forward_hook(leave) for _, module in modules]
-    try:
+    with ExitStack() as hooks:
+        for path in paths:
+            module = model.get_submodule(path)
+            hooks.enter_context(module.register_forward_pre_hook(enter(path)))
+            hooks.enter_context(module.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

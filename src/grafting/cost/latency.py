@@ -5,6 +5,7 @@ A single time means little on a machine that does other work too: compare passes
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,15 +31,12 @@ def time_forward(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, An
 
         return hook
 
-    handles = []
-    for path in marks:
-        module = model.get_submodule(path)
-        handles += [module.register_forward_pre_hook(mark(path)), module.register_forward_hook(mark(path))]
-    try:
+    with ExitStack() as hooks:
+        for path in marks:
+            module = model.get_submodule(path)
+            hooks.enter_context(module.register_forward_pre_hook(mark(path)))
+            hooks.enter_context(module.register_forward_hook(mark(path)))
         model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     if is_cuda:
         torch.cuda.synchronize(device)
         return {path: start.elapsed_time(end) for path, (start, end) in marks.items()}

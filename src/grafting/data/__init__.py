@@ -43,11 +43,7 @@ def load_data(config: DataConfig) -> ImageSet | LatentSet | Scenes:
 
 
 def list_data(source: str) -> Listing:
-    """List `testbed`, `fashion-mnist`, a folder of latents or an image folder; no image is read.
-
-    Raises:
-        DataError: something is missing or damaged.
-    """
+    """List `testbed`, `fashion-mnist`, a folder of latents or an image folder; no image is read."""
     named = {"testbed": BundledSubsetConfig(), "fashion-mnist": FashionMnistConfig()}
     if source in named:
         return named[source].listing()

@@ -45,22 +45,14 @@ class BundledSubsetConfig(ImageSource):
 
 
 def bundled_subset() -> ImageSet:
-    """6,000 training images of Fashion-MNIST, 600 per class, 28x28 grey, padded to 32x32.
-
-    Raises:
-        DataError: the file is missing or damaged.
-    """
+    """6,000 training images of Fashion-MNIST, 600 per class, 28x28 grey, padded to 32x32."""
     file = NpzFile(_asset("subset.npz"))
     images, labels = torch.from_numpy(file.array("images")), torch.from_numpy(file.array("labels"))
     return ImageSet(images[:, None], labels.long(), num_classes=10, size=32)
 
 
 def bundled_subset_file() -> Path:
-    """The subset file (see `read_subset`) that says which images of the training set these are.
-
-    Raises:
-        DataError: the file is missing or damaged.
-    """
+    """The subset file (see `read_subset`) that says which images of the training set these are."""
     return _asset("subset.json")
 
 
@@ -92,22 +84,14 @@ def testbed_model_folder() -> Path:
 
 
 def scenes_pipeline_folder() -> Path:
-    """The folder of the pretrained text-to-image model of scenes: a `PixArtSigmaPipeline` without text encoder and VAE.
-
-    Raises:
-        DataError: a file is missing or damaged.
-    """
+    """The folder of the pretrained text-to-image model of scenes: a `PixArtSigmaPipeline` without text encoder and VAE."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         _asset(name, "scenes")
     return _model_folder("scenes", "transformer").parent
 
 
 def bundled_model_folder(name: str) -> Path | None:
-    """The folder of the model of this name; None if none that is bundled has it.
-
-    Raises:
-        DataError: a file is missing or damaged.
-    """
+    """The folder of the model of this name; None if none that is bundled has it."""
     if name == "testbed":
         return testbed_model_folder()
     return scenes_pipeline_folder() / "transformer" if name == "scenes" else None

@@ -88,11 +88,7 @@ class ImageSource(PartialData):
         return self.read(self._places(seed=0))
 
     def describe(self) -> JsonObject:
-        """Identity of the data in a run's manifest: the content's hash, not its location.
-
-        Raises:
-            DataError: something is missing or damaged.
-        """
+        """Identity of the data in a run's manifest: the content's hash, not its location."""
         images = self.load()
         return {"name": self.name, "sha256": images.sha256(), "count": len(images)}
 

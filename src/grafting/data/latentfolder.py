@@ -5,7 +5,7 @@ with its checksum, lies in `shards/`; so a process that is killed loses the shar
 rest. The index is written last, by whoever finds every record: a folder with an index is complete.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..contract import Step
 from ..errors import DataError, listed
 from ..machine.files import sha256_of, write_bytes, write_json
 from .latents import INDEX_NAME, ItemNames, LatentIndex, Shard, StoredDtype, rows_not_finite, write_shard
@@ -61,19 +62,24 @@ class LatentFolder:
         """The images that a shard covers."""
         return range(number * self.per_shard, min((number + 1) * self.per_shard, self.num_images))
 
+    def count(self, shards: Iterable[int]) -> int:
+        """Images that these shards cover."""
+        return sum(len(self.images_of(number)) for number in shards)
+
+    def start(self, missing: Iterable[int], share: slice) -> Step:
+        """The step that a share's work begins at, when these of its shards are still to do."""
+        total = self.count(range(self.num_shards)[share])
+        return Step(done=total - self.count(missing), total=total)
+
     @cached_property
     def _work(self) -> WorkFolder[Record]:
         return WorkFolder(self.folder, self.facts, Record, what="latents")
 
     def check(self) -> tuple[int, int]:
-        """Bytes that the shards still to be written take, and bytes that are free.
-
-        Raises:
-            RunError: they do not fit, or the folder holds anything else than a part of this work; says what differs.
-        """
+        """Bytes that the shards still to be written take, and bytes that are free."""
         self._work.check()
         left = [number for number in range(self.num_shards) if not self._work.path(number).is_file()]
-        needed = sum(len(self.images_of(number)) for number in left) * self.image_bytes
+        needed = self.count(left) * self.image_bytes
         return needed, self._work.check_space(needed, remedy="a smaller dtype")
 
     @property
@@ -82,15 +88,9 @@ class LatentFolder:
         values = torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
         return self.items_per_image * (values + _LABEL_BYTES)
 
-    def working(self, *, rank: int, world_size: int) -> AbstractContextManager[list[int]]:
-        """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
-
-        A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
-
-        Raises:
-            RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
-        """
-        return self._work.working(range(self.num_shards), rank=rank, world_size=world_size)
+    def working(self, share: slice) -> AbstractContextManager[list[int]]:
+        """As `WorkFolder.working`."""
+        return self._work.working(self.num_shards, share)
 
     def write(
         self,
@@ -101,11 +101,7 @@ class LatentFolder:
         names: Sequence[str],
         unreadable: Mapping[str, str],
     ) -> None:
-        """Write a shard and then its record.
-
-        Raises:
-            DataError: latents that are not finite in this dtype, or a label that is no class. RunError: a full disk.
-        """
+        """Write a shard and then its record."""
         assert len(latents) == len(labels) == len(names)
         stored = latents.to(DTYPES[self.dtype])
         _check_finite(stored, names, dtype=self.dtype)

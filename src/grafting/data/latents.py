@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Int32
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeInt,
@@ -32,12 +30,13 @@ from ..errors import DataError
 from ..machine.files import atomic_path, hash_json, sha256_of, write_json
 from ..machine.randomness import item_noise
 from ..machine.reading import Inside, JsonObject, read_json, read_text, shown
-from .shards import ShardFile, StoredFile, by_shard, check_files, facts_of
+from ..machine.settings import Stored
+from .shards import ShardFile, StoredFile, by_shard, check_files
 from .subset import Listing, PartialData, subset_sha256
 
 INDEX_NAME = "latents.json"
 
-Stored = Literal["samples", "moments"]
+StoredAs = Literal["samples", "moments"]
 StoredDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
@@ -52,25 +51,21 @@ class Shard(StoredFile):
         return {"file": self.file, "count": self.count, **to_dict(self)}
 
 
-class ItemNames(BaseModel):
+class ItemNames(Stored):
     """The file that names the items, one per line, in their order."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Inside
     sha256: str
 
 
-class LatentIndex(BaseModel):
+class LatentIndex(Stored):
     """Index of a folder of latents; items are numbered through its shards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # the data set and split
     vae: str
     scale: PositiveFloat  # multiplies a latent, less the shift, before the diffusion model sees it
     shift: FiniteFloat = 0.0
-    stored: Stored
+    stored: StoredAs
     dtype: StoredDtype
     shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)]  # of an item as it is stored
     num_classes: PositiveInt  # of prompts, where labels are their numbers
@@ -229,11 +224,7 @@ class LatentSet:
         return torch.from_numpy(labels)
 
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c *fhw"], Int[Tensor, " b"]]:
-        """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once.
-
-        Raises:
-            DataError: a shard is missing or damaged, or holds values that are not finite.
-        """
+        """Latents and labels of these items of the set; each shard is opened once. Threads may call it at once."""
         numbers = self.items[indices]
         stored = torch.empty(len(numbers), *self.index.shape, dtype=getattr(torch, self.index.dtype))
         content, labels = stored.flatten(1).view(torch.uint8).numpy(), np.empty(len(numbers), np.int64)
@@ -322,7 +313,7 @@ def write_latents(
     shift: float = 0.0,
     num_classes: int,
     conditions_sha256: str | None = None,
-    stored: Stored = "samples",
+    stored: StoredAs = "samples",
     dtype: torch.dtype = torch.float16,
     shard_size: int = 2048,
 ) -> LatentIndex:
@@ -376,7 +367,7 @@ def write_shard(
     path = folder / f"latents-{number:05}.safetensors"
     with atomic_path(path) as temporary:
         save_file({"latents": latents.contiguous(), "labels": labels.to(torch.int32).contiguous()}, temporary)
-    return Shard(**facts_of(path), count=len(labels))
+    return Shard.of(path, count=len(labels))
 
 
 def _regrouped(

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +17,7 @@ from ..errors import DataError, RunError, listed
 from ..machine.files import atomic_path, hash_json, write_bytes, write_json
 from ..machine.reading import JsonObject, damage, parse_json
 from .prompts import INDEX_NAME, Column, PromptIndex, PromptShard, check_dropout, odd_names
-from .shards import LENGTHS, StoredFile, facts_of
+from .shards import LENGTHS, StoredFile
 from .workfolder import ShardRecord, WorkFolder
 
 WORDS_NAME = "words.jsonl"
@@ -87,41 +87,19 @@ def write_prompts(
     ]
     if len(table.lines) == len(nulls):
         raise DataError(f"no prompts to write to {folder}")
-    return _write_index(
-        folder,
-        shards,
-        source=source,
-        lines=table.lines,
-        num_nulls=len(nulls),
-        columns=table.columns,
-        dropout=dropout,
-        shared=shared,
-    )
+    facts = {"source": source, "columns": table.columns, "shards": shards, "dropout": dropout, **shared}
+    return _write_index(folder, table.lines, len(nulls), facts)
 
 
-def _write_index(
-    folder: Path,
-    shards: Sequence[PromptShard],
-    *,
-    source: str,
-    lines: Sequence[str],
-    num_nulls: int,
-    columns: dict[str, Column],
-    dropout: float,
-    shared: "_Shared",
-) -> PromptIndex:
-    """The words of all prompts, the nulls' last, and the index, with which the folder is complete."""
+def _write_index(folder: Path, lines: Sequence[str], num_nulls: int, facts: Mapping[str, Any]) -> PromptIndex:
+    """The words of all prompts, the nulls' last, and the index, with which the folder is complete.
+
+    Args:
+        facts: fields of the index beside those.
+    """
     write_bytes(folder / WORDS_NAME, "".join(lines).encode("utf-8", "surrogatepass"))
-    index = PromptIndex(
-        source=source,
-        count=len(lines) - num_nulls,
-        num_nulls=num_nulls,
-        columns=columns,
-        shards=tuple(shards),
-        words=StoredFile(**facts_of(folder / WORDS_NAME)),
-        dropout=dropout,
-        **shared,
-    )
+    words = StoredFile.of(folder / WORDS_NAME)
+    index = PromptIndex(count=len(lines) - num_nulls, num_nulls=num_nulls, words=words, **facts)
     write_json(folder / INDEX_NAME, index.model_dump(mode="json"))
     return index
 
@@ -197,28 +175,18 @@ class PromptFolder:
         return self.words[number * self.per_shard : (number + 1) * self.per_shard]
 
     def check(self) -> tuple[int, int]:
-        """Bytes that remain to be written, at the length of the prompt that others are like, and bytes that are free.
-
-        Raises:
-            RunError: the folder holds something else, or they do not fit.
-        """
+        """Bytes that remain to be written, at the length of the prompt that others are like, and bytes that are free."""
         self._work.check()
         left = [n for n in range(self.num_shards) if not self._work.path(n).is_file()]
         needed = self.prompt_bytes * sum(len(self.words_of(n)) or len(self.nulls) for n in left)
         return needed, self._work.check_space(needed, remedy="fewer prompts")
 
-    @contextmanager
-    def working(self, *, rank: int, world_size: int) -> Iterator[list[int]]:
-        """Inside, this process fills the folder: gives its shards still to do."""
-        with self._work.working(range(self.num_shards), rank=rank, world_size=world_size) as missing:
-            yield missing
+    def working(self, share: slice) -> AbstractContextManager[list[int]]:
+        """As `WorkFolder.working`."""
+        return self._work.working(self.num_shards, share)
 
     def write(self, number: int, rows: Iterable[Prompt]) -> None:
-        """Write a shard's prompts and then its record; the nulls' shard has them of its own.
-
-        Raises:
-            DataError: a prompt is not like the others. RunError: a full disk.
-        """
+        """Write a shard's prompts and then its record; the nulls' shard has them of its own."""
         (self.folder / INDEX_NAME).unlink(missing_ok=True)  # it may name what this shard was
         own = rows if number < self._num_filled else self.nulls
         admitted = [self._table.admit(prompt) for prompt in own]
@@ -243,16 +211,14 @@ class PromptFolder:
             *map(_line, self.words),
             *(_line(null.words, number) for number, null in enumerate(self.nulls)),
         ]
-        return _write_index(
-            self.folder,
-            [record.shard for record in records if record.shard is not None],
-            source=source,
-            lines=lines,
-            num_nulls=len(self.nulls),
-            columns=records[0].columns,
-            dropout=self.dropout,
-            shared=_write_shared(self.folder, self.common, self.constants),
-        )
+        facts = {
+            "source": source,
+            "columns": records[0].columns,
+            "shards": [record.shard for record in records if record.shard is not None],
+            "dropout": self.dropout,
+            **_write_shared(self.folder, self.common, self.constants),
+        }
+        return _write_index(self.folder, lines, len(self.nulls), facts)
 
 
 def _line(words: str, null: int = 0) -> str:
@@ -355,24 +321,13 @@ def _write_shard(path: Path, rows: list[dict[str, Tensor]], columns: Mapping[str
             tensors[LENGTHS + name] = torch.tensor([len(part) for part in parts], dtype=torch.int32)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
-    return PromptShard(**facts_of(path), count=len(rows), lengths=lengths)
+    return PromptShard.of(path, count=len(rows), lengths=lengths)
 
 
-class _Shared(TypedDict):
-    """What the index says of tensors and values that all prompts share."""
-
-    shared: dict[str, Literal["common", "constant"]]
-    values: JsonObject
-    common: NotRequired[StoredFile]
-
-
-def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> _Shared:
+def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the tensors that are the same for all prompts; gives what the index says of them and of other constants."""
     constant = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
-    kinds: dict[str, Literal["common", "constant"]] = {
-        **dict.fromkeys(common, "common"),
-        **dict.fromkeys(constant, "constant"),
-    }
+    kinds = dict.fromkeys(common, "common") | dict.fromkeys(constant, "constant")
     if odd := odd_names([*common, *constants]):
         raise DataError(f"arguments without names of their own: {', '.join(odd)}")
     with damage("a constant", "a tensor or a JSON value", error=DataError):
@@ -383,4 +338,4 @@ def _write_shared(folder: Path, common: Mapping[str, Tensor], constants: Mapping
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in {**common, **constant}.items()}
     with atomic_path(folder / COMMON_NAME) as temporary:
         save_file(tensors, temporary)
-    return {"shared": kinds, "values": values, "common": StoredFile(**facts_of(folder / COMMON_NAME))}
+    return {"shared": kinds, "values": values, "common": StoredFile.of(folder / COMMON_NAME)}

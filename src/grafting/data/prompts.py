@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     NonNegativeInt,
@@ -32,7 +30,7 @@ from ..contract import Kwargs, TrainingData
 from ..errors import DataError
 from ..machine.files import hash_json
 from ..machine.reading import parse_json, read_bytes, read_json, read_safetensors
-from ..machine.settings import Settings
+from ..machine.settings import Settings, Stored
 from .latents import LatentSet, Shard
 from .scenes import Captions, Scenes
 from .shards import DTYPES, ShardFile, StoredFile, by_shard, check_files
@@ -42,10 +40,8 @@ INDEX_NAME = "prompts.json"
 Dropout = Annotated[float, Field(ge=0, le=1)]
 
 
-class Column(BaseModel):
+class Column(Stored):
     """A tensor that every prompt has."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: str
     shape: tuple[NonNegativeInt, ...]  # of a prompt's; where lengths differ, without the first axis
@@ -61,19 +57,15 @@ class PromptShard(Shard):
     lengths: dict[str, NonNegativeInt] = {}  # of each ragged column: of all prompts together
 
 
-class PromptLine(BaseModel):
+class PromptLine(Stored):
     """A line of the words."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     words: str
     null: NonNegativeInt = 0  # which of the nulls
 
 
-class PromptIndex(BaseModel):
+class PromptIndex(Stored):
     """Index of a folder of prompts; prompts are numbered through its shards, the nulls after all others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # where the words are from, and what encoded them
     count: PositiveInt  # without the nulls

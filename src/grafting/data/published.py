@@ -10,7 +10,7 @@ Source: keshik6/grafting `src/datasets/extract_vae_features.py` at 85bd9e1, whic
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..contract import Step
 from ..errors import DataError
+from ..machine.processes import ALL
 from ..machine.reading import read_torch
 from ..machine.settings import Settings
 from .images import short_name
@@ -101,7 +102,7 @@ class ImportConfig(Settings):
 
 
 def import_published(
-    published: Published, folder: Path, config: ImportConfig, *, rank: int = 0, world_size: int = 1
+    published: Published, folder: Path, config: ImportConfig, *, share: slice = ALL
 ) -> Iterator[Step]:
     """Fill `folder` with this process's shards of published latents, one shard in memory; resumable as `encode` is.
 
@@ -115,7 +116,7 @@ def import_published(
     target.check()
 
     def steps() -> Iterator[Step]:
-        with target.working(rank=rank, world_size=world_size) as shards:
+        with target.working(share) as shards:
             yield from filling(shards)
         facts = {
             "source": published.name,
@@ -128,9 +129,8 @@ def import_published(
         target.finish(facts, max_unreadable=0)
 
     def filling(shards: list[int]) -> Iterator[Step]:
-        total = sum(len(target.images_of(n)) for n in range(rank, target.num_shards, world_size))
-        done = total - sum(len(target.images_of(number)) for number in shards)
-        yield Step(done=done, total=total)
+        step = target.start(shards, share)
+        yield step
         for number in shards:
             latents = torch.empty(len(target.images_of(number)), *target.shape)
             labels, names = [], []
@@ -144,10 +144,10 @@ def import_published(
                 labels.append(label)
                 names.append(name)
                 if (row + 1) % _STEP == 0 and row + 1 < len(latents):
-                    yield Step(done=done + row + 1, total=total)
+                    yield replace(step, done=step.done + row + 1)
             target.write(number, latents / config.scale, labels, names=names, unreadable={})
-            done += len(latents)
-            yield Step(done=done, total=total)
+            step = replace(step, done=step.done + len(latents))
+            yield step
 
     return steps()
 

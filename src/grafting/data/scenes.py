@@ -189,11 +189,7 @@ class Captions:
     def at(
         self, numbers: Int[Tensor, " b"], *, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """`encoder_hidden_states` [B, 6, 32] and `encoder_attention_mask` [B, 6], all ones.
-
-        Raises:
-            DataError: a number is out of range.
-        """
+        """`encoder_hidden_states` [B, 6, 32] and `encoder_attention_mask` [B, 6], all ones."""
         tokens = torch.stack([self._tokens(number) for number in numbers.tolist()])
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=device)
         return {"encoder_hidden_states": tokens.to(device, dtype), "encoder_attention_mask": mask}

@@ -10,18 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Int, Int32, UInt8
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from ..errors import DataError, listed
 from ..machine.files import sha256_of
 from ..machine.reading import DTYPES as SAFETENSORS_DTYPES
 from ..machine.reading import Inside, read_header, read_stretches
+from ..machine.settings import Stored
 
 # before a column's name: the lengths of its rows
 LENGTHS = "lengths:"
@@ -29,22 +30,20 @@ LENGTHS = "lengths:"
 DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-class FileFacts(TypedDict):
-    """Fields of a `StoredFile`."""
-
-    file: str
-    bytes: int
-    sha256: str
+F = TypeVar("F", bound="StoredFile")
 
 
-class StoredFile(BaseModel):
+class StoredFile(Stored):
     """A file of an index."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Inside
     bytes: PositiveInt
     sha256: str
+
+    @classmethod
+    def of(cls: type[F], path: Path, **more: Any) -> F:
+        """Entry of a folder's index for one of its files."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), **more)
 
     def fault(self, folder: Path, *, hashes: bool) -> str | None:
         """Says if the file is missing or not what the index says; None if it is sound."""
@@ -63,11 +62,6 @@ def check_files(folder: Path, files: Iterable[StoredFile], *, what: str, hashes:
     found = (file.fault(folder, hashes=hashes) for file in files)
     if faults := [fault for fault in found if fault]:
         raise DataError(listed(f"the {what} in {folder} are incomplete or damaged:", faults))
-
-
-def facts_of(path: Path) -> FileFacts:
-    """Entry of a folder's index for one of its files."""
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def by_shard(
@@ -128,11 +122,7 @@ class ShardFile:
     def read_rows(
         self, name: str, rows: list[int], into: UInt8[np.ndarray, "b n"], places: list[int]
     ) -> None:
-        """Copies the bytes of a column's `rows` to the beginnings of `places` of `into`.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """Copies the bytes of a column's `rows` to the beginnings of `places` of `into`."""
         starts, lengths = self.spans(name)
         dtype, (_, *shape) = self.tensors[name]
         size = getattr(torch, dtype).itemsize * math.prod(shape)
@@ -140,11 +130,7 @@ class ShardFile:
         self._read(name, zip(targets, (int(starts[row]) * size for row in rows), strict=True))
 
     def integers(self, name: str) -> Int32[np.ndarray, " n"]:
-        """A tensor [n] of int32, whole.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """A tensor [n] of int32, whole."""
         numbers = np.empty(self.tensors[name][1], "<i4")
         self._read(name, [(numbers.view(np.uint8), 0)])
         return numbers

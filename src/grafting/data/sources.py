@@ -62,20 +62,12 @@ class ImageStream:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def crop(self, number: int, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """The image of a number, cropped.
-
-        Raises:
-            DataError: it cannot be read, or is not an image; the message says why.
-        """
+        """The image of a number, cropped."""
         return centre_crop(decode(self.read(number)), size)
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image in RGB; grey, palette and CMYK files are converted, an orientation in EXIF is not applied.
-
-    Raises:
-        DataError: not an image, cut short, or too large to be one.
-    """
+    """An image in RGB; grey, palette and CMYK files are converted, an orientation in EXIF is not applied."""
     return read_picture(content, name="it")
 
 
@@ -103,9 +95,6 @@ def image_folder(folder: Path, *, name: str | None = None) -> ImageStream:
 
     Args:
         name: of the data set; by default the last two parts of the path.
-
-    Raises:
-        DataError: no folder, no class subfolder, or a class without images.
     """
     listing = list_image_folder(folder)
     ids = list(map(str, listing.ids))
@@ -140,7 +129,7 @@ def image_tars(source: Path, *, num_classes: int | None = None, name: str | None
             places.append(image)
     if not ids:
         raise DataError(
-            f"no image in the tars of {source}: members that end in {_listed(PICTURE_SUFFIXES)} are read"
+            f"no image in the tars of {source}: members that end in {', '.join(sorted(PICTURE_SUFFIXES))} are read"
         )
     return ImageStream(
         name=name or short_name(source.resolve().with_suffix("") if source.suffix == ".tar" else source),
@@ -293,7 +282,3 @@ def _count_classes(labels: Sequence[int], num_classes: int | None, source: str |
         allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
         raise DataError(f"labels of {source} are {lowest}..{highest}, allowed are {allowed}")
     return num_classes or highest + 1
-
-
-def _listed(suffixes: frozenset[str]) -> str:
-    return ", ".join(sorted(suffixes))

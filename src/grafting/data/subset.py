@@ -183,11 +183,7 @@ class PartialData(Settings, ABC):
         """
 
     def pinned(self) -> "PartialData":
-        """The same, with the hash of its subset file.
-
-        Raises:
-            DataError: the file is missing, damaged, or has another hash.
-        """
+        """The same, with the hash of its subset file."""
         subset = self._read_subset()
         return self if subset is None else self.model_copy(update={"subset_sha256": subset.sha256})
 
@@ -241,11 +237,7 @@ def subset_sha256(ids: tuple[int, ...] | tuple[str, ...]) -> str:
 
 
 def write_subset(path: Path, subset: Subset) -> None:
-    """Write a subset file: source, sha256, num_classes, ids, and how they were drawn if that is known.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write a subset file: source, sha256, num_classes, ids, and how they were drawn if that is known."""
     fields = asdict(subset)
     drawn = {"drawn": subset.drawn} if fields.pop("drawn") else {}
     write_json(path, {"source": fields.pop("source"), "sha256": subset.sha256, **drawn, **fields})
@@ -267,8 +259,6 @@ def read_subset(path: Path) -> Subset:
     Raises:
         DataError: no such file, not a subset file, no ids, an id named twice, or the ids are not those of its hash.
     """
-    if not path.is_file():
-        raise DataError(f"no subset file {path}")
     kind = "a subset file (JSON with source, sha256, num_classes, ids)"
     fields = read_json(path, _SubsetFile, kind=kind, error=DataError)
     subset = Subset(source=fields.source, num_classes=fields.num_classes, ids=fields.ids, drawn=fields.drawn)
@@ -293,8 +283,6 @@ def read_paths(path: Path) -> list[str]:
     Raises:
         DataError: no such file, or it holds something else, no path, or one twice.
     """
-    if not path.is_file():
-        raise DataError(f"no file of paths {path}")
     kind = "a list of paths, one per line or pickled"
     content = read_bytes(path, kind=kind)
     with damage(path, kind, error=DataError):

@@ -19,11 +19,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """Its bytes; threads may read at once.
-
-        Raises:
-            DataError: the file is missing, or ends too early.
-        """
+        """Its bytes; threads may read at once."""
         content = np.empty(self.size, np.uint8)
         read_stretches(self.path, [(content, self.offset)])
         return content.tobytes()
@@ -44,11 +40,7 @@ def tar_files(source: Path) -> list[Path]:
 
 
 def members(tar: Path) -> Iterator[tuple[str, Member]]:
-    """Path and place of every plain file in a tar, in its order; links, devices and folders are passed over.
-
-    Raises:
-        DataError: not a tar, a compressed one, or one that was cut short.
-    """
+    """Path and place of every plain file in a tar, in its order; links, devices and folders are passed over."""
     _check_end(tar, tar.stat().st_size)
     for name, offset, size in tar_members(tar):
         yield name, Member(tar, offset, size)

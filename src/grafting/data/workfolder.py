@@ -5,12 +5,10 @@ process that is killed loses the shard it was at, and whoever resumes finds the 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-from pydantic import BaseModel, ConfigDict
 
 from ..errors import DataError, FaultWarning, ResumeWarning, RunError, listed
 from ..machine.files import (
@@ -25,16 +23,15 @@ from ..machine.files import (
 )
 from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, read_json, shown
+from ..machine.settings import Stored
 from .shards import StoredFile
 
 WORK_NAME = "work.json"
 RECORDS_NAME = "shards"
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Stored):
     """Outcome of a shard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: StoredFile | None  # None where nothing of it could be read
     owner: str | None = None  # a hash of the work and the shard's number; None: an earlier version noted none
@@ -70,11 +67,8 @@ class WorkFolder(Generic[R]):
             return
         found = flatten(read_json(path, JsonObject, kind="the record of a work", error=RunError))
         asked = flatten(self.facts)
-        differing = [key for key in asked | found if asked.get(key) != found.get(key)]
-        if differing:
-            lines = [
-                f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in sorted(differing)
-            ]
+        if keys := sorted(key for key in asked | found if asked.get(key) != found.get(key)):
+            lines = [f"{key}: asked {asked.get(key)!r}, found {shown(found.get(key))}" for key in keys]
             head = f"{self.folder} holds {self.what} of another work; name another folder, or empty it:"
             raise RunError(listed(head, lines))
 
@@ -126,19 +120,16 @@ class WorkFolder(Generic[R]):
         return path.is_file() and sha256_of(path) == record.shard.sha256
 
     @contextmanager
-    def working(self, numbers: Iterable[int], *, rank: int, world_size: int) -> Iterator[list[int]]:
-        """Inside, this process fills the folder: gives its shards still to do, of those with number % world_size == rank.
+    def working(self, num_shards: int, share: slice) -> Iterator[list[int]]:
+        """Inside, this process fills the folder: gives its shards still to do, of those in its share.
 
         A shard whose file is not the one of its record is done again. What a killed process left half-written is removed.
-
-        Raises:
-            RunError: the folder holds something else, cannot be written, or the same share is being done by somebody else.
         """
         self.check()
         write_json(self.folder / WORK_NAME, self.facts)
-        with self._locked(f".lock-{rank}-of-{world_size}"):
+        with self._locked(f".lock-{share.start}-of-{share.step}"):
             clear_abandoned(self.folder)
-            yield [n for n in numbers if n % world_size == rank and not self.is_done(n)]
+            yield [n for n in range(num_shards)[share] if not self.is_done(n)]
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -162,7 +162,7 @@ class Graft:
             self.model.set_submodule(path, module)
         tracker = LayoutTracker.of(self.model)
         if tracker and not tracker.stays and not holds_operators(self.model):
-            tracker.host.untrack_layout(self.model)
+            LayoutTracker.remove_from(self.model)
         if self.then is not None:
             self.then(self.model)
 
@@ -261,9 +261,8 @@ def leaving_no_hook(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        tracker = LayoutTracker.of(model)
-        if tracker and not was_tracked:
-            tracker.host.untrack_layout(model)
+        if not was_tracked:
+            LayoutTracker.remove_from(model)
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

@@ -23,7 +23,6 @@ from .evaluator import Evaluator as Evaluator
 from .evaluator import evaluate as evaluate
 from .figures import Evaluation as Evaluation
 from .figures import ratio as ratio
-from .geneval import GenevalEvaluation as GenevalEvaluation
 from .geneval import GenevalSuite as GenevalSuite
 from .per_image import PerImage as PerImage
 from .protocol import Identity as Identity
@@ -33,9 +32,7 @@ from .protocol import Protocol as Protocol
 from .reference import Reference as Reference
 from .scenes import ScenesEvaluation as ScenesEvaluation
 from .scenes import ScenesSuite as ScenesSuite
-from .suite import KeptReference as KeptReference
 from .suite import Remark as Remark
-from .suite import Result as Result
 from .suite import Suite as Suite
 from .suite import SuiteEvaluator as SuiteEvaluator
 from .testbed import TestbedSuite as TestbedSuite

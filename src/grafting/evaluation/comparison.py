@@ -51,9 +51,6 @@ def comparison(a: MeasuredRow, b: MeasuredRow) -> JsonObject:
     """Row a against row b as JSON: of each figure's key its `ratio` or `difference`, and `notes`.
 
     Each is a value with its `error`, `low` and `high`.
-
-    Raises:
-        ProtocolError: they cannot be paired; says why.
     """
     mine, its = _check_paired(a, b)
     how = {"strata": mine.strata_in(a.sampling), "clusters": mine.clusters}

@@ -17,7 +17,7 @@ from ..metrics.paired import even_strata
 from .figures import Evaluation
 from .per_image import PerImage, dealt_in_turn, spread_out
 from .protocol import MetricsConfig, Protocol
-from .reference import Reference
+from .reference import Reference, check_made_by
 from .suite import PairedEvaluator, SuiteEvaluator
 
 
@@ -45,7 +45,7 @@ class Evaluator(PairedEvaluator[Evaluation]):
         state: dict[str, Tensor] | None = None,
     ):
         super().__init__(protocol, state)
-        reference.check_network(network)
+        check_made_by(reference.name, reference.network, network)
         self._config = _check_protocol(network, reference, protocol)
         self._network, self._reference = network, reference
 

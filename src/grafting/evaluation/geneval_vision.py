@@ -56,7 +56,7 @@ class Detector:
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "b 3 h w"]) -> list[list[Detection]]:
         """The objects in each image."""
-        inputs = self.processor(images=_pictures(images), return_tensors="pt").to(default_device())
+        inputs = self.processor(images=list(map(_picture, images)), return_tensors="pt").to(default_device())
         found = self.model(**inputs)
         padded = inputs["pixel_values"].shape[-2:]
         detections = []
@@ -133,11 +133,11 @@ def _alone(image: Tensor, found: Detection) -> Image.Image:
     if found.mask is not None:
         image = torch.where(found.mask, image, image.new_tensor(_BEHIND))
     left, top, right, bottom = map(round, found.box)
-    return Image.fromarray(np.ascontiguousarray(image[:, top:bottom, left:right].movedim(0, -1).numpy()))
+    return _picture(image[:, top:bottom, left:right])
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(np.ascontiguousarray(image.movedim(0, -1).numpy())) for image in images]
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image.movedim(0, -1).numpy()))
 
 
 def _embedding(output: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..errors import DataError
@@ -28,6 +28,8 @@ _FRECHET = ("influence", "corrected_influence", "curvature", "strata")
 class _FrechetFacts(BaseModel):
     """The numbers of `FrechetInfluences`."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     num_features: int
     value: float
     corrected: float | None
@@ -43,17 +45,13 @@ class _Words(BaseModel):
 
 
 def save_influences(path: Path, per_image: PerImage, *, figures: Mapping[str, Any]) -> None:
-    """Write what each image adds to these figures, atomically.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write what each image adds to these figures, atomically."""
     arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in _tensors(per_image)}
     words = {
         "format": _FORMAT,
         "of": hash_json(dict(figures)),
         "keys": list(figures),
-        "frechet": _frechet_facts(per_image.frechet),
+        "frechet": per_image.frechet and _FrechetFacts.model_validate(per_image.frechet).model_dump(),
     }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, words=np.array(json.dumps(words)), **arrays)
@@ -91,11 +89,6 @@ def _tensors(per_image: PerImage) -> Iterator[tuple[str, Tensor]]:
         tensor = getattr(per_image.frechet, name, None)
         if tensor is not None:
             yield f"frechet.{name}", tensor
-
-
-def _frechet_facts(frechet: FrechetInfluences | None) -> dict[str, int | float] | None:
-    names = ("num_features", "value", "corrected")
-    return None if frechet is None else {name: getattr(frechet, name) for name in names}
 
 
 def _under(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

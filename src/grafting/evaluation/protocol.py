@@ -17,11 +17,11 @@ from pydantic import (
 
 from ..errors import ProtocolError
 from ..functional.pixels import UINT8_RULE
-from ..machine.files import flatten
+from ..machine.files import differing, flatten
 from ..machine.settings import Settings
 
 # settings of sampling that say where and how fast it ran, not what came out
-_CIRCUMSTANCES = frozenset({"batch_size", "compile", "device", "num_processes"})
+CIRCUMSTANCES = frozenset({"batch_size", "compile", "device", "num_processes"})
 
 
 class Identity(Settings):
@@ -128,8 +128,7 @@ class Protocol(Settings):
         absent = "nothing"
         return [
             f"{name}: {mine.get(name, absent)} and {theirs.get(name, absent)}"
-            for name in mine | theirs
-            if (name in mine, mine.get(name)) != (name in theirs, theirs.get(name))
+            for name in differing(mine, theirs)
         ]
 
     def misfits(self, network: Identified, reference: Identified) -> list[str]:
@@ -162,5 +161,5 @@ class Protocol(Settings):
 
     def _compared(self) -> dict[str, object]:
         fields = self.model_dump(mode="json", exclude={"recorded"})
-        fields["sampling"] = {k: v for k, v in fields["sampling"].items() if k not in _CIRCUMSTANCES}
+        fields["sampling"] = {k: v for k, v in fields["sampling"].items() if k not in CIRCUMSTANCES}
         return flatten(fields)

@@ -108,7 +108,7 @@ class Reference:
         if reference.sha256 != metadata.get("sha256"):
             raise CheckpointError(f"{path} is damaged: its content does not have the hash written in it")
         if network is not None:
-            reference.check_network(network)
+            check_made_by(reference.name, reference.network, network)
         return reference
 
     def radii(self, k: int) -> Float64[Tensor, " m"]:
@@ -121,14 +121,6 @@ class Reference:
     def mean_kernel(self) -> float:
         """The kernel distance's mean over pairs of rows of the features."""
         return mean_kernel(self.features.float())
-
-    def check_network(self, network: FeatureNetwork) -> None:
-        """Refuses a network that did not make these features.
-
-        Raises:
-            ProtocolError: by its hash it is another one.
-        """
-        check_made_by(self.name, self.network, network)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.statistics.to_tensors() | {"features": self.features}
@@ -174,8 +166,6 @@ def read_reference(path: Path, form: str) -> tuple[dict[str, str], dict[str, Ten
     Raises:
         CheckpointError: no such file, or it is damaged or not of format `form`.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no reference file {path}")
     tensors, words = read_safetensors(path)
     if words.get("format") != form:
         raise CheckpointError(

@@ -4,7 +4,10 @@ from ._construct import constructed as constructed
 from ._host import Host as Host
 from ._host import LayoutTracker as LayoutTracker
 from ._host import config_of as config_of
+from ._host import evaluating as evaluating
+from ._pipelines import Enough as Enough
 from ._pipelines import call_of as call_of
+from ._pipelines import call_pipeline as call_pipeline
 from ._pipelines import process_of as process_of
 from ._pipelines import process_of_scheduler as process_of_scheduler
 from ._pipelines import stepping_by as stepping_by

@@ -8,7 +8,7 @@ token of every layer is a function of its own source alone, and an input that is
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..contract import Kwargs
 from ..errors import HostError
 from ..functional.softmax import HIDDEN_SCORE
 from ..machine.randomness import generator, restarted
 from ..machine.reading import failure_of
+from ._host import evaluating
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of a forward pass: tensors, numbers, and lists and mappings of these."""
@@ -169,11 +171,7 @@ class Forward:
 
 
 def unmixed_forward(model: nn.Module, inputs: Inputs) -> Forward:
-    """A forward pass without mixing; the model and random numbers stay as they were.
-
-    Raises:
-        HostError: the model does not run on these inputs.
-    """
+    """A forward pass without mixing; the model and random numbers stay as they were."""
     with _watching(model) as watch:
         unmixed = _Unmixed(watch.where)
         watch.calls = unmixed.calls
@@ -188,18 +186,14 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     Raises:
         HostError: the model does not run on these inputs.
     """
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), restarted(0):
-            return model.eval()(**inputs)
+        with evaluating(model), torch.no_grad(), restarted(0):
+            return model(**inputs)
     except Exception as error:
         raise HostError(
             f"{type(model).__name__} does not run on the example inputs {_described(inputs)}: "
             f"{failure_of(error, 'give the keyword arguments of its forward')}"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _described(inputs: Inputs) -> str:
@@ -246,22 +240,19 @@ class _Watch:
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[_Watch]:
-    watch, handles = _Watch(), []
-    for path, module in model.named_modules():
-        if path:
-            handles.append(module.register_forward_pre_hook(watch.entering(path)))
-            handles.append(module.register_forward_hook(watch.leave, with_kwargs=True))
-    try:
+    watch = _Watch()
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if path:
+                hooks.enter_context(module.register_forward_pre_hook(watch.entering(path)))
+                hooks.enter_context(module.register_forward_hook(watch.leave, with_kwargs=True))
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def perturbed(inputs: Inputs, name: str, *, axis: int | None = None, chosen: Sequence[int] = ()) -> Kwargs:
     """Copies of inputs, of which one argument has changed: whole, or at the `chosen` places along an axis of its tensors."""
     new = {key: copied(value) for key, value in inputs.items()}
-    new[name] = _mapped(new[name], lambda tensor: _moved(tensor, axis, chosen))
+    new[name] = tree_map_only(Tensor, lambda tensor: _moved(tensor, axis, chosen), new[name])
     return new
 
 
@@ -273,7 +264,7 @@ def cut_short(inputs: Inputs) -> Kwargs:
             tensor[0, ..., -1] = 0
         return tensor
 
-    return {name: _mapped(copied(value), cut) for name, value in inputs.items()}
+    return {name: tree_map_only(Tensor, cut, copied(value)) for name, value in inputs.items()}
 
 
 def is_mask(tensor: Tensor) -> bool:
@@ -304,30 +295,12 @@ def _moved(tensor: Tensor, axis: int | None, chosen: Sequence[int]) -> Tensor:
 
 def copied(value: Any) -> Any:
     """Copies of the tensors in a structure of lists, tuples and mappings."""
-    return _mapped(value, Tensor.clone)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure of lists, tuples and mappings, with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return tree_map_only(Tensor, Tensor.clone, value)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor in a structure of lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [tensor for item in value for tensor in tensors_of(item)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def has_changed(before: Tensor, after: Tensor) -> Tensor:
@@ -367,15 +340,10 @@ def executions(model: nn.Module, inputs: Inputs, paths: Iterable[str]) -> dict[s
 @contextmanager
 def _recording(modules: Mapping[str, nn.Module], found: dict[str, list[Execution]]) -> Iterator[None]:
     """Adds each call of these modules to the list of its name."""
-    handles = [
-        module.register_forward_hook(_adding(found[name]), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(_adding(found[name]), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adding(found: list[Execution]) -> Callable[..., None]:
@@ -400,14 +368,10 @@ def again(
     """
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     found: dict[str, list[Execution]] = {name: [] for name in linears}
-    handle = moved.register_forward_hook(lambda *call: change(call[-1])) if moved is not None else None
+    hook = moved.register_forward_hook(lambda *call: change(call[-1])) if moved is not None else nullcontext()
     unmixed = _Unmixed(lambda: ("", 0))
-    try:
-        with _recording(linears, found), unmixed, torch.no_grad():
-            output = module(*copied(execution.args), **copied(execution.kwargs))
-    finally:
-        if handle is not None:
-            handle.remove()
+    with hook, _recording(linears, found), unmixed, torch.no_grad():
+        output = module(*copied(execution.args), **copied(execution.kwargs))
     return unmixed.calls, output, found
 
 

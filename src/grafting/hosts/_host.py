@@ -6,8 +6,8 @@ A host is a stateless description of one model class. Nothing is guessed from a 
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -326,10 +326,6 @@ class Host(ABC, Generic[Model]):
         tracker.host = self
         return tracker
 
-    def untrack_layout(self, model: nn.Module) -> None:
-        """Remove the model's tracker, if it has one."""
-        LayoutTracker.remove_from(model)
-
 
 def built_of(host: Host[Model], model: Model, config: ProcessConfig) -> NoiseProcess:
     """The process of a config, which knows how large a token is where its shift follows the size."""
@@ -362,6 +358,18 @@ def as_linear(layer: nn.Module) -> nn.Linear:
             f"a {type(layer).__name__} is no linear layer, and cannot be inherited from: use init: random"
         )
     return layer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, each module's mode is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def randomise(model: Model, std: float = 0.05) -> Model:

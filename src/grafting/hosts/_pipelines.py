@@ -46,8 +46,28 @@ class Caught:
     known: Knowledge
 
 
-class _Enough(Exception):  # no error: it ends a pipeline's call
-    """Two steps of a pipeline have been seen."""
+class Enough(Exception):  # no error
+    """Ends a pipeline's call: what it was called for has been seen."""
+
+
+def call_pipeline(pipeline: Any, given: Mapping[str, Any], *, told: str, advice: str) -> None:
+    """Call a pipeline, until it ends or `Enough` is raised inside.
+
+    Args:
+        told: what it is called with, and `advice` what to do, for the error.
+
+    Raises:
+        HostError: it does not run.
+    """
+    try:
+        with torch.no_grad():
+            pipeline(**given)
+    except Enough:
+        pass
+    except Exception as error:
+        raise HostError(
+            f"{type(pipeline).__name__} does not run on {told}: {failure_of(error, advice)}"
+        ) from error
 
 
 @dataclass
@@ -64,7 +84,7 @@ class _Spy:
         given = {k: v for k, v in bound.arguments.items() if v is not None and k != "return_dict"}
         self.calls.append(copied(given))
         if self.stepped:
-            raise _Enough
+            raise Enough
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.outputs.append(output)
@@ -79,28 +99,18 @@ class _Spy:
         return spied
 
 
-def catch(pipeline: Any, call: Mapping[str, Any]) -> Caught:
+def catch(pipeline: Any, asked: Mapping[str, Any]) -> Caught:
     """The example that a pipeline's own call makes.
 
     Raises:
         HostError: it is no pipeline with a transformer, or does not run on this call.
     """
     model = transformer_of(pipeline)
-    given = _arguments(pipeline, call)
+    given = _arguments(pipeline, asked)
     spy = _Spy()
-    try:
-        with _watching(pipeline, model, spy), torch.no_grad():
-            pipeline(**given)
-    except _Enough:
-        pass
-    except Exception as error:
-        advice = (
-            "give what it is called with, such as height=, width=, num_frames=, or prompt_embeds= where it has no text "
-            "encoder"
-        )
-        raise HostError(
-            f"{type(pipeline).__name__} does not run on {', '.join(given)}: {failure_of(error, advice)}"
-        ) from error
+    advice = "give what it is called with, such as height=, width=, num_frames=, or prompt_embeds= where it has no text encoder"
+    with _watching(pipeline, model, spy):
+        call_pipeline(pipeline, given, told=", ".join(given), advice=advice)
     if not spy.calls:
         raise HostError(f"{type(pipeline).__name__} did not call its transformer")
     return Caught(model, spy.calls[0], _known(pipeline, spy))
@@ -166,16 +176,12 @@ def stepping_by(pipeline: Any, step: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _watching(pipeline: Any, model: nn.Module, spy: _Spy) -> Iterator[None]:
-    handles = [
+    with (
         model.register_forward_pre_hook(spy.before, with_kwargs=True),
         model.register_forward_hook(spy.after),
-    ]
-    try:
-        with stepping_by(pipeline, spy.stepping(pipeline.scheduler.step)):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        stepping_by(pipeline, spy.stepping(pipeline.scheduler.step)),
+    ):
+        yield
 
 
 def _known(pipeline: Any, spy: _Spy) -> Knowledge:

@@ -24,11 +24,7 @@ _given: dict[str, Host] = {}
 
 
 def hosts() -> dict[str, Host]:
-    """Every host by name: those that were given by `use_spec`, then those that are installed.
-
-    Raises:
-        HostError: a package's entry point gives no host, or one whose name is taken.
-    """
+    """Every host by name: those that were given by `use_spec`, then those that are installed."""
     return _given | _installed()
 
 
@@ -50,7 +46,9 @@ def use_spec(spec: SdpaSpec | str | Path) -> Host:
 @cache
 def _installed() -> dict[str, Host]:
     found: dict[str, Host] = {}
-    for host in (*_own_classes(), *_own_specs(), *_of_packages()):
+    own = (SdpaHost(_read_spec(path)) for path in sorted((_FOLDER / "specs").glob("*.yaml")))
+    of_packages = (_as_host(point.load(), point.name) for point in entry_points(group="grafting.hosts"))
+    for host in (*_own_classes(), *own, *of_packages):
         if host.name in found:
             raise HostError(f"host {host.name!r} is defined twice: {found[host.name]} and {host}")
         found[host.name] = host
@@ -115,16 +113,6 @@ def _own_classes() -> Iterator[Host]:
         for item in vars(module).values():
             if isinstance(item, type) and issubclass(item, Host) and item.__module__ == module.__name__:
                 yield item()
-
-
-def _own_specs() -> Iterator[Host]:
-    for path in sorted((_FOLDER / "specs").glob("*.yaml")):
-        yield SdpaHost(_read_spec(path))
-
-
-def _of_packages() -> Iterator[Host]:
-    for point in entry_points(group="grafting.hosts"):
-        yield _as_host(point.load(), point.name)
 
 
 def _as_host(found: Any, name: str) -> Host:

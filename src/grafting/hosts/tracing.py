@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..machine.files import write_bytes
 from ._arguments import Knowledge
 from ._forwards import copied, run, tensors_of
 from ._host import LayoutTracker
-from ._observing import AttentionCall, Observation, observe
+from ._observing import AttentionCall, observe
 from ._pipelines import Caught, catch
 from ._proposing import propose
 from ._registry import hosts
@@ -138,7 +137,8 @@ def trace(
         raise HostError(
             f"the {type(caught.model).__name__} is grafted already: undo that, or trace the model that it was made from"
         )
-    with _counting(caught.model) as forwards:
+    forwards: list[None] = []
+    with caught.model.register_forward_pre_hook(lambda *_: forwards.append(None)):
         seen = observe(caught.model, caught.inputs, image=image)
         proposal = propose(caught.model, caught.inputs, seen, known=caught.known, native_grid=native_grid)
     name = proposal.spec.name
@@ -150,7 +150,7 @@ def trace(
         partial=tuple(proposal.partial),
         grid=host.image_grid(caught.model, caught.inputs),
         num_forwards=len(forwards),
-        seen=tuple(_rows(seen)),
+        seen=tuple(replace(row, count=count) for row, count in Counter(map(_row, seen.calls)).items()),
         takes=tuple(", ".join(_takes(host, caught.model, blocks)) for blocks in spec.blocks),
         model=caught.model,
         example=caught.inputs,
@@ -176,17 +176,6 @@ def _example(source: Any, example: Mapping[str, Any] | None, call: Mapping[str, 
             f"{', '.join(call)}: only a pipeline is called with these; a model's arguments go into example="
         )
     return Caught(source, dict(example), Knowledge())
-
-
-@contextmanager
-def _counting(model: nn.Module) -> Iterator[list[None]]:
-    """A list that grows with each forward pass of a model."""
-    forwards: list[None] = []
-    handle = model.register_forward_pre_hook(lambda *_: forwards.append(None))
-    try:
-        yield forwards
-    finally:
-        handle.remove()
 
 
 def _takes(host: SdpaHost, model: nn.Module, blocks: BlockList) -> Iterator[str]:
@@ -218,11 +207,6 @@ def _has(weights: Callable[[nn.Module], object], module: nn.Module) -> bool:
     except HostError:
         return False
     return True
-
-
-def _rows(seen: Observation) -> list[SeenAttention]:
-    counts = Counter(map(_row, seen.calls))
-    return [replace(row, count=count) for row, count in counts.items()]
 
 
 def _row(call: AttentionCall) -> SeenAttention:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..contract import Kwargs
 from ..data.promptfolder import Form, Prompt
 from ..errors import HostError
-from ..hosts import Host, stepping_by, transformer_of
-from ..machine.reading import failure_of, shown
+from ..hosts import Enough, Host, call_pipeline, stepping_by, transformer_of
+from ..machine.compiling import with_forward
+from ..machine.reading import shown
 
 _TRIED = (
     "a red cat on the mat",
@@ -36,10 +37,6 @@ _SAME = 1e-5
 """Relative difference up to which a cut prompt gives what a padded one gives."""
 
 
-class _Enough(Exception):  # no error: it ends a pipeline's call
-    """The scheduler was asked for its first step."""
-
-
 def first_step(pipeline: Any, **call: Any) -> list[Kwargs]:
     """Arguments of the transformer's calls before the scheduler's first step, flat by name, on the CPU; None and {} left out.
 
@@ -52,17 +49,9 @@ def first_step(pipeline: Any, **call: Any) -> list[Kwargs]:
     calls: list[Kwargs] = []
     generator = torch.Generator().manual_seed(call.pop("seed", 0))
     given = {"num_inference_steps": 2, "generator": generator, **call}
-    try:
-        with _stood_in(model, calls), _ending(pipeline), torch.no_grad():
-            pipeline(**given)
-    except _Enough:
-        pass
-    except Exception as error:
-        told = ", ".join(f"{k}={shown(v)}" for k, v in call.items())
-        raise HostError(
-            f"{type(pipeline).__name__} does not run on {told}: {type(error).__name__}: "
-            f"{failure_of(error, 'give what else it needs')}"
-        ) from error
+    told = ", ".join(f"{k}={shown(v)}" for k, v in call.items())
+    with _stood_in(model, calls), _ending(pipeline):
+        call_pipeline(pipeline, given, told=told, advice="give what else it needs")
     if not calls:
         raise HostError(f"{type(pipeline).__name__} did not call its transformer")
     return calls
@@ -73,7 +62,7 @@ def _stood_in(model: nn.Module, calls: list[Kwargs]) -> Iterator[None]:
     """Inside, the model notes what it is called with, and returns zeros."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-    forward, before = model.forward, vars(model).get("forward")
+    forward = model.forward
 
     @functools.wraps(forward)
     def noting(*args: Any, **kwargs: Any) -> Any:
@@ -82,13 +71,8 @@ def _stood_in(model: nn.Module, calls: list[Kwargs]) -> Iterator[None]:
         zeros = _zeros_like(next(iter(arguments.values())))
         return (zeros,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=zeros)
 
-    model.forward = noting
-    try:
+    with with_forward(model, noting):
         yield
-    finally:
-        del model.forward
-        if before is not None:
-            model.forward = before
 
 
 def _zeros_like(x: Any) -> Any:
@@ -101,7 +85,7 @@ def _ending(pipeline: Any) -> Iterator[None]:
 
     @functools.wraps(pipeline.scheduler.step)  # pipelines look at its signature
     def step(*args: Any, **kwargs: Any) -> None:
-        raise _Enough
+        raise Enough
 
     with stepping_by(pipeline, step):
         try:
@@ -243,7 +227,8 @@ def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Captu
         for n in kept
         if axes[n] is not None and isinstance(first[0][n], Tensor)
     }
-    constants = {n: _plain(first[0][n]) for n in kept if n not in common and first[0][n] != {}}
+    constants = {n: first[0][n] for n in kept if n not in common and first[0][n] != {}}
+    constants = {n: list(value) if isinstance(value, tuple) else value for n, value in constants.items()}
     rows, long_rows = (
         {name: _rows(calls, name, axis)[place] for name, axis in table.items()} for calls in (first, longer)
     )
@@ -375,10 +360,6 @@ def _places(
     place = moved.pop()
     null = {name: rows[1 - place] for name, (rows, _) in pairs.items()} if count == 2 else None
     return place, null
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _masks(host: Host | None, row: Mapping[str, Tensor]) -> dict[str, str]:

@@ -73,11 +73,7 @@ class Decoder:
         return (channels, height * self._vae.factor, width * self._vae.factor)
 
     def __call__(self, x: Float[Tensor, "b c *size"]) -> UInt8[Tensor, "b c2 *size2"]:
-        """8-bit images of samples as the model makes them, by DiT's rounding; on the CPU.
-
-        Raises:
-            GraftingError: values that are not finite.
-        """
+        """8-bit images of samples as the model makes them, by DiT's rounding; on the CPU."""
         if self._vae is None or self._config is None:
             return to_uint8(x).cpu()
         vae, precision = self._vae, self._config.precision

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +26,7 @@ from ..data.latentfolder import FORMAT, WORK_NAME, Dtype, LatentFolder
 from ..data.sources import ImageStream
 from ..errors import DataError
 from ..machine.precision import Precision, recorded_precision, settled_as_begun
+from ..machine.processes import ALL
 from ..machine.reading import JsonObject, read_json
 from ..machine.settings import Settings
 from .autoencoder import Autoencoder
@@ -80,10 +81,9 @@ def encode(
     folder: Path,
     *,
     workers: int = 2,
-    rank: int = 0,
-    world_size: int = 1,
+    share: slice = ALL,
 ) -> Iterator[Step]:
-    """Fill `folder` with the latents of this process's shards, number % world_size == rank; a step is a batch.
+    """Fill `folder` with the latents of this process's share of shards; a step is a batch.
 
     The process that finds all shards done writes the index. Whatever was done before is not done again, but for shards with
     images that could not be read then and can now; and the files come out the same whoever did which shard.
@@ -102,17 +102,17 @@ def encode(
     allowed = int(config.max_unreadable * len(stream))
 
     def steps() -> Iterator[Step]:
-        with target.working(rank=rank, world_size=world_size) as missing:
-            own = range(rank, target.num_shards, world_size)
+        with target.working(share) as missing:
+            own = range(target.num_shards)[share]
             mended = [n for n in own if n not in missing and _is_mended(stream, target, n, size=config.size)]
             yield from filling(sorted([*missing, *mended]))
         target.finish(_index_facts(stream, vae, config), max_unreadable=allowed)
 
     def filling(shards: list[int]) -> Iterator[Step]:
-        own = sum(len(target.images_of(n)) for n in range(rank, target.num_shards, world_size))
-        before = own - sum(len(target.images_of(number)) for number in shards)
-        done, first, unreadable, started = before, before, 0, time.monotonic()
-        yield Step(done=done, total=own)
+        step = target.start(shards, share)
+        done = first = before = step.done
+        unreadable, started = 0, time.monotonic()
+        yield step
         cuts = [part for number in shards for part in _cut(target.images_of(number), config.batch_size)]
         with closing(_decoded(stream, cuts, config, workers)) as batches:
             for number in shards:
@@ -125,7 +125,7 @@ def encode(
                         # so that the last batch's step is told when its shard is on disk
                         contents.write(target, number)
                     rate = (done - first) / max(time.monotonic() - started, 1e-9)
-                    yield Step(done=done, total=own, values={"images_per_second": rate})
+                    yield replace(step, done=done, values={"images_per_second": rate})
                 unreadable += len(contents.unreadable)
                 before = done
 

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, DataError, HostError
 from ..hosts import Host, call_of, host_of, transformer_of
 from ..machine.devices import default_device
 from ..machine.files import hash_json, write_json
-from ..machine.processes import barrier, is_main, rank, world_size
+from ..machine.processes import ALL, barrier, is_main, share
 from ..machine.reading import JsonObject, failure_of, parse_json, read_json, read_text
 from ..machine.settings import Settings
 from ..metrics.features import tensors_sha256
@@ -125,7 +125,7 @@ def encode_words(
         work = Prompting(
             opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
         )
-        for step in work.steps(rank=rank(), world_size=world_size()):
+        for step in work.steps(share()):
             tell(step)
     barrier()
     if is_main():
@@ -315,18 +315,15 @@ class Prompting:
             "encoded_sha256": tensors_sha256(tensors),
         }
 
-    def steps(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
-        """Fill the folder with this process's shards, number % world_size == rank; a step is a prompt.
+    def steps(self, share: slice = ALL) -> Iterator[Step]:
+        """Fill the folder with this process's share of shards; a step is a prompt.
 
         Whatever was done before is not done again. The process that finds all shards done writes the index.
-
-        Raises:
-            HostError, DataError: a prompt cannot be encoded as the others. RunError: the folder holds something else, a full disk.
         """
         target = self.target
         target.check()
-        with target.working(rank=rank, world_size=world_size) as missing:
-            own = sum(len(target.words_of(n)) for n in range(rank, target.num_shards, world_size))
+        with target.working(share) as missing:
+            own = sum(len(target.words_of(n)) for n in range(target.num_shards)[share])
             done = own - sum(len(target.words_of(n)) for n in missing)
             yield Step(done=done, total=own)
             for number in missing:
@@ -363,11 +360,7 @@ def _host(pipeline: Any) -> Host | None:
 
 
 def _call(pipeline: Any, config: PromptingConfig, call: Mapping[str, Any]) -> Kwargs:
-    """What the pipeline is called with beside the prompt.
-
-    Raises:
-        HostError: it does not take something that is asked for.
-    """
+    """What the pipeline is called with beside the prompt."""
     asked = {
         "negative_prompt": config.negative,
         "guidance_scale": config.guidance,

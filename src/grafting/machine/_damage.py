@@ -35,13 +35,12 @@ def cut(text: str, most: int = _QUOTED) -> str:
 
 def faults_of(error: ValidationError) -> list[str]:
     """What does not fit a model, each with its place; the first few."""
-    found = [": ".join([*_place(e), fault_of(e)]) for e in error.errors(include_url=False)]
+    found = [
+        ": ".join(filter(None, [".".join(map(str, e["loc"])), fault_of(e)]))
+        for e in error.errors(include_url=False)
+    ]
     left = len(found) - _FAULTS
     return [*map(cut, found[:_FAULTS]), *([f"and {left} more"] if left > 0 else [])]
-
-
-def _place(error: Any) -> list[str]:
-    return [".".join(map(str, error["loc"]))] if error["loc"] else []
 
 
 def fault_of(error: Any) -> str:
@@ -90,7 +89,9 @@ def reason_of(fault: Exception) -> str:
         case yaml.MarkedYAMLError(problem=str(words), problem_mark=yaml.Mark(line=line)):
             return cut(f"line {line + 1}: {words}")
         case pickle.UnpicklingError():
-            return cut(_pickle_fault(fault))
+            # why torch did not read tensors alone, without its advice to run what the file says
+            why = str(fault).rpartition("WeightsUnpickler error:")[2].strip()
+            return cut(why.partition("\n")[0].partition(". ")[0])
         case UnidentifiedImageError():
             return f"it is no {', '.join(PICTURES)}"
         case KeyError():
@@ -109,8 +110,3 @@ def failure_of(error: Exception, advice: str) -> str:
     return (
         f"{words}; {f'the package {package!r}' if package else 'a package'} seems to be missing: install it"
     )
-
-
-def _pickle_fault(error: Exception) -> str:
-    """Why torch did not read a file as tensors alone, without its advice to run what the file says."""
-    return str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]

@@ -6,7 +6,7 @@ What calls a region, its hooks included, runs as it is.
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,20 +35,28 @@ def compiled(
 
     limit = _VERSIONS + len(regions)  # they may all be unlike
     logger, listening = logging.getLogger("torch._dynamo.convert_frame"), _Listening()
-    before = {path: vars(module).get("forward") for path, module in regions.items()}
-    for path, module in regions.items():
-        forward = torch.compile(module.forward, dynamic=dynamic, backend=backend)
-        module.forward = _saying_so(path, forward, listening)
-    logger.addHandler(listening)
-    try:
-        with config.patch(recompile_limit=limit):
-            yield
-    finally:
-        logger.removeHandler(listening)
+    with ExitStack() as replacing, config.patch(recompile_limit=limit):
         for path, module in regions.items():
-            del module.forward
-            if (own := before[path]) is not None:
-                module.forward = own
+            forward = torch.compile(module.forward, dynamic=dynamic, backend=backend)
+            replacing.enter_context(with_forward(module, _saying_so(path, forward, listening)))
+        logger.addHandler(listening)
+        try:
+            yield
+        finally:
+            logger.removeHandler(listening)
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this function is a module's forward pass."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _saying_so(path: str, forward: Callable[..., Any], listening: "_Listening") -> Callable[..., Any]:

@@ -360,6 +360,11 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Names of flat mappings whose values differ, or that one has alone; those of `a` come first."""
+    return [name for name in {**a, **b} if (name in a, a.get(name)) != (name in b, b.get(name))]
+
+
 def _os_error(error: Exception) -> OSError | None:
     """The error of the operating system that an error is or tells of."""
     if isinstance(error, OSError):

@@ -45,6 +45,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
+ALL = slice(0, None, 1)
+"""The share of a process that is alone."""
+
+
 def share() -> slice:
     """This process's part of anything that all of them have: every `world_size()`-th item."""
     return slice(rank(), None, world_size())

@@ -47,7 +47,7 @@ def _line(error: Any, known: Mapping[str, Any]) -> str:
     place, fault = error["loc"], fault_of(error)
     if error["type"] == "extra_forbidden" and len(place) == 1:
         fault += did_you_mean(place[0], known)
-    return ": ".join([*([".".join(map(str, place))] if place else []), fault])
+    return ": ".join(filter(None, [".".join(map(str, place)), fault]))
 
 
 class Settings(BaseModel, metaclass=_Refusing):
@@ -64,7 +64,9 @@ class Settings(BaseModel, metaclass=_Refusing):
         wrong = [
             f"{name} is {str(value).lower() if isinstance(value, bool) else 'a list with a boolean'}"
             for name, value in (values.items() if isinstance(values, dict) else ())
-            if name in fields and _holds_boolean(value) and not _may_hold_booleans(fields[name].annotation)
+            if name in fields
+            and any(isinstance(part, bool) for part in _parts(value))
+            and not _may_hold_booleans(fields[name].annotation)
         ]
         if wrong:
             said = "true and false, in YAML also yes, no, on and off, are no numbers and no names"
@@ -84,13 +86,15 @@ class Settings(BaseModel, metaclass=_Refusing):
         return value
 
 
+class Stored(BaseModel):
+    """Base of what files beside data say of them; they have no other keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 def is_no_name(text: str) -> bool:
     """True of what no file could be called."""
     return "\0" in text or any(len(os.fsencode(part)) > _LONGEST_NAME for part in text.split("/"))
-
-
-def _holds_boolean(value: object) -> bool:
-    return any(isinstance(part, bool) for part in _parts(value))
 
 
 def _parts(value: object) -> list[object]:

@@ -104,11 +104,7 @@ class ShardedState:
 
 
 def read_facts(folder: Path, form: Form[T]) -> T:
-    """Contents of a state's folder other than tensors, in a form.
-
-    Raises:
-        CheckpointError: it is not such a folder.
-    """
+    """Contents of a state's folder other than tensors, in a form."""
     return read_json(folder / FACTS_NAME, form, kind="what a state of a sharded run says of itself")
 
 

@@ -116,8 +116,6 @@ def load_inception(path: Path) -> Inception:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"no weights file {path}")
     weights = read_torch(path, kind="a complete file of tensors")
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise CheckpointError(f"{path} holds {type(weights).__name__}, not tensors by name")

@@ -16,7 +16,6 @@ from jaxtyping import Float, UInt8
 from pydantic import BaseModel, PositiveInt
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
 from ..machine.files import write_bytes
 from ..machine.reading import damage, parse_json, read_safetensors
 
@@ -86,11 +85,7 @@ class Residual(nn.Module):
 
 
 def save_classifier(path: Path, model: Classifier) -> None:
-    """Write a classifier to a safetensors file, its floating-point values rounded to float16.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write a classifier to a safetensors file, its floating-point values rounded to float16."""
     tensors = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in model.state_dict().items()
@@ -112,8 +107,6 @@ def load_classifier(path: Path) -> Classifier:
     Raises:
         CheckpointError: no such file, or it is damaged or something else.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no classifier file {path}")
     kind = "a complete classifier file"
     tensors, words = read_safetensors(path)
     config = parse_json(words.get("config", ""), _Config, name=path, kind=kind)

@@ -38,7 +38,10 @@ def comparison_page(compared: Sequence[ComparedRow]) -> str:
     return rendered(
         "comparison.html.j2",
         names=[each.name for each in compared],
-        verdicts=[verdict(row, base) or _without_verdict(row, base) for row in rows[1:]],
+        verdicts=[
+            verdict(row, base) or f"{row['name']} and {base['name']} are not compared image by image"
+            for row in rows[1:]
+        ],
         results=results(rows, base),
         further=further(rows),
         trade_off=trade_off(rows),
@@ -53,10 +56,6 @@ def comparison_page(compared: Sequence[ComparedRow]) -> str:
         settings=_differing({title: flatten(run.recipe or {}) for title, run in runs.items()}),
         protocol=protocol_table(rows),
     )
-
-
-def _without_verdict(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    return f"{row['name']} and {base['name']} are not compared image by image"
 
 
 def _meaning(each: ComparedRow) -> str:

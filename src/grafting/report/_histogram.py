@@ -6,8 +6,7 @@ from statistics import median
 
 from markupsafe import Markup
 
-from ..machine.files import write_bytes
-from ._svg import Scale, element
+from ._svg import Scale, element, write_picture
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860.0, 280.0, 64.0, 20.0, 66.0, 44.0
 # Okabe and Ito's blue, on a grey that is quieter
@@ -25,12 +24,6 @@ def write_class_histogram(path: Path, *, title: str, counts: Sequence[int], chos
         counts: items of every class of the whole data set.
         chosen: items of every class of the subset.
     """
-    write_bytes(path, str(class_histogram(title=title, counts=counts, chosen=chosen)).encode())
-    return path
-
-
-def class_histogram(*, title: str, counts: Sequence[int], chosen: Sequence[int]) -> Markup:
-    """The same as markup."""
     ground, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     most = max(float(max(counts)), 1.0)
     up = Scale(0.0, 1.04 * most, ground, _TOP)
@@ -47,10 +40,7 @@ def class_histogram(*, title: str, counts: Sequence[int], chosen: Sequence[int])
     marks.append(element("text", "class 0", x=_LEFT, y=ground + 18))
     marks.append(element("text", f"{last}", x=right, y=ground + 18, text_anchor="end"))
     label = f"{title}: items of each of {len(counts)} classes"
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" height="{h:g}" role="img" '
-        'aria-label="{label}"><style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{marks}</svg>\n'
-    ).format(w=_WIDTH, h=_HEIGHT, label=label, style=Markup(_STYLE), marks=Markup("").join(marks))
+    return write_picture(path, marks, width=_WIDTH, height=_HEIGHT, style=_STYLE, label=label)
 
 
 def _bars(values: Sequence[int], up: Scale) -> str:

@@ -7,13 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..evaluation.protocol import CIRCUMSTANCES
 from ..machine.files import flatten
 from ..words import ABSENT
 
-# these say where and how fast a run went, not what came out
-_CIRCUMSTANCES = frozenset(
-    f"sampling.{name}" for name in ("batch_size", "compile", "device", "num_processes")
-)
+_CIRCUMSTANCES = frozenset(f"sampling.{name}" for name in CIRCUMSTANCES)
 
 
 class ProtocolTable(NamedTuple):

@@ -111,13 +111,10 @@ def _result(
 
 
 def _cell(column: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, str | None]:
-    """A figure, and what stands under it: its difference from the pretrained model's."""
-    return column.write(row.get(column.key)), column.paired(row) or _change(column, row, base)
-
-
-def _change(column: Figure, row: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
-    """Difference in cost from the pretrained model; None where a figure is no cost."""
-    return change(row.get(column.key), base.get(column.key)) if column.of == "model" else None
+    """A figure, and what stands under it: its difference from the pretrained model's, if they are paired or it is a cost."""
+    value = row.get(column.key)
+    changed = change(value, base.get(column.key)) if column.of == "model" else None
+    return column.write(value), column.paired(row) or changed
 
 
 def _interval_mark(

@@ -6,10 +6,13 @@ Colours are classes and live in `report.css`, so that pictures follow the reader
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
+
+from ..machine.files import write_bytes
 
 
 def element(tag: str, *children: Any, **attributes: Any) -> Markup:
@@ -27,6 +30,19 @@ def picture(*children: Any, width: float, height: float, label: str, class_: str
     # viewBox is the one attribute of SVG written in camel case that is needed here
     box = {"viewBox": f"0 0 {width:g} {height:g}"}
     return element("svg", *children, class_=class_, role="img", aria_label=label, **box)
+
+
+def write_picture(
+    path: Path, marks: Iterable[Markup], *, width: float, height: float, style: str, label: str | None = None
+) -> Path:
+    """Write an SVG file that needs nothing else, on white; returns its path."""
+    described = Markup("") if label is None else Markup(' aria-label="{}"').format(label)
+    picture = Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" height="{h:g}" role="img"{described}>'
+        '<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{marks}</svg>\n'
+    ).format(w=width, h=height, described=described, style=Markup(style), marks=Markup("").join(marks))
+    write_bytes(path, picture.encode())
+    return path
 
 
 def _rounded(value: Any) -> Any:

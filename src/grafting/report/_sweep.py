@@ -7,9 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..machine.files import write_bytes
 from ..words import DISTILLED, FINETUNED, PRETRAINED, Figure, headline, is_number
-from ._svg import Scale, element
+from ._svg import Scale, element, write_picture
 
 # Okabe and Ito's palette, told apart by every kind of colour vision
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -28,13 +27,6 @@ def write_sweep_picture(path: str | Path, lines: Sequence[Mapping[str, Any]]) ->
     lines. A full mark is a model after stage 2, a hollow one after stage 1, both with their intervals; the dashed line is
     the pretrained model.
     """
-    path = Path(path)
-    write_bytes(path, str(sweep_picture(lines)).encode())
-    return path
-
-
-def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
-    """The same as markup."""
     figure = headline(lines)
     *colours, last = _label_columns(lines)
     by_colour, by_line = colours[:1], [*colours[1:], last]
@@ -51,9 +43,11 @@ def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
     values += [] if pretrained is None else [pretrained]
     across = Scale.around(values, start=_LEFT, end=_WIDTH - _RIGHT, log=figure.ratio)
     stages = {line["stage"] for line in drawn}
+    better = "less is better" if figure.better == "low" else "more is better"
+    title = f"{figure.name(lines)}{', logarithmic' if figure.ratio else ''}; {better}"
     marks = [
         *_axis(across, height),
-        *_legend(_axis_title(figure, lines), colour_of if by_colour else {}, stages),
+        *_legend(title, colour_of if by_colour else {}, stages),
     ]
     for place, name in enumerate(names):
         y = _TOP + _ROW * (place + 0.5)
@@ -68,10 +62,7 @@ def sweep_picture(lines: Sequence[Mapping[str, Any]]) -> Markup:
         marks.append(element("path", d=f"M{x:.1f} {_TOP - 6}V{height - 26}", class_="reference"))
         label = f"pretrained {figure.write(pretrained)}"
         marks.append(element("text", label, x=x + 4, y=_TOP - 10, class_="quiet"))
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" height="{h:g}" role="img">'
-        '<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{marks}</svg>\n'
-    ).format(w=_WIDTH, h=height, style=Markup(_STYLE), marks=Markup("").join(marks))
+    return write_picture(Path(path), marks, width=_WIDTH, height=height, style=_STYLE)
 
 
 def _label_columns(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,11 +82,6 @@ def _axis(across: Scale, height: float) -> list[Markup]:
         marks.append(element("path", d=f"M{x:.1f} {_TOP}V{height - 26}", class_="grid"))
         marks.append(element("text", f"{tick:g}", x=x, y=height - 9, text_anchor="middle", class_="quiet"))
     return marks
-
-
-def _axis_title(figure: Figure, lines: Sequence[Mapping[str, Any]]) -> str:
-    better = "less is better" if figure.better == "low" else "more is better"
-    return f"{figure.name(lines)}{', logarithmic' if figure.ratio else ''}; {better}"
 
 
 def _legend(title: str, colour_of: Mapping[str, str], stages: Collection[str]) -> list[Markup]:

@@ -190,7 +190,7 @@ def _curves(
 ) -> Curves:
     logarithmic = spans_decade(in_view)
     picture = step_chart(curves, label=f"{label} over steps", log=logarithmic, values=in_view, **how)
-    return Curves(title, logarithmic, short(float(f"{_end(curves[0].values):.3g}")), picture)
+    return Curves(title, logarithmic, short(float(f"{smooth(curves[0].values)[-1]:.3g}")), picture)
 
 
 def _levels(log: Sequence[Mapping[str, Any]]) -> list[Curves]:
@@ -244,11 +244,6 @@ def _trained(settings: Any, number: int) -> str:
         return FinetuneConfig.model_validate(settings[number - 1]).trained_in_words
     except (TypeError, LookupError, ValueError):
         return ""
-
-
-def _end(values: np.ndarray) -> float:
-    """Smoothed last value of a noisy curve."""
-    return float(smooth(values)[-1])
 
 
 def _raw_and_smooth(steps: np.ndarray, values: np.ndarray) -> list[Curve]:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..contract import FolderState, State, Step
+from ..contract import Step
 from ..data.workfolder import WORK_NAME
 from ..errors import FaultWarning, ResumeWarning, RunError
 from ..machine.files import (
@@ -36,7 +36,7 @@ from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
 from .manifest import FORMAT, Entry, Manifest, new_manifest, parse_manifest, read_manifest
-from .states import Every, StateWriter, newest_state, write_state
+from .states import Every, StateWriter, newest_state
 
 _LONGEST_LOG = 1 << 30
 
@@ -224,11 +224,7 @@ class RunFolder:
 
 
 def stale_stages(folder: Path) -> frozenset[str]:
-    """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there.
-
-    Raises:
-        RunError: the manifest is damaged.
-    """
+    """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there."""
     path = folder / "manifest.json"
     stages = read_manifest(path).stages if path.is_file() else {}
     return frozenset(name for name, entry in stages.items() if entry.stale)
@@ -301,10 +297,6 @@ class Stage:
         state = newest_state(self._states, owner=self._owner)
         self._begin(None if state is None else state.step)
         return None if state is None else state.content
-
-    def save_state(self, state: State | FolderState, step: int) -> None:
-        """Keep the state after a step; see `write_state`."""
-        write_state(self._states, state, step, owner=self._owner, is_writer=self._run.writes)
 
     def follow(self, steps: Iterator[Step], *, save_every: Every | None) -> Iterator[Step]:
         """Passes a stage's steps on, logging each and saving the state now and then, or never.

@@ -17,14 +17,13 @@ def known_keys(location: Sequence[int | str]) -> list[str]:
     models: list[Model] = [Recipe]
     for part in location[:-1]:
         inner = [
-            found for model in models if part in model.model_fields for found in _models_of(model, str(part))
+            found
+            for model in models
+            if part in model.model_fields
+            for found in _within(model.model_fields[str(part)].annotation)
         ]
         models = inner or _of_kind(models, part)
     return sorted({key for model in models for key in model.model_fields})
-
-
-def _models_of(model: Model, field: str) -> Iterator[Model]:
-    yield from _within(model.model_fields[field].annotation)
 
 
 def _within(annotation: Any) -> Iterator[Model]:

@@ -192,7 +192,9 @@ class _Asked(BaseModel):
 
 def _read_samples(path: Path, words_of: _Words | None, suite: Suite | None) -> Samples:
     with open_safetensors(path, framework="np", error=RunError) as file:
-        images = _pictures(_first(file.get_slice("images")))
+        images = _first(file.get_slice("images"))
+        if images.ndim == 5:
+            images = images[:, :, images.shape[2] // 2]  # of videos the frame in the middle
         labels = _first(file.get_slice("labels")).astype(np.int64)
         count = file.get_slice("images").get_shape()[0]
     words = None if words_of is None else [words_of(number) for number in labels.tolist()]
@@ -200,11 +202,6 @@ def _read_samples(path: Path, words_of: _Words | None, suite: Suite | None) -> S
     if suite is not None and suite.takes(images.shape[1:]):
         remarks = suite.remarks(torch.from_numpy(images), torch.from_numpy(labels))
     return Samples(images, labels, count, words, remarks)
-
-
-def _pictures(images: np.ndarray) -> np.ndarray:
-    """Images [n, c, h, w] as they are, and of videos [n, c, frames, h, w] the frame in the middle."""
-    return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
 
 
 def _first(rows: Any) -> np.ndarray:

@@ -29,11 +29,7 @@ _BUNDLED = {"scenes": Recorded(conditions=CaptionsConfig(), process=FlowConfig(s
 
 
 def recorded(source: str | Path) -> Recorded:
-    """What is recorded of the model that a name stands for: a bundled one, a run's folder, or the model in it.
-
-    Raises:
-        CheckpointError: a run's recipe is damaged.
-    """
+    """What is recorded of the model that a name stands for: a bundled one, a run's folder, or the model in it."""
     if str(source) in _BUNDLED:
         return _BUNDLED[str(source)]
     scheduler = Path(source) / "scheduler" / "scheduler_config.json"

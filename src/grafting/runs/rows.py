@@ -76,10 +76,6 @@ def _random(job: Job, folder: RunFolder) -> nn.Module:
     return model.eval()
 
 
-def _finetuned(job: Job, folder: RunFolder) -> nn.Module:
-    return load_model(folder.path / "model")[0].to(default_device())
-
-
 def _is_edited(recipe: Recipe, chosen: Mapping[Site, Choice]) -> bool:
     return bool(chosen)
 
@@ -115,7 +111,7 @@ ROWS: dict[RowName, Row] = {
         Row(
             name="finetuned",
             exists=lambda recipe, chosen: recipe.finetune is not None,
-            model=_finetuned,
+            model=lambda job, folder: load_model(folder.path / "model")[0].to(default_device()),
             after=("calibrate", "distill", "finetune"),
             read_from=lambda recipe: "finetune",
         ),

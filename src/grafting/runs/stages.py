@@ -16,7 +16,7 @@ from ..evaluation import evaluate
 from ..evaluation.influences import save_influences
 from ..machine.devices import default_device
 from ..machine.files import hash_json, write_json
-from ..machine.processes import barrier, is_main, rank, world_size
+from ..machine.processes import barrier, is_main, share
 from ..machine.reading import JsonObject, read_json
 from ..runs import identity
 from ..sampling.drawing import Drawing, describe_model
@@ -57,8 +57,7 @@ def _teach(work: Opened) -> list[Path]:
         shape=job.shape,
         identity={"inputs": hash_json(identity.teach_inputs(job))},
         source=f"made by {job.recipe.name}'s source",
-        rank=rank(),
-        world_size=world_size(),
+        share=share(),
     )
     work.follow(steps)
     barrier()
@@ -99,7 +98,7 @@ def _sample(work: Opened) -> list[Path]:
     if is_main():
         for _ in work.stage.follow(drawing.drawn_before(), save_every=None):
             pass
-    work.follow(drawing.draw(model, rank=rank(), world_size=world_size()))
+    work.follow(drawing.draw(model, share()))
     if is_main():
         for step in drawing.wait():
             work.tell(work.part.title, step)

@@ -151,10 +151,6 @@ def tracking(
         folder: the run's.
         name: what the run is called.
         settings: the recipe, as JSON.
-
-    Raises:
-        MissingBackend: a tracker is not installed; before any work.
-        RunError: a tracker cannot start.
     """
     check_trackers(names)
     started: list[Tracker] = []

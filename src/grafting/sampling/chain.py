@@ -5,7 +5,6 @@ alone, so a set of images may be drawn in batches of any size and by any number 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from ..contract import Conditions, Denoiser
 from ..errors import HostError, ProtocolError, listed
 from ..functional.pixels import to_uint8
-from ..hosts import host_of
+from ..hosts import evaluating, host_of
 from ..machine.compiling import compiled
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.randomness import generator
@@ -258,7 +257,7 @@ def _draw(
     device = next(model.parameters()).device
     streams = [generator(config.seed, i) for i in indices]
     states = visits(model, config, denoiser, shape=shape, numbers=labels, streams=streams)
-    with _evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for state in states:
             x = state.after
     return x.cpu()
@@ -332,15 +331,3 @@ class _Asked:
             shape = tuple(x.shape[1:])
             self._known[is_guided] = conditions.at(numbers, shape=shape, device=x.device, dtype=x.dtype)
         return self._known[is_guided]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, each module's mode is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

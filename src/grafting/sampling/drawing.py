@@ -1,6 +1,6 @@
 """A set of images that any number of processes draw together, kept in shards until it is whole.
 
-The set does not depend on the number of processes. Each process draws every world_size-th shard and asks nothing of the
+The set does not depend on the number of processes. Each process draws its share of the shards and asks nothing of the
 others; the main one writes the samples file when all shards are there. A process that is killed loses the batch that it was
 at, and the same call resumes from there. This file does not know recipes.
 """
@@ -21,6 +21,7 @@ from ..latents.decoding import Decoder
 from ..machine.devices import default_device
 from ..machine.files import disk_of, hash_json
 from ..machine.precision import recorded_precision, settled, settled_as_begun
+from ..machine.processes import ALL
 from ..machine.reading import JsonObject, read_json
 from ..metrics.features import tensors_sha256
 from .chain import CIRCUMSTANCES, SamplingConfig, sample
@@ -110,14 +111,9 @@ class Drawing:
         """True until somebody has found all shards, written the samples file and removed them."""
         return self._shards.is_begun
 
-    def draw(self, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
-        """Draw this process's share of what is missing, one step per shard; its `ms_per_image` is this process's own.
-
-        Raises:
-            ProtocolError: the model cannot be sampled in this way; raised before any work.
-            RunError: a file cannot be written, or the disk is too small for shards and samples file.
-        """
-        mine = range(len(self._shards))[rank::world_size]
+    def draw(self, model: nn.Module, share: slice = ALL) -> Iterator[Step]:
+        """Draw this process's share of what is missing, one step per shard; its `ms_per_image` is this process's own."""
+        mine = range(len(self._shards))[share]
         folder, num_images = self._shards.folder, self.config.num_images
         _check_space(folder, self.shape, num_images=num_images, num_drawn=self.num_drawn)
         self._shards.begin()
@@ -137,7 +133,7 @@ class Drawing:
         )
         # of those that are damaged there is nothing yet
         num_there = num_images - self._num_in(self._missing().union(todo))
-        tally = _Tally(num_there, look=lambda: self.num_drawn, alone=world_size == 1)
+        tally = _Tally(num_there, look=lambda: self.num_drawn, alone=share == ALL)
         started = time.perf_counter()
         for shard, batch in zip(todo, batches, strict=True):
             images = self._decoder(batch.x)
@@ -183,11 +179,7 @@ class Drawing:
             yield self._step(done, {})
 
     def write(self, path: Path) -> None:
-        """Write all images as one samples file, atomically, with what drew them; then remove the shards.
-
-        Raises:
-            RunError: a shard is missing or damaged, or the file cannot be written.
-        """
+        """Write all images as one samples file, atomically, with what drew them; then remove the shards."""
         write_samples(
             path,
             self._shards.batches(),

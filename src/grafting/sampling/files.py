@@ -73,11 +73,7 @@ class SampleFile:
     read: Callable[[int], Iterator[Tensor]]
 
     def images(self, size: int = 500) -> Iterator[UInt8[Tensor, "b c *size"]]:
-        """The images in their order, `size` at a time.
-
-        Raises:
-            DataError: the file is damaged; found when the damaged part, or the end, is read.
-        """
+        """The images in their order, `size` at a time."""
         return self.read(size)
 
     def batches(self, size: int = 500) -> Iterator[tuple[UInt8[Tensor, "b c *size"], Int[Tensor, " b"]]]:
@@ -134,7 +130,7 @@ def write_samples(
     words = {"origin": json.dumps(origin), "record": json.dumps(record or {})}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         write = _write_npz if path.suffix == ".npz" else _write_safetensors
-        write(file, counted, num_images=num_images, shape=shape, words=words)
+        write(file, counted, (num_images, *shape), words)
 
 
 def read_samples(path: str | Path) -> Samples:
@@ -179,15 +175,8 @@ def _checked(batches: Batches, *, num_images: int, shape: tuple[int, ...]) -> Ba
         raise DataError(f"{num_images} images were to be written; got only {done}")
 
 
-def _write_npz(
-    file: BinaryIO,
-    batches: Batches,
-    *,
-    num_images: int,
-    shape: tuple[int, ...],
-    words: dict[str, str],
-) -> None:
-    channels, *size = shape
+def _write_npz(file: BinaryIO, batches: Batches, shape: tuple[int, ...], words: dict[str, str]) -> None:
+    num_images, channels, *size = shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *size, channels)}
     labels = [torch.empty(0, dtype=torch.int64)]
     # members are stored as they are, with the time of 1980: what is read is what was written, byte for byte
@@ -204,23 +193,19 @@ def _write_npz(
 
 
 def _write_safetensors(
-    file: BinaryIO,
-    batches: Batches,
-    *,
-    num_images: int,
-    shape: tuple[int, ...],
-    words: dict[str, str],
+    file: BinaryIO, batches: Batches, shape: tuple[int, ...], words: dict[str, str]
 ) -> None:
     """Source: the format's own page, github.com/huggingface/safetensors: length, JSON header, then the tensors' bytes.
 
     Labels stand first, so that none has to be kept until the images are written: their place is filled in at the end.
     """
-    sizes = (8 * num_images, num_images * int(np.prod(shape)))
+    num_images = shape[0]
+    sizes = (8 * num_images, int(np.prod(shape)))
     starts = list(accumulate(sizes, initial=0))
     header = {
         "__metadata__": words,
         "labels": {"dtype": "I64", "shape": [num_images], "data_offsets": starts[:2]},
-        "images": {"dtype": "U8", "shape": [num_images, *shape], "data_offsets": starts[1:]},
+        "images": {"dtype": "U8", "shape": list(shape), "data_offsets": starts[1:]},
     }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)

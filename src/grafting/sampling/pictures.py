@@ -36,11 +36,7 @@ class Pictures:
         return {number for number in numbers if f"{number:06}.png" not in names}
 
     def write(self, numbers: Iterable[int], images: UInt8[Tensor, "b c h w"]) -> None:
-        """Write images, grey or in colour, each atomically.
-
-        Raises:
-            RunError: a file cannot be written.
-        """
+        """Write images, grey or in colour, each atomically."""
         for number, image in zip(numbers, images.permute(0, 2, 3, 1).numpy(), strict=True):
             with atomic_path(self.folder / f"{number:06}.png") as temporary:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, FaultWarning, RunError, listed
 from ..machine.files import (
     atomic_path,
+    differing,
     disk_errors,
     flatten,
     hash_json,
@@ -156,6 +157,5 @@ def differences(found: Any, asked: Mapping[str, Any]) -> list[str]:
     mine, its = flatten(asked), flatten(found)
     return [
         f"{name}: {cut(str(its.get(name, 'nothing')))} there, {cut(str(mine.get(name, 'nothing')))} asked"
-        for name in {**its, **mine}
-        if (name in its, its.get(name)) != (name in mine, mine.get(name))
+        for name in differing(its, mine)
     ]

@@ -4,6 +4,7 @@ Latent i depends on (seed, i) and its condition alone, so any number of processe
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from ..data.latents import LatentsConfig, LatentSet
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled
+from ..machine.processes import ALL
 from ..machine.reading import JsonObject
 from .chain import CIRCUMSTANCES, SamplingConfig, sample
 
@@ -85,10 +87,9 @@ def teach(
     source: str,
     dtype: Dtype = "fp16",
     per_shard: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
+    share: slice = ALL,
 ) -> Iterator[Step]:
-    """Fill `folder` with this process's shards of `config.num_images` latents, number % world_size == rank; a step is a batch.
+    """Fill `folder` with this process's share of `config.num_images` latents; a step is a batch.
 
     The folder is an ordinary one of latents, bound to the prompts that they were made for. Whatever was done before is not done again.
 
@@ -118,11 +119,9 @@ def teach(
     target.check()
 
     def steps() -> Iterator[Step]:
-        own = range(rank, target.num_shards, world_size)
-        with target.working(rank=rank, world_size=world_size) as missing:
-            total = sum(len(target.images_of(number)) for number in own)
-            done = total - sum(len(target.images_of(number)) for number in missing)
-            yield Step(done=done, total=total)
+        with target.working(share) as missing:
+            step = target.start(missing, share)
+            yield step
             for number in missing:
                 made, labels = [], []
                 for batch in sample(
@@ -130,11 +129,11 @@ def teach(
                 ):
                     made.append(batch.x)
                     labels += batch.labels.tolist()
-                    done += len(batch.x)
+                    step = replace(step, done=step.done + len(batch.x))
                     if len(labels) == len(target.images_of(number)):
                         names = [str(i) for i in target.images_of(number)]
                         target.write(number, torch.cat(made), labels, names=names, unreadable={})
-                    yield Step(done=done, total=total)
+                    yield step
         target.finish(
             {
                 "source": source,

@@ -6,7 +6,7 @@ paper trains it. Files are memory-mapped: a site's inputs and outputs for all sa
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,16 +218,12 @@ def visiting(
     Args:
         until: where a later module's output counts, that module; it is called once after each call of the first.
     """
-    handles = []
-    for path, module in modules.items():
-        before, after = _hooks(path, visit)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(until.get(path, module).register_forward_hook(after))
-    try:
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            before, after = _hooks(path, visit)
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(until.get(path, module).register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hooks(path: str, visit: Visit) -> tuple[Callable, Callable]:

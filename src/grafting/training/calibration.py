@@ -126,11 +126,8 @@ class _OutputFit:
 
     def add(self, args: tuple, kwargs: Kwargs, output: Tensor) -> None:
         given: list[Tensor] = []
-        handle = self.layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-        try:
+        with self.layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
             residual = output.double() - self.operator(*args, **kwargs).double()
-        finally:
-            handle.remove()
         (h,) = given
         rows, residual = with_ones(h.flatten(0, -2)), residual.flatten(0, -2)
         self.gram = self.gram.to(rows) + rows.T @ rows

@@ -68,9 +68,6 @@ class Loader:
         """This process's items [b, C, H, W] of training step `step`, and their labels [b]; or what `finish` makes of them.
 
         Fast for the step after the last one; any other step restarts there.
-
-        Raises:
-            DataError: the data is missing or damaged.
         """
         started = time.perf_counter()
         self._look_ahead(step)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,38 +26,9 @@ Data: TypeAlias = TrainingData | Trajectories
 """What a stage may be given to train on."""
 
 
-@runtime_checkable
-class Supply(Protocol):
-    """Where a stage's batches come from."""
-
-    def split(self, *, holdout: int, images: int | None, seed: int) -> "tuple[Supply, Supply]":
-        """What is trained on, and what is held out of it.
-
-        Args:
-            holdout: number of items held out.
-            images: number of items to train on; all others when None.
-
-        Raises:
-            TrainingError: there are not as many.
-        """
-        ...
-
-    def steps(self, config: BatchConfig, *, share: slice, end: int) -> Feed:
-        """A process's share of the batches of training steps up to `end`, each with fresh noise."""
-        ...
-
-    def fixed(self, count: int, *, batch_size: int, seed: int, stream: tuple[int, ...]) -> Feed:
-        """`count` inputs in whole batches, the same at every visit; the last may be smaller.
-
-        Args:
-            stream: keeps these draws apart from others of the seed.
-        """
-        ...
-
-
 def supply_of(
     data: Data, denoiser: Denoiser, *, teacher: nn.Module | None, device: torch.device, precision: Precision
-) -> Supply:
+) -> "Supply":
     """The supply that these data are.
 
     Args:
@@ -86,14 +57,27 @@ class Stored:
     items: Tensor | None = None
 
     def split(self, *, holdout: int, images: int | None, seed: int) -> "tuple[Stored, Stored]":
+        """What is trained on, and what is held out of it.
+
+        Args:
+            holdout: number of items held out.
+            images: number of items to train on; all others when None.
+        """
         train, held_out = _split(len(self.data), holdout=holdout, images=images, seed=seed)
         return replace(self, items=train), replace(self, items=held_out)
 
     def steps(self, config: BatchConfig, *, share: slice, end: int) -> Feed:
+        """A process's share of the batches of training steps up to `end`, each with fresh noise."""
         return _Loaded(self, config, share=share, end=end)
 
     def fixed(self, count: int, *, batch_size: int, seed: int, stream: tuple[int, ...]) -> Feed:
-        """The first items, again and again; of all items, those that stage 1 holds out come last."""
+        """`count` inputs in whole batches, the same at every visit; the last may be smaller.
+
+        They are the first items, again and again; of all items, those that stage 1 holds out come last.
+
+        Args:
+            stream: keeps these draws apart from others of the seed.
+        """
         order = shuffled(len(self.data), seed).flip(0) if self.items is None else self.items
         return _Fixed(self, order[torch.arange(count) % len(order)].split(batch_size), seed, stream)
 
@@ -182,6 +166,10 @@ class AlongTrajectories:
     def fixed(self, count: int, *, batch_size: int, seed: int, stream: tuple[int, ...]) -> Feed:
         end = math.ceil(count / batch_size)
         return Dealt(self.walked, batch_size=batch_size, end=end, entropy=(seed, *stream), count=count)
+
+
+Supply: TypeAlias = Stored | AlongTrajectories
+"""Where a stage's batches come from."""
 
 
 def _split(num_items: int, *, holdout: int, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
