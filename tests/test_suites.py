@@ -39,6 +39,7 @@ from grafting.runs.recipe import Recipe
 from grafting.runs.record import write_report
 from grafting.runs.run import run
 from grafting.runs.sweep import Sweep, points
+from grafting.runs.table import swept
 from grafting.weights.card import model_card
 from tinyrecipe import TINY
 
@@ -188,9 +189,7 @@ def test_the_command_line_takes_it_from_the_table(ran):
 
 def test_a_sweep_keeps_its_figures(ran, tmp_path):
     rows = json.loads((ran / "metrics.json").read_text())
-    lines = [
-        {"design": "a", "stage": row["name"]} | {key: row[key] for key in words.swept(row)} for row in rows
-    ]
+    lines = [{"design": "a", "stage": row["name"]} | {key: row[key] for key in swept(row)} for row in rows]
     assert {"brightness", "brightness_low", "brightness_high"} < lines[0].keys()
     text = write_sweep_picture(tmp_path / "table.svg", lines).read_text()
     assert "Brightness; more is better" in text

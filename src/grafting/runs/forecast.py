@@ -180,15 +180,15 @@ class _Clock:
             basis = f"measured, {rate:.4g} images/s in {self.logs}"
             return replace(stage, hours=(images or stage.images) / rate / 3600, basis=basis)
         peak = self.peak_tflops or (self.device.tflops(precision) if self.device else None)
-        of = ""
+        said, of = f"{peak:g}" if peak else "", ""
         if peak is None:
             if self.processes > 1:
                 unknown = "unknown for several processes on this device: set --device or --peak-tflops"
                 return replace(stage, basis=unknown)
             peak = matmul_tflops(torch.bfloat16 if precision == "bf16" else torch.float32, default_device())
-            of = ", a matrix product here"
+            said, of = f"{peak:.3g}", ", a matrix product here"
         seconds = stage.flops / (peak * 1e12 * self.mfu * self.processes)
-        basis = f"FLOPs at {self.mfu:.0%} of {peak:.3g} TFLOP/s ({precision}{of})"
+        basis = f"FLOPs at {self.mfu:.0%} of {said} TFLOP/s ({precision}{of})"
         if launches_s > seconds:
             basis = f"time to launch each step's operations; {basis} would take less"
         return replace(stage, hours=max(launches_s, seconds) / 3600, basis=f"computed, {basis}")
