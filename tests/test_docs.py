@@ -24,6 +24,7 @@ from grafting.cli import app
 from grafting.editing.surgery import build_operators
 from grafting.hosts import hosts
 from grafting.runs.file import parse_recipe
+from grafting.runs.sweep import Sweep, points
 from latents import textpipelines
 from toydata import noise_images
 
@@ -186,7 +187,13 @@ def test_commands_and_their_options_exist(page: str):
 def test_recipes_are_valid(page: str):
     least = {"name": "shown", "data": {"name": "testbed-subset"}}
     for block in blocks(page, "yaml"):
-        parse_recipe(least | yaml.safe_load(block), source=page)
+        shown = yaml.safe_load(block)
+        if "grids" in shown:  # of a sweep, whose base stands for itself
+            plan = [{"role": "attention", "blocks": "odd", "operator": "softmax"}]
+            settings = least | {"plan": plan, "finetune": {}}
+            assert len(points(Sweep(name=shown["name"], grids=shown["grids"], settings=settings))) == 5
+        else:
+            parse_recipe(least | shown, source=page)
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", *PAGES])

@@ -54,7 +54,7 @@ def test_for_a_pipeline_words_are_enough():
     assert recipe.source == str(here / "pipe")
     assert recipe.vae.source == str(here / "pipe/vae")
     assert recipe.conditions == WordsConfig(file=here / "prompts.txt")
-    assert recipe.data == TaughtConfig(num_images=1000, steps=20)
+    assert recipe.data == TaughtConfig(num_images=1000, steps=20)  # its sampler is that of noise predicted
     assert recipe.plan[0].operator.name == "window-1d"
     assert recipe.sample.sampler == "dpm-solver++"
     new, both = recipe.finetune
@@ -126,6 +126,14 @@ def test_a_large_model_is_held_in_half_precision(heads: int):
     kept = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "cooldown_steps": 0}
     assert smoke.finetune == recipe.finetune[1].model_copy(update=kept)
     assert smoke.distill.frozen == recipe.distill.frozen
+
+
+def test_adapters_need_sites_that_keep_their_linear_layers():
+    hosts()["sd3"].tiny().save_pretrained("model")
+    assert init("mine.yaml", "--source", "model", "--blocks", "all").exit_code == 0
+    phase = load_recipe("mine.yaml").finetune
+    assert (phase.steps, phase.trainable) == (2500, "new")
+    assert load_recipe("mine-smoke.yaml").finetune.trainable == "new"
 
 
 def test_prompts_in_a_file_need_the_pipelines_text_encoders():

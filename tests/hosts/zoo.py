@@ -95,8 +95,18 @@ def asked(x: Tensor, timestep: Tensor, **more: Any) -> Inputs:
     return {"hidden_states": x, "encoder_hidden_states": text(), "timestep": timestep, **more}
 
 
+def sized() -> Inputs:
+    """The inputs of classes that are told the sizes of the original and of the target, and what was cropped."""
+    sizes, crop = torch.full((2, 2), 64.0), torch.zeros(2, 2)
+    return asked(latent(), times(), original_size=sizes, target_size=sizes, crop_coords=crop)
+
+
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 _CHANNELS = {"in_channels": 4, "out_channels": 4}
+_SIZED = (
+    _HEADS | _CHANNELS | {"num_layers": 2, "text_embed_dim": 24, "time_embed_dim": 16, "condition_dim": 8}
+)
+_SIZED |= {"pos_embed_max_size": 8, "sample_size": 8}
 _ROPE = {"axes_dims_rope": (4, 6, 6)}
 
 _IMAGES = (
@@ -239,43 +249,17 @@ _IMAGES = (
     Specimen(
         "CogView3PlusTransformer2DModel",
         {
-            **_HEADS,
-            **_CHANNELS,
-            "num_layers": 2,
-            "text_embed_dim": 24,
-            "time_embed_dim": 16,
-            "condition_dim": 8,
-            "pos_embed_max_size": 8,
-            "sample_size": 8,
+            **_SIZED,
         },
-        lambda: asked(
-            latent(),
-            times(),
-            original_size=torch.full((2, 2), 64.0),
-            target_size=torch.full((2, 2), 64.0),
-            crop_coords=torch.zeros(2, 2),
-        ),
+        sized,
     ),
     Specimen(
         "CogView4Transformer2DModel",
         {
-            **_HEADS,
-            **_CHANNELS,
-            "num_layers": 2,
-            "text_embed_dim": 24,
-            "time_embed_dim": 16,
-            "condition_dim": 8,
-            "pos_embed_max_size": 8,
-            "sample_size": 8,
+            **_SIZED,
             "rope_axes_dim": (16, 16),
         },
-        lambda: asked(
-            latent(),
-            times(),
-            original_size=torch.full((2, 2), 64.0),
-            target_size=torch.full((2, 2), 64.0),
-            crop_coords=torch.zeros(2, 2),
-        ),
+        sized,
     ),
     Specimen(
         "GlmImageTransformer2DModel",

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import grafting
+from grafting.errors import DataError
 from grafting.runs import adapting
 from grafting.sampling.taught import TaughtConfig
 from grafting.sampling.trajectories import TrajectoriesConfig
@@ -124,6 +125,13 @@ def test_a_kept_folder_is_used_again(tmp_path):
 def test_a_plan_that_does_not_fit_is_refused_before_any_work(tmp_path):
     with pytest.raises(grafting.PlanError, match="radius 9"):
         grafting.adapt(pixart(), plan_of("window-2d", radius=9), prompts=WORDS, folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("prompts", "found"), [("a red cat", "one string"), ([], "none"), ("", "none")])
+def test_prompts_are_a_list(prompts, found, tmp_path):
+    with pytest.raises(DataError, match=f"a list of them is needed, a hundred or more; found {found}"):
+        grafting.adapt(pixart(), plan_of("softmax"), prompts=prompts, folder=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

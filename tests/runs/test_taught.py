@@ -97,6 +97,25 @@ def test_the_teachers_work_is_a_cost_of_what_was_trained_on_it(begun):
     assert training_flops(prepare(recipe), "pretrained").training == 0
 
 
+def test_what_stage_2_cannot_train_or_encode_is_a_fault_of_the_recipe(begun, tmp_path):
+    recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
+    prompts = tmp_path / "recipe.yaml"
+    lora = {"trainable": ["new", {"lora": {"targets": ["attention"]}}]}
+    edits = [{"role": "attention", "blocks": "all", "operator": {"name": "hyena-x", "kernel_size": 3}}]
+    prompts.write_text(yaml.safe_dump(recipe | {"plan": edits, "finetune": recipe["finetune"] | lora}))
+    assert "names no linear layer that is not trained itself: leave lora out" in one_line(
+        "check", prompts, code=1
+    )
+    alone = {
+        "source": str(begun / "pipe/transformer"),
+        "conditions": {"name": "words", "file": str(begun / "words.txt")},
+    }
+    prompts.write_text(yaml.safe_dump(recipe | alone))
+    assert "transformer is no pipeline of diffusers: it has no model_index.json" in one_line(
+        "check", prompts, code=1
+    )
+
+
 def test_one_file_takes_a_pipeline_a_plan_and_words(begun, tmp_path):
     recipe = yaml.safe_load((begun / "recipe.yaml").read_text())
     recipe["conditions"] = {"name": "words", "file": str(begun / "words.txt"), "shard_size": 2}

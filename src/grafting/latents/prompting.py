@@ -102,6 +102,20 @@ class PlannedPrompts:
         )
 
 
+def encoding_pipeline(config: WordsConfig, source: str | None) -> str:
+    """The pipeline that encodes a recipe's words: the one that it names, else the source.
+
+    Raises:
+        DataError: there is none. CheckpointError: it is a folder, and not a pipeline's.
+    """
+    pipeline = config.pipeline or source
+    if pipeline is None:
+        raise DataError("conditions: words are encoded by a pipeline: name one, `pipeline: ...`")
+    if Path(pipeline).expanduser().exists():
+        _index_in(find_folder(pipeline, patterns=_FILES), pipeline)
+    return pipeline
+
+
 def encode_words(
     config: WordsConfig, folder: Path, *, source: str | None, tell: Callable[[Step], None]
 ) -> PromptsConfig:
@@ -114,9 +128,7 @@ def encode_words(
         DataError: no words, or no pipeline. CheckpointError, HostError: the pipeline cannot be read, or cannot be asked so.
         RunError: the folder holds other prompts.
     """
-    pipeline = config.pipeline or source
-    if pipeline is None:
-        raise DataError("conditions: words are encoded by a pipeline: name one, `pipeline: ...`")
+    pipeline = encoding_pipeline(config, source)
     words = read_words(config.file, column=config.column)
     asked = {"asked": _asked(config, words, pipeline)}
     done = folder / "encoded.json"
@@ -189,6 +201,15 @@ def _of_json(line: str, column: str | None, name: str) -> str:
     return found
 
 
+def _index_in(folder: Path, source: str) -> Path:
+    index = folder / PIPELINE_NAME
+    if not index.is_file():
+        raise CheckpointError(
+            f"{source} is no pipeline of diffusers: it has no {PIPELINE_NAME}. Name a pipeline's folder, or owner/name on the Hub"
+        )
+    return index
+
+
 def open_encoders(
     source: str,
     *,
@@ -209,12 +230,7 @@ def open_encoders(
 
     kind_of_weights = DTYPES[dtype or ("fp32" if device.type == "cpu" else "bf16")]
     folder = find_folder(source, revision=revision, patterns=_FILES)
-    index = folder / PIPELINE_NAME
-    if not index.is_file():
-        raise CheckpointError(
-            f"{source} is no pipeline of diffusers: it has no {PIPELINE_NAME}. Name a pipeline's folder, or owner/name on the Hub"
-        )
-    parts = read_json(index, JsonObject)
+    parts = read_json(_index_in(folder, source), JsonObject)
     made: dict[str, nn.Module | None] = {name: None for name, part in parts.items() if part == [None, None]}
     try:
         for name, part in parts.items():

@@ -13,6 +13,7 @@ from ..contract import Denoiser
 from ..data.prompts import Prompts
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, build_operators, resolve, sharing_copy
+from ..errors import DataError
 from ..hosts import host_of, process_of, transformer_of
 from ..latents.prompting import Prompting, PromptingConfig, check_encodes
 from ..machine.devices import default_device
@@ -65,10 +66,14 @@ def adapt(
         The record, which can undo the graft; weights of the model's own that were trained (`trainable: all`) stay in memory for it.
 
     Raises:
-        PlanError: the plan does not fit; before any work. HostError: the pipeline has no transformer that can be edited, has
-            no text encoder, or does not run.
+        DataError: prompts are none, or one string. PlanError: the plan does not fit. Both before any work.
+        HostError: the pipeline has no transformer that can be edited, has no text encoder, or does not run.
         TrainingError: what a stage says; the transformer is then as it was.
     """
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(
+            f"prompts: a list of them is needed, a hundred or more; found {'one string' if prompts else 'none'}"
+        )
     model = transformer_of(pipeline)
     host = host_of(model)
     check_drawn(pipeline, host)

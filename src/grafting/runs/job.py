@@ -14,10 +14,18 @@ from ..cost.count import Flops, role_flops
 from ..data import Prompts, check_bound
 from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice, Drop, fault_list, operators_of
-from ..editing.surgery import check_can_adapt, paths_after, resolve
+from ..editing.surgery import (
+    build_operators,
+    check_can_adapt,
+    grafted,
+    paths_after,
+    resolve,
+    sharing_copy,
+)
 from ..errors import DataError, HostError, RecipeError, listed
 from ..hosts import Host, SdpaHost, config_of, constructed, host_of, hosts, use_spec
 from ..latents.decoding import Decoder, load_decoder
+from ..latents.prompting import WordsConfig, encoding_pipeline
 from ..machine.devices import default_device
 from ..machine.files import hash_json
 from ..machine.precision import settled_run
@@ -28,6 +36,7 @@ from ..sampling.trajectories import Trajectories, TrajectoriesConfig
 from ..training import distillation
 from ..training.phases import FinetuneConfig, check_division, phases_of, with_objectives
 from ..training.supply import Data, supply_of
+from ..training.trained import operator_parameters, selections
 from ..weights.folder import load_model
 from ..weights.locate import find_model
 from ..weights.tensors import weights_sha256
@@ -89,6 +98,8 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     host = host_of(model)
     chosen = resolve(model, recipe.edits)
     recipe = _as_recorded(recipe)
+    if isinstance(recipe.conditions, WordsConfig):
+        encoding_pipeline(recipe.conditions, recipe.source if isinstance(recipe.source, str) else None)
     denoiser = denoiser_of(recipe, model)
     recipe = with_objective(recipe, host)
     decoder = None
@@ -116,6 +127,8 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
     check_division(recipe.phases)
     if any(phase.lora for phase in recipe.phases):
         check_can_adapt()
+    if any(phase.trainable != "all" for phase in recipe.phases):
+        _check_trained(recipe, model, host.at_grid(host.grid_of(model, shape)))
     if recipe.distill is not None and any(not isinstance(choice, Drop) for choice in chosen.values()):
         supply = supply_of(
             data, denoiser, teacher=model, device=default_device(), precision=recipe.distill.precision
@@ -145,6 +158,15 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         is_measured=is_measured,
         suite=suite,
     )
+
+
+def _check_trained(recipe: Recipe, model: nn.Module, host: Host) -> None:
+    """Raises a TrainingError if a phase of stage 2 selects nothing to train, or to adapt, of the grafted model."""
+    bare = sharing_copy(model).to("meta")
+    with torch.device("meta"):
+        operators = build_operators(bare, recipe.edits, host=host)
+    with grafted(bare, operators):
+        selections(bare, recipe.phases, operator_parameters(bare))
 
 
 def _spec_of(host: SdpaHost) -> JsonValue:

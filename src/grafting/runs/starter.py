@@ -21,7 +21,7 @@ from ..errors import HostError, RecipeError
 from ..hosts import Host, hosts
 from ..latents.decoding import makes_pixels
 from ..machine.files import write_bytes
-from ..machine.reading import parse_yaml
+from ..machine.reading import JsonObject, parse_yaml
 from ..operators import parse_operator
 from ..weights.folder import read_config
 from ..weights.locate import PIPELINE_NAME, find_model
@@ -112,23 +112,33 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
     if there := [str(file) for file in (path, smoke) if file.exists()]:
         raise RecipeError(f"{' and '.join(there)}: there already; name another file, or remove it")
     folder, host, model = _open(start.source)
-    text = _recipe(path, start, folder, host, model)
-    settings = parse_yaml(text, name="the recipe", error=RecipeError)
-    assert isinstance(settings, dict)
+    for phases in (_WITH_ADAPTERS, _ALONE):
+        text = _recipe(path, start, folder, host, model, phases)
+        settings = _settings(text)
+        chosen = resolve(model, parse_recipe(settings, source=f"the recipe for {path}").edits)
+        if any(site.role != "block" and site not in chosen for site in host.sites(model)):
+            break  # else no site keeps linear layers that an adapter could stand at
     short = _SMOKE.format(
         smoke=smoke.name,
         base=path.name,
         name=path.stem,
         cooldown=", cooldown_steps: 0" if "cooldown_steps" in text else "",
         # one phase in the place of several has nothing of them by itself
-        how=f", {_TRAINED}, {_how(host, model, start)}" if isinstance(settings["finetune"], list) else "",
+        how=f", {phases[-1][1]}, {_how(host, model, start)}"
+        if isinstance(settings["finetune"], list)
+        else "",
     )
     short += _SMOKE_LATENTS if "{name: teacher" in text else ""
     short += _SMOKE_SAMPLES if "sample" in settings else ""
-    resolve(model, parse_recipe(settings, source=f"the recipe for {path}").edits)
     for file, content in ((path, text), (smoke, short)):
         write_bytes(file, content.encode())
     return path, smoke
+
+
+def _settings(text: str) -> JsonObject:
+    settings = parse_yaml(text, name="the recipe", error=RecipeError)
+    assert isinstance(settings, dict)
+    return settings
 
 
 def missing_parts(path: Path) -> list[str]:
@@ -175,7 +185,9 @@ def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:
     )
 
 
-def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], model: nn.Module) -> str:
+def _recipe(
+    path: Path, start: Start, folder: Path | None, host: Host[Any], model: nn.Module, phases: "_Phases"
+) -> str:
     def near(target: Path) -> str:
         """A path as the recipe's file says it."""
         relative = os.path.relpath(target, path.parent)
@@ -207,12 +219,12 @@ def _recipe(path: Path, start: Start, folder: Path | None, host: Host[Any], mode
         size = f", shape: {list(shape)}" if len(shape) == 4 else ""
         lines.append(
             f"# no data: the model makes latents for these prompts first, and is trained on them\n"
-            f"data: {{name: teacher, num_images: 1000, steps: 20{size}}}"
+            f"data: {{name: teacher, num_images: 1000, sampler: {_sampler(host, model)}, steps: 20{size}}}"
         )
     else:
         kind = f"image-folder, size: {shape[-1]}, channels: {shape[0]}" if makes_pixels(shape) else "latents"
         lines.append(f"data: {{name: {kind}, folder: {near(data or Path('latents'))}}}")
-    lines += _short_stages(host, model, start) if asked_by_prompts else _PUBLISHED_STAGES
+    lines += _short_stages(host, model, start, phases) if asked_by_prompts else _PUBLISHED_STAGES
     vae = None if pipeline is None or not (pipeline / "vae").is_dir() else near(pipeline / "vae")
     lines += _samples(host, model, vae=vae)
     return "\n".join(lines) + "\n"
@@ -263,7 +275,10 @@ calibrate: {}
 distill: {steps: 25000, batch_size: 64, lr: 1.0e-4}
 finetune: {steps: 50000, batch_size: 256, lr: 1.0e-4, warmup_steps: 1000, ema_decay: 0.9999}
 save_every: 1000""".splitlines()
-_TRAINED = "trainable: [new, {lora: {rank: 16}}]"
+# steps of each phase, and what it trains
+_Phases = tuple[tuple[int, str], ...]
+_WITH_ADAPTERS: _Phases = ((500, "trainable: new"), (2000, "trainable: [new, {lora: {rank: 16}}]"))
+_ALONE: _Phases = ((2500, "trainable: new"),)
 _HELD = "precision: bf16, frozen: bf16"
 _LARGE = 1e9  # parameters, from which on memory is thought of
 
@@ -274,13 +289,13 @@ def _is_large(model: nn.Module) -> bool:
 
 def _how(host: Host[Any], model: nn.Module, start: Start) -> str:
     """The objective of stage 2, and how its memory is spared."""
-    # a distilled model's own loss would break it, and without data there is none
+    # a distilled model's own loss would break it; latents of the model's own making are no data to learn from
     own = start.data is not None and not host.distilled
     objective = f"objective: {'{process: 1, output: 1}' if own else 'output'}"
     return objective + (f", {_HELD}, gradient_checkpointing: true" if _is_large(model) else "")
 
 
-def _short_stages(host: Host[Any], model: nn.Module, start: Start) -> Iterator[str]:
+def _short_stages(host: Host[Any], model: nn.Module, start: Start, phases: _Phases) -> Iterator[str]:
     batch, held = 8, ""
     if _is_large(model):
         batch, held = 2 if len(host.shape(model)) == 3 else 1, f", {_HELD}"
@@ -288,12 +303,16 @@ def _short_stages(host: Host[Any], model: nn.Module, start: Start) -> Iterator[s
     yield "# operators start from a fit in closed form: docs/initialisation.md"
     yield "calibrate: {}"
     yield f"distill: {{steps: 200, batch_size: {batch}, lr: 5.0e-4, cooldown_steps: 100, holdout: 64{held}}}"
-    yield "# the new operators alone, then adapters beside them; longer is better: docs/text-to-image.md, section 5"
+    yield f"# the new operators{', alone, then with adapters' * (len(phases) > 1)}; longer is better: docs/text-to-image.md, section 5"
     yield "finetune:"
-    for steps, trained in ((500, "trainable: new"), (2000, _TRAINED)):
+    for steps, trained in phases:
         how = f"{trained}, {_how(host, model, start)}"
         yield f"  - {{steps: {steps}, batch_size: {batch}, warmup_steps: 50, {how}}}"
     yield "save_every: 15 min"
+
+
+def _sampler(host: Host[Any], model: nn.Module) -> str:
+    return "dpm-solver++" if isinstance(host.process(model), Diffusion) else "euler"
 
 
 def _samples(host: Host[Any], model: nn.Module, *, vae: str | None) -> Iterator[str]:
@@ -303,6 +322,5 @@ def _samples(host: Host[Any], model: nn.Module, *, vae: str | None) -> Iterator[
             yield "# to draw images, name an autoencoder: `vae: {source: ...}`, and `sample: {steps: 20, num_images: 1000}`"
             return
         yield f"vae: {{source: {vae}}}"
-    sampler = "dpm-solver++" if isinstance(host.process(model), Diffusion) else "euler"
     guidance = 1.0 if host.distilled else 4.5 if host.conditions(model) is None else 1.5
-    yield f"sample: {{sampler: {sampler}, steps: 20, cfg_scale: {guidance}, num_images: 1000}}"
+    yield f"sample: {{sampler: {_sampler(host, model)}, steps: 20, cfg_scale: {guidance}, num_images: 1000}}"

@@ -37,7 +37,7 @@ from .phases import FinetuneConfig as FinetuneConfig
 from .phases import check_phases, phases_of, with_objectives
 from .student import Student, block_linears, held_in_bf16
 from .supply import Data, has_clean, supply_of
-from .trained import Trained, mark, names_of, operator_parameters, selection
+from .trained import Trained, mark, names_of, operator_parameters, selections
 from .trainee import Trainee, adamw, take_step
 
 
@@ -96,11 +96,10 @@ def finetune(
         raise TrainingError("stage 2: frozen: bf16 requires precision: bf16, and auto is fp32 on this device")
     teacher = teacher.to(device).eval() if teacher is not None else None
     new = operator_parameters(model) if new_parameters is None else new_parameters
-    candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    selections = [selection(model, candidates, phase, new) for phase in phases]
+    candidates, selected_of = selections(model, phases, new)
     run = _Run(model, data, denoiser, blocks, teacher, total=sum(phase.steps for phase in phases))
     resumed, first = _step_of(state), 0
-    for number, (phase, selected) in enumerate(zip(phases, selections, strict=True), start=1):
+    for number, (phase, selected) in enumerate(zip(phases, selected_of, strict=True), start=1):
         last = first + phase.steps
         if resumed <= last:  # else the state is a later phase's, and holds what this one made
             trained = mark(model, candidates, selected, phase, first=first)

@@ -120,6 +120,14 @@ def selection(
     return Selection(parameters, _lora_targets(model, config.lora, parameters))
 
 
+def selections(
+    model: nn.Module, phases: Iterable[FinetuneConfig], new: frozenset[str]
+) -> tuple[dict[str, nn.Parameter], list[Selection]]:
+    """The parameters that may be trained, by name, and what each phase trains; raises as `selection`."""
+    candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return candidates, [selection(model, candidates, phase, new) for phase in phases]
+
+
 def mark(
     model: nn.Module,
     candidates: Mapping[str, nn.Parameter],
