@@ -261,12 +261,17 @@ def training() -> Iterator[Row]:
     """Steps of both stages on a deep, narrow DiT: 28 sites whose tensors are small, so that what is left is dispatch."""
     batch, bench = 4, Bench(torch.device("cpu"), toy=True)
     teacher = dit(hidden_size=32, depth=28, num_heads=2)
-    built = build_operators(teacher, replacing("hyena-x"))
     config = DistillConfig(
         steps=10**6, batch_size=batch, holdout=batch, holdout_every=10**6, precision="fp32"
     )
+    built, other = (build_operators(teacher, replacing("hyena-x")) for _ in range(2))
     steps = distill(teacher, built, Noise(bench), config)
-    next(steps)
+    stacked = distill(teacher, other, Noise(bench), config.model_copy(update={"stacked": True}))
+    next(steps), next(stacked)
+    yield compared(
+        "stage 1, 28 sites stacked, a step", partial(next, stacked), "one by one", partial(next, steps)
+    )
+    stacked.close()
     yield compared(
         "stage 1, 28 sites, a step",
         partial(next, steps),

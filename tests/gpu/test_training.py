@@ -95,6 +95,7 @@ STAGE_1 = {
     "student's inputs": {"inputs": "student"},
     "merged": {"plan": MERGED},
     "in parts": {"accumulate": 2},
+    "stacked": {"stacked": True},
     "on disk": {"cache_samples": 12, "batch_size": 6, "steps": 5},
 }
 

@@ -83,6 +83,21 @@ def test_no_number_of_devices_is_faster_than_the_launches_of_a_step(published):
     assert at_sites.hours == pytest.approx(25_000 * 4 * (0.4 + 1.2 / 4) / 1000 / 3600)
 
 
+def test_stacked_sites_need_the_memory_of_all_their_graphs():
+    plan = [{"role": "attention", "operator": {"name": "hyena-x", "kernel_size": 3}}]
+    more = {}
+    for depth in (2, 4):
+        source = {"host": "dit", "config": TINY["source"]["config"] | {"depth": depth}}
+        recipes = [
+            tiny(plan=plan, source=source, distill=TINY["distill"] | {"stacked": stacked})
+            for stacked in (False, True)
+        ]
+        one, stacked = (stage(forecast(recipe), "distill").memory for recipe in recipes)
+        assert stacked["stacked operators and gradients"] == 2 * one["operators"]
+        more[depth] = stacked["activations of 4 images"] - one["activations of 4 images"]
+    assert more[4] == 3 * more[2] > 0  # one site's graph is there in any case
+
+
 def test_processes_share_time_and_images():
     one, four = (stage(forecast(tiny(), peak_tflops=1e-6, processes=n), "finetune") for n in (1, 4))
     assert one.hours == pytest.approx(4 * four.hours)

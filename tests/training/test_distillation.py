@@ -114,6 +114,19 @@ def test_fixed_samples_on_disk(tmp_path):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_compute_in_bf16_on_activations_from_disk_too(dtype, tmp_path):
+    teacher, operators = _setup({"name": "softmax", "projections": "random"})
+    computed = []
+    for operator in operators.values():
+        operator.attention.qkv.register_forward_hook(lambda _m, _x, y: computed.append(y.dtype))
+    settings = {"precision": "bf16", "steps": 2, "cache_samples": 8, "cache_folder": tmp_path}
+    *_, last = _run(teacher.to(dtype), operators, **settings)
+    assert set(computed) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for o in operators.values() for p in o.parameters())
+    assert 0 < last.values["loss/blocks.0.attn"] < 1
+
+
 MERGED = Plan(
     edits=(
         Merge(blocks="1-2"),

@@ -20,19 +20,24 @@ def copies(precision: Precision, params: int) -> dict[str, int]:
 
 
 def distill_memory(config: DistillConfig, shapes: Shapes, processes: int) -> dict[str, int]:
-    """Memory of stage 1: the teacher keeps no graph, so one block's activations and the graph of the largest operator."""
+    """Memory of stage 1: the teacher keeps no graph, so one block's activations and the graph of the largest operator, or where
+    they are stacked those of all."""
     spreads_sites = config.spread == "sites"
-    own = shapes.new_params // (processes if spreads_sites else 1)
+    sharing = processes if spreads_sites else 1
+    own = shapes.new_params // sharing
     batch = config.batch_size // (1 if spreads_sites else processes) // config.accumulate
     block = shapes.saved // shapes.num_blocks
     held = shapes.linears if config.frozen == "bf16" else 0
-    largest = max((site.saved_bytes for site in shapes.cost.after.sites if site.operator), default=block)
+    graphs = [site.saved_bytes for site in shapes.cost.after.sites if site.operator] or [block]
+    graph = sum(graphs) // sharing if config.stacked else max(graphs)
+    stacks = {"stacked operators and gradients": 2 * FP32 * own} if config.stacked else {}
     return {
         "pretrained model": FP32 * shapes.cost.before.params - (FP32 - BF16) * held,
         "operators": FP32 * shapes.new_params,
         "gradients and moments": (FP32 + _ADAM) * own,
+        **stacks,
         **copies(config.precision, shapes.cost.before.params + shapes.new_params - held),
-        f"activations of {batch} images": batch * (block + largest),
+        f"activations of {batch} images": batch * (block + graph),
     }
 
 

@@ -9,12 +9,12 @@ Sites do not know each other: each has its own optimizer and guard. So several p
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import (
@@ -34,11 +34,14 @@ from ..functional.losses import Regression, regression_loss
 from ..hosts import host_of
 from ..machine import processes
 from ..machine.compiling import compiled
+from ..machine.devices import mixed_precision
 from ..machine.precision import FP32_IS_ABSENT, Precision, settled
 from ..machine.settings import Settings
 from .activations import ActivationCache, Repeatable, Source, Streamed, Visited
 from .batches import Batches, check_batch_size
+from .fit import Found, Measured, tensors_of
 from .guard import GuardConfig, check_weights
+from .stacking import Stacks
 from .student import block_linears, held_in_bf16
 from .supply import Data, Supply, supply_of
 from .trainee import Trainee, adamw, take_step
@@ -51,7 +54,7 @@ class DistillConfig(Settings):
     """Settings of stage 1. The defaults are the paper's amount of training: 8k samples x 200 epochs, batch 64."""
 
     hashed_as_absent: ClassVar = FP32_IS_ABSENT
-    how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "spread", "compile"})
+    how_it_runs: ClassVar[frozenset[str]] = frozenset({"accumulate", "spread", "compile", "stacked"})
     """Fields that change no result beyond rounding: a run may be resumed with others."""
 
     steps: NonNegativeInt = 25_000
@@ -95,6 +98,9 @@ class DistillConfig(Settings):
     which computes with the same values. Operators are fp32 all the same."""
     compile: bool = False
     """Compile each operator, and the teacher's attention and MLPs one by one."""
+    stacked: bool = False
+    """Fit equal sites as one operator with stacked parameters, after the teacher's pass: faster where sites are so small that
+    launching their operations takes the time. Activations and graphs of all sites are in memory at once."""
     guard: GuardConfig | None = None
     """Handling of a site's bad steps; if omitted, a non-finite loss is an error."""
     seed: NonNegativeInt = 0
@@ -109,6 +115,10 @@ class DistillConfig(Settings):
             raise ValueError("spread: sites requires inputs: teacher; a student needs all of its operators")
         if self.frozen == "bf16" and self.precision == "fp32":
             raise ValueError("frozen: bf16 requires precision: bf16")
+        if self.stacked and self.inputs == "student":
+            raise ValueError("stacked requires inputs: teacher; a student's operators run one after another")
+        if self.stacked and self.compile:
+            raise ValueError("stacked and compile exclude each other: both save launches")
         return self
 
 
@@ -211,6 +221,7 @@ class _Fitting:
         if config.spread == "sites":
             mine, share = share, mine
         self.mine = tuple(self.sites)[mine]
+        self.stacks = Stacks({path: self.sites[path] for path in self.mine}) if config.stacked else None
         feed = self.train.steps(config, share=share, end=config.steps)
         self.batches = Batches(feed, config, share=share)
         self.held_out = self._repeatable(held_out, config.holdout, stream=1, paths=self.mine)
@@ -250,20 +261,26 @@ class _Fitting:
         return values | self.measure() if due else values
 
     def _gradients(self, source: Source, step: int) -> dict[str, Tensor]:
-        """Take the gradients of a step, site by site; the losses of this process's sites."""
+        """Take the gradients of a step; the losses of this process's sites."""
         sums: dict[str, Tensor] = {}
+
+        def learn(paths: Sequence[str], losses: Tensor) -> None:
+            losses = losses / self.config.accumulate
+            for path, loss in zip(paths, losses.detach(), strict=True):
+                sums[path] = sums[path] + loss if path in sums else loss
+            if losses.requires_grad:
+                losses.sum().backward()
 
         def visit(path: str, args: tuple, kwargs: Kwargs, target: Any) -> None:
             site = self.sites[path]
             with torch.enable_grad():
-                loss = site.loss(site.forward(*args, **kwargs), target)
-                if self.config.accumulate > 1:
-                    loss = loss / self.config.accumulate
-            sums[path] = sums[path] + loss.detach() if path in sums else loss.detach()
-            if site.parameters:
-                loss.backward()
+                learn([path], site.loss(site.forward(*args, **kwargs), target)[None])
 
-        source.visit(step, visit)
+        with mixed_precision(self.visited.device, self.config.precision):
+            if self.stacks is not None:
+                self.stacks.visit(source, step, learn)
+            else:
+                source.visit(step, visit)
         if self.config.spread == "data":
             parameters = (p for site in self.sites.values() for p in site.parameters)
             processes.average_gradients([p for p in parameters if p.grad is not None])
@@ -307,7 +324,7 @@ class _Fitting:
 
     def measure(self) -> dict[str, float]:
         """Loss and R^2 of every site on held-out images, always with the same noise."""
-        measured = {path: _Measured(self.visited.device) for path in self.sites}
+        measured = {path: Measured(self.visited.device) for path in self.sites}
 
         def visit(path: str, args: tuple, kwargs: Kwargs, target: Any) -> None:
             output = self.sites[path].forward(*args, **kwargs)
@@ -319,7 +336,7 @@ class _Fitting:
         sums = iter(
             processes.total(torch.stack([site.sums for site in measured.values()]).flatten().tolist())
         )
-        found = {path: _Found(*islice(sums, 4)) for path in self.sites}
+        found = {path: Found(*islice(sums, 4)) for path in self.sites}
         for path, site in found.items():
             if not math.isfinite(site.variation):
                 raise TrainingError(
@@ -386,46 +403,13 @@ class _Site(Trainee):
     def loss(self, output: Any, target: Any) -> Tensor:
         """Summed over the tensors of the output."""
         first, *others = (
-            self._loss(y, want) for y, want in zip(_tensors(output), _tensors(target), strict=True)
+            self._loss(y, want) for y, want in zip(tensors_of(output), tensors_of(target), strict=True)
         )
         return sum(others, first)
 
 
 def _trained(operator: Placed) -> list[nn.Parameter]:
     return [p for p in operator.parameters() if p.requires_grad]
-
-
-class _Measured:
-    """Running loss and R^2 of one site over held-out batches, as sums that stay on the device: of losses, batches, squared
-    errors and squared deviations of the target."""
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def update(self, loss: Tensor, output: Any, target: Any) -> None:
-        error = variation = torch.zeros_like(self.sums[0])
-        for y, want in zip(_tensors(output), _tensors(target), strict=True):
-            want = want.double()
-            error = error + (y.double() - want).square().sum()
-            variation = variation + (want - want.mean(dim=tuple(range(want.ndim - 1)))).square().sum()
-        self.sums += torch.stack([loss.double(), torch.ones_like(error), error, variation])
-
-
-class _Found(NamedTuple):
-    """The sums of one site over all held-out batches."""
-
-    losses: float
-    batches: float
-    error: float
-    variation: float
-
-    @property
-    def loss(self) -> float:
-        return self.losses / self.batches
-
-    @property
-    def r2(self) -> float:
-        return 1 - self.error / max(self.variation, 1e-30)
 
 
 def split(supply: Supply, config: DistillConfig) -> tuple[Supply, Supply]:
@@ -435,8 +419,3 @@ def split(supply: Supply, config: DistillConfig) -> tuple[Supply, Supply]:
         TrainingError: there is too little.
     """
     return supply.split(holdout=config.holdout, images=config.images, seed=config.seed)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of a module's output: one, or those of a tuple (joint attention)."""
-    return [output] if isinstance(output, Tensor) else [o for o in output if o is not None]
