@@ -24,6 +24,7 @@ ATTENTIONS = [
     "hyena-y",
     {"name": "window-2d", "radius": 1},
     "window-1d",
+    "mamba2",
     "hybrid",
 ]
 
@@ -99,11 +100,19 @@ def test_in_bf16():
     assert stacked[1] != full[1]
 
 
-def test_what_recomputes_cannot_be_stacked():
+def test_what_looks_at_values_cannot_be_stacked(monkeypatch):
+    forward = MixerAdapter.forward
+
+    def looking(self, x):
+        return forward(self, x) if float(x.abs().sum()) else x
+
+    edits = (Replace(role="attention", blocks="all", operator="hyena-x"),)
+    monkeypatch.setattr(MixerAdapter, "forward", looking)
+    _fitted(edits)
     with pytest.raises(
-        TrainingError, match=r"stacked: mamba2 at blocks.0.attn and 2 more sites cannot be computed as"
+        TrainingError, match=r"stacked: hyena-x at blocks.0.attn and 2 more sites cannot be computed as"
     ):
-        _fitted((Replace(role="attention", blocks="all", operator="mamba2"),), stacked=True)
+        _fitted(edits, stacked=True)
 
 
 def test_a_call_that_changes_later_is_refused():

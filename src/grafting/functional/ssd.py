@@ -7,13 +7,15 @@ reference is the recurrence itself, token by token. On a GPU the kernels of `_tr
 Source: arXiv:2405.21060 (structured state space duality), section 6.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._triton import can_fuse
+from ._triton import can_fuse, is_transformed
 
 MAX_FUSED_STATE, MAX_FUSED_HEAD = 128, 64
 """Larger states, N and P, go the plain way on a GPU too: kernels hold a whole one in registers."""
@@ -74,23 +76,17 @@ def ssd_plain(
         return ssd_plain(x, dt, A, B, C, D, chunk_size=chunk_size).flip(1)
     state = x.new_zeros(x.shape[0], x.shape[2], B.shape[2], x.shape[3], dtype=_at_least_float32(x.dtype))
     parts = [t.split(_CHUNKS_AT_ONCE * chunk_size, dim=1) for t in (x, dt, B, C)]
+    # what a transform has wrapped cannot be computed again after it
+    scan = _scan_part if is_transformed() else partial(_checkpointed, _scan_part)
     outputs = []
     for part_x, part_dt, part_B, part_C in zip(*parts, strict=True):
-        y, state = checkpoint(
-            _scan_part,
-            part_x,
-            part_dt,
-            A,
-            part_B,
-            part_C,
-            state,
-            chunk_size,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        y, state = scan(part_x, part_dt, A, part_B, part_C, state, chunk_size)
         outputs.append(y)
     y = torch.cat(outputs, dim=1)
     return y if D is None else y + D.to(x.dtype)[:, None] * x
+
+
+_checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def ssd_reference(

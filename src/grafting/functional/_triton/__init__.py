@@ -31,7 +31,7 @@ def can_fuse(*tensors: Tensor) -> bool:
         and (INTERPRETED or (first.is_cuda and _is_recent(first.device)))
         and first.dtype in DTYPES
         and all(x.device == first.device and x.numel() > 0 for x in tensors)
-        and not _is_transformed()
+        and not is_transformed()
     )
 
 
@@ -57,7 +57,7 @@ def _is_recent(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Within vmap, grad or jvp of `torch.func`, or forward-mode gradients, of which the kernels know nothing."""
     if torch.compiler.is_compiling():
         return False
