@@ -188,7 +188,9 @@ def test_the_flops_of_mlps_are_those_that_torch_counts(host, model):
     inputs = example(host, model, rows=grid.rows, cols=grid.cols)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         outputs(model, inputs)
-    counted = {path.partition(".")[2]: sum(flops.values()) for path, flops in counter.get_flop_counts().items()}
+    counted = {
+        path.partition(".")[2]: sum(flops.values()) for path, flops in counter.get_flop_counts().items()
+    }
     for site in mlps:
         others = NUM_OTHERS.get(host.name, 5) if site.num_text else 0
         seen = dataclasses.replace(site, grid=grid, num_text=others)
@@ -237,6 +239,16 @@ def test_mixers_stand_where_tokens_are_one_tensor(host, model):
         before = outputs(model, inputs)
         graft(model, Plan(edits=edits))
         assert not torch.allclose(outputs(model, inputs), before, rtol=1e-3)
+
+
+def test_an_mlp_that_sees_the_image_alone_has_a_filter_for_each_of_its_tokens():
+    host = SPECS["sd3"]
+    model, grid = host.tiny().eval(), Grid(8, 8)
+    assert host.sites(model)[0].grid == grid
+    operator = {"name": "mlp-hyena-x", "filters": "per-token"}
+    record = graft(model, Plan(edits=(Replace(role="mlp", operator=operator),)))
+    assert {len(placed.mixer.short_filter.weight) for placed in record.operators.values()} == {64}
+    assert outputs(model, example(host, model, rows=8, cols=8)).isfinite().all()
 
 
 def test_a_spec_is_the_same_as_json_and_as_yaml(host):

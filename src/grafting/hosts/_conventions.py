@@ -69,8 +69,10 @@ def block_convention(
     given = [_given(block, seen[f"{path}.{i}"]) for i, block in blocks.items()]
     most = max(given, key=given.count)
     apart = {i: _OTHER_ARGUMENTS for i, arguments in enumerate(given) if usual[1] and arguments != most}
-    mlp = _mlp(model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim)
-    return BlockConvention(*usual, fixed, apart, *mlp)
+    mlp, call, layers, of_image = _mlp(
+        model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim
+    )
+    return BlockConvention(*usual, fixed, apart, mlp, call, layers, of_image)
 
 
 _OTHER_ARGUMENTS = "it is called with other arguments than most of these blocks"

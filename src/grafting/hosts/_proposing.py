@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -315,7 +315,10 @@ def _conventions(
             block = BlockConvention()
         has_mlp = block.mlp is not None and layers in (None, block.mlp_layers)
         layers = layers or block.mlp_layers
-        alone = {"attention": not _num_others(found), "mlp": has_mlp and block.mlp_of_image}
+        alone: dict[Literal["attention", "mlp"], bool] = {
+            "attention": not _num_others(found),
+            "mlp": has_mlp and block.mlp_of_image,
+        }
         blocks = BlockList(
             path=found.path,
             attention=found.attention,

@@ -174,7 +174,7 @@ def _spec_of(host: SdpaHost) -> JsonValue:
     unsaid: dict[str, Any] = {
         key: True for key in ("own_grid", "most", "pipeline_fault") if not getattr(host.spec, key)
     }
-    unsaid["blocks"] = {i: {"image_alone"} for i, list_ in enumerate(host.spec.blocks) if not list_.image_alone}
+    unsaid["blocks"] = {i: {"image_alone"} for i, of in enumerate(host.spec.blocks) if not of.image_alone}
     return host.spec.model_dump(mode="json", exclude=unsaid)
 
 
