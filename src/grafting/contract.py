@@ -109,6 +109,7 @@ class Site:
     num_text: int = 0  # tokens beside the image's
     num_heads: int = 0  # attention only
     hidden_dim: int = 0  # MLP only
+    num_weights: int = 0  # MLP only: of all its linear layers; 0 where these are two of `hidden_dim`
     attention: AttentionCall = field(default_factory=AttentionCall)  # what a kernel's calls hold
     module: ModuleCall | None = None  # attention and MLP: how a mixer is called there; None if it cannot be
     call: BlockCall | None = None  # block only

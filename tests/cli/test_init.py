@@ -129,7 +129,7 @@ def test_a_large_model_is_held_in_half_precision(heads: int):
 
 
 def test_adapters_need_sites_that_keep_their_linear_layers():
-    hosts()["sd3"].tiny().save_pretrained("model")
+    hosts()["cogview4"].tiny().save_pretrained("model")
     assert init("mine.yaml", "--source", "model", "--blocks", "all").exit_code == 0
     phase = load_recipe("mine.yaml").finetune
     assert (phase.steps, phase.trainable) == (2500, "new")

@@ -49,10 +49,15 @@ def test_flux_blocks_are_counted_through_both_lists(flux):
     sites = FLUX.sites(flux)
     assert [(s.block, s.path) for s in sites] == [
         (0, "transformer_blocks.0.attn"),
+        (0, "transformer_blocks.0.ff"),
         (1, "transformer_blocks.1.attn"),
+        (1, "transformer_blocks.1.ff"),
         (2, "single_transformer_blocks.0.attn"),
     ]
-    assert {(s.dim, s.num_heads, s.num_text) for s in sites} == {(32, 2, 512)}
+    assert {(s.role, s.dim, s.num_heads, s.hidden_dim, s.num_text) for s in sites} == {
+        ("attention", 32, 2, 0, 512),
+        ("mlp", 32, 0, 128, 0),
+    }
 
 
 def test_flux_layout_has_text_first_and_the_grid_of_the_positions(flux, inputs):
@@ -115,13 +120,13 @@ def test_a_window_keeps_text_tokens_global(flux, inputs, path):
 
 
 def test_mixers_and_mlps_are_refused_with_every_block(flux):
-    edits = [Replace(role="attention", operator="hyena-x"), Replace(role="mlp", blocks=0, operator="mlp")]
+    edits = [Replace(role="attention", operator="hyena-x"), Replace(role="mlp", blocks=2, operator="mlp")]
     with pytest.raises(PlanError) as caught:
         graft(flux, Plan(edits=edits))
     message = str(caught.value)
     assert message.startswith("4 faults in plan for host 'flux' (blocks 0..2)")
     assert "block 2: hyena-x is a mixer, and the host takes only kernels for this attention" in message
-    assert "block 0 has no replaceable mlp" in message
+    assert "block 2 has no replaceable mlp" in message
     assert not flux._forward_pre_hooks
 
 

@@ -1,14 +1,17 @@
 """Every spec that comes with the library, on its tiny instance: a new file in `hosts/specs/` is tested by being there."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from closeness import assert_close
 from grafting.contract import Grid
+from grafting.cost.count import host_flops
 from grafting.editing.plan import Plan, Replace
 from grafting.editing.surgery import graft
 from grafting.errors import HostError
@@ -30,6 +33,9 @@ KERNELS = [
     "ttt",
     "hybrid",
 ]
+NO_MLPS = {"cogview4", "hidream"}
+# tokens beside the image's, for a text of 5: AuraFlow has registers, Z-Image pads
+NUM_OTHERS = {"auraflow": 13, "zimage": 32}
 PADDED = {
     "qwenimage": "encoder_hidden_states_mask",
     "lumina2": "encoder_attention_mask",
@@ -175,6 +181,47 @@ def test_blocks_are_called_as_it_says(host, model):
         assert [t.shape for t in returned] == [given[name].shape for name in site.call.returns]
 
 
+def test_the_flops_of_mlps_are_those_that_torch_counts(host, model):
+    """Text is counted where an MLP sees it, and the layers of a gate are."""
+    grid = Grid(8, 4, 2 if host.spec.native_grid.frames > 1 else 1)
+    mlps = [site for site in host.sites(model) if site.role == "mlp"]
+    inputs = example(host, model, rows=grid.rows, cols=grid.cols)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        outputs(model, inputs)
+    counted = {
+        path.partition(".")[2]: sum(flops.values()) for path, flops in counter.get_flop_counts().items()
+    }
+    for site in mlps:
+        others = NUM_OTHERS.get(host.name, 5) if site.num_text else 0
+        seen = dataclasses.replace(site, grid=grid, num_text=others)
+        assert 2 * host_flops(seen).total == counted[site.path], site.path  # two samples
+    assert bool(mlps) != (host.name in NO_MLPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_text"),
+    [
+        ("flux", {"transformer_blocks": 0}),
+        ("cogvideox", {"transformer_blocks": 226}),
+        ("auraflow", {"joint_transformer_blocks": 0, "single_transformer_blocks": 264}),
+    ],
+)
+def test_the_mlps_of_two_streams_see_the_image_alone(name, num_text):
+    """Those of blocks that run text and image as one sequence see both."""
+    host = SPECS[name]
+    sites = [site for site in host.sites(host.tiny()) if site.role == "mlp"]
+    assert {site.path.split(".")[0]: site.num_text for site in sites} == num_text
+
+
+@pytest.mark.parametrize("name", ["lumina2", "zimage"])
+def test_a_refiner_of_the_image_sees_no_text(name):
+    host = SPECS[name]
+    seen = {(site.path.split(".")[0], site.role, site.num_text) for site in host.sites(host.tiny())}
+    num_text = host.spec.native_num_text
+    refiner = {("noise_refiner", role, 0) for role in ("attention", "mlp")}
+    assert seen == refiner | {("layers", role, num_text) for role in ("attention", "mlp")}
+
+
 def test_mixers_stand_where_tokens_are_one_tensor(host, model):
     sites = [s for s in host.sites(model) if s.module and s.role == "attention" and not s.attention.masked]
     mlps = [s for s in host.sites(model) if s.role == "mlp"]
@@ -192,6 +239,16 @@ def test_mixers_stand_where_tokens_are_one_tensor(host, model):
         before = outputs(model, inputs)
         graft(model, Plan(edits=edits))
         assert not torch.allclose(outputs(model, inputs), before, rtol=1e-3)
+
+
+def test_an_mlp_that_sees_the_image_alone_has_a_filter_for_each_of_its_tokens():
+    host = SPECS["sd3"]
+    model, grid = host.tiny().eval(), Grid(8, 8)
+    assert host.sites(model)[0].grid == grid
+    operator = {"name": "mlp-hyena-x", "filters": "per-token"}
+    record = graft(model, Plan(edits=(Replace(role="mlp", operator=operator),)))
+    assert {len(placed.mixer.short_filter.weight) for placed in record.operators.values()} == {64}
+    assert outputs(model, example(host, model, rows=8, cols=8)).isfinite().all()
 
 
 def test_a_spec_is_the_same_as_json_and_as_yaml(host):

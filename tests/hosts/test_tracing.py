@@ -143,6 +143,17 @@ def test_a_spec_is_proposed_with_conventions():
     assert "2 x blocks.*.attn1: self, image 48, mask: none" in str(traced)
 
 
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("QwenImage", [("mlp",)]), ("Lumina2", [("attention", "mlp"), ()]), ("CogVideoX", [()])],
+)
+def test_what_sees_the_image_alone_is_proposed(name, alone):
+    subject = specimen(name)
+    spec = trace(subject.model(), example=subject.example()).spec
+    assert [blocks.image_alone for blocks in spec.blocks] == alone
+    assert spec.native_num_text == TEXT
+
+
 def test_blocks_of_which_the_model_uses_a_part_elsewhere_are_fixed():
     subject = next(s for s in specimens() if s.name.startswith("DiT"))
     (blocks,) = trace(subject.model(), example=subject.example()).spec.blocks

@@ -54,13 +54,13 @@ def table4_flops(operator: OperatorConfig | None, site: Site) -> Flops:
 
 
 def host_flops(site: Site) -> Flops:
-    """The cost of the host's own attention, which is linear where it makes no call of softmax attention, or two-layer MLP."""
+    """The cost of the host's own attention, which is linear where it makes no call of softmax attention, or MLP."""
     if site.role == "attention":
         mixing = softmax_attention_flops(site, site.num_tokens**2)
         if not site.attention.turn:
             mixing = 4 * site.num_tokens * site.dim * site.head_dim
         return Flops(mixing, 8 * site.num_tokens * site.dim**2)
-    return Flops(4 * site.num_tokens * site.dim * site.hidden_dim, 0)
+    return Flops(2 * site.num_tokens * (site.num_weights or 2 * site.dim * site.hidden_dim), 0)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -133,7 +133,7 @@ def measure_plan(model: nn.Module, plan: Plan, *, grid: Grid | None = None, repe
 def example_of(model: nn.Module, grid: Grid, *, batch_size: int = 1) -> Kwargs:
     """Arguments of a forward pass of images of this grid, with as much text as sites declare, in the model's dtype."""
     host, dtype = host_of(model), next(model.parameters()).dtype
-    num_text = host.sites(model)[0].num_text
+    num_text = max(site.num_text for site in host.sites(model))
     text = {"num_text": num_text} if num_text else {}
     size = {"rows": grid.rows, "cols": grid.cols, "frames": grid.frames, **text}
     example = host.example(model, batch_size=batch_size, **size)

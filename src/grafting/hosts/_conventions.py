@@ -26,6 +26,8 @@ class BlockConvention:
     mlp: str | None = None
     mlp_call: ModuleCall = field(default_factory=ModuleCall)
     mlp_layers: MlpLayers | None = None
+    mlp_of_image: bool = False
+    """True if the MLP takes the image's tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ def block_convention(
     given = [_given(block, seen[f"{path}.{i}"]) for i, block in blocks.items()]
     most = max(given, key=given.count)
     apart = {i: _OTHER_ARGUMENTS for i, arguments in enumerate(given) if usual[1] and arguments != most}
-    mlp, call, layers = _mlp(model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim)
-    return BlockConvention(*usual, fixed, apart, mlp, call, layers)
+    mlp, call, layers, of_image = _mlp(
+        model, inputs, [f"{path}.{i}" for i in blocks], num_image=num_image, dim=dim
+    )
+    return BlockConvention(*usual, fixed, apart, mlp, call, layers, of_image)
 
 
 _OTHER_ARGUMENTS = "it is called with other arguments than most of these blocks"
@@ -239,8 +243,9 @@ _ONE_EACH = ((True, False, False), (False, True, False), (False, False, True))
 
 def _mlp(
     model: nn.Module, inputs: Inputs, paths: Sequence[str], *, num_image: int, dim: int
-) -> tuple[str | None, ModuleCall, MlpLayers | None]:
-    """The MLP of the image tokens in the blocks of a list: its path inside a block, its call, and its layers.
+) -> tuple[str | None, ModuleCall, MlpLayers | None, bool]:
+    """The MLP of the image tokens in the blocks of a list: its path inside a block, its call, its layers, and whether it takes
+    no others.
 
     An MLP is a module that takes and returns all of them, begins and ends with linear layers, and makes no call of attention.
     """
@@ -259,11 +264,12 @@ def _mlp(
         layers = _mlp_layers(part, ran[0], call) if call else None
         if call and layers:
             found.append((name, call, layers))
+    of_image = [part for part in found if seen[f"{paths[0]}.{part[0]}"][0].output.shape[1] == num_image]
     if len(found) > 1:  # the text's own, which may be longer than the image
-        found = [part for part in found if seen[f"{paths[0]}.{part[0]}"][0].output.shape[1] == num_image]
+        found = of_image
     if len(found) == 1 and _in_all(model, inputs, paths, found[0], num_image=num_image, dim=dim):
-        return found[0]
-    return None, ModuleCall(), None
+        return *found[0], bool(of_image)
+    return None, ModuleCall(), None, False
 
 
 def _in_all(

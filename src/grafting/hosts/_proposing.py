@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -102,7 +102,7 @@ def propose(
         order=orders[0],
         image=image,
         native_grid=native_grid,
-        native_num_text=_num_keys(usual) - usual.num_image,
+        native_num_text=max(map(_num_others, lists)),
         channels=channels_of(model, inputs[seen.image], image),
         projections=next((found for _, found, _ in conventions if found), None),
         mlp=next((found for _, _, found in conventions if found), None),
@@ -228,6 +228,11 @@ def _num_keys(call: AttentionCall) -> int:
     return sum(run.length for run in call.keys)
 
 
+def _num_others(found: _List) -> int:
+    """Tokens beside the image's that an attention sees."""
+    return _num_keys(found.usual) - found.usual.num_image
+
+
 def _order(found: _List, inputs: Inputs) -> tuple[str, ...]:
     """The runs of tokens among the keys; where others stand on both sides, those of one side by their arguments."""
     keys = found.usual.keys
@@ -310,6 +315,10 @@ def _conventions(
             block = BlockConvention()
         has_mlp = block.mlp is not None and layers in (None, block.mlp_layers)
         layers = layers or block.mlp_layers
+        alone: dict[Literal["attention", "mlp"], bool] = {
+            "attention": not _num_others(found),
+            "mlp": has_mlp and block.mlp_of_image,
+        }
         blocks = BlockList(
             path=found.path,
             attention=found.attention,
@@ -320,6 +329,7 @@ def _conventions(
             mixers=attention.call if attention else None,
             mlp=block.mlp if has_mlp else None,
             mlp_call=block.mlp_call if has_mlp else ModuleCall(),
+            image_alone=tuple(role for role in alone if alone[role] and any(map(_num_others, lists))),
             arguments=block.arguments,
             returns=block.returns,
             fixed=block.fixed,

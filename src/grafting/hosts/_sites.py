@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from ..contract import BlockCall, Grid, Site
+from ..contract import BlockCall, Grid, Role, Site
 from ..errors import HostError
 from ..machine.reading import cut
 from ._grids import fact
@@ -51,7 +52,7 @@ def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
             f"this {type(model).__name__} has no blocks, in {lists}: there is nothing that could be replaced"
         )
     for number, (path, blocks) in enumerate(paths):
-        site, attention = _site(spec, model, number, blocks, grid), blocks.attention_of(path)
+        site, attention = partial(_site, spec, model, number, blocks, grid), blocks.attention_of(path)
         block = model.get_submodule(path)
         if blocks.attention:
             part_of(block, blocks.attention, "attention")
@@ -60,8 +61,8 @@ def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
         if blocks.mlp is not None:
             mlp = f"{path}.{blocks.mlp}"
             module = part_of(block, blocks.mlp, "mlp")
-            width = _hidden_width(spec, module, num_heads * fact(model, spec.head_dim))
-            yield site(role="mlp", path=mlp, hidden_dim=width, module=blocks.mlp_call)
+            sizes = _sizes_of_mlp(spec, module, num_heads * fact(model, spec.head_dim))
+            yield site(role="mlp", path=mlp, module=blocks.mlp_call, **sizes)
 
 
 def blocks_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
@@ -71,10 +72,10 @@ def blocks_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:
         place = number - first.setdefault(blocks.path, number)
         count = len(model.get_submodule(blocks.path))  # type: ignore[arg-type]  # a ModuleList
         fixed = blocks.fixed.get(place, blocks.fixed.get(place - count, ""))
-        site, apart = _site(spec, model, number, blocks, grid), blocks.apart.get(place, "")
+        apart = blocks.apart.get(place, "")
         if blocks.returns:
             call = BlockCall(blocks.arguments, blocks.returns, apart)
-            yield site(role="block", path=path, call=call, fixed=fixed)
+            yield _site(spec, model, number, blocks, grid, role="block", path=path, call=call, fixed=fixed)
 
 
 def _block_paths(spec: SdpaSpec, model: nn.Module) -> Iterator[tuple[str, BlockList]]:
@@ -83,28 +84,35 @@ def _block_paths(spec: SdpaSpec, model: nn.Module) -> Iterator[tuple[str, BlockL
             yield f"{blocks.path}.{i}", blocks
 
 
-def _site(spec: SdpaSpec, model: nn.Module, number: int, blocks: BlockList, grid: Grid) -> "partial[Site]":
-    """A site in this block, which still wants a role and a place."""
-    return partial(
-        Site,
+def _site(
+    spec: SdpaSpec, model: nn.Module, number: int, blocks: BlockList, grid: Grid, *, role: Role, **facts: Any
+) -> Site:
+    """A site in or of this block."""
+    return Site(
+        role=role,
         block=number,
         dim=fact(model, blocks.num_heads or spec.num_heads) * fact(model, spec.head_dim),
         grid=grid,
-        num_text=spec.native_num_text,
+        num_text=0 if role in blocks.image_alone else spec.native_num_text,
         attention=blocks.call(spec.order),
+        **facts,
     )
 
 
-def _hidden_width(spec: SdpaSpec, mlp: nn.Module, dim: int) -> int:
+def _sizes_of_mlp(spec: SdpaSpec, mlp: nn.Module, dim: int) -> dict[str, int]:
     placed = getattr(mlp, "site", None)  # where an operator stands already, it knows its site
     if isinstance(placed, Site):
-        return placed.hidden_dim
+        return {"hidden_dim": placed.hidden_dim, "num_weights": placed.num_weights}
     if spec.mlp is None:
-        return 4 * dim
+        return {"hidden_dim": 4 * dim}
     part_of(mlp, spec.mlp.up, "mlp.up")
     down = part_of(mlp, spec.mlp.down, "mlp.down")
-    # an adapter's own layer has another class
-    return as_linear(getattr(down, "base_layer", down)).in_features
+    linears = [m for name, m in mlp.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+    return {
+        # an adapter's own layer has another class
+        "hidden_dim": as_linear(getattr(down, "base_layer", down)).in_features,
+        "num_weights": sum(linear.in_features * linear.out_features for linear in linears),
+    }
 
 
 def part_of(module: nn.Module, path: str, key: str) -> nn.Module:

@@ -95,6 +95,9 @@ class BlockList(_Spec):
     """Module path, inside a block, of its MLP, if tokens come and go as one tensor: mixers may then replace it."""
     mlp_call: ModuleCall = ModuleCall()
     """How the block calls it."""
+    image_alone: tuple[Literal["attention", "mlp"], ...] = ()
+    """Which of the two see the image's tokens alone, where others of the model see all: the MLP of a block of two streams, or
+    both in a refiner of the image."""
     arguments: tuple[str, ...] = ()
     """A block's first arguments, in their places, up to the last of its token tensors."""
     returns: tuple[str, ...] = ()

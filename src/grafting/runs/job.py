@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
@@ -171,7 +171,10 @@ def _check_trained(recipe: Recipe, model: nn.Module, host: Host) -> None:
 
 def _spec_of(host: SdpaHost) -> JsonValue:
     """A host's spec; what it leaves out of the newer keys is not hashed, so that earlier runs resume."""
-    unsaid = {key for key in ("own_grid", "most", "pipeline_fault") if not getattr(host.spec, key)}
+    unsaid: dict[str, Any] = {
+        key: True for key in ("own_grid", "most", "pipeline_fault") if not getattr(host.spec, key)
+    }
+    unsaid["blocks"] = {i: {"image_alone"} for i, of in enumerate(host.spec.blocks) if not of.image_alone}
     return host.spec.model_dump(mode="json", exclude=unsaid)
 
 

@@ -57,6 +57,7 @@ class Shapes:
     phases: tuple[PhaseShapes, ...]
     tokens: tuple[int, int]  # how many, text that stands among them included, and how wide
     num_fitted: int  # sites that stage 1 fits
+    fitted_tokens: int  # of all of these together
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Shapes":
@@ -77,7 +78,8 @@ class Shapes:
                 saved = saved_an_image(model, recipe.distill.precision, cost.grid)
                 counted["all", recipe.distill.precision] = saved
             phases = _phases(model, recipe, cost.grid, blocks, counted)
-        site = host.sites(model)[0]
+        sites = host.sites(model)
+        fitted = [site for site, choice in chosen.items() if not isinstance(choice, Drop)]
         return cls(
             cost=cost,
             shape=shape,
@@ -88,8 +90,9 @@ class Shapes:
             num_blocks=max(len(blocks), 1),
             saved=saved,
             phases=phases,
-            tokens=(cost.grid.num_tokens + site.num_text, site.dim),
-            num_fitted=sum(not isinstance(choice, Drop) for choice in chosen.values()),
+            tokens=(cost.grid.num_tokens + max(site.num_text for site in sites), sites[0].dim),
+            num_fitted=len(fitted),
+            fitted_tokens=sum(cost.grid.num_tokens + site.num_text for site in fitted),
         )
 
     @property
@@ -102,7 +105,7 @@ class Shapes:
 
         Source: arXiv:2506.05340's released code stores both in fp16 (8,000 samples of DiT-XL/2: 264 GB).
         """
-        return 2 * BF16 * samples * math.prod(self.tokens) * self.num_fitted
+        return 2 * BF16 * samples * self.fitted_tokens * self.tokens[1]
 
 
 def _phases(
