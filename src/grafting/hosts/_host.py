@@ -214,6 +214,10 @@ class Host(ABC, Generic[Model]):
         """
         return Branches(blocks, call)
 
+    def grid_faults(self, model: Model, grid: Grid) -> list[str]:
+        """Why the model has no positions for a grid; empty if it has."""
+        return []
+
     def shape_faults(self, model: Model, shape: tuple[int, ...]) -> list[str]:
         """Why the model takes no inputs of this shape; empty if it does."""
         native = self.shape(model)

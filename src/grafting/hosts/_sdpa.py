@@ -202,7 +202,11 @@ class SdpaHost(Host[nn.Module]):
         return (channels, frames, rows, cols) if is_video else (channels, rows, cols)
 
     def shape_faults(self, model: nn.Module, shape: tuple[int, ...]) -> list[str]:
-        return super().shape_faults(model, shape) or grid_faults(self.spec, model, self.grid_of(model, shape))
+        return super().shape_faults(model, shape) or self.grid_faults(model, self.grid_of(model, shape))
+
+    def grid_faults(self, model: nn.Module, grid: Grid) -> list[str]:
+        with self._fitting(model):
+            return grid_faults(self.spec, model, grid)
 
     def tiny(self) -> nn.Module:
         if self.spec.tiny is None:
