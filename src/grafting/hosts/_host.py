@@ -229,7 +229,7 @@ class Host(ABC, Generic[Model]):
             return [
                 f"{self.name} cuts images into patches of {sides[0]} x {sides[1]}, which {shape[-2]} x {shape[-1]} are not a multiple of"
             ]
-        return []
+        return self.grid_faults(model, self.grid_of(model, shape))
 
     def needed(self, model: Model) -> Mapping[str, int | None]:
         """Arguments that each condition must hold, and their channels; None where they have none."""
