@@ -21,8 +21,8 @@ def native_grid(spec: SdpaSpec, model: nn.Module) -> Grid:
     if spec.own_grid is not None:
         *frames, rows, cols = (fact(model, side) for side in spec.own_grid)
         grid = Grid(rows, cols, *frames)
-    frames, rows, cols = _most(spec, model, grid)
-    return Grid(min(grid.rows, rows), min(grid.cols, cols), min(grid.frames, frames))
+    most = _most(spec, model, grid)
+    return Grid(min(grid.rows, most[1]), min(grid.cols, most[2]), min(grid.frames, most[0]))
 
 
 def grid_faults(spec: SdpaSpec, model: nn.Module, grid: Grid) -> list[str]:
