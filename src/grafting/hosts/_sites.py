@@ -31,7 +31,7 @@ def grid_faults(spec: SdpaSpec, model: nn.Module, grid: Grid) -> list[str]:
     if all(size <= limit for size, limit in zip(asked, most, strict=True)):
         return []
     sides = slice(0 if spec.native_grid.frames > 1 else 1, 3)
-    found, allowed = (" x ".join(str(size) for size in sizes[sides]) for sizes in (asked, most))
+    found, allowed = (" x ".join(str(size) for size in list(sizes)[sides]) for sizes in (asked, most))
     return [f"{found} tokens; this {type(model).__name__} has positions for {allowed}"]
 
 

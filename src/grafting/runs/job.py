@@ -116,7 +116,7 @@ def _prepare(recipe: Recipe, store: OperatorStore | None) -> Job:
         shape = _check_data(data, denoiser, host, model)
     is_measured, suite = False, None
     if recipe.sample is not None and decoder is not None:
-        config = with_shape(recipe.sample, shape, host, model)
+        config = _with_shape(recipe.sample, shape, host, model)
         recipe = recipe.model_copy(update={"sample": config})
         is_measured = _is_measured(recipe, denoiser.conditions, decoder.image_shape(config.shape or shape))
         suite = recipe.suite.identity() if is_measured else None
@@ -241,7 +241,7 @@ def _of_source(
         raise RecipeError(
             "data: missing; a recipe without a plan trains the source as it is, which learns nothing from what it makes itself"
         )
-    config = with_shape(config, host.shape(model), host, model)
+    config = _with_shape(config, host.shape(model), host, model)
     check_sampling(config, denoiser=denoiser, channels=(config.shape or host.shape(model))[0])
     if isinstance(config, TrajectoriesConfig):
         return Trajectories(config, shape=host.shape(model))
@@ -262,7 +262,7 @@ def _check_data(data: TrainingData, denoiser: Denoiser, host: Host, model: nn.Mo
     return shape
 
 
-def with_shape(config: S, shape: tuple[int, ...], host: Host, model: nn.Module) -> S:
+def _with_shape(config: S, shape: tuple[int, ...], host: Host, model: nn.Module) -> S:
     """The same, with the shape of samples where that is not the native one: the recipe's, else the data's."""
     if config.shape is None and shape != host.shape(model):
         config = config.model_copy(update={"shape": shape})
@@ -270,6 +270,18 @@ def with_shape(config: S, shape: tuple[int, ...], host: Host, model: nn.Module) 
         place = "data" if isinstance(config, TaughtConfig | TrajectoriesConfig) else "sample"
         raise RecipeError(f"{place}.shape: {faults[0]}")
     return config
+
+
+def asked_shape(recipe: Recipe, model: nn.Module) -> tuple[int, ...] | None:
+    """The shape that a recipe names for its samples, or for what its source makes to train on; None if it names none.
+
+    Raises:
+        RecipeError: the model takes no such shape.
+    """
+    host = host_of(model)
+    parts = [part for part in (recipe.sample, recipe.data) if isinstance(part, ChainConfig)]
+    shapes = [_with_shape(part, host.shape(model), host, model).shape for part in parts]
+    return next(filter(None, shapes), None)
 
 
 def know_host(recipe: Recipe) -> None:

@@ -18,10 +18,9 @@ from ..editing.surgery import build_operators, grafted, merge_adapters, resolve
 from ..hosts import host_of
 from ..machine.devices import mixed_precision
 from ..machine.precision import Precision
-from ..sampling.chain import ChainConfig
 from ..training.student import block_linears
 from ..training.trained import mark, operator_parameters, selection
-from .job import know_host, skeleton, with_shape
+from .job import asked_shape, know_host, skeleton
 from .paths import naming_paths
 from .recipe import Recipe
 
@@ -66,9 +65,7 @@ class Shapes:
             model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
         conditions, blocks = host.conditions(model), [site.path for site in host.blocks(model)]
-        asked = [part for part in (recipe.sample, recipe.data) if isinstance(part, ChainConfig)]
-        asked = [with_shape(part, host.shape(model), host, model) for part in asked]
-        shape = next((part.shape for part in asked if part.shape), host.shape(model))
+        shape = asked_shape(recipe, model) or host.shape(model)
         cost = plan_cost(model, recipe.edits, grid=host.grid_of(model, shape))
         linears = sum(p.numel() for p in block_linears(model, blocks))
         # a host of packed tokens cannot read the grid from positions without values
