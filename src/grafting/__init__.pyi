@@ -117,6 +117,8 @@ from .sampling.files import open_samples as open_samples
 from .sampling.files import read_samples as read_samples
 from .sampling.files import write_samples as write_samples
 from .sampling.guidance import Guidance as Guidance
+from .sampling.taught import TaughtConfig as TaughtConfig
+from .sampling.trajectories import TrajectoriesConfig as TrajectoriesConfig
 from .training.calibration import CalibrateConfig as CalibrateConfig
 from .training.calibration import calibrate as calibrate
 from .training.distillation import DistillConfig as DistillConfig

@@ -39,6 +39,8 @@ ROW_MEANINGS: dict[RowName, str] = {
     FINETUNED: ROW_TITLES[FINETUNED],
 }
 
+TRIAL = "A trial: too few steps and images for its figures to mean anything"
+
 # what makes a cell, a link or a picture of a text in Markdown
 _ACTIVE = re.compile(r"[\\|]|(?<=\])(?=\()")
 

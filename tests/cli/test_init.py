@@ -16,6 +16,8 @@ from grafting.sampling.taught import TaughtConfig
 from grafting.training.calibration import CalibrateConfig
 from latents.textpipelines import sd3
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+
 
 def init(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["init", *map(str, arguments)])
@@ -30,13 +32,23 @@ def test_for_the_testbed_it_is_the_quickstart_and_a_short_one():
     result = init("mine.yaml")
     assert result.exit_code == 0, result.output
     assert "Next: grafting check mine.yaml, grafting run mine-smoke.yaml" in result.stdout
-    quickstart = load_recipe(Path(__file__).parents[2] / "recipes/testbed/quickstart.yaml")
+    quickstart = load_recipe(RECIPES / "testbed/quickstart.yaml")
     mine, smoke = load_recipe("mine.yaml"), load_recipe("mine-smoke.yaml")
     for section in ("plan", "calibrate", "distill", "finetune", "sample", "rows"):
         assert getattr(mine, section) == getattr(quickstart, section), section
+    assert (mine.trial, smoke.trial) == (False, True)
+    said = "# images are drawn of each of these; there are also random, inherited\nrows: [pretrained, distilled, finetuned]\n"
+    assert Path("mine.yaml").read_text().endswith(said)
     assert smoke.name == "mine-smoke"
     assert smoke.plan == mine.plan
     assert smoke.distill.steps == smoke.finetune.steps == 2
+
+
+def test_for_scenes_it_is_the_quickstart():
+    assert init("mine.yaml", "--source", "scenes").exit_code == 0
+    quickstart, mine = load_recipe(RECIPES / "scenes/quickstart.yaml"), load_recipe("mine.yaml")
+    for section in ("plan", "data", "calibrate", "distill", "finetune", "sample", "rows"):
+        assert getattr(mine, section) == getattr(quickstart, section), section
 
 
 def test_an_operator_comes_with_its_settings_and_keeps_the_default_blocks():
@@ -57,6 +69,7 @@ def test_for_a_pipeline_words_are_enough():
     assert recipe.data == TaughtConfig(num_images=1000, steps=20)  # its sampler is that of noise predicted
     assert recipe.plan[0].operator.name == "window-1d"
     assert recipe.sample.sampler == "dpm-solver++"
+    assert recipe.rows == ("pretrained", "finetuned")
     new, both = recipe.finetune
     assert (new.steps, new.trainable, new.diffusion_weight, new.output_weight) == (500, "new", 0, 1)
     assert (both.steps, both.trained_in_words) == (2000, "new + lora 16")
@@ -72,7 +85,8 @@ def test_its_trial_runs_from_a_pipelines_folder_and_words():
     assert init("mine.yaml", "--source", "pipe").exit_code == 0
     result = CliRunner().invoke(app, ["run", "mine-smoke.yaml", "--out", "run"])
     assert result.exit_code == 0, result.output
-    assert Path("run/report.html").is_file()
+    assert "A trial: too few steps" in result.stdout
+    assert "A trial: too few steps" in Path("run/report.html").read_text()
     assert Path("run/pipeline/model_index.json").is_file()
 
 

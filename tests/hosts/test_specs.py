@@ -115,19 +115,25 @@ def test_a_model_takes_no_more_tokens_than_it_has_positions_for(name):
     host = SPECS[name]
     model = host.tiny().eval()
     shape, inputs = host.shape(model), example(host, model)
-    rows, cols = (fact(model, side) for side in host.spec.most)
+    most = [fact(model, side) for side in host.spec.most]
     grid = host.sites(model)[0].grid
-    assert grid.rows <= rows < 64
-    assert grid.cols <= cols < 64
+    native = [grid.frames, grid.rows, grid.cols][-len(most) :]
+    assert all(size <= limit < 64 for size, limit in zip(native, most, strict=True))
     condition = {name: inputs[name] for name in host.needed(model)}
     with torch.no_grad():
         x = torch.randn(2, *shape)
         assert host.predict(model, x, torch.ones(2), condition).shape == x.shape
-    side = shape[-1] // grid.cols
-    assert host.shape_faults(model, (shape[0], rows * side, cols * side)) == []
-    assert host.shape_faults(model, (shape[0], rows * side, (cols + 1) * side)) == [
-        f"{rows} x {cols + 1} tokens; this {host.class_name} has positions for {rows} x {cols}"
-    ]
+    sides = [size // tokens for size, tokens in zip(shape[-len(most) :], native, strict=True)]
+    largest = [limit * side for limit, side in zip(most, sides, strict=True)]
+    assert host.shape_faults(model, (shape[0], *largest)) == []
+    for axis, side in enumerate(sides):
+        longer, tokens = list(largest), list(most)
+        longer[axis] += side
+        tokens[axis] += 1
+        found, allowed = (" x ".join(map(str, sizes)) for sizes in (tokens, most))
+        assert host.shape_faults(model, (shape[0], *longer)) == [
+            f"{found} tokens; this {host.class_name} has positions for {allowed}"
+        ]
 
 
 def test_the_published_size_is_native_where_there_are_positions_for_it():

@@ -1,6 +1,7 @@
 """Prompts encoded by a pipeline: what is stored is what the pipeline passes, and the folder is a table of conditions."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from grafting.hosts._grids import pack
 from grafting.latents.capture import _equal, first_step, watch
 from grafting.latents.prompting import Prompting, PromptingConfig, open_encoders, read_words
 from latents.morepipelines import MORE
-from latents.textpipelines import ALL, pixart, wan
+from latents.textpipelines import ALL, pixart, sd3, wan
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea", "sun"]
 CPU = torch.device("cpu")
@@ -245,6 +246,21 @@ def test_a_pipeline_is_as_it_was_after_it_was_watched():
     assert "forward" not in vars(pipe.transformer)
     assert pipe.transformer.forward == before
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_probes_do_not_warn_and_a_users_long_prompt_does(monkeypatch):
+    said, handler = [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    pipeline = sd3()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "handlers", [handler])
+    levels = [logger.level for logger in loggers]
+    capture = watch(pipeline, None, call={})
+    assert not [line for line in said if "truncated" in line or "Token indices" in line]
+    assert [logger.level for logger in loggers] == levels
+    capture.row("a red cat " * 20)
+    assert [line for line in said if "truncated" in line]
 
 
 def test_words_come_from_lines_json_and_captions_beside_images(tmp_path):

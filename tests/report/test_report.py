@@ -142,6 +142,32 @@ def test_the_loss_is_drawn_by_noise_level(bare_run):
     assert (first, len(lines)) == (["9", "0.622222", "0.1"], 101)
 
 
+def test_a_level_that_was_met_once_is_a_dot(bare_run):
+    steps = list(finetune_steps())
+    levels = {"loss_at_noise/0-20": 0.4, "loss_at_noise/80-100": 0.1}
+    write_log(
+        bare_run, "finetune", [steps[0] | levels, *(s | {"loss_at_noise/0-20": 0.5} for s in steps[1:])]
+    )
+    html = write_report(bare_run).read_text()
+    many, once = (
+        html.split(f"Loss {name}\u00a0% from clean to noise")[1].split("</svg>")[0]
+        for name in ("0\u201320", "80\u2013100")
+    )
+    assert 'class="dot"' not in many
+    assert once.count('class="dot"') == 2
+    assert 'class="smooth"' in many
+    assert 'class="smooth"' not in once
+
+
+def test_a_trial_says_at_its_top_that_it_is_one(bare_run):
+    said = "A trial: too few steps and images for its figures to mean anything."
+    assert said not in page_of(bare_run).text
+    recipe = (bare_run / "recipe.yaml").read_text()
+    (bare_run / "recipe.yaml").write_text(f"{recipe}trial: true\n")
+    text = page_of(bare_run).text
+    assert text.index(said) < text.index("4 of 8 attention operators replaced")
+
+
 def test_classes_have_names(run_folder):
     page = page_of(run_folder)
     assert page.text.count("Ankle boot") >= 10

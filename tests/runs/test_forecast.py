@@ -12,12 +12,15 @@ import tinyrecipe
 from grafting import cli
 from grafting.cost.speed import matmul_tflops
 from grafting.errors import RecipeError
+from grafting.hosts import hosts
 from grafting.machine.devices import default_device
 from grafting.machine.precision import resolve_precision
 from grafting.runs.file import load_recipe
 from grafting.runs.forecast import Forecast, StageForecast, forecast
 from grafting.runs.recipe import Recipe
 from grafting.runs.run import run
+from grafting.words import amount, duration
+from latents.textpipelines import sd3
 
 IMAGENET = Path(__file__).parents[2] / "recipes" / "imagenet"
 TINY = tinyrecipe.TINY | {"save_every": 1}
@@ -217,6 +220,66 @@ def test_the_rate_of_a_matrix_product_is_measured():
 def test_an_unknown_device_is_named_with_those_that_are_known():
     with pytest.raises(RecipeError, match="no device 'h300'; there are a100, h100"):
         forecast(tiny(), device="h300")
+
+
+def test_every_step_of_a_run_has_a_line_and_a_sum_says_what_it_leaves_out(tmp_path):
+    sd3().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
+    settings = TINY | {
+        "source": "./pipe",
+        "conditions": {"name": "words", "file": "./prompts.txt"},
+        "plan": [{"role": "attention", "blocks": "odd", "operator": "window-2d"}],
+        "data": {"name": "teacher", "num_images": 10, "sampler": "euler", "steps": 2},
+        "calibrate": {"samples": 16},
+        "sample": {"sampler": "euler", "steps": 2, "num_images": 4},
+        "vae": {"source": "./pipe/vae"},
+        "rows": ["pretrained", "finetuned"],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(settings))
+    found = forecast(load_recipe(path))
+    run(load_recipe(path), tmp_path / "run")
+    done = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+    names = [stage.name for stage in found.stages]
+    assert names == ["prompts", *(name.replace("samples/", "sample ") for name in done), "report"]
+    assert (tmp_path / "run/prompts").is_dir()
+    assert stage(found, "prompts").work == "2 prompts, encoded"
+    assert stage(found, "calibrate").work == "16 noised images of 10 latents, in one or two passes"
+    assert [s.name for s in forecast(load_recipe(path), until="teach").stages] == ["prompts", "teach"]
+
+    told = CliRunner().invoke(
+        cli.app, ["run", str(path), "--dry-run", "--device", "h100"], env={"COLUMNS": "200"}
+    )
+    assert told.exit_code == 0, told.output
+    of_h100 = forecast(load_recipe(path), device="h100")
+    hours = sum(stage.hours for stage in of_h100.stages if stage.hours is not None)
+    disk = sum(stage.disk_bytes for stage in of_h100.stages if stage.disk_bytes is not None)
+    (total,) = (line.split("  ") for line in told.output.splitlines() if line.startswith("all "))
+    total = [cell.strip() for cell in total if cell.strip()]
+    assert (total[2], total[4]) == (duration(3600 * hours), f"{amount(disk)}B")
+    assert "Not in all, time, memory, disk of prompts, evaluate, report: not estimated" in told.output
+
+
+def test_a_shape_that_the_model_does_not_take_is_refused_at_once(tmp_path):
+    with pytest.raises(RecipeError, match="sample.shape: dit makes inputs of"):
+        forecast(tiny(sample=TINY["sample"] | {"shape": [1, 40, 48]}))
+    recipe = {
+        "name": "wan",
+        "source": {"host": "wan", "config": hosts()["wan"].spec.tiny},
+        "plan": [{"role": "attention", "blocks": "odd", "operator": "window-3d"}],
+        "distill": {"steps": 1, "batch_size": 1},
+    }
+    data = {"name": "teacher", "num_images": 8, "sampler": "euler", "steps": 1}
+    assert forecast(Recipe.model_validate(recipe | {"data": data})).data["bytes"] == 8 * 4 * 16 * 32 * 32 * 2
+    long = Recipe.model_validate(recipe | {"data": data | {"shape": [4, 21, 32, 32]}})
+    with pytest.raises(
+        RecipeError, match="data.shape: 21 x 16 x 16 tokens; .* has positions for 16 x 16 x 16"
+    ):
+        forecast(long)
+    path = tmp_path / "wan.yaml"
+    path.write_text(json.dumps(recipe))
+    told = CliRunner().invoke(cli.app, ["cost", str(path), "--grid", "4x17x16"])
+    assert (told.exit_code, told.stderr.startswith("Error: 4 x 17 x 16 tokens; ")) == (1, True)
 
 
 def test_dry_run_writes_nothing(tmp_path):

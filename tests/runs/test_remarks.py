@@ -77,3 +77,24 @@ def test_an_mlp_of_the_hosts_own_size_is_remarked(tmp_path):
         "MLPs as large as those they replace change weights, and make the model neither smaller nor faster: blocks.1.mlp"
     )
     assert notes(tmp_path, of(3)) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "steps", "said"),
+    [(["a cat", "a dog", "a cat"], 100, 2), (range(32), 100, 0), (["a cat"], 99, 0)],
+)
+def test_few_prompts_are_remarked(tmp_path, prompts, steps, said):
+    (tmp_path / "prompts.txt").write_text("\n".join(map(str, prompts)))
+    settings = SCENES | {
+        "conditions": {"name": "words", "file": "./prompts.txt"},
+        "finetune": {"steps": steps, "batch_size": 2, "warmup_steps": 0},
+    }
+    few = [note for note in notes(tmp_path, settings) if note.startswith("conditions: ")]
+    assert few == (
+        [
+            f"conditions: {said} different prompts for {steps} steps of stage 2, which learns them by heart: have some hundreds, "
+            "like those that the model will be asked"
+        ]
+        if said
+        else []
+    )

@@ -226,7 +226,13 @@ def test_a_shape_that_patches_do_not_divide_is_refused_before_any_work(begun):
 
 def test_a_forecast_counts_what_the_source_makes(begun):
     told = json.loads(one_line("run", begun / "recipe.yaml", "--dry-run", "--json"))
-    assert [stage["name"] for stage in told["stages"]] == ["teach", "distill", "finetune"]
+    assert [stage["name"] for stage in told["stages"]] == [
+        "teach",
+        "distill",
+        "finetune",
+        "pipeline",
+        "report",
+    ]
     cost = json.loads(one_line("cost", begun / "recipe.yaml", "--json"))
     assert told["stages"][0]["work"] == "12 latents, 2 passes each"
     assert told["stages"][0]["flops"] == 12 * 2 * cost["model"]["flops"]["before"]

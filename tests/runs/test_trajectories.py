@@ -77,13 +77,17 @@ def test_a_check_says_what_is_walked(dit):
 
 def test_a_forecast_counts_a_pass_for_each_state(dit):
     def flops(recipe):
-        return [stage.flops for stage in forecast(recipe, peak_tflops=1.0).stages]
+        return [stage.flops for stage in forecast(recipe, peak_tflops=1.0, until="finetune").stages]
 
     walked = load_recipe(dit)
     stored = Recipe.model_validate(walked.model_dump() | {"data": {"name": "testbed-subset"}})
     guided = load_recipe(dit, changes={"data.cfg_scale": 2.0})
     teacher = Shapes.of(walked).cost.before.flops
-    assert [stage.name for stage in forecast(walked, peak_tflops=1.0).stages] == ["distill", "finetune"]
+    assert [stage.name for stage in forecast(walked, peak_tflops=1.0).stages] == [
+        "distill",
+        "finetune",
+        "report",
+    ]
     distill, finetune = flops(stored)
     images = 4 * 4
     # in stage 2 the pass that visits a state gives its target: the teacher is not asked again

@@ -114,6 +114,9 @@ def _stages_in_words(job: "Job") -> dict[str, str]:
     if isinstance(recipe.data, TaughtConfig):
         made = recipe.data
         words["teach"] = f"{made.num_images} latents of the source, {made.sampler} with {made.steps} steps"
+    if recipe.calibrate and job.chosen:
+        of = "" if isinstance(job.data, Trajectories) else f" of {len(job.data)}"
+        words["calibrate"] = f"{recipe.calibrate.samples} noised images{of}, in one or two passes"
     if recipe.distill and job.chosen:
         held_out = recipe.distill.holdout
         images = (

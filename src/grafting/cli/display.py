@@ -28,6 +28,7 @@ from ..words import (
     ABSENT,
     FIGURES,
     ROW_TITLES,
+    TRIAL,
     amount,
     duration,
     headline,
@@ -157,8 +158,8 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:.3g} it/s" if speed else "", style="cyan")
 
 
-def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Build a table of a run's metrics.json that fits 80 columns, under the verdict on its last row."""
+def metrics_table(rows: Sequence[Mapping[str, Any]], *, trial: bool = False) -> Table:
+    """Build a table of a run's metrics.json that fits 80 columns, under the verdict on its last row; a trial's has none."""
     figure = headline(rows)
     protocol = rows[0].get("protocol")
     columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
@@ -173,7 +174,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     else:
         caption += ", not evaluated: name a suite with `evaluate`"
     titled = [{**row, "name": ROW_TITLES.get(row["name"], row["name"])} for row in rows]
-    said = verdict(titled[-1], titled[0])
+    said = TRIAL if trial else verdict(titled[-1], titled[0])
     table = Table(
         title=f"{said[:1].upper()}{said[1:]}" or None,
         title_style="bold",
@@ -281,7 +282,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         [
             stage["name"],
             stage["work"],
-            f"{number(stage['flops'] / 1e15)} P",
+            f"{number(stage['flops'] / 1e15)} P" if stage["flops"] else ABSENT,
             _hours(stage["hours"]),
             _size(stage["memory_bytes"]),
             _size(stage["disk_bytes"]),
@@ -289,15 +290,19 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         for stage in stages
     ]
     say(console, f"Recipe {found['recipe']}, {found['processes']} x {found['device']}")
+    rows.append(["all", "", *_takes(stages)])
     console.print(plain_table(["stage", "work", "FLOPs", "time", "memory per process", "disk"], rows))
     for stage in stages:
         for what in ("memory", "disk"):
-            parts = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in stage[what].items())
-            say(console, f"{stage['name']}, {what}: {parts}")
+            if stage[what]:
+                parts = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in stage[what].items())
+                say(console, f"{stage['name']}, {what}: {parts}")
         if stage["activations"]:
             parts = ", ".join(f"{_size(num_bytes)} {how}" for how, num_bytes in stage["activations"].items())
             say(console, f"{stage['name']}, activations: {parts}")
-        say(console, f"{stage['name']}, time: {stage['basis']}")
+        if stage["hours"] is not None:
+            say(console, f"{stage['name']}, time: {stage['basis']}")
+    _say_left_out(console, stages)
     if found["data"]["items"] is not None:
         say(console, f"Data: {found['data']['items']:,} items, {_size(found['data']['bytes'])}")
     dump = found["dump"]
@@ -326,25 +331,43 @@ def show_forecasts(
     console.print(plain_table([*columns, *heads], rows))
     # each run has logged a rate of its own
     bases = [
-        re.sub("^measured, .*", "measured, by what runs of the sweep have logged", s["basis"]) for s in every
+        re.sub("^measured, .*", "measured, by what runs of the sweep have logged", stage["basis"])
+        for stage in every
+        if stage["hours"] is not None
     ]
     for basis in dict.fromkeys(bases):
         say(console, f"Time: {basis}")
+    _say_left_out(console, every)
     say(
         console,
         "Each as if it ran alone: sites that several recipes fit alike are fitted once, and a recipe whose lines are in the table is skipped",
     )
 
 
+_ESTIMATED = {"time": "hours", "memory": "memory_bytes", "disk": "disk_bytes"}
+
+
 def _takes(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """FLOPs, time and disk of stages together, and the memory of the one that takes most."""
-    hours = [stage["hours"] for stage in stages]
+    """FLOPs, time and disk of stages together, and the memory of the one that takes most, as far as they are known."""
+    hours, memory, disk = (
+        [stage[key] for stage in stages if stage[key] is not None] for key in _ESTIMATED.values()
+    )
     return [
         f"{number(sum(stage['flops'] for stage in stages) / 1e15)} P",
-        _hours(None if None in hours else sum(hours)),
-        _size(max((stage["memory_bytes"] for stage in stages), default=0)),
-        _size(sum(stage["disk_bytes"] for stage in stages)),
+        _hours(sum(hours) if hours else None),
+        _size(max(memory, default=0)),
+        _size(sum(disk)),
     ]
+
+
+def _say_left_out(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Say which stages a sum of them leaves out, and why."""
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for stage in stages:
+        if unknown := [what for what, key in _ESTIMATED.items() if stage[key] is None]:
+            left_out.setdefault((", ".join(unknown), stage["basis"]), []).append(stage["name"])
+    for (what, basis), names in left_out.items():
+        say(console, f"Not in all, {what} of {', '.join(dict.fromkeys(names))}: {basis}")
 
 
 def _hours(hours: float | None) -> str:

@@ -44,7 +44,7 @@ def cost(
             "--grid",
             "--resolution",
             metavar="ROWSxCOLS",
-            help="Token grid; FRAMESxROWSxCOLS for video. [dim]Default: from `sample.shape`, else the model's native grid.[/]",
+            help="Token grid; FRAMESxROWSxCOLS for video. [dim]Default: from `sample.shape` or `data.shape`, else the model's native grid.[/]",
         ),
     ] = None,
     settings: Settings = None,
@@ -69,7 +69,7 @@ def cost(
     from ..cost.plan import measure_plan, plan_cost
     from ..hosts import host_of
     from ..machine.devices import default_device
-    from ..runs.job import know_host, load_source, skeleton
+    from ..runs.job import asked_shape, know_host, load_source, skeleton
     from ..runs.paths import naming_paths
 
     loaded = open_recipe(recipe, settings)
@@ -77,8 +77,8 @@ def cost(
         know_host(loaded)
         bare = skeleton(loaded.source)
     tokens = _parse_grid(grid) if grid else None
-    if tokens is None and loaded.sample is not None and loaded.sample.shape is not None:
-        tokens = host_of(bare).grid_of(bare, loaded.sample.shape)
+    if tokens is None and (shape := asked_shape(loaded, bare)) is not None:
+        tokens = host_of(bare).grid_of(bare, shape)
     if tokens is not None and tokens.frames > 1 and len(host_of(bare).shape(bare)) == 3:
         raise DataError(f"--grid {grid} has {tokens.frames} frames, and the model makes images")
     counted = plan_cost(bare, loaded.edits, grid=tokens)

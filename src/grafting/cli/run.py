@@ -160,7 +160,7 @@ def run(
         _forecast_sweep(many, out_folder, **how) if dry_run else _sweep(many, out_folder)
         return
     if dry_run:
-        _forecast(open_recipe(recipe, settings), out_folder, as_json=as_json, **how)
+        _forecast(open_recipe(recipe, settings), out_folder, as_json=as_json, until=until, **how)
         return
     _run(
         recipe,
@@ -270,7 +270,7 @@ def _carry_out(
         )
         return
     if rows:
-        out.print(metrics_table(rows))
+        out.print(metrics_table(rows, trial=recipe.trial))
     say(out, f"{until.capitalize()}: {result if result.exists() else 'the recipe has no such stage'}")
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from ..contract import Grid, Kwargs, OperatorConfig, Site
 from ..editing.plan import Drop, Merge, Plan, fault_list
 from ..editing.surgery import build_operators, grafted, holds_operators, leaving_no_hook, resolve
-from ..errors import PlanError
+from ..errors import HostError, PlanError
 from ..hosts import config_of, host_of
 from ..weights.portable import Record
 from .count import ModelCost, SiteCost, changes, model_cost
@@ -77,7 +77,8 @@ def plan_cost(model: nn.Module, plan: Plan, *, grid: Grid | None = None) -> Plan
         grid: image tokens; by default the model's native grid.
 
     Raises:
-        PlanError: the plan does not fit the model, or an operator does not fit this grid.
+        PlanError: the plan does not fit the model, or an operator does not fit this grid. HostError: the model has no
+            positions for it.
     """
     host, (sites, chosen) = host_of(model), _sites(model, plan, grid)
     standing, edits = _standing(model, sites), resolve(model, plan)
@@ -164,9 +165,11 @@ def _sites(model: nn.Module, plan: Plan, grid: Grid | None) -> tuple[list[Site],
     """The sites to tell apart, on this grid: all but those in merged blocks; and which operators stand at them.
 
     Raises:
-        PlanError: lists which operators do not fit this grid.
+        HostError: the model has no positions for this grid. PlanError: lists which operators do not fit it.
     """
     host = host_of(model)
+    if grid and (faults := host.grid_faults(model, grid)):
+        raise HostError(faults[0])
     chosen = resolve(model, plan)
     merged = {site.block for site, edit in chosen.items() if isinstance(edit, Merge)}
     native = [site for site in host.sites(model) if site.block not in merged]

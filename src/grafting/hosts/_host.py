@@ -214,6 +214,10 @@ class Host(ABC, Generic[Model]):
         """
         return Branches(blocks, call)
 
+    def grid_faults(self, model: Model, grid: Grid) -> list[str]:
+        """Why the model has no positions for a grid; empty if it has."""
+        return []
+
     def shape_faults(self, model: Model, shape: tuple[int, ...]) -> list[str]:
         """Why the model takes no inputs of this shape; empty if it does."""
         native = self.shape(model)
@@ -225,7 +229,7 @@ class Host(ABC, Generic[Model]):
             return [
                 f"{self.name} cuts images into patches of {sides[0]} x {sides[1]}, which {shape[-2]} x {shape[-1]} are not a multiple of"
             ]
-        return []
+        return self.grid_faults(model, self.grid_of(model, shape))
 
     def needed(self, model: Model) -> Mapping[str, int | None]:
         """Arguments that each condition must hold, and their channels; None where they have none."""

@@ -201,8 +201,8 @@ class SdpaHost(Host[nn.Module]):
         is_video = self.spec.native_grid.frames > 1
         return (channels, frames, rows, cols) if is_video else (channels, rows, cols)
 
-    def shape_faults(self, model: nn.Module, shape: tuple[int, ...]) -> list[str]:
-        return super().shape_faults(model, shape) or grid_faults(self.spec, model, self.grid_of(model, shape))
+    def grid_faults(self, model: nn.Module, grid: Grid) -> list[str]:
+        return grid_faults(self.spec, model, grid)
 
     def tiny(self) -> nn.Module:
         if self.spec.tiny is None:

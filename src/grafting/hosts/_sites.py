@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,20 +22,24 @@ def native_grid(spec: SdpaSpec, model: nn.Module) -> Grid:
     if spec.own_grid is not None:
         *frames, rows, cols = (fact(model, side) for side in spec.own_grid)
         grid = Grid(rows, cols, *frames)
-    if spec.most is not None:
-        rows, cols = (fact(model, side) for side in spec.most)
-        grid = replace(grid, rows=min(grid.rows, rows), cols=min(grid.cols, cols))
-    return grid
+    most = _most(spec, model, grid)
+    return Grid(min(grid.rows, most[1]), min(grid.cols, most[2]), min(grid.frames, most[0]))
 
 
 def grid_faults(spec: SdpaSpec, model: nn.Module, grid: Grid) -> list[str]:
     """Why the model has no positions for a grid; empty if it has. Raises as `sites_of`."""
-    rows, cols = (fact(model, side) for side in spec.most or (grid.rows, grid.cols))
-    if grid.rows <= rows and grid.cols <= cols:
+    asked, most = (grid.frames, grid.rows, grid.cols), _most(spec, model, grid)
+    if all(size <= limit for size, limit in zip(asked, most, strict=True)):
         return []
-    return [
-        f"{grid.rows} x {grid.cols} tokens; this {type(model).__name__} has positions for {rows} x {cols}"
-    ]
+    sides = slice(0 if spec.native_grid.frames > 1 else 1, 3)
+    found, allowed = (" x ".join(str(size) for size in list(sizes)[sides]) for sizes in (asked, most))
+    return [f"{found} tokens; this {type(model).__name__} has positions for {allowed}"]
+
+
+def _most(spec: SdpaSpec, model: nn.Module, grid: Grid) -> tuple[int, int, int]:
+    """The most frames, rows and columns that the model has positions for; the grid's own where that is not limited."""
+    *frames, rows, cols = (fact(model, side) for side in spec.most or (grid.rows, grid.cols))
+    return frames[0] if frames else grid.frames, rows, cols
 
 
 def sites_of(spec: SdpaSpec, model: nn.Module, grid: Grid) -> Iterator[Site]:

@@ -251,8 +251,8 @@ class SdpaSpec(_Spec):
     """The image tokens that the model was trained for; a forward pass may have another grid."""
     own_grid: tuple[Size, Size] | tuple[Size, Size, Size] | None = None
     """Where a model's config says that, for models of other sizes than the published: rows and columns, or frames, rows and columns."""
-    most: tuple[Size, Size] | None = None
-    """The most rows and columns, where positions stand in a table that ends."""
+    most: tuple[Size, Size] | tuple[Size, Size, Size] | None = None
+    """The most rows and columns, or frames, rows and columns, where positions stand in a table that ends."""
     native_num_text: NonNegativeInt = 0
     """Other tokens beside them."""
     channels: Size = "config.in_channels"

@@ -8,6 +8,7 @@ asks for nothing is taken from a guided call, since some pipelines put an instru
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -190,6 +191,21 @@ class _Optional:
         return torch.ones(shape[0], shape[self.axis], dtype=self.dtype)
 
 
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Inside, libraries do not warn of prompts too long for a pipeline: they are none of the user's."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@_untold()
 def watch(pipeline: Any, host: Host | None, *, call: Mapping[str, Any]) -> Capture:
     """Find how a pipeline passes prompts, by a handful of calls that end before the transformer's first step.
 

@@ -175,6 +175,9 @@ def _draw(curve: Curve, across: Scale, up: Scale) -> Markup:
         f"{across(step):.1f} {up(value):.1f}"
         for step, value in zip(curve.steps[kept].tolist(), curve.values[kept].tolist(), strict=True)
     ]
+    if len(points) == 1:  # no line has one point
+        x, y = points[0].split()
+        return element("circle", cx=float(x), cy=float(y), r=3, class_="dot")
     return element("path", d="M" + "L".join(points), class_=curve.style) if points else Markup("")
 
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from ..machine.files import flatten
 from ..machine.sheets import csv_text
-from ..words import duration
+from ..words import TRIAL, duration
 from ._gallery import gallery
 from ._plan_picture import OperatorKey, operator_keys, plan_picture, plan_width
 from ._protocols import alike, protocol_table
@@ -34,6 +34,7 @@ def report_page(run: RunRecord) -> str:
         "report.html.j2",
         run=run,
         recipe=recipe,
+        trial=TRIAL if recipe.get("trial") else "",
         summary=_summary(run),
         caveat=caveat(rows),
         results=results(rows, base),

@@ -4,7 +4,8 @@ Neither weights nor data are needed. FLOPs, parameters and the activations kept 
 model's shapes; time is FLOPs over a device's peak at a stated share of it (MFU), which is an assumption, but no less than it
 takes to launch every step's operations; or images over the rate that an earlier part of the same run has logged. A device of no known
 peak, such as a CPU, has that of a matrix product, measured on the spot. Left out: starting up, reading data, measuring on
-held-out images, decoding latents, evaluation, workspaces of kernels and memory that the allocator holds back.
+held-out images, decoding latents, workspaces of kernels and memory that the allocator holds back. Encoding words, evaluation and the
+report are named, and not estimated.
 """
 
 import math
@@ -20,6 +21,7 @@ import torch
 from ..cost.speed import DEVICES, LAUNCHES, device_at, matmul_tflops
 from ..data import LatentsConfig
 from ..errors import RecipeError, RunError
+from ..latents.prompting import WordsConfig
 from ..machine.devices import default_device
 from ..machine.precision import FASTER, Precision, settled_run, settled_sections
 from ..sampling.taught import TaughtConfig
@@ -41,12 +43,13 @@ from .memory import (
 from .recipe import Recipe
 from .rows import ROWS, rows_in
 from .shapes import BF16, FP32, Shapes
-from .stages import stage_flops
+from .stages import STAGES, ends_in_pipeline, stage_flops
 from .training import phase_flops, state_passes, teacher_passes
 
 DEFAULT_MFU = 0.3
 
 _VAE_FACTOR = 8  # pixels per latent in each direction, of the autoencoders of Stable Diffusion
+_NOT_ESTIMATED = "not estimated"
 _DUMP_SAMPLES = 8000  # of the published stage 1
 
 
@@ -56,22 +59,24 @@ class StageForecast:
 
     name: str
     work: str
-    images: int  # that go through the model, each pass counted
-    flops: int  # all processes together
-    memory: dict[str, int]  # bytes per process on its device, by what they hold
-    disk: dict[str, int]  # bytes, by what they hold
+    images: int = 0  # that go through the model, each pass counted
+    flops: int = 0  # all processes together
+    memory: dict[str, int] | None = (
+        None  # bytes per process on its device, by what they hold; None: not known
+    )
+    disk: dict[str, int] | None = None  # bytes, by what they hold; None: not known
     activations: dict[str, int] = field(default_factory=dict)
     """Bytes with gradient checkpointing and without, of stages that have both."""
     hours: float | None = None  # by the clock; None: not known
     basis: str = ""  # what the hours come from
 
     @property
-    def memory_bytes(self) -> int:
-        return sum(self.memory.values())
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else sum(self.memory.values())
 
     @property
-    def disk_bytes(self) -> int:
-        return sum(self.disk.values())
+    def disk_bytes(self) -> int | None:
+        return None if self.disk is None else sum(self.disk.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,7 @@ def forecast(
     processes: int = 1,
     mfu: float = DEFAULT_MFU,
     folder: Path | None = None,
+    until: str = "report",
 ) -> Forecast:
     """Forecast a recipe's time, memory and disk.
 
@@ -114,6 +120,7 @@ def forecast(
         mfu: the share of the peak that is reached.
         folder: the run's; where a stage has logged its rate there, on this device and with as many processes, its time is
             computed from that.
+        until: the last stage.
 
     Raises:
         GraftingError: the recipe does not fit its model, or the device is not known.
@@ -132,7 +139,16 @@ def forecast(
     logs = folder if is_here and folder and _is_run_here(folder, processes) else None
     clock = _Clock(known, peak_tflops, processes, mfu, logs)
     shapes = Shapes.of(recipe)
-    stages = [*_training(recipe, shapes, clock), *_sampling(recipe, shapes, clock)]
+    stages = [
+        *_prompts(recipe),
+        *_training(recipe, shapes, clock),
+        *_pipeline(recipe),
+        *_sampling(recipe, shapes, clock),
+        StageForecast(name="report", work="a page of HTML", basis=_NOT_ESTIMATED),
+    ]
+    order = ("prompts", *STAGES)
+    last = order.index(until)
+    stages = [stage for stage in stages if order.index(stage.name.split(" ")[0].rstrip(",")) <= last]
     return Forecast(
         recipe=recipe.name,
         device=known.title if known else str(default_device()),
@@ -213,6 +229,20 @@ def _logged_rate(log: Path, phase: int | None) -> float | None:
     return median(rates) if rates else None
 
 
+def _prompts(recipe: Recipe) -> Iterator[StageForecast]:
+    """The words of a recipe, which its run encodes before all else."""
+    config = recipe.conditions
+    if isinstance(config, WordsConfig):
+        many = f"{len(config.load()):,} prompts" if config.file.exists() else f"prompts of {config.file.name}"
+        yield StageForecast(name="prompts", work=f"{many}, encoded", basis=_NOT_ESTIMATED)
+
+
+def _pipeline(recipe: Recipe) -> Iterator[StageForecast]:
+    if ends_in_pipeline(recipe):
+        work = "the model in the source's pipeline, of linked files"
+        yield StageForecast(name="pipeline", work=work, memory={}, disk={}, basis=_NOT_ESTIMATED)
+
+
 def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageForecast]:
     flops = stage_flops(recipe, shapes.cost, shapes.chosen)
     if isinstance(recipe.data, TaughtConfig):
@@ -252,9 +282,10 @@ def _teaching(config: TaughtConfig, flops: int, shapes: Shapes, clock: _Clock) -
 def _calibrating(
     recipe: Recipe, config: CalibrateConfig, flops: int, shapes: Shapes, clock: _Clock
 ) -> StageForecast:
+    of = f" of {recipe.data.num_images:,} latents" if isinstance(recipe.data, TaughtConfig) else ""
     stage = StageForecast(
         name="calibrate",
-        work=f"{config.samples:,} images, at most twice",
+        work=f"{config.samples:,} noised images{of}, in one or two passes",
         images=config.samples,
         flops=flops,
         memory=weights(shapes),
@@ -335,7 +366,8 @@ def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFo
     guided = sum(guidance.is_on(t / 999) for t in range(1000)) / 1000 if guidance else 0
     calls = config.num_images * config.calls * (1 + guided)
     batches = math.ceil(config.num_images / config.batch_size / clock.processes)
-    for row in rows_in(recipe, shapes.chosen):
+    rows = rows_in(recipe, shapes.chosen)
+    for row in rows:
         is_edited = ROWS[row].is_edited
         cost = shapes.cost.after if is_edited else shapes.cost.before
         stage = StageForecast(
@@ -355,6 +387,7 @@ def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFo
             log=f"samples/{row}",
             images=config.num_images,
         )
+    yield StageForecast(name="evaluate", work=f"images of {len(rows)} models", basis=_NOT_ESTIMATED)
 
 
 def _data(recipe: Recipe, shapes: Shapes) -> dict[str, int | None]:

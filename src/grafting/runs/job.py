@@ -275,6 +275,18 @@ def _with_shape(config: S, shape: tuple[int, ...], host: Host, model: nn.Module)
     return config
 
 
+def asked_shape(recipe: Recipe, model: nn.Module) -> tuple[int, ...] | None:
+    """The shape that a recipe names for its samples, or for what its source makes to train on; None if it names none.
+
+    Raises:
+        RecipeError: the model takes no such shape.
+    """
+    host = host_of(model)
+    parts = [part for part in (recipe.sample, recipe.data) if isinstance(part, ChainConfig)]
+    shapes = [_with_shape(part, host.shape(model), host, model).shape for part in parts]
+    return next(filter(None, shapes), None)
+
+
 def know_host(recipe: Recipe) -> None:
     """Make the host of a recipe's spec known."""
     if recipe.spec is not None:

@@ -93,6 +93,9 @@ class Recipe(Settings):
     name: Name
     """Names the run's folder."""
     description: str = ""
+    trial: bool = False
+    """Whether it is run to see that everything fits together, with too few steps and images for its figures to mean
+    anything; the report says so."""
     source: str | FreshModel = "testbed"
     """The pretrained model: `testbed`, `scenes`, a model folder, or a fresh model of a host."""
     spec: str | None = None

@@ -1,9 +1,14 @@
 """What a person should know of a recipe before it runs, although nothing in it is wrong: a line each."""
 
 from ..cost.count import count_parameters
+from ..data import Prompts
 from ..data.scenes import PRETRAINING, ScenesConfig
 from ..editing.placed import Operators
+from ..latents.prompting import PlannedPrompts
 from .job import Job
+
+_FEW_PROMPTS, _MANY_STEPS = 32, 100
+_MOST_READ = 10_000
 
 
 def remarks(job: Job, operators: Operators) -> list[str]:
@@ -11,6 +16,7 @@ def remarks(job: Job, operators: Operators) -> list[str]:
     return [
         *([f"no pipeline draws with this graft: {fault}"] if (fault := job.host.pipeline_fault) else []),
         *seen_before(job),
+        *_few_prompts(job),
         *_not_measured(job),
         *_as_large(job, operators),
     ]
@@ -28,6 +34,21 @@ def seen_before(job: Job) -> list[str]:
     unseen = ScenesConfig().seeds
     return [
         f"data: {len(seen):,} of the {len(data.span):,} scenes were in the source's pretraining; `seeds: {unseen}` were not"
+    ]
+
+
+def _few_prompts(job: Job) -> list[str]:
+    """Prompts that stage 2 would learn by heart."""
+    conditions, steps = job.denoiser.conditions, sum(phase.steps for phase in job.recipe.phases)
+    if not isinstance(conditions, Prompts | PlannedPrompts) or steps < _MANY_STEPS:
+        return []
+    # repeated ones are no more, however many there are
+    different = len({conditions.words(number) for number in range(min(len(conditions), _MOST_READ))})
+    if different >= _FEW_PROMPTS:
+        return []
+    return [
+        f"conditions: {different} different prompts for {steps:,} steps of stage 2, which learns them by heart: have some hundreds, "
+        "like those that the model will be asked"
     ]
 
 

@@ -20,7 +20,7 @@ from ..machine.devices import mixed_precision
 from ..machine.precision import Precision
 from ..training.student import block_linears
 from ..training.trained import mark, operator_parameters, selection
-from .job import know_host, skeleton
+from .job import asked_shape, know_host, skeleton
 from .paths import naming_paths
 from .recipe import Recipe
 
@@ -66,7 +66,7 @@ class Shapes:
             model = skeleton(recipe.source)
         host, chosen = host_of(model), resolve(model, recipe.edits)
         conditions, blocks = host.conditions(model), [site.path for site in host.blocks(model)]
-        shape = (recipe.sample and recipe.sample.shape) or host.shape(model)
+        shape = asked_shape(recipe, model) or host.shape(model)
         cost = plan_cost(model, recipe.edits, grid=host.grid_of(model, shape))
         linears = sum(p.numel() for p in block_linears(model, blocks))
         # a host of packed tokens cannot read the grid from positions without values

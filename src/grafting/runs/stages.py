@@ -10,6 +10,7 @@ from pydantic import BaseModel, NonNegativeInt
 from ..contract import Site
 from ..cost.count import count_parameters
 from ..cost.plan import PlanCost, plan_cost
+from ..data.bundled import bundled_model_folder
 from ..editing.plan import Choice
 from ..errors import RunError
 from ..evaluation import evaluate
@@ -71,9 +72,13 @@ def _assemble(work: Opened) -> list[Path]:
     return write_pipeline(run / "pipeline", source, run / "model")
 
 
-def _has_pipeline(job: Job) -> bool:
-    source = _weights(job.recipe)
-    return bool(job.recipe.finetune) and source is not None and pipeline_in(source) is not None
+def ends_in_pipeline(recipe: Recipe) -> bool:
+    """True if the recipe's run leaves a pipeline's folder, as far as its source is here."""
+    source = _weights(recipe)
+    if not recipe.finetune or source is None:
+        return False
+    is_here = bundled_model_folder(source) is not None or Path(source).exists()
+    return is_here and pipeline_in(source) is not None
 
 
 def _weights(recipe: Recipe) -> str | None:
@@ -224,7 +229,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="pipeline",
-            parts=_once("pipeline", _has_pipeline),
+            parts=_once("pipeline", lambda job: ends_in_pipeline(job.recipe)),
             inputs=lambda job, run, part: [_weights(job.recipe), run.stage_outputs("finetune")],
             do=_assemble,
         ),

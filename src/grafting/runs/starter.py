@@ -25,6 +25,7 @@ from ..machine.reading import JsonObject, parse_yaml
 from ..operators import parse_operator
 from ..weights.folder import read_config
 from ..weights.locate import PIPELINE_NAME, find_model
+from ..words import DISTILLED, FINETUNED, PRETRAINED, ROW_TITLES, RowName
 from .file import load_recipe, parse_recipe
 from .job import skeleton
 from .recipe import FreshModel
@@ -36,6 +37,7 @@ class _Quickstart(NamedTuple):
     operator: str
     blocks: str
     rest: str
+    rows: tuple[RowName, ...]
 
 
 _BUNDLED = {
@@ -48,8 +50,8 @@ calibrate: {samples: 256}
 distill: {steps: 60, batch_size: 64, lr: 2.0e-3, cooldown_steps: 50, holdout_every: 20}
 finetune: {steps: 100, batch_size: 64, lr: 1.0e-4, warmup_steps: 10, cooldown_steps: 80, ema_decay: 0.95, clip_norm: 1.0, output_weight: 1.0}
 sample: {sampler: dpm-solver++, steps: 8, cfg_scale: 2.0, cfg_interval: [0.0, 0.7], clip: true, num_images: 1000, batch_size: 250}
-rows: [pretrained, distilled, finetuned]
 """,
+        (PRETRAINED, DISTILLED, FINETUNED),
     ),
     "scenes": _Quickstart(
         "{name: hyena-x, geometry: 2d, kernel_size: 3}",
@@ -61,6 +63,7 @@ distill: {steps: 100, batch_size: 16, lr: 2.0e-3, cooldown_steps: 80, holdout_ev
 finetune: {steps: 150, batch_size: 16, lr: 5.0e-4, warmup_steps: 10, cooldown_steps: 100, ema_decay: 0.97, clip_norm: 1.0, output_weight: 1.0}
 sample: {sampler: dpm-solver++, steps: 10, cfg_scale: 3.0, clip: true, num_images: 300, batch_size: 60}
 """,
+        (PRETRAINED, FINETUNED),
     ),
 }
 _SMOKE = """\
@@ -68,6 +71,7 @@ _SMOKE = """\
 #     grafting run {smoke}
 base: {base}
 name: {name}-smoke
+trial: true
 calibrate: {{samples: 4, batch_size: 4}}
 distill: {{steps: 2, batch_size: 4, holdout: 4{cooldown}}}
 finetune: {{steps: 2, batch_size: 4, warmup_steps: 0{cooldown}{how}}}
@@ -207,7 +211,7 @@ def _recipe(
         f"plan:\n  - {{role: {role}, blocks: {blocks!r}, operator: {operator}}}",
     ]
     if quickstart:
-        return "\n".join([*lines, quickstart.rest])
+        return "\n".join([*lines, quickstart.rest + _rows(*quickstart.rows)]) + "\n"
     assert folder is not None  # bundled models have quickstarts
     pipeline = _pipeline_of(folder)
     asked_by_prompts = host.conditions(model) is None
@@ -226,7 +230,7 @@ def _recipe(
         lines.append(f"data: {{name: {kind}, folder: {near(data or Path('latents'))}}}")
     lines += _short_stages(host, model, start, phases) if asked_by_prompts else _PUBLISHED_STAGES
     vae = None if pipeline is None or not (pipeline / "vae").is_dir() else near(pipeline / "vae")
-    lines += _samples(host, model, vae=vae)
+    lines += [*_samples(host, model, vae=vae), _rows(PRETRAINED, FINETUNED)]
     return "\n".join(lines) + "\n"
 
 
@@ -309,6 +313,11 @@ def _short_stages(host: Host[Any], model: nn.Module, start: Start, phases: _Phas
         how = f"{trained}, {_how(host, model, start)}"
         yield f"  - {{steps: {steps}, batch_size: {batch}, warmup_steps: 50, {how}}}"
     yield "save_every: 15 min"
+
+
+def _rows(*names: RowName) -> str:
+    others = ", ".join(name for name in ROW_TITLES if name not in names)
+    return f"# images are drawn of each of these; there are also {others}\nrows: [{', '.join(names)}]"
 
 
 def _sampler(host: Host[Any], model: nn.Module) -> str:
