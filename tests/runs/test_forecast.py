@@ -84,6 +84,9 @@ def test_no_number_of_devices_is_faster_than_the_launches_of_a_step(published):
     spread = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"spread": "sites"})})
     at_sites = stage(forecast(spread, device="h100", processes=4), "distill")
     assert at_sites.hours == pytest.approx(25_000 * 4 * (0.4 + 1.2 / 4) / 1000 / 3600)
+    stacked = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"stacked": True})})
+    at_once = stage(forecast(stacked, device="h100", processes=4), "distill")
+    assert at_once.hours == pytest.approx(25_000 * (4 * 0.4 + 1.2) / 1000 / 3600)
 
 
 def test_stacked_sites_need_the_memory_of_all_their_graphs():

@@ -250,7 +250,8 @@ def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFo
     if recipe.calibrate and shapes.chosen:
         yield _calibrating(recipe, recipe.calibrate, flops["calibrate"], shapes, clock)
     if recipe.distill and shapes.chosen:
-        sites = shapes.num_fitted / (clock.processes if recipe.distill.spread == "sites" else 1)
+        launched = shapes.num_kinds if recipe.distill.stacked else shapes.num_fitted
+        sites = launched / (clock.processes if recipe.distill.spread == "sites" else 1)
         passes = 1 + state_passes(recipe.data)
         yield _steps(
             "distill",

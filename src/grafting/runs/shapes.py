@@ -18,6 +18,7 @@ from ..editing.surgery import build_operators, grafted, merge_adapters, resolve
 from ..hosts import host_of
 from ..machine.devices import mixed_precision
 from ..machine.precision import Precision
+from ..training.stacking import kind_of
 from ..training.student import block_linears
 from ..training.trained import mark, operator_parameters, selection
 from .job import asked_shape, know_host, skeleton
@@ -57,6 +58,7 @@ class Shapes:
     phases: tuple[PhaseShapes, ...]
     tokens: tuple[int, int]  # how many, text that stands among them included, and how wide
     num_fitted: int  # sites that stage 1 fits
+    num_kinds: int  # of their operators, where equal ones are stacked
     fitted_tokens: int  # of all of these together
 
     @classmethod
@@ -92,6 +94,7 @@ class Shapes:
             phases=phases,
             tokens=(cost.grid.num_tokens + max(site.num_text for site in sites), sites[0].dim),
             num_fitted=len(fitted),
+            num_kinds=len({kind_of(path, operator) for path, operator in operators.items() if operator.fits}),
             fitted_tokens=sum(cost.grid.num_tokens + site.num_text for site in fitted),
         )
 

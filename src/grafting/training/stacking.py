@@ -45,7 +45,7 @@ class Stacks:
 
     def __init__(self, sites: Mapping[str, Fitted]):
         self._sites = sites
-        self._kinds = {path: _kind(path, site.operator) for path, site in sites.items()}
+        self._kinds = {path: kind_of(path, site.operator) for path, site in sites.items()}
         self._calls: dict[str, _Call] = {}
 
     def visit(self, source: Source, step: int, learn: Learn) -> None:
@@ -106,7 +106,7 @@ def _losses(sites: Sequence[Fitted], calls: Sequence[_Call]) -> Float[Tensor, " 
     return vmap(loss, in_dims=(0, axes), randomness="different")(tensors, [leaf for leaf, _ in joined])
 
 
-def _kind(path: str, operator: Placed) -> Hashable:
+def kind_of(path: str, operator: Placed) -> Hashable:
     """What equal sites have in common; its own of one that is none of an operator in one place."""
     if not isinstance(operator, KernelAttention | MixerAdapter):
         return path
