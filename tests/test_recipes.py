@@ -161,7 +161,7 @@ def test_stages_are_the_published_ones():
 SMALL = {
     "flux": ({"shape": [4, 16, 16]}, {"kernel_size": 3}),
     "sd35_medium": ({"shape": [4, 16, 16]}, {"radius": 1}),
-    "wan": ({"shape": [4, 2, 8, 12]}, {"radius": 1, "frames": 1}),
+    "wan": ({"shape": [4, 3, 8, 12]}, {"radius": 1, "frames": 1}),
 }
 
 
@@ -185,6 +185,7 @@ def test_a_recipe_for_a_pipeline_ends_in_one(name, tmp_path):
         "batch_size": 2,
     } | shape
     recipe["plan"][0]["operator"] |= operator
+    recipe["distill"] |= {"steps": 2, "batch_size": 2, "cooldown_steps": 0, "holdout": 2}
     phases = recipe["finetune"] if isinstance(recipe["finetune"], list) else [recipe["finetune"]]
     recipe["finetune"] = [phase | {"steps": 2, "batch_size": 2, "warmup_steps": 0} for phase in phases]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

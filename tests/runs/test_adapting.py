@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import grafting
-from grafting.errors import DataError
+from grafting.errors import DataError, HostError, PlanError, TrainingError
 from grafting.runs import adapting
 from grafting.sampling.taught import TaughtConfig
 from grafting.sampling.trajectories import TrajectoriesConfig
@@ -113,13 +113,13 @@ def test_a_kept_folder_is_used_again(tmp_path):
             plan_of("window-1d", window=2),
             prompts=WORDS,
             data=MADE,
-            distill_config=None,
+            distill_config=DISTILL.model_copy(update={"steps": 1}),
             finetune_config=None,
             folder=tmp_path,
             on_step=lambda name, step, told=told: told.append((name, step.done)),
         )
         record.undo()
-    assert told == [("prompts", 3), ("teach", 16)]
+    assert told[:2] == [("prompts", 3), ("teach", 16)]
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_any_work(tmp_path):
@@ -165,3 +165,42 @@ def test_a_small_model_is_taught_in_its_own_size():
     )
     assert made.keys() == {"prompts", "teach", "distill"}
     assert grafting.host_of(pipe.transformer).shape(pipe.transformer) == (4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "told"),
+    [
+        ({"prompts": ["a red cat", " "]}, DataError, "prompts: 1 is ' '; each is"),
+        ({"distill_config": None, "finetune_config": None}, TrainingError, "grafting.graft` edits without"),
+        (
+            {"data": TaughtConfig(num_images=6, shape=(4, 15, 15))},
+            DataError,
+            r"data.shape: .* patches of 2 x 2, which 15 x 15 are not a multiple of",
+        ),
+        (
+            {"distill_config": DistillConfig(steps=1, holdout=20)},
+            TrainingError,
+            "holds out 20 images, but the data has 16: set `holdout` to at most 15",
+        ),
+        (
+            {"distill_config": DistillConfig(steps=1)},
+            TrainingError,
+            "holds out 16 images, but the data has 16: set `holdout` to at most 15",
+        ),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_done_is_refused_before_any_work(asked, error, told, monkeypatch):
+    monkeypatch.setattr(adapting, "Prompting", None)  # the first of the work
+    with pytest.raises(error, match=told):
+        grafting.adapt(sd3(), plan_of("gated-conv-x"), **{"prompts": WORDS, "data": MADE} | asked)
+
+
+def test_a_pipeline_is_grafted_once(monkeypatch):
+    monkeypatch.setattr(adapting, "Prompting", None)
+    pipe, plan = sd3(), plan_of("gated-conv-x")
+    with pytest.raises(HostError, match=r"a diffusers pipeline is needed .* found a SD3Transformer2DModel"):
+        grafting.adapt(pipe.transformer, plan, prompts=WORDS)
+    grafting.graft(pipe, plan)
+    with pytest.raises(PlanError, match="already holds an operator; undo that graft first"):
+        grafting.adapt(pipe, plan, prompts=WORDS, data=MADE, distill_config=DISTILL)

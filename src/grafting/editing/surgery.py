@@ -59,10 +59,7 @@ def build_operators(
 
 
 def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool = True) -> Operators:
-    _check_whole(model)
-    chosen = resolve(model, plan, host=host)
-    _check_original(model, chosen)
-    _check_copyable(model, chosen, inherit=inherit)
+    chosen = check_editable(model, plan, host=host, inherit=inherit)
     operators: Operators = {}
     for site, config in chosen.items():
         if isinstance(config, OperatorConfig):
@@ -82,6 +79,17 @@ def _built(model: nn.Module, plan: Plan, host: Host, seed: int, *, inherit: bool
         operator.read_of = operator.read_of or (outline(model.get_submodule(path)),)
     _track(operators, host, model)
     return operators
+
+
+def check_editable(
+    model: nn.Module, plan: Plan, *, host: Host | None = None, inherit: bool = True
+) -> dict[Site, Choice]:
+    """`resolve`, and whether operators can be made of what stands in the model now. Raises as `graft`."""
+    _check_whole(model)
+    chosen = resolve(model, plan, host=host)
+    _check_original(model, chosen)
+    _check_copyable(model, chosen, inherit=inherit)
+    return chosen
 
 
 def resolve(model: nn.Module, plan: Plan, *, host: Host | None = None) -> dict[Site, Choice]:

@@ -125,7 +125,9 @@ def transformer_of(pipeline: Any) -> nn.Module:
     from diffusers import DiffusionPipeline
 
     if not isinstance(pipeline, cast(Any, DiffusionPipeline)):
-        raise HostError(f"a diffusers pipeline or a model is traced; found a {type(pipeline).__name__}")
+        raise HostError(
+            f"a diffusers pipeline is needed (a model alone can only be traced); found a {type(pipeline).__name__}"
+        )
     parts: Mapping[str, Any] = pipeline.components
     for name in ("transformer", "transformer_2", "prior"):
         if isinstance(parts.get(name), nn.Module):

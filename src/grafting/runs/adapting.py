@@ -12,18 +12,20 @@ from torch import nn
 from ..contract import Denoiser
 from ..data.prompts import Prompts
 from ..editing.plan import Plan
-from ..editing.surgery import Graft, build_operators, resolve, sharing_copy
-from ..errors import DataError
+from ..editing.surgery import Graft, build_operators, check_editable, sharing_copy
+from ..errors import DataError, TrainingError
 from ..hosts import host_of, process_of, transformer_of
 from ..latents.prompting import Prompting, PromptingConfig, check_encodes
 from ..machine.devices import default_device
+from ..machine.reading import shown
 from ..sampling.chain import check_sampling
 from ..sampling.drawing import describe_model
 from ..sampling.taught import Taught, TaughtConfig, teach
 from ..sampling.trajectories import Trajectories, TrajectoriesConfig
-from ..training.distillation import DistillConfig, distill
+from ..training.distillation import DistillConfig, check_division, distill
 from ..training.finetuning import finetune as _finetune
 from ..training.phases import FinetuneConfig, phases_of
+from ..training.supply import deal
 from ..weights.pipelines import check_drawn, place
 from .stage import OnStep
 
@@ -56,7 +58,7 @@ def adapt(
         prompts: words; a hundred or more, like those that the model will be asked.
         data: how many latents are made, and how, or the trajectories whose states are drawn instead; by default 1,000 latents of the
             native shape.
-        distill_config, finetune_config: stages 1 and 2; None leaves one out.
+        distill_config, finetune_config: stages 1 and 2; None leaves one out. A `DistillConfig` that names no `holdout` holds out 16 here.
         folder: keeps the encoded prompts and the latents, so that a second call finds them; by default they go when this returns.
         call: what the pipeline is called with beside the prompt, `{"max_sequence_length": 128}`.
         seed: of the operators' random weights.
@@ -66,19 +68,22 @@ def adapt(
         The record, which can undo the graft; weights of the model's own that were trained (`trainable: all`) stay in memory for it.
 
     Raises:
-        DataError: prompts are none, or one string. PlanError: the plan does not fit. Both before any work.
+        DataError: prompts are none, one string, or no words; latents of a shape that the model does not take. PlanError: the plan does
+            not fit the model as it stands. Both before any work.
         HostError: the pipeline has no transformer that can be edited, has no text encoder, or does not run.
-        TrainingError: what a stage says; the transformer is then as it was.
+        TrainingError: there is nothing to train, or are too few latents for what is held out, before any work; what a stage says, and
+            the transformer is then as it was.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise DataError(
-            f"prompts: a list of them is needed, a hundred or more; found {'one string' if prompts else 'none'}"
-        )
+    _check_prompts(prompts)
     model = transformer_of(pipeline)
     host = host_of(model)
     check_drawn(pipeline, host)
     check_encodes(pipeline)
-    resolve(model, plan)
+    check_editable(model, plan)
+    data = data or TaughtConfig()
+    distill_config = _check_training(
+        distill_config, finetune_config, data, host.shape_faults(model, data.shape or host.shape(model))
+    )
     pipeline.to(default_device())
     tell = on_step or (lambda name, step: None)
     with _kept(folder) as place_of_data:
@@ -88,7 +93,7 @@ def adapt(
             tell("prompts", step)
         known = process_of(pipeline)
         denoiser = host.denoiser(model, Prompts(encoded), host.built(model, known) if known else None)
-        made = _made(model, denoiser, data or TaughtConfig(), place_of_data / "latents", tell)
+        made = _made(model, denoiser, data, place_of_data / "latents", tell)
         teacher = sharing_copy(model).eval().requires_grad_(False)
         operators = build_operators(model, plan, seed=seed)
         if distill_config is not None:
@@ -114,6 +119,40 @@ def adapt(
         for operator in operators.values():
             operator.to(next(teacher.parameters()).dtype)
     return _undoing_training(record, teacher)
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(
+            f"prompts: a list of them is needed, a hundred or more; found {'one string' if prompts else 'none'}"
+        )
+    for number, words in enumerate(prompts):
+        if not isinstance(words, str) or not words.strip():
+            raise DataError(f"prompts: {number} is {shown(words)}; each is a string with words in it")
+
+
+def _check_training(
+    distill_config: DistillConfig | None,
+    finetune_config: FinetuneConfig | Sequence[FinetuneConfig] | None,
+    data: TaughtConfig | TrajectoriesConfig,
+    shape_faults: Sequence[str],
+) -> DistillConfig | None:
+    """Settings of stage 1, with what they leave out, where both stages fit the data."""
+    if distill_config is None and not finetune_config:
+        raise TrainingError(
+            "distill_config and finetune_config are both None, so there is nothing to train: `grafting.graft` edits without training"
+        )
+    if shape_faults:
+        raise DataError(f"data.shape: {shape_faults[0]}")
+    if distill_config is None:
+        return None
+    if "holdout" not in distill_config.model_fields_set:
+        distill_config = distill_config.model_copy(update={"holdout": DISTILL.holdout})
+    check_division(distill_config)
+    if isinstance(data, TaughtConfig):
+        config = distill_config
+        deal(data.num_images, holdout=config.holdout, images=config.images, seed=config.seed)
+    return distill_config
 
 
 def _undoing_training(record: Graft, teacher: nn.Module) -> Graft:

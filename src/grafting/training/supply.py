@@ -63,7 +63,7 @@ class Stored:
             holdout: number of items held out.
             images: number of items to train on; all others when None.
         """
-        train, held_out = _split(len(self.data), holdout=holdout, images=images, seed=seed)
+        train, held_out = deal(len(self.data), holdout=holdout, images=images, seed=seed)
         return replace(self, items=train), replace(self, items=held_out)
 
     def steps(self, config: BatchConfig, *, share: slice, end: int) -> Feed:
@@ -172,11 +172,15 @@ Supply: TypeAlias = Stored | AlongTrajectories
 """Where a stage's batches come from."""
 
 
-def _split(num_items: int, *, holdout: int, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices held out, by seed."""
+def deal(num_items: int, *, holdout: int, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices held out, by seed.
+
+    Raises:
+        TrainingError: there are too few for both.
+    """
     if num_items <= holdout:
         raise TrainingError(
-            f"stage 1 holds out {holdout} images, but the data has {num_items}: set `distill.holdout` to at most {num_items - 1}, or have more data"
+            f"stage 1 holds out {holdout} images, but the data has {num_items}: set `holdout` to at most {num_items - 1}, or have more data"
         )
     rest = num_items - holdout
     if images is not None and images > rest:
