@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from grafting.latents import prompting
 from grafting.runs.file import load_recipe
 from grafting.runs.job import prepare
 from grafting.runs.stages import training_flops
+from grafting.runs.sweep import load_sweep, run_sweep
 from latents.textpipelines import pixart, sd3
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
@@ -236,3 +238,38 @@ def test_a_forecast_counts_what_the_source_makes(begun):
     cost = json.loads(one_line("cost", begun / "recipe.yaml", "--json"))
     assert told["stages"][0]["work"] == "12 latents, 2 passes each"
     assert told["stages"][0]["flops"] == 12 * 2 * cost["model"]["flops"]["before"]
+
+
+def test_recipes_of_a_sweep_have_what_is_the_sources_from_one_another(begun, tmp_path):
+    settings = yaml.safe_load((begun / "recipe.yaml").read_text()) | {
+        "name": "several",
+        "conditions": {"name": "words", "file": str(begun / "words.txt")},
+        "vae": {"source": str(begun / "pipe/vae")},
+        "sample": {"sampler": "dpm-solver++", "steps": 2, "num_images": 3, "shape": [4, 8, 8]},
+        "rows": ["pretrained", "finetuned"],
+    }
+    kernels = {"short": {}, "long": {"plan.0.operator.kernel_size": 5}}
+    swept = settings | {"grids": [{"axes": {"kernel": kernels}}]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept, sort_keys=False))
+    sweep, told = load_sweep(tmp_path / "sweep.yaml"), {}
+
+    def following(point):
+        steps = told.setdefault(point.name, [])
+        return nullcontext(lambda name, step: steps.append((name, step.done)))
+
+    runs = tmp_path / "runs"
+    list(run_sweep(sweep, runs, table=tmp_path / "table", following=following))
+    of_source = {"prompts", "teach", "sample pretrained"}
+    assert {name for name, _ in told["short"]} >= of_source | {"distill", "sample finetuned"}
+    assert of_source.isdisjoint(name for name, _ in told["long"])
+    latents = [next((runs / name / "teach/latents").glob("*.safetensors")) for name in told]
+    assert latents[0].samefile(latents[1])
+    rows = [json.loads((runs / name / "metrics.json").read_text()) for name in told]
+    assert [len(found) for found in rows] == [2, 2]
+    assert rows[0][0] == rows[1][0]
+    # each run is whole in itself
+    shutil.rmtree(runs / "short")
+    told.clear()
+    (tmp_path / "table.json").unlink()
+    list(run_sweep(sweep, runs, table=tmp_path / "table", only={"kernel": "long"}, following=following))
+    assert told == {"long": []}

@@ -1,6 +1,7 @@
 """A list of prompts to a folder of encoded ones, by a pipeline that need not hold its transformer."""
 
 import importlib.util
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from ..data.prompts import INDEX_NAME, Dropout, PromptsConfig
 from ..errors import CheckpointError, DataError, HostError
 from ..hosts import Host, call_of, host_of, transformer_of
 from ..machine.devices import default_device
-from ..machine.files import hash_json, write_json
+from ..machine.files import atomic_folder, hash_json, link_weights, write_json
 from ..machine.processes import ALL, barrier, is_main, share
 from ..machine.reading import JsonObject, failure_of, parse_json, read_json, read_text
 from ..machine.settings import Settings
@@ -30,6 +31,7 @@ FORMAT = 1
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COLUMNS = ("prompt", "caption", "text")
+_DONE_NAME = "encoded.json"
 _LONGEST = 1 << 16  # characters of a prompt
 _SUFFIXES = (".txt", ".caption")
 # of a pipeline: all but the weights of its transformers and its autoencoder
@@ -117,12 +119,18 @@ def encoding_pipeline(config: WordsConfig, source: str | None) -> str:
 
 
 def encode_words(
-    config: WordsConfig, folder: Path, *, source: str | None, tell: Callable[[Step], None]
+    config: WordsConfig,
+    folder: Path,
+    *,
+    source: str | None,
+    tell: Callable[[Step], None],
+    others: Sequence[Path] = (),
 ) -> PromptsConfig:
     """Encode a recipe's words into a folder, by all processes together; what was encoded before is not again.
 
     Args:
         source: the recipe's, where that is a folder or a name.
+        others: folders in which the same words may have been encoded; theirs are taken.
 
     Raises:
         DataError: no words, or no pipeline. CheckpointError, HostError: the pipeline cannot be read, or cannot be asked so.
@@ -130,9 +138,16 @@ def encode_words(
     """
     pipeline = encoding_pipeline(config, source)
     words = read_words(config.file, column=config.column)
-    asked = {"asked": _asked(config, words, pipeline)}
-    done = folder / "encoded.json"
-    if not ((folder / INDEX_NAME).is_file() and done.is_file() and read_json(done, JsonObject) == asked):
+    asked: JsonObject = {"asked": _asked(config, words, pipeline)}
+    done = folder / _DONE_NAME
+    if not _is_encoded(folder, asked):
+        other = next((other for other in others if _is_encoded(other, asked)), None)
+        if other is not None and is_main() and not folder.exists():
+            with atomic_folder(folder) as made:
+                ignored = shutil.ignore_patterns("*.lock")
+                shutil.copytree(other, made, copy_function=link_weights, ignore=ignored, dirs_exist_ok=True)
+        barrier()
+    if not _is_encoded(folder, asked):
         opened = open_encoders(pipeline, variant=config.variant, device=default_device(), dtype=config.dtype)
         work = Prompting(
             opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
@@ -143,6 +158,11 @@ def encode_words(
     if is_main():
         write_json(done, asked)
     return PromptsConfig(folder=folder)
+
+
+def _is_encoded(folder: Path, asked: JsonObject) -> bool:
+    done = folder / _DONE_NAME
+    return (folder / INDEX_NAME).is_file() and done.is_file() and read_json(done, JsonObject) == asked
 
 
 def _asked(config: WordsConfig, words: Sequence[str], pipeline: str) -> str:

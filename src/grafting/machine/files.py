@@ -303,6 +303,15 @@ def without_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def link_weights(source: str | Path, target: str | Path) -> None:
+    """Another name for the same weights where they are on the same disk; a copy of all else, which may be edited in place."""
+    if str(source).endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(Path(source).resolve(), target)
+            return
+    shutil.copyfile(source, target)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_path(path) as temporary:

@@ -14,8 +14,8 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from ..machine.files import (
     disk_errors,
     finite_json,
     hash_json,
+    link_weights,
     sha256_of,
     without_links,
     write_bytes,
@@ -61,6 +62,7 @@ class RunFolder:
         writes: whether this is the process that writes. Of a run's processes one does; the others read what it wrote.
         barrier: returns when every process of the run has called it.
         anyone: whether a thing is so on any process of the run; every process calls it.
+        others: folders of runs of the same source, which may have done what this one has to do.
 
     Raises:
         RunError: the folder belongs to another recipe, holds something else than a run, or another process is at work
@@ -75,8 +77,10 @@ class RunFolder:
         writes: bool = True,
         barrier: Callable[[], None] = lambda: None,
         anyone: Callable[[bool], bool] = bool,
+        others: Sequence[Path] = (),
     ):
         self.path = path
+        self.others = others
         self.writes = writes
         self.barrier = barrier
         self.anyone = anyone
@@ -140,12 +144,17 @@ class RunFolder:
         )
 
     @contextmanager
-    def stage(self, name: str, inputs: Any) -> "Iterator[Stage]":
+    def stage(self, name: str, inputs: Any, *, of_source: bool = False) -> "Iterator[Stage]":
         """Opens a stage with all that its outputs depend on, as JSON; records it as done when the block ends well.
+
+        Args:
+            of_source: whether its outputs are of the source alone, and are taken from another run that has done it.
 
         Raises:
             Interrupted: a signal came, which the program catches, and the stage is done.
         """
+        if of_source and self.writes:
+            self._take_over(name, hash_json(inputs))
         self.barrier()
         stage = Stage(self, name, hash_json(inputs))
         self.barrier()
@@ -161,6 +170,30 @@ class RunFolder:
         # a signal that came after the last step: the stage is done, the next one is not begun
         if self.anyone(caught_signal() is not None):
             raise Interrupted(caught_signal() or signal.SIGTERM)
+
+    def _take_over(self, name: str, inputs: str) -> None:
+        """Take a stage's outputs from another run that made them of the same inputs; they are checked when it is opened."""
+        own = self.entry(name)
+        if own is not None and own.inputs == inputs and own.done:
+            return
+        for other in self.others:
+            try:
+                found = read_manifest(other / "manifest.json").stages.get(name)
+            except RunError:
+                continue
+            if found is None or not found.done or found.inputs != inputs:
+                continue
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            with suppress(FileNotFoundError), disk_errors(self.path):  # the other may begin anew meanwhile
+                log = f"{name}/log.jsonl"
+                for output in (*(found.outputs or {}), *([log] if (other / log).is_file() else [])):
+                    target = self.path / output
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.unlink(missing_ok=True)
+                    link_weights(other / output, target)
+                self.write_entry(name, found)
+                self.mark_stale(after=name)
+            return
 
     def entry(self, name: str) -> Entry | None:
         """Record of a stage, if there is one."""

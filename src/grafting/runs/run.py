@@ -5,6 +5,7 @@ killed run stopped. Everything that can be wrong with a recipe is found before a
 """
 
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +39,15 @@ def run(
     until: str = "report",
     on_step: OnStep | None = None,
     store: OperatorStore | None = None,
+    others: Sequence[Path] = (),
     peak_tflops: float | None = None,
 ) -> Path:
     """Run a recipe in `folder`, up to stage `until`, and return the folder; finished stages are skipped.
 
     Several processes (see `machine.processes`) share the work; the main one writes. `on_step` is called, in that one, with the
     stage's name and each of its steps. Operators that another run with the same store has
-    fitted, at the same site from the same start, are taken from there. `peak_tflops` is of one device, for the share of it
+    fitted, at the same site from the same start, are taken from there; encoded words, the source's own latents and the pretrained
+    model's samples are taken from `others`, folders of runs that had the same to do. `peak_tflops` is of one device, for the share of it
     that training reaches; by default that of the device where it is a known one.
 
     Raises:
@@ -53,11 +56,11 @@ def run(
     folder = Path(folder)
     with together():
         recipe, told = settled_run(recipe, default_device(), folder=folder)
-        recipe = _with_prompts(recipe, folder, on_step or _ignore)
+        recipe = _with_prompts(recipe, folder, others, on_step or _ignore)
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
         if isinstance(job.data, Taught):
             job.data.folder = folder / "teach" / "latents"
-        with _open(job, folder) as run_folder:
+        with _open(job, folder, others) as run_folder:
             for what in (told, *seen_before(job)):
                 run_folder.tell(what)
             for name, stage in STAGES.items():
@@ -67,7 +70,7 @@ def run(
     return folder
 
 
-def _with_prompts(recipe: Recipe, folder: Path, on_step: OnStep) -> Recipe:
+def _with_prompts(recipe: Recipe, folder: Path, others: Sequence[Path], on_step: OnStep) -> Recipe:
     """The recipe with its words encoded, in the run's folder; all else in it was found right before."""
     if not isinstance(recipe.conditions, WordsConfig):
         return recipe
@@ -78,6 +81,7 @@ def _with_prompts(recipe: Recipe, folder: Path, on_step: OnStep) -> Recipe:
         recipe.conditions,
         folder / "prompts",
         source=source,
+        others=[other / "prompts" for other in others],
         tell=lambda step: on_step("prompts", step) if is_main() else None,
     )
     return recipe.model_copy(update={"conditions": encoded})
@@ -87,10 +91,15 @@ def _ignore(stage: str, step: Step) -> None:
     """Default step callback of `run`: does nothing."""
 
 
-def _open(job: Job, folder: Path) -> RunFolder:
+def _open(job: Job, folder: Path, others: Sequence[Path]) -> RunFolder:
     _check_subset(job.recipe, folder / "recipe.yaml")
     run_folder = RunFolder(
-        folder, recipe_name=job.recipe.name, writes=is_main(), barrier=barrier, anyone=any_process
+        folder,
+        recipe_name=job.recipe.name,
+        writes=is_main(),
+        barrier=barrier,
+        anyone=any_process,
+        others=others,
     )
     if run_folder.writes:
         _describe(job, run_folder)

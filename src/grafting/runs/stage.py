@@ -43,6 +43,7 @@ class Stage:
         do: does a part and returns the files that it made, on the main process.
         flops: of training, for a recipe, what its plan costs, and what becomes of its sites; all processes together.
         is_shared: whether all processes take part; others leave it to the main one.
+        of_source: whether a part's result is of the source alone, so that runs of a sweep have it from one another.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     do: Callable[["Opened"], list[Path]]
     flops: Callable[[Recipe, PlanCost, Mapping[Site, Choice]], int] = lambda recipe, cost, chosen: 0
     is_shared: bool = False
+    of_source: Callable[[Part], bool] = lambda part: False
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def carry_out(stage: Stage, job: Job, run: RunFolder, on_step: OnStep) -> None:
             if is_main():
                 stage.do(Opened(job, run, part, on_step))
             continue
-        with run.stage(part.name, stage.inputs(job, run, part)) as opened:
+        inputs = stage.inputs(job, run, part)
+        with run.stage(part.name, inputs, of_source=stage.of_source(part)) as opened:
             if not opened.done and (stage.is_shared or is_main()):
                 opened.outputs = stage.do(Opened(job, run, part, on_step, opened))

@@ -24,7 +24,7 @@ from ..sampling.drawing import Drawing, describe_model
 from ..sampling.files import open_samples, origin_of
 from ..sampling.taught import Taught, TaughtConfig, teach
 from ..weights.pipelinefolder import pipeline_in, write_pipeline
-from ..words import RowName
+from ..words import PRETRAINED, RowName
 from .folder import RunFolder, read_log
 from .job import Job
 from .pairing import influences_path, with_pretrained
@@ -203,6 +203,7 @@ STAGES: dict[str, Stage] = {
             do=_teach,
             flops=teach_flops,
             is_shared=True,
+            of_source=lambda part: True,
         ),
         Stage(
             name="calibrate",
@@ -241,6 +242,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda job, run, part: identity.samples_inputs(job, run, _row_of(part)),
             do=_sample,
             is_shared=True,
+            of_source=lambda part: part.row == PRETRAINED,
         ),
         Stage(
             name="evaluate",

@@ -262,7 +262,8 @@ def measure(
     job = prepare(recipe)
     if _is_known(job, known) or any(_is_known(prepare(r), known) for r in _either(asked) if known):
         return []
-    run(asked, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"))
+    others = sorted(path.parent for path in folder.glob("*/manifest.json") if path.parent.name != point.name)
+    run(asked, folder / point.name, on_step=on_step, store=OperatorStore(folder / "operators"), others=others)
     if recipe.sample is None:
         return []
     measured = read_json(folder / point.name / "metrics.json", list[Row], error=RunError)

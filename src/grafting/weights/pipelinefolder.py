@@ -1,15 +1,13 @@
 """A pipeline's folder with another transformer in it, as a run leaves it: weights that are not edited are linked, not copied."""
 
-import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import CheckpointError
-from ..machine.files import atomic_files, write_json
+from ..machine.files import atomic_files, link_weights, write_json
 from ..machine.reading import read_json
 from .folder import read_config
 from .locate import CONFIG_NAME, HUB_NAME, MODEL_FILES, PIPELINE_NAME, find_folder, model_in
@@ -48,8 +46,8 @@ def write_pipeline(folder: Path, source: str | Path, model: Path) -> list[Path]:
     shutil.rmtree(folder, ignore_errors=True)  # parts that this pipeline has not got
     with atomic_files(folder, last=PIPELINE_NAME) as made:
         for part in _parts(index, found):
-            shutil.copytree(found / part, made / part, copy_function=_link)
-        shutil.copytree(model, made / "transformer", copy_function=_link)
+            shutil.copytree(found / part, made / part, copy_function=link_weights)
+        shutil.copytree(model, made / "transformer", copy_function=link_weights)
         name = str(read_config(model)["_class_name"])
         place = {"transformer": [HOME, name]} if name.startswith(PREFIX) else {}
         write_json(made / PIPELINE_NAME, index | place)
@@ -72,12 +70,3 @@ def _parts(index: dict[str, Any], folder: Path) -> list[str]:
         for name, value in index.items()
         if name != "transformer" and isinstance(value, list) and (folder / name).is_dir()
     ]
-
-
-def _link(source: str, target: str) -> None:
-    """Another name for the same weights where they are on the same disk; a copy of all else, which may be edited in place."""
-    if source.endswith(".safetensors"):
-        with suppress(OSError):
-            os.link(Path(source).resolve(), target)
-            return
-    shutil.copyfile(source, target)
