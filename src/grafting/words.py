@@ -330,6 +330,10 @@ _ROWS = (
         key="attention_mixing_flops", title="Mixing FLOPs", brief="mixing FLOPs",
         help="those of all attention operators without their projections",
     ),
+    _cost(
+        key="mlp_flops", title="MLP FLOPs", brief="MLP FLOPs", shown=("main",),
+        help="those of all MLPs in one forward pass of one image, where the plan edits some",
+    ),
     _cost(key="saved_bytes", title="Bytes kept for the backward pass", brief="bytes kept"),
     Figure(key="loss", title="Loss", brief="loss", of="run", better="low", shown=("progress", "curve")),
     Figure(key="diffusion", title="Diffusion loss", of="run", better="low", shown=("curve",)),

@@ -197,6 +197,15 @@ def test_check_lists_all_faults_of_a_recipe(tmp_path: Path):
     assert all(fault in message for fault in ("colour: unknown key", "seed: ", "rows.0: "))
 
 
+def test_where_mlps_are_edited_their_flops_are_told(tmp_path: Path):
+    plan = [{"role": "mlp", "blocks": [1], "operator": {"name": "mlp", "ratio": 2.0}}]
+    recipe = write_recipe(tmp_path, plan=plan)
+    summary = json.loads(call("check", recipe, "--json").output)
+    whole = 2 * 2 * 16 * 16 * 64  # 16 tokens of 16 channels, 64 inside
+    assert summary["mlp_flops"] == {"before": 2 * whole, "after": whole + whole // 2}
+    assert "MLP FLOPs: 131,072 to 98,304 (-25.0%)" in call("check", recipe).output
+
+
 def test_check_lists_all_faults_of_a_plan(tmp_path: Path):
     plan = [
         {"role": "attention", "blocks": [0, 7], "operator": "hyena-x"},
@@ -281,6 +290,7 @@ def test_check_describes_a_recipe_and_writes_nothing(tmp_path: Path, monkeypatch
     attention = 8 * 16 * 16**2 + 16**2 * (4 * 16 + 2 * 2)
     hyena = 2 * (4 * 16 * 16**2 + 3 * 4 * 16 * 16 + 16 * 16)
     assert summary["attention_flops"] == {"before": 2 * attention, "after": attention + hyena}
+    assert "mlp_flops" not in summary
     assert summary["params"]["after"] != summary["params"]["before"]
     assert summary["stages"]["distill"].startswith("2 steps of 4 images, 5996 to train on and 4 held out")
     assert "The recipe is valid." in call("check", tmp_path / "recipe.yaml").output

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import RecipeError
-from ..words import FIGURES, amount
+from ..words import ABSENT, FIGURES, amount
 from ._shared import Json, RecipeFile, Settings, Spec, open_recipe, out, print_json, uncollected
 from .display import plain_table, say
 from .inspection import site_facts
 
 if TYPE_CHECKING:
+    from ..contract import Role
     from ..runs.job import Job
+
+_COSTS = ("params", "attention_flops", "mlp_flops")
 
 app = typer.Typer()
 
@@ -41,7 +44,7 @@ def check(recipe: RecipeFile, settings: Settings = None, as_json: Json = False, 
     say(out, f"{len(edits) - num_blocks} of {summary['num_sites']} sites are edited")
     if num_blocks:
         say(out, f"{num_blocks} blocks are merged or dropped")
-    for what in ("params", "attention_flops"):
+    for what in filter(summary.get, _COSTS):
         before, after = summary[what]["before"], summary[what]["after"]
         change = f" ({after / before - 1:+.1%})" if before else ""
         say(out, f"{FIGURES[what].inline}: {before:,} to {after:,}{change}")
@@ -64,15 +67,16 @@ def _check_sweep(file: Path, settings: list[str] | None, *, as_json: bool) -> No
         print_json([{"labels": point.labels, **summary} for point, summary in found])
         return
     columns = list(dict.fromkeys(column for point, _ in found for column in point.labels))
+    costs = [what for what in _COSTS if any(what in summary for _, summary in found)]
     rows = [
         [
             *map(point.labels.get, columns),
             len(summary["edits"]),
-            *(f"{amount(summary[what]['after'])}" for what in ("params", "attention_flops")),
+            *(amount(summary[what]["after"]) if what in summary else ABSENT for what in costs),
         ]
         for point, summary in found
     ]
-    heads = ["edited", *(FIGURES[what].inline for what in ("params", "attention_flops"))]
+    heads = ["edited", *(FIGURES[what].inline for what in costs)]
     out.print(plain_table([*columns, *heads], rows))
     for note in dict.fromkeys(note for _, summary in found for note in summary["notes"]):
         say(out, f"Note: {note}")
@@ -97,12 +101,17 @@ def _summary(job: "Job") -> dict[str, Any]:
         "num_sites": len(sites),
         "edits": [site_facts(site, choice) for site, choice in job.chosen.items()],
         "params": {"before": before, "after": after},
-        "attention_flops": {
-            "before": job.attention_flops(is_edited=False).total,
-            "after": job.attention_flops(is_edited=True).total,
-        },
+        "attention_flops": _flops(job, "attention"),
+        **({"mlp_flops": _flops(job, "mlp")} if job.edits_mlps else {}),
         "stages": _stages_in_words(job),
         "notes": notes,
+    }
+
+
+def _flops(job: "Job", role: "Role") -> dict[str, int]:
+    return {
+        "before": job.flops_of(role, is_edited=False).total,
+        "after": job.flops_of(role, is_edited=True).total,
     }
 
 

@@ -164,7 +164,7 @@ class TradeOff(NamedTuple):
     picture: Markup
 
 
-_COSTS = ("flops", "attention_flops", "attention_mixing_flops", "params", "ms_per_image")
+_COSTS = ("flops", "attention_flops", "mlp_flops", "attention_mixing_flops", "params", "ms_per_image")
 
 
 def trade_off(rows: Sequence[Mapping[str, Any]]) -> TradeOff | None:

@@ -9,7 +9,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from ..contract import Conditions, Denoiser, Grid, Site, TrainingData
+from ..contract import Conditions, Denoiser, Grid, Role, Site, TrainingData
 from ..cost.count import Flops, role_flops
 from ..data import Prompts, check_bound
 from ..data.bundled import bundled_model_folder
@@ -71,13 +71,17 @@ class Job:
         """The image tokens of the data's items."""
         return self.host.grid_of(self.model, self.shape)
 
-    def attention_flops(self, *, is_edited: bool) -> Flops:
-        """FLOPs per image and forward pass of all attention, before or after the plan."""
+    @property
+    def edits_mlps(self) -> bool:
+        return any(site.role == "mlp" for site in self.chosen)
+
+    def flops_of(self, role: Role, *, is_edited: bool) -> Flops:
+        """FLOPs per image and forward pass of all attention, or of all MLPs, before or after the plan."""
         chosen = self.chosen if is_edited else {}
         at_grid = {site: replace(site, grid=self.grid) for site in self.host.sites(self.model)}
         standing = [at_grid[site] for site in paths_after(list(at_grid), chosen)]
         operators = {at_grid.get(site, site): o for site, o in operators_of(chosen).items()}
-        return role_flops(standing, operators, "attention")
+        return role_flops(standing, operators, role)
 
     @property
     def is_fitted(self) -> bool:

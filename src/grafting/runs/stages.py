@@ -168,16 +168,20 @@ class _Facts(BaseModel):
 
 
 def _cost(job: Job, run: RunFolder, row: RowName) -> dict[str, int | float | None]:
-    """Cost of a row's model: parameters, attention FLOPs per image and forward pass, measured sampling time."""
+    """Cost of a row's model: parameters, FLOPs per image and forward pass of attention, and of MLPs where the plan edits some,
+    measured sampling time."""
     folder = run.path / "samples" / row
     log = folder / "log.jsonl"
     said = [line.get("ms_per_image") for line in (read_log(log) if log.is_file() else ())]
     times = sorted(value for value in said if isinstance(value, float) and math.isfinite(value))
-    flops = job.attention_flops(is_edited=ROWS[row].is_edited)
+    is_edited = ROWS[row].is_edited
+    flops = job.flops_of("attention", is_edited=is_edited)
+    of_mlps = {"mlp_flops": job.flops_of("mlp", is_edited=is_edited).total} if job.edits_mlps else {}
     return {
         "params": read_json(folder / "model.json", _Facts, error=RunError).params,
         "attention_flops": flops.total,
         "attention_mixing_flops": flops.mixing,
+        **of_mlps,
         # a log may be lost: the images are not drawn again for it
         "ms_per_image": round(times[len(times) // 2], 3) if times else None,
     }
