@@ -163,6 +163,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], *, trial: bool = False) -> 
     figure = headline(rows)
     protocol = rows[0].get("protocol")
     columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
+    if "mlp_flops" in rows[0] and len({row.get("attention_flops") for row in rows}) == 1:
+        columns = [c for c in columns if c.key != "attention_flops"]
     caption = f"{rows[0]['num_images']} images per model"
     if protocol:
         caption += f", features of {protocol['feature_network']['name']}, 95 % intervals"
@@ -189,7 +191,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], *, trial: bool = False) -> 
     if protocol:
         table.add_column(figure.name(rows), justify="right", no_wrap=True)
     for column in columns:
-        table.add_column(column.inline, justify="right")
+        table.add_column(column.inline, justify="right", overflow="fold")
     for row in titled:
         interval = figure.interval(row)
         value = f"[bold]{figure.write(row.get(figure.key))}[/]" + (f" ({interval})" if interval else "")
