@@ -207,7 +207,7 @@ def why_no_ratio(found: Mapping[str, Any]) -> str:
     from ..evaluation.comparison import NO_RATIO
 
     if reason := found.get("reason"):
-        return f"not compared image by image: {reason}"
+        return f"figures are not compared: {reason}"
     return next((note for note in found.get("notes", ()) if note.startswith(NO_RATIO)), "")
 
 
