@@ -299,7 +299,11 @@ def test_sites_of_a_grafted_model(ran: tuple[Path, Result]):
 
 
 def test_sites_of_what_is_no_model(tmp_path: Path):
-    assert "no model in" in fails("sites", tmp_path)
+    said = fails("sites", tmp_path)
+    assert (
+        f"no model in {tmp_path}: it has neither model_index.json, as a pipeline's folder has, nor config.json"
+        in said
+    )
 
 
 # run, report, sample, evaluate
@@ -490,7 +494,9 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
             "vae.source=x",
             "vae.source: this recipe has no `vae`; set it as a whole, --set 'vae={source: ...}'",
         ),
-        ("plan.7.blocks=[0]", "plan.7.blocks: there is no such setting"),
+        ("plan.7.blocks=[0]", "plan.7.blocks: plan has 1 edit, numbered from 0\n"),
+        ("plan.first.blocks=[0]", "plan.first.blocks: plan has 1 edit, numbered from 0\n"),
+        ("plan.0.operator.taps=3", "plan.0.operator.taps: there is no such setting\n"),
         ("colour=red", "colour: unknown key"),
     ],
 )
