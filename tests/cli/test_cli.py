@@ -118,6 +118,7 @@ def test_check_says_that_no_pipeline_draws_with_a_graft(tmp_path: Path):
     path.write_text(yaml.safe_dump(recipe))
     result = call("check", path)
     assert result.exit_code == 0, result.output
+    assert "\nprompts: 20 encoded already\n" in result.stdout
     assert f"Note: no pipeline draws with this graft: {host.pipeline_fault}\n" in result.stdout
 
 
