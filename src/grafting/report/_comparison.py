@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..machine.files import flatten
-from ..words import ABSENT, ROW_MEANINGS, Row, headline, is_number, verdict
+from ..words import ABSENT, ROW_MEANINGS, Measured, Row, headline, is_number, verdict
 from ._gallery import gallery
 from ._page import asked_by, plan_part, rendered, sites_of
 from ._protocols import protocol_table
@@ -55,7 +55,7 @@ def comparison_page(compared: Sequence[ComparedRow]) -> str:
     )
 
 
-def _no_verdict(row: Row, base: Row) -> str:
+def _no_verdict(row: Measured, base: Measured) -> str:
     figure = headline([row, base])
     if not any(is_number(each.get(figure.key)) for each in (row, base)):
         return f"No suite has measured {row['name']} and {base['name']}"

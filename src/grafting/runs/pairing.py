@@ -79,7 +79,9 @@ class Against:
         """
         found: JsonObject = {key: e._asdict() for key, e in _likeness(self.first, self.row).items()}
         sampling = _sampling_differences(self.first, self.row) if found else []
-        return found | ({"sampling_differs": sampling} if sampling else {})
+        if sampling:
+            found["sampling_differs"] = [*sampling]
+        return found
 
 
 def seen_in_words(found: Mapping[str, Any]) -> list[str]:
