@@ -2,7 +2,7 @@
 
 import pytest
 
-from grafting.words import FIGURES, amount, change, duration, number, short
+from grafting.words import FIGURES, amount, change, duration, number, short, without_empty
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,8 @@ def test_a_difference_of_shares_is_in_points():
     assert FIGURES["agreement"].paired({"paired": {"agreement": {"difference": difference}}}) == (
         "\u221213.1 points (\u221214.8 to \u221211.4)"
     )
+
+
+def test_a_column_that_is_empty_in_all_rows_is_left_out():
+    rows = [["x", "", "\u2013", "0"], ["y", "", "", ""]]
+    assert without_empty(["a", "b", "c", "d"], rows) == (["a", "d"], [["x", "0"], ["y", ""]])

@@ -39,6 +39,8 @@ def operators_page() -> str:
             ["operator", "kind", "FLOPs, 256 tokens", "FLOPs, 4,096 tokens", "parameters"],
             [[f"[`{name}`](#{name})", _kind(config), *_costs(config)] for name, config in configs.items()],
         ),
+        "A kernel stands inside the host's attention; a mixer stands in place of the whole attention or MLP. Attention mixers do not fit "
+        "hosts of two streams, image and text, such as SD3 and the double blocks of FLUX: put kernels there.",
         *(_operator(name, config) for name, config in configs.items()),
         "## Presets\n\nThe designs of arXiv:2506.05340, by name. A preset takes no settings.",
         _table(

@@ -266,6 +266,8 @@ class KernelConfig(OperatorConfig):
 class MixerConfig(OperatorConfig):
     """Settings of a mixer. Its own weights start from the host's where that has a meaning, or at random."""
 
+    kernel: ClassVar[str | None] = None
+    """The kernel operator that is nearest to it, for hosts that take no mixer here."""
     init: Literal["inherit", "random"] = "inherit"
     """Start from the replaced module's weights where that has a meaning, or at random."""
 

@@ -417,6 +417,12 @@ def bounds_of(key: str) -> tuple[float, float]:
     return (low, high) if key in FIGURES else (low - high, high - low)
 
 
+def without_empty(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that are empty in all rows."""
+    kept = [i for i in range(len(head)) if any(row[i] not in ("", ABSENT) for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, whose cells hold text and nothing else."""
     lines = [

@@ -118,6 +118,7 @@ def test_check_says_that_no_pipeline_draws_with_a_graft(tmp_path: Path):
     path.write_text(yaml.safe_dump(recipe))
     result = call("check", path)
     assert result.exit_code == 0, result.output
+    assert "\nprompts: 20 encoded already\n" in result.stdout
     assert f"Note: no pipeline draws with this graft: {host.pipeline_fault}\n" in result.stdout
 
 
@@ -309,7 +310,11 @@ def test_sites_of_a_grafted_model(ran: tuple[Path, Result]):
 
 
 def test_sites_of_what_is_no_model(tmp_path: Path):
-    assert "no model in" in fails("sites", tmp_path)
+    said = fails("sites", tmp_path)
+    assert (
+        f"no model in {tmp_path}: it has neither model_index.json, as a pipeline's folder has, nor config.json"
+        in said
+    )
 
 
 # run, report, sample, evaluate
@@ -500,7 +505,9 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
             "vae.source=x",
             "vae.source: this recipe has no `vae`; set it as a whole, --set 'vae={source: ...}'",
         ),
-        ("plan.7.blocks=[0]", "plan.7.blocks: there is no such setting"),
+        ("plan.7.blocks=[0]", "plan.7.blocks: plan has 1 edit, numbered from 0\n"),
+        ("plan.first.blocks=[0]", "plan.first.blocks: plan has 1 edit, numbered from 0\n"),
+        ("plan.0.operator.taps=3", "plan.0.operator.taps: there is no such setting\n"),
         ("colour=red", "colour: unknown key"),
     ],
 )

@@ -150,6 +150,19 @@ def test_adapters_need_sites_that_keep_their_linear_layers():
     assert load_recipe("mine-smoke.yaml").finetune.trainable == "new"
 
 
+def test_a_file_of_prompts_without_one_is_refused_at_once():
+    tinypipeline.of(hosts()["pixart"].tiny()).save_pretrained("pipe")
+    Path("words.txt").write_text("\n \n")
+    result = init("mine.yaml", "--source", "pipe", "--prompts", "words.txt")
+    assert result.exit_code == 1
+    assert "no prompts in words.txt: it has no line" in result.stderr
+    assert not Path("mine.yaml").exists()
+    Path("words.txt").write_text("a cat\na dog\n")
+    assert init("mine.yaml", "--source", "pipe", "--prompts", "words.txt").exit_code == 0
+    checked = CliRunner().invoke(app, ["check", "mine.yaml"])
+    assert "\nprompts: 2 to encode\n" in checked.stdout
+
+
 def test_prompts_in_a_file_need_the_pipelines_text_encoders():
     hosts()["pixart"].tiny().save_pretrained("model")
     result = init("mine.yaml", "--source", "model", "--prompts", "words.jsonl")

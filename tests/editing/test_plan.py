@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from grafting.contract import BlockCall, Grid, ModuleCall, Site
+from grafting.contract import BlockCall, Grid, KernelConfig, MixerConfig, ModuleCall, Site
 from grafting.editing.plan import (
     Drop,
     Merge,
@@ -122,10 +122,64 @@ def test_one_message_lists_every_fault_once():
         faulty.resolve(sites(3), host="host 'dit'")
     assert str(caught.value).splitlines() == [
         "3 faults in plan for host 'dit' (blocks 0..2)",
-        "  plan.0: Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 3",
+        "  plan.0: Replace(role='attention', blocks='2-4', operator='hyena-x'): no block 3; there are 0..2",
         "  plan.1: Replace(role='attention', blocks=(2, 2), operator='linear'): the attention of block 2 is named twice",
         "  plan.2: Replace(role='mlp', blocks=1, operator='hyena-x'), block 1: hyena-x replaces attention, not mlp",
     ]
+
+
+def test_blocks_that_a_model_does_not_have_are_one_fault_of_an_edit():
+    with pytest.raises(PlanError) as caught:
+        plan(("attention", [7, 1, 9, 7], "linear"), ("mlp", "5-9", "mlp")).resolve(sites(4))
+    assert [line.partition("): ")[2] for line in str(caught.value).splitlines()[1:]] == [
+        "no blocks 7, 9; there are 0..3",
+        "no block 5; there are 0..3",
+    ]
+
+
+def test_a_misfit_is_told_once_with_its_blocks():
+    with pytest.raises(
+        PlanError, match=r"^1 fault in .*\n  .*, blocks 0, 1, 2: hyena-x replaces attention, not mlp$"
+    ):
+        plan(("mlp", "all", "hyena-x")).resolve(sites(3))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "near"),
+    [
+        ("hyena-x", "; did you mean 'gated-conv-x'?"),
+        ("hyena-y-published", "; did you mean 'gated-conv-y'?"),
+        ("mha", "; did you mean 'softmax'?"),
+        ("mamba2", ";"),
+    ],
+)
+def test_for_a_mixer_the_kernels_are_named(mixer: str, near: str):
+    edits = plan(("attention", 0, mixer))
+    with pytest.raises(PlanError) as caught:
+        edits.resolve([replace(site, module=None) for site in sites(1)])
+    kernels = [name for name, config in operator_configs().items() if issubclass(config, KernelConfig)]
+    assert str(caught.value).endswith(
+        f"takes only kernels for this attention{near} there are {', '.join(kernels)}"
+    )
+    assert "window-2d" in kernels
+
+
+def test_the_nearest_kernels_are_kernels():
+    near = [config.kernel for config in operator_configs().values() if issubclass(config, MixerConfig)]
+    assert {"gated-conv-se", "gated-conv-x", "gated-conv-y", "softmax", None} == set(near)
+    assert all(issubclass(operator_configs()[name], KernelConfig) for name in near if name)
+
+
+def test_a_choice_in_python_names_the_nearest():
+    with pytest.raises(PlanError, match=r"role: .*, found 'attn'; did you mean 'attention'\?$"):
+        Replace(role="attn", operator="softmax")
+
+
+def test_what_a_message_refuses_is_named_once():
+    with pytest.raises(PlanError, match="blocks: '3-1': a range ends before it begins$"):
+        Replace(role="attention", blocks="3-1", operator="softmax")
+    with pytest.raises(PlanError, match="no operator 'window2d'; .*, swa$"):
+        Replace(role="attention", operator="window2d")
 
 
 def test_a_host_may_take_kernels_only():
@@ -263,8 +317,8 @@ def test_every_fault_of_merges_and_drops_is_listed():
     ) == [
         "plan.0: Merge(blocks='0-2'): 3 blocks do not form pairs",
         "plan.1: Merge(blocks=(3, 5)): blocks 3 and 5 are not consecutive",
+        "plan.2: Drop(blocks=(3, 9)): no block 9; there are 0..5",
         "plan.2: Drop(blocks=(3, 9)): block 3 is named twice",
-        "plan.2: Drop(blocks=(3, 9)): no block 9",
         "plan.3: Merge(blocks=(2, 4)): block 2 is named twice",
         "plan.3: Merge(blocks=(2, 4)): blocks 2 and 4 are not consecutive",
         "plan.4: Merge(blocks=(1, 0)): block 1 is named twice",
@@ -305,8 +359,8 @@ def test_the_faults_of_an_edit_in_python_are_one_list():
         Replace(role="attn", blocks="ood", operator={"name": "window-2d", "radius": 0})
     assert str(caught.value).splitlines() == [
         "3 faults in Replace",
-        "  role: Input should be 'attention' or 'mlp', found 'attn'",
-        "  blocks: 'ood' names no blocks: write all, odd, even, [1, 3], '8-18:2', '1, 8-10' or 'every 3 of 4', found 'ood'",
+        "  role: Input should be 'attention' or 'mlp', found 'attn'; did you mean 'attention'?",
+        "  blocks: 'ood' names no blocks: write all, odd, even, [1, 3], '8-18:2', '1, 8-10' or 'every 3 of 4'",
         "  operator.radius: Input should be greater than 0, found 0",
     ]
 

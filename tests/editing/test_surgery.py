@@ -331,8 +331,8 @@ def test_a_faulty_restructuring_changes_nothing(model):
     assert str(caught.value).splitlines() == [
         "3 faults in plan for host 'dit' (blocks 0..2)",
         "  plan.0: Merge(blocks='all'): 3 blocks do not form pairs",
-        "  plan.1: Drop(blocks=(7,)): no block 7",
-        "  plan.2: Replace(role='attention', blocks=9, operator='linear'): no block 9",
+        "  plan.1: Drop(blocks=(7,)): no block 7; there are 0..2",
+        "  plan.2: Replace(role='attention', blocks=9, operator='linear'): no block 9; there are 0..2",
     ]
     assert unchanged(model, before)
 

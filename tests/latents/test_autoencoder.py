@@ -130,6 +130,11 @@ def _configure(**changes):
             "toy is not an autoencoder that can be read",
         ),
         (_drop_tensor, "not those of its config:\n  quant_conv.bias is missing"),
+        (_configure(_class_name=None), "toy holds a model without a class, not an AutoencoderKL"),
+        (
+            _configure(_class_name=None, architectures=["CLIPTextModel"]),
+            "toy holds a CLIPTextModel, not an AutoencoderKL",
+        ),
         (_configure(_class_name="DiT"), "toy holds a DiT, not an AutoencoderKL"),
         (_configure(latents_mean=[0.0] * 4), "has a mean and scale for each channel"),
     ],

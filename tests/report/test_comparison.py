@@ -38,7 +38,7 @@ def test_runs_stand_side_by_side(tmp_path):
     )
     page = whole_page(write(tmp_path / "page.html", *map(read_row, runs)))
     assert page.text.count("narrow and wide") == 0
-    assert "Wide and narrow are not compared image by image." in page.text
+    assert "wide and narrow are not compared by Fréchet distance." in page.text
     assert "Images, model by model" in page.text
     assert "Down a column" not in page.text
     sheets = [(a["data-name"], a["data-group"]) for _, a in page.tags if a.get("class") == "sheet"]
@@ -71,15 +71,15 @@ def test_runs_of_one_name_are_told_by_their_folders(tmp_path):
     [
         (
             (1.2, 1.1, 1.3),
-            "Our finetuned is worse than before: Fréchet distance 1.20\u00d7 (1.10\u20131.30).",
+            "our finetuned is worse than before: Fréchet distance 1.20\u00d7 (1.10\u20131.30).",
         ),
         (
             (0.8, 0.7, 0.9),
-            "Our finetuned is better than before: Fréchet distance 0.80\u00d7 (0.70\u20130.90).",
+            "our finetuned is better than before: Fréchet distance 0.80\u00d7 (0.70\u20130.90).",
         ),
         (
             (1.0, 0.9, 1.1),
-            "Our finetuned and before cannot be told apart by Fréchet distance: 1.00\u00d7 (0.90\u20131.10).",
+            "our finetuned and before cannot be told apart by Fréchet distance: 1.00\u00d7 (0.90\u20131.10).",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def test_one_that_is_not_paired_takes_the_same_seeds_back(run_folder):
         run_folder, finetuned={"frechet": estimate(1.2, 1.1, 1.3)}, distilled={"reason": "other seeds"}
     )
     assert "Images, model by model" in page.text
-    assert "our distilled: not compared image by image: other seeds" in page.text
+    assert "our distilled: figures are not compared: other seeds" in page.text
 
 
 def test_a_page_is_an_html_file(tmp_path):

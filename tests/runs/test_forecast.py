@@ -53,7 +53,7 @@ def test_stage_1_of_all_attention_fits_in_one_h100_hour(published):
 
 
 def test_no_activation_is_kept_where_the_published_way_keeps_264_gb(published):
-    assert published.dump == {"published": 264_241_152_000, "here": 0}
+    assert published.dump == {"published": 264_241_152_000, "published_samples": 8000, "here": 0}
     assert stage(published, "distill").disk["activations"] == 0
 
 
@@ -257,10 +257,10 @@ def test_every_step_of_a_run_has_a_line_and_a_sum_says_what_it_leaves_out(tmp_pa
     of_h100 = forecast(load_recipe(path), device="h100")
     hours = sum(stage.hours for stage in of_h100.stages if stage.hours is not None)
     disk = sum(stage.disk_bytes for stage in of_h100.stages if stage.disk_bytes is not None)
-    (total,) = (line.split("  ") for line in told.output.splitlines() if line.startswith("all "))
+    (total,) = (line.split("  ") for line in told.output.splitlines() if line.startswith("total "))
     total = [cell.strip() for cell in total if cell.strip()]
     assert (total[2], total[4]) == (duration(3600 * hours), f"{amount(disk)}B")
-    assert "Not in all, time, memory, disk of prompts, evaluate, report: not estimated" in told.output
+    assert "\nNot estimated, and not in the total: prompts, evaluate, report\n" in told.output
 
 
 def test_a_shape_that_the_model_does_not_take_is_refused_at_once(tmp_path):

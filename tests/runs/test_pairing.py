@@ -131,7 +131,7 @@ def test_a_row_that_keeps_nothing_of_each_image_is_shown_alone(ran, tmp_path):
     (before / "metrics.json").write_text(json.dumps(rows))
     assert "measured by a version that kept nothing of each image" in write_report(before).read_text()
     shown = call("compare", ran, before).stdout
-    assert "Not compared image by image" in shown
+    assert "Figures are not compared" in shown
     assert "keeps nothing of each image" in shown
     assert "may still differ" in shown
 

@@ -13,7 +13,7 @@ from grafting.runs.file import load_recipe
 from grafting.runs.forecast import forecast
 from grafting.runs.identity import essence
 from grafting.runs.job import prepare
-from grafting.runs.paths import with_paths, written_in
+from grafting.runs.paths import WrittenPaths, naming_paths, with_paths, written_in
 from grafting.runs.run import run
 from grafting.runs.sweep import load_sweep, points
 
@@ -170,6 +170,22 @@ def test_errors_name_a_path_as_written_and_as_found(place):
         RecipeError, match=rf"save_every: .*, found ./x in {file}, which is {place}/recipes/x"
     ):
         load_recipe(_recipe(file, save_every="./x"))
+
+
+def test_a_folder_is_not_named_by_what_is_in_it():
+    written = WrittenPaths({"/x/sd3": "../sd3", "/x/sd3/text": "../sd3/text", "/x/sd": "../sd"})
+
+    def named(text: str) -> list[str]:
+        with pytest.raises(GraftingError) as caught, naming_paths(written):
+            raise GraftingError(text)
+        return str(caught.value).splitlines()[1:]
+
+    assert named("/x/sd3/text holds nothing") == ["  /x/sd3/text is written ../sd3/text"]
+    assert named("no model in /x/sd3: /x/sd3/vae is missing") == ["  /x/sd3 is written ../sd3"]
+    assert named("/x/sd3/text is not in /x/sd3") == [
+        "  /x/sd3/text is written ../sd3/text",
+        "  /x/sd3 is written ../sd3",
+    ]
 
 
 def test_a_path_that_is_written_whole_is_named_once(place):

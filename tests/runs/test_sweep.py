@@ -202,7 +202,7 @@ def test_a_dry_run_says_what_each_recipe_takes_and_the_sum(tmp_path):
     lines = [line.split() for line in told.output.splitlines()]
     assert [line[:2] for line in lines[2:4]] == [["hyena-x", "100"], ["window", "100"]]
     assert lines[3][2:4] == f"{alone.params / 1000:.1f} k".split()
-    assert lines[4][0] == "all"
+    assert lines[4][0] == "total"
     disk = sum(stage.disk_bytes or 0 for stage in alone.stages)
     assert lines[3][-2:] == amount(disk).replace("k", "kB").replace("M", "MB").split()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.yaml"]

@@ -46,3 +46,12 @@ def test_labels_are_text_to_a_browser(tmp_path):
     want = ["a \\| b", "two lines", "&lt;img src=x>", "![p]\\(http://x)", "\\\\\\|"]
     assert first == [f"| {cell}" for cell in want]
     assert read_table(tmp_path / "t")[0]["recipe"] == "a | b"
+
+
+def test_the_page_of_a_table_has_no_column_that_is_empty_in_all_rows(tmp_path):
+    write_table(tmp_path / "t", [LINE | {"kid": None, "exact": 0.5}, LINE | {"kid": None}])
+    head, _, *lines = (tmp_path / "t.md").read_text().splitlines()
+    assert "exact" in head
+    assert "kid" not in head
+    assert len(lines) == 2
+    assert "kid" in (tmp_path / "t.csv").read_text().splitlines()[0]

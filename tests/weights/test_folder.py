@@ -98,7 +98,9 @@ def test_half_written(folder):
 
 def test_no_config(folder):
     (folder / CONFIG_NAME).unlink()
-    with pytest.raises(CheckpointError, match=r"it has no config\.json: half-written, or published weights"):
+    with pytest.raises(
+        CheckpointError, match=r"nor config\.json, as a model.s: half-written, or published weights"
+    ):
         load_model(folder)
 
 

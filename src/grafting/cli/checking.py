@@ -116,10 +116,15 @@ def _flops(job: "Job", role: "Role") -> dict[str, int]:
 
 
 def _stages_in_words(job: "Job") -> dict[str, str]:
+    from ..data import Prompts
+    from ..latents.prompting import PlannedPrompts
     from ..sampling.taught import TaughtConfig
     from ..sampling.trajectories import Trajectories
 
     recipe, words = job.recipe, {}
+    if isinstance(conditions := job.denoiser.conditions, Prompts | PlannedPrompts):
+        how = "to encode" if isinstance(conditions, PlannedPrompts) else "encoded already"
+        words["prompts"] = f"{len(conditions):,} {how}"
     if isinstance(recipe.data, TaughtConfig):
         made = recipe.data
         words["teach"] = f"{made.num_images} latents of the source, {made.sampler} with {made.steps} steps"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RunError
-from ..words import FIGURES, Figure, headline, is_number, verdict
+from ..words import FIGURES, Figure, headline, is_number, verdict, without_empty
 from ._shared import Json, out, print_json
 from .display import plain_table, say, why_no_ratio
 
@@ -49,7 +49,7 @@ def compare(rows: Rows, page: Page = None, as_json: Json = False) -> None:
     compared = [Against(other, first) for other in others]
     written = None if page is None else write_comparison(page, first, compared)
     if len(compared) > 1:
-        _show_all(first, [(each.row, each.paired) for each in compared], as_json=as_json)
+        _show_all(first, [(each.row, each.paired | each.seen) for each in compared], as_json=as_json)
     else:
         (other,) = compared
         found = other.of_first | other.seen
@@ -62,7 +62,9 @@ def compare(rows: Rows, page: Page = None, as_json: Json = False) -> None:
 
 
 def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *, as_json: bool) -> None:
-    """A line for each row: its figures, and under the main one what it is of the first's, by images of the same seeds."""
+    """A line for each row: its figures, and what they and its images are of the first's, by images of the same seeds."""
+    from ..runs.pairing import settings_in_words
+
     if as_json:
         pairs = [{"name": row.measured.name, **found} for row, found in others]
         print_json({"first": first.measured.name, "others": pairs})
@@ -70,12 +72,12 @@ def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *,
     figures = [first.measured.figures, *(row.measured.figures for row, _ in others)]
     main = headline(figures)
     shown = [f for f in FIGURES.values() if "main" in f.shown and f is not main]
-    shown = [f for f in shown if any(is_number(row.get(f.key)) for row in figures)]
     lines = [
         [
             name,
             _with_interval(main, row),
             main.paired({"paired": found}),
+            *(_seen(key, found) for key in ("image_distance", "feature_distance")),
             *(f.write(row.get(f.key)) for f in shown),
         ]
         for name, row, found in (
@@ -83,14 +85,16 @@ def _show_all(first: "RunRow", others: "list[tuple[RunRow, dict[str, Any]]]", *,
             *((row.measured.name, row.measured.figures, found) for row, found in others),
         )
     ]
-    out.print(
-        plain_table(["row", main.name(figures), "against the first", *(f.inline for f in shown)], lines)
-    )
+    against = ["against the first", "pixels from the first", "features from the first"]
+    heads = ["row", main.name(figures), *against, *(f.inline for f in shown)]
+    out.print(plain_table(*without_empty(heads, lines)))
     for row, found in others:
         if said := _verdict(row, first, found):
             say(out, said)
         elif reason := why_no_ratio(found):
             say(out, f"{row.measured.name}: {reason}")
+        if warning := settings_in_words(found):
+            say(out, f"{row.measured.name}: {warning}")
 
 
 def _parse_row(text: str) -> tuple[Path, str | None]:
@@ -107,7 +111,9 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
         [figure.name(rows), *(_with_interval(figure, row) for row in rows), figure.paired({"paired": found})]
         for figure in figures
     ]
-    out.print(plain_table(["figure", a.measured.name, b.measured.name, "first against second"], lines))
+    if lines:
+        heads = ["figure", a.measured.name, b.measured.name, "first against second"]
+        out.print(plain_table(*without_empty(heads, lines)))
     if said := _verdict(a, b, found):
         say(out, said)
     if difference := (found.get("frechet") or {}).get("difference"):
@@ -118,7 +124,8 @@ def _show(a: "RunRow", b: "RunRow", found: dict[str, Any]) -> None:
     for sentence in seen_in_words(found):
         say(out, sentence)
     if reason := found.get("reason"):
-        say(out, f"Not compared image by image: {reason}")
+        say(out, f"Figures are not compared: {reason}")
+    if reason and lines:
         say(out, "The intervals above are of each row alone: where they overlap, the rows may still differ")
     for note in found.get("notes", []):
         say(out, f"Note: {note}")
@@ -131,6 +138,14 @@ def _verdict(row: "RunRow", base: "RunRow", found: dict[str, Any]) -> str:
 
 def _is_of_both(figure: Figure, rows: list[Any]) -> bool:
     return figure.judges and all(is_number(row.get(figure.key)) for row in rows)
+
+
+def _seen(key: str, found: dict[str, Any]) -> str:
+    """How far a row's images lie from the first's of the same seeds, in pixels or in features; empty if that is not known."""
+    if key not in found:
+        return ""
+    value, low, high = (FIGURES[key].write(found[key][end]) for end in ("value", "low", "high"))
+    return f"{value} ({low}\u2013{high})"
 
 
 def _with_interval(figure: Figure, row: Any) -> str:

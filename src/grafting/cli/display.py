@@ -209,7 +209,7 @@ def why_no_ratio(found: Mapping[str, Any]) -> str:
     from ..evaluation.comparison import NO_RATIO
 
     if reason := found.get("reason"):
-        return f"not compared image by image: {reason}"
+        return f"figures are not compared: {reason}"
     return next((note for note in found.get("notes", ()) if note.startswith(NO_RATIO)), "")
 
 
@@ -292,7 +292,7 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         for stage in stages
     ]
     say(console, f"Recipe {found['recipe']}, {found['processes']} x {found['device']}")
-    rows.append(["all", "", *_takes(stages)])
+    rows.append(["total", "", *_takes(stages)])
     console.print(plain_table(["stage", "work", "FLOPs", "time", "memory per process", "disk"], rows))
     for stage in stages:
         for what in ("memory", "disk"):
@@ -312,7 +312,8 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         here = _size(dump["here"]) if dump["here"] else "nothing"
         say(
             console,
-            f"Activations on disk: {here}; the published method for stage 1 stores {_size(dump['published'])}",
+            f"Activations on disk: {here}; the published method for stage 1 stores {_size(dump['published'])} for its "
+            f"{dump['published_samples']:,} samples",
         )
 
 
@@ -326,7 +327,7 @@ def show_forecasts(
         [*map(labels.get, columns), amount(forecast["params"]), *_takes(forecast["stages"])]
         for labels, forecast in found
     ]
-    rows.append([*[None] * len(columns), "all", *_takes(every)])
+    rows.append([*[None] * len(columns), "total", *_takes(every)])
     first = found[0][1]
     say(console, f"Sweep {name}, {len(found)} recipes, {first['processes']} x {first['device']}")
     heads = ["params", "FLOPs", "time", "memory per process", "disk"]
@@ -364,12 +365,18 @@ def _takes(stages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _say_left_out(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
     """Say which stages a sum of them leaves out, and why."""
+    from ..runs.forecast import NOT_ESTIMATED
+
     left_out: dict[tuple[str, str], list[str]] = {}
     for stage in stages:
         if unknown := [what for what, key in _ESTIMATED.items() if stage[key] is None]:
             left_out.setdefault((", ".join(unknown), stage["basis"]), []).append(stage["name"])
     for (what, basis), names in left_out.items():
-        say(console, f"Not in all, {what} of {', '.join(dict.fromkeys(names))}: {basis}")
+        where = ", ".join(dict.fromkeys(names))
+        # what is unknown of a stage is all of it, or is named
+        left = where if what == ", ".join(_ESTIMATED) else f"{what} of {where}"
+        why = "" if basis == NOT_ESTIMATED else f" ({basis})"
+        say(console, f"Not estimated, and not in the total: {left}{why}")
 
 
 def _hours(hours: float | None) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
-from ..contract import KernelConfig, OperatorConfig, Site
+from ..contract import KernelConfig, MixerConfig, OperatorConfig, Site
 from ..errors import PlanError, listed
 from ..machine.reading import JsonObject, cut, shown
 from ..machine.settings import Settings
@@ -213,19 +213,25 @@ class Plan(Settings):
             numbers = resolve_blocks(edit.blocks, num_blocks)
             role = edit.role if isinstance(edit, Replace) else "block"
             available = {s.block: s for s in (*sites, *blocks) if s.role == role}
+            if outside := [block for block in numbers if block not in range(num_blocks)]:
+                faults.append(f"{name}: {_no_blocks(outside, num_blocks)}")
+            misfits: dict[str, list[int]] = {}
             for block in numbers:
+                if block in outside:
+                    continue
                 site = available.get(block)
                 if site is None:
-                    faults.append(f"{name}: {_missing(block, num_blocks, role)}")
+                    faults.append(f"{name}: {_missing(block, role)}")
                 elif site in chosen:
                     faults.append(f"{name}: {words_of(site)} is named twice")
                 elif isinstance(edit, Replace):
                     chosen[site] = edit.operator
-                    misfits = _misfits(edit.operator, site)
-                    faults += [f"{name}, block {block}: {fault}" for fault in misfits]
+                    for fault in _misfits(edit.operator, site):
+                        misfits.setdefault(fault, []).append(block)
                 else:
                     chosen[site] = edit
                     faults += [f"{name}: block {block} cannot be edited: {site.fixed}"] if site.fixed else []
+            faults += [f"{name}, {_numbered(where)}: {fault}" for fault, where in misfits.items()]
             if isinstance(edit, Merge):
                 faults += [f"{name}: {fault}" for fault in _unpaired(numbers, available)]
         faults += _left_without_block(chosen, num_blocks)
@@ -281,9 +287,17 @@ def _randomised(edit: Replace | Merge | Drop) -> Replace | Merge | Drop:
     return edit.model_copy(update={"operator": edit.operator.randomised()})
 
 
-def _missing(block: int, num_blocks: int, role: str) -> str:
-    if block not in range(num_blocks):
-        return f"no block {block}"
+def _no_blocks(outside: Sequence[int], num_blocks: int) -> str:
+    return f"no {_numbered(outside)}; there are 0..{num_blocks - 1}"
+
+
+def _numbered(blocks: Sequence[int]) -> str:
+    """Blocks by their numbers, each once: `block 7`, `blocks 7, 9`."""
+    distinct = dict.fromkeys(blocks)
+    return cut(f"block{'s' * (len(distinct) > 1)} {', '.join(map(str, distinct))}")
+
+
+def _missing(block: int, role: str) -> str:
     if role == "block":
         return f"the host does not declare how block {block} is called"
     return f"block {block} has no replaceable {role}"
@@ -330,10 +344,24 @@ def _left_without_block(chosen: Mapping[Site, Choice], num_blocks: int) -> list[
     return [*faults, "every block is dropped"] if len(dropped) == num_blocks else faults
 
 
+def _kernels_like(operator: OperatorConfig) -> str:
+    """The end of a message that asks for a kernel: those that take the operator's role, and the one that is nearest to it."""
+    kernels = [
+        name
+        for name, config in operator_configs().items()
+        if issubclass(config, KernelConfig) and config.roles & operator.roles
+    ]
+    near = operator.kernel if isinstance(operator, MixerConfig) else None
+    hint = f"; did you mean {near!r}?" if near else ";"
+    return f"{hint} there are {', '.join(kernels)}" if kernels else ""
+
+
 def _misfits(operator: OperatorConfig, site: Site) -> list[str]:
     if site.role not in operator.roles:
         return [f"{operator.name} replaces {' or '.join(sorted(operator.roles))}, not {site.role}"]
     if not isinstance(operator, KernelConfig) and site.module is None:
-        return [f"{operator.name} is a mixer, and the host takes only kernels for this {site.role}"]
+        return [
+            f"{operator.name} is a mixer, and the host takes only kernels for this {site.role}{_kernels_like(operator)}"
+        ]
     of_call = operator.call_faults(site.attention) if site.role == "attention" else []
     return [*operator.faults(site), *of_call]

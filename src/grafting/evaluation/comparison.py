@@ -119,6 +119,8 @@ def _differences(a: MeasuredRow, b: MeasuredRow, how: Mapping[str, Any]) -> Iter
 
 def _check_paired(a: MeasuredRow, b: MeasuredRow) -> tuple[PerImage, PerImage]:
     for row in (a, b):
+        if not row.figures.get("protocol"):
+            raise ProtocolError(f"no suite has measured {row.name}")
         if row.per_image is None:
             raise ProtocolError(
                 f"{row.name} keeps nothing of each image: it was measured before that was kept, or by a suite that does "

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError, listed
 from ..machine.files import sha256_of
 from ..machine.precision import Precision, resolve_precision
-from ..machine.reading import JsonObject, damage, read_json
+from ..machine.reading import JsonObject, cut, damage, read_json
 from ..weights.locate import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_folder
 
 # of a folder of an autoencoder alone, and of one of a whole pipeline
@@ -137,7 +137,11 @@ def _check_config(folder: Path) -> None:
     config = read_json(path, JsonObject, kind="a config of diffusers")
     name = config.get("_class_name")
     if name != _CLASS:
-        raise CheckpointError(f"{folder} holds a {name or 'model without a class'}, not an AutoencoderKL")
+        classes = config.get("architectures")  # as transformers writes it
+        found = name or (", ".join(map(str, classes)) if isinstance(classes, list) else "")
+        raise CheckpointError(
+            f"{folder} holds a {cut(str(found)) or 'model without a class'}, not an AutoencoderKL"
+        )
     if config.get("latents_mean") or config.get("latents_std"):
         raise CheckpointError(
             f"the autoencoder in {folder} has a mean and scale for each channel (latents_mean, latents_std); "

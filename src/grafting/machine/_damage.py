@@ -1,6 +1,7 @@
 """What is said of a file that cannot be read: one sentence, which quotes little of it."""
 
 import pickle
+import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import yaml
 from PIL import UnidentifiedImageError
 from pydantic import ValidationError
 
-from ..errors import CheckpointError, GraftingError, SettingsError
+from ..errors import CheckpointError, GraftingError, SettingsError, did_you_mean
 
 Kind: TypeAlias = type[GraftingError]
 
@@ -51,9 +52,20 @@ def fault_of(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     # some quote their input; others list all that is allowed
     message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-    # of a mapping or a whole file the message names what is wrong in it
-    whole = isinstance(error["input"], dict) or error["type"] == "json_invalid"
-    return message if whole else f"{message}, found {shown(error['input'])}"
+    # of a mapping or a whole file the message names what is wrong in it, and some name the word that they refuse
+    found = error["input"]
+    whole = isinstance(found, dict) or error["type"] == "json_invalid"
+    is_told = whole or (isinstance(found, str) and shown(found) in message)
+    return (message if is_told else f"{message}, found {shown(found)}") + nearest_choice(error)
+
+
+def nearest_choice(error: Any) -> str:
+    """For a word that is none of a few, from pydantic's details: the end of a message that names the nearest of them."""
+    context = error.get("ctx", {})
+    allowed = context.get("expected_tags") or (
+        context["expected"] if error["type"] == "literal_error" else ""
+    )
+    return did_you_mean(context.get("tag", error["input"]), re.findall(r"'([^']+)'", allowed))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from ._damage import damage as damage
 from ._damage import failure_of as failure_of
 from ._damage import fault_of as fault_of
 from ._damage import faults_of as faults_of
+from ._damage import nearest_choice as nearest_choice
 from ._damage import reason_of as reason_of
 from ._damage import shown as shown
 from ._yaml import Json as Json

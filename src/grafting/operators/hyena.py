@@ -45,6 +45,7 @@ class HyenaSEConfig(_HyenaConfig):
 
     has_short_filter: ClassVar[bool] = True
     has_inner_filter: ClassVar[bool] = True
+    kernel: ClassVar[str | None] = "gated-conv-se"
     name: Literal["hyena-se"] = "hyena-se"
 
 
@@ -53,6 +54,7 @@ class HyenaXConfig(_HyenaConfig):
 
     has_short_filter: ClassVar[bool] = True
     has_inner_filter: ClassVar[bool] = False
+    kernel: ClassVar[str | None] = "gated-conv-x"
     name: Literal["hyena-x"] = "hyena-x"
 
 
@@ -61,6 +63,7 @@ class HyenaYConfig(_HyenaConfig):
 
     has_short_filter: ClassVar[bool] = False
     has_inner_filter: ClassVar[bool] = True
+    kernel: ClassVar[str | None] = "gated-conv-y"
     name: Literal["hyena-y"] = "hyena-y"
 
 

@@ -24,6 +24,7 @@ class MHAConfig(MixerConfig):
     """Softmax attention, projections included; at random this is the paper's self-grafting of MHA."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({"attention"})
+    kernel: ClassVar[str | None] = "softmax"
     name: Literal["mha"] = "mha"
     num_heads: int | None = Field(default=None, ge=1, le=4096)
     """Attention heads; by default as many as the site's attention has."""

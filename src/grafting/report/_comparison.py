@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..machine.files import flatten
-from ..words import ABSENT, ROW_MEANINGS, Row, verdict
+from ..words import ABSENT, ROW_MEANINGS, Measured, Row, headline, is_number, verdict
 from ._gallery import gallery
 from ._page import asked_by, plan_part, rendered, sites_of
 from ._protocols import protocol_table
@@ -38,10 +38,7 @@ def comparison_page(compared: Sequence[ComparedRow]) -> str:
     return rendered(
         "comparison.html.j2",
         names=[each.name for each in compared],
-        verdicts=[
-            verdict(row, base) or f"{row['name']} and {base['name']} are not compared image by image"
-            for row in rows[1:]
-        ],
+        verdicts=[verdict(row, base) or _no_verdict(row, base) for row in rows[1:]],
         results=results(rows, base),
         further=further(rows),
         trade_off=trade_off(rows),
@@ -56,6 +53,13 @@ def comparison_page(compared: Sequence[ComparedRow]) -> str:
         settings=_differing({title: flatten(run.recipe or {}) for title, run in runs.items()}),
         protocol=protocol_table(rows),
     )
+
+
+def _no_verdict(row: Measured, base: Measured) -> str:
+    figure = headline([row, base])
+    if not any(is_number(each.get(figure.key)) for each in (row, base)):
+        return f"No suite has measured {row['name']} and {base['name']}"
+    return f"{row['name']} and {base['name']} are not compared by {figure.name([row, base])}"
 
 
 def _meaning(each: ComparedRow) -> str:

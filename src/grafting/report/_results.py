@@ -212,7 +212,7 @@ def _pairing_notes(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> li
             "and too wide to tell whether two rows differ"
         ]
     if reason := paired.get("reason"):
-        return [f"not compared image by image: {reason}"]
+        return [f"figures are not compared: {reason}"]
     return list(paired.get("notes") or [])
 
 

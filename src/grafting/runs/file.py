@@ -4,7 +4,6 @@ Paths are made absolute as each file is read (`paths`), before it is merged with
 """
 
 import copy
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 
 from ..editing.plan import fault_list
 from ..errors import GraftingError, RecipeError, did_you_mean
-from ..machine.reading import cut, fault_of, read_yaml, shown
+from ..machine.reading import cut, fault_of, nearest_choice, read_yaml, shown
 from .keys import known_keys
 from .paths import WrittenPath, absolute, with_paths, written_in
 from .recipe import Recipe
@@ -147,17 +146,8 @@ def _what(error: Any) -> str:
     found = error["input"]
     if isinstance(found, WrittenPath):
         message = error["msg"].removeprefix("Value error, ")
-        return f"{message}, found {cut(found.written)}, which is {cut(found)}{_nearest(error)}"
-    return fault_of(error) + _nearest(error)
-
-
-def _nearest(error: Any) -> str:
-    """For a word that is none of a few: the one that it is nearest to."""
-    context = error.get("ctx", {})
-    allowed = context.get("expected_tags") or (
-        context["expected"] if error["type"] == "literal_error" else ""
-    )
-    return did_you_mean(context.get("tag", error["input"]), re.findall(r"'([^']+)'", allowed))
+        return f"{message}, found {cut(found.written)}, which is {cut(found)}{nearest_choice(error)}"
+    return fault_of(error)
 
 
 def _no_such_setting(path: str, settings: Mapping[str, Any]) -> str:
@@ -165,4 +155,24 @@ def _no_such_setting(path: str, settings: Mapping[str, Any]) -> str:
     first, _, rest = path.partition(".")
     if first in Recipe.model_fields and settings.get(first) is None and "." not in rest:
         return f"{path}: this recipe has no `{first}`; set it as a whole, --set '{first}={{{rest}: ...}}'"
-    return f"{path}: there is no such setting" + did_you_mean(first, Recipe.model_fields)
+    if short := _short_list(path, settings):
+        return f"{path}: {short}"
+    near = "" if first in Recipe.model_fields else did_you_mean(first, Recipe.model_fields)
+    return f"{path}: there is no such setting{near}"
+
+
+def _short_list(path: str, settings: Mapping[str, Any]) -> str:
+    """What a path says of a list that has no such place; empty if it leads through none."""
+    place: Any = settings
+    parts = path.split(".")
+    for depth, key in enumerate(parts):
+        if isinstance(place, list) and not (key.isdecimal() and int(key) < len(place)):
+            kind = "edit" if parts[0] == "plan" else "item"
+            return (
+                f"{'.'.join(parts[:depth])} has {len(place)} {kind}{'s' * (len(place) != 1)}, numbered from 0"
+            )
+        try:
+            place = place[_key(place, key)]
+        except (KeyError, TypeError):
+            break
+    return ""

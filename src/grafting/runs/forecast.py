@@ -49,7 +49,7 @@ from .training import phase_flops, state_passes, teacher_passes
 DEFAULT_MFU = 0.3
 
 _VAE_FACTOR = 8  # pixels per latent in each direction, of the autoencoders of Stable Diffusion
-_NOT_ESTIMATED = "not estimated"
+NOT_ESTIMATED = "not estimated"
 _DUMP_SAMPLES = 8000  # of the published stage 1
 
 
@@ -90,7 +90,7 @@ class Forecast:
     params: int  # of the model after the plan
     stages: tuple[StageForecast, ...]
     data: dict[str, int | None]  # items and bytes of what stages train on; None: not known
-    # bytes of activations that stage 1 would keep by the published way, and that it keeps here
+    # bytes of activations that stage 1 would keep by the published way, for as many samples, and that it keeps here
     dump: dict[str, int]
 
     def to_json(self) -> dict[str, object]:
@@ -144,7 +144,7 @@ def forecast(
         *_training(recipe, shapes, clock),
         *_pipeline(recipe),
         *_sampling(recipe, shapes, clock),
-        StageForecast(name="report", work="a page of HTML", basis=_NOT_ESTIMATED),
+        StageForecast(name="report", work="a page of HTML", basis=NOT_ESTIMATED),
     ]
     order = ("prompts", *STAGES)
     last = order.index(until)
@@ -159,6 +159,7 @@ def forecast(
         data=_data(recipe, shapes),
         dump={
             "published": shapes.dump_bytes(_DUMP_SAMPLES),
+            "published_samples": _DUMP_SAMPLES,
             "here": kept_activations(recipe.distill, shapes) if recipe.distill else 0,
         },
     )
@@ -234,13 +235,13 @@ def _prompts(recipe: Recipe) -> Iterator[StageForecast]:
     config = recipe.conditions
     if isinstance(config, WordsConfig):
         many = f"{len(config.load()):,} prompts" if config.file.exists() else f"prompts of {config.file.name}"
-        yield StageForecast(name="prompts", work=f"{many}, encoded", basis=_NOT_ESTIMATED)
+        yield StageForecast(name="prompts", work=f"{many}, encoded", basis=NOT_ESTIMATED)
 
 
 def _pipeline(recipe: Recipe) -> Iterator[StageForecast]:
     if ends_in_pipeline(recipe):
         work = "the model in the source's pipeline, of linked files"
-        yield StageForecast(name="pipeline", work=work, memory={}, disk={}, basis=_NOT_ESTIMATED)
+        yield StageForecast(name="pipeline", work=work, memory={}, disk={}, basis=NOT_ESTIMATED)
 
 
 def _training(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageForecast]:
@@ -388,7 +389,7 @@ def _sampling(recipe: Recipe, shapes: Shapes, clock: _Clock) -> Iterator[StageFo
             log=f"samples/{row}",
             images=config.num_images,
         )
-    yield StageForecast(name="evaluate", work=f"images of {len(rows)} models", basis=_NOT_ESTIMATED)
+    yield StageForecast(name="evaluate", work=f"images of {len(rows)} models", basis=NOT_ESTIMATED)
 
 
 def _data(recipe: Recipe, shapes: Shapes) -> dict[str, int | None]:

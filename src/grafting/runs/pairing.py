@@ -13,6 +13,8 @@ from torch import Tensor
 from ..errors import DataError, GraftingError, RunError
 from ..evaluation.comparison import MeasuredRow, comparison, distance_estimate, distances, turned
 from ..evaluation.influences import load_influences
+from ..evaluation.protocol import CIRCUMSTANCES
+from ..machine.files import differing, flatten
 from ..machine.reading import JsonObject, read_json
 from ..metrics.paired import Estimate
 from ..sampling.files import open_samples
@@ -72,9 +74,14 @@ class Against:
     def seen(self) -> JsonObject:
         """How far images of the same seeds lie from each other, as JSON; empty where they are not of the same seeds.
 
-        Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`.
+        Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`, and as `sampling_differs` the
+        settings that both were not sampled with alike, if any.
         """
-        return {key: found._asdict() for key, found in _likeness(self.first, self.row).items()}
+        found: JsonObject = {key: e._asdict() for key, e in _likeness(self.first, self.row).items()}
+        sampling = _sampling_differences(self.first, self.row) if found else []
+        if sampling:
+            found["sampling_differs"] = [*sampling]
+        return found
 
 
 def seen_in_words(found: Mapping[str, Any]) -> list[str]:
@@ -85,10 +92,21 @@ def seen_in_words(found: Mapping[str, Any]) -> list[str]:
         for key in kinds
         if key in found
     }
-    return [
+    said = [
         f"Images of the same seed lie {value} ({low} to {high}) {kinds[key]}, root mean square"
         for key, (value, low, high) in parts.items()
     ]
+    return said + list(filter(None, [settings_in_words(found)]))
+
+
+def settings_in_words(found: Mapping[str, Any]) -> str:
+    """A sentence on the settings that images compared as `Against.seen` were not sampled with alike; empty if there are none."""
+    differ = "; ".join(found.get("sampling_differs", []))
+    return (
+        f"The images were sampled with other settings, so their distance is of these too: {differ}"
+        if differ
+        else ""
+    )
 
 
 def with_pretrained(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -152,7 +170,7 @@ def _as_figures(estimates: Mapping[str, Estimate]) -> dict[str, float]:
 
 def _likeness(a: RunRow, b: RunRow) -> dict[str, Estimate]:
     """Mean distances between images of the same number: in pixels, as a share of their range, and in features."""
-    paths = [row.folder / "samples" / f"{row.row}.safetensors" for row in (a, b)]
+    paths = [_samples_path(row) for row in (a, b)]
     if not all(path.is_file() for path in paths):
         return {}
     files = [open_samples(path) for path in paths]
@@ -170,6 +188,20 @@ def _likeness(a: RunRow, b: RunRow) -> dict[str, Estimate]:
             distances(mine, its), a.measured, one.origin["sampling"], labels
         )
     return found
+
+
+def _sampling_differences(a: RunRow, b: RunRow) -> list[str]:
+    """The settings that two rows' images were sampled with and that differ, each with both values: `cfg_scale: 4.5 and 1.5`."""
+    one, other = (flatten(open_samples(_samples_path(row)).origin["sampling"]) for row in (a, b))
+    return [
+        f"{name}: {one.get(name, 'nothing')} and {other.get(name, 'nothing')}"
+        for name in differing(one, other)
+        if name not in CIRCUMSTANCES
+    ]
+
+
+def _samples_path(row: RunRow) -> Path:
+    return row.folder / "samples" / f"{row.row}.safetensors"
 
 
 def _run_row(folder: Path, figures: Mapping[str, Any], *, name: str) -> RunRow:

@@ -5,7 +5,8 @@ name, or a path that is read from the working directory.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ def naming_paths(written: WrittenPaths) -> Iterator[None]:
     try:
         yield
     except GraftingError as error:
-        named = [f"{path} is written {how}" for path, how in written.items() if path in str(error)]
+        named = [f"{path} is written {written[path]}" for path in _named_in(str(error), written)]
         error.args = ("\n  ".join([str(error), *named]),)
         raise
+
+
+def _named_in(text: str, paths: Iterable[str]) -> list[str]:
+    """Those of the paths that a text names; a folder is not named by the path of something in it that is among them too."""
+    found = []
+    for path in sorted(paths, key=len, reverse=True):
+        text, count = re.subn(rf"{re.escape(path)}(?![\w-])", "", text)
+        found += [path] * (count > 0)
+    return found

@@ -20,6 +20,7 @@ from ..editing.surgery import resolve
 from ..errors import HostError, RecipeError
 from ..hosts import Host, hosts
 from ..latents.decoding import makes_pixels
+from ..latents.prompting import read_words
 from ..machine.files import write_bytes
 from ..machine.reading import JsonObject, parse_yaml
 from ..operators import parse_operator
@@ -109,6 +110,7 @@ def write_recipes(path: Path, start: Start) -> tuple[Path, Path]:
             the model is already grafted.
         PlanError: the model has not got these blocks, or does not take this operator.
         CheckpointError, HostError: there is no model, or it is of no known host.
+        DataError: the file of prompts is there, and cannot be read or holds none.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"a recipe's file ends in .yaml, found {path}")
@@ -247,6 +249,8 @@ def _conditions(prompts: Path, near: Callable[[Path], str], pipeline: Path | Non
             f"{prompts} is a file of prompts, which a pipeline's text encoders read, and the source is a transformer alone: name the "
             "pipeline's folder, or a folder of encoded prompts (`grafting data prompts`)"
         )
+    if prompts.is_file():
+        read_words(prompts)  # raises where it holds none
     return f"{{name: words, file: {near(prompts)}}}"
 
 

@@ -18,7 +18,7 @@ from ..machine.locks import Lock
 from ..machine.reading import JsonObject, parse_json, read_bytes
 from ..machine.sheets import csv_text
 from ..report import write_sweep_picture
-from ..words import Measured, RowName, markdown_table, shown_in
+from ..words import Measured, RowName, markdown_table, shown_in, without_empty
 
 TableLine: TypeAlias = JsonObject
 """A line of a sweep's table: labels, the stage, figures, costs and a fingerprint, by column."""
@@ -68,7 +68,9 @@ def write_table(table: Path, lines: Sequence[Mapping[str, Any]], *, note: str = 
     cells = [[_cell(line.get(column)) for column in columns] for line in lines]
     write_bytes(table.with_suffix(".csv"), csv_text([columns, *cells]).encode())
     below = f"\n{note}.\n" if note else ""
-    write_bytes(table.with_suffix(".md"), f"{markdown_table(columns, cells)}\n{below}".encode())
+    write_bytes(
+        table.with_suffix(".md"), f"{markdown_table(*without_empty(columns, cells))}\n{below}".encode()
+    )
     write_sweep_picture(table.with_suffix(".svg"), lines)
 
 

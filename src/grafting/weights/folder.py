@@ -24,7 +24,7 @@ from ..machine.reading import JsonObject, cut, damage, read_json
 from .adapter import ADAPTER_CONFIG_NAME, ADAPTER_NAME, save_adapters, with_adapter
 from .card import CARD_NAME, card_of
 from .delta import Delta, borrow, check_is_base, less_base
-from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, WEIGHTS_NAME, find_model, model_in
+from .locate import CONFIG_NAME, DELTA_NAME, GRAFTED_NAME, PIPELINE_NAME, WEIGHTS_NAME, find_model, model_in
 from .portable import PREFIX, Base, Record, grafted_class, plan_of, settings_of
 from .tensors import check_can_be_saved, filled, load_tensors, read_weights, save_tensors
 
@@ -212,7 +212,8 @@ def read_config(folder: Path) -> JsonObject:
             )
         elif folder.is_dir():
             found = (
-                f"it has no {CONFIG_NAME}: half-written, or published weights, which `grafting convert` reads"
+                f"it has neither {PIPELINE_NAME}, as a pipeline's folder has, nor {CONFIG_NAME}, as a model's: half-written, or "
+                "published weights, which `grafting convert` reads"
             )
         else:
             found = "it does not exist; a model is `testbed`, `scenes`, a folder of a model or of a run, or owner/name on the Hub"
