@@ -49,7 +49,7 @@ def test_a_dit_knows_its_classes_and_shape():
         ("pixart", (4, 16, 16), {"name": "diffusion"}),
         ("sd3", (4, 16, 16), {"name": "flow", "scale": 1000.0, "shift": 3.0}),
         ("flux", (4, 128, 128), {"name": "flow", "scale": 1.0, "shift": 3.16, "spacing": "even"}),
-        ("wan", (4, 21, 60, 104), {"name": "flow", "scale": 1000.0, "shift": 3.0}),
+        ("wan", (4, 16, 32, 32), {"name": "flow", "scale": 1000.0, "shift": 3.0}),
     ],
 )
 def test_other_hosts_say_what_they_take_and_ask_for_prompts(name, shape, process):

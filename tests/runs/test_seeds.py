@@ -90,7 +90,7 @@ def test_what_is_of_one_run_is_refused(tmp_path):
         "seed-1",
         "seed-2",
         "seed-3",
-        "all",
+        "total",
     ]
 
 

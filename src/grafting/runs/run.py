@@ -39,7 +39,7 @@ def run(
     until: str = "report",
     on_step: OnStep | None = None,
     store: OperatorStore | None = None,
-    others: Sequence[Path] = (),
+    others: Sequence[str | Path] = (),
     peak_tflops: float | None = None,
 ) -> Path:
     """Run a recipe in `folder`, up to stage `until`, and return the folder; finished stages are skipped.
@@ -54,13 +54,14 @@ def run(
         GraftingError: anything wrong with the recipe, before any work; or what a stage could not do.
     """
     folder = Path(folder)
+    siblings = [Path(other) for other in others]
     with together():
         recipe, told = settled_run(recipe, default_device(), folder=folder)
-        recipe = _with_prompts(recipe, folder, others, on_step or _ignore)
+        recipe = _with_prompts(recipe, folder, siblings, on_step or _ignore)
         job = replace(prepare(recipe, store=store), peak_tflops=peak_tflops)
         if isinstance(job.data, Taught):
             job.data.folder = folder / "teach" / "latents"
-        with _open(job, folder, others) as run_folder:
+        with _open(job, folder, siblings) as run_folder:
             for what in (told, *seen_before(job)):
                 run_folder.tell(what)
             for name, stage in STAGES.items():
