@@ -229,6 +229,9 @@ def pool(page: str) -> list[float]:
         known += [row["true"] for row in text_to_image]
         points = [f"true_difference{end}" for end in ("", "_low", "_high")]
         known += [100 * abs(row[key]) for row in text_to_image for key in points if key in row]
+    if page in ("README.md", "results.md"):
+        bench = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["rows"]
+        known += [row["ratio"] for row in bench]
     if page == "initialisation.md":
         known += numbers(read("testbed/initialisation.json"))
     if page in ("README.md", "plans.md"):
