@@ -25,6 +25,8 @@ ATTENTIONS = [
     {"name": "window-2d", "radius": 1},
     "window-1d",
     "mamba2",
+    "gated-conv-x",
+    "mha",
     "hybrid",
 ]
 
