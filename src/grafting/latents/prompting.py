@@ -108,7 +108,7 @@ def encoding_pipeline(config: WordsConfig, source: str | None) -> str:
     """The pipeline that encodes a recipe's words: the one that it names, else the source.
 
     Raises:
-        DataError: there is none. CheckpointError: it is a folder, and not a pipeline's.
+        DataError: neither is given. CheckpointError: the folder holds no pipeline.
     """
     pipeline = config.pipeline or source
     if pipeline is None:
@@ -140,13 +140,13 @@ def encode_words(
     words = read_words(config.file, column=config.column)
     asked: JsonObject = {"asked": _asked(config, words, pipeline)}
     done = folder / _DONE_NAME
-    if not _is_encoded(folder, asked):
+    if is_main() and not folder.exists():
         other = next((other for other in others if _is_encoded(other, asked)), None)
-        if other is not None and is_main() and not folder.exists():
+        if other is not None:
             with atomic_folder(folder) as made:
                 ignored = shutil.ignore_patterns("*.lock")
                 shutil.copytree(other, made, copy_function=link_weights, ignore=ignored, dirs_exist_ok=True)
-        barrier()
+    barrier()
     if not _is_encoded(folder, asked):
         opened = open_encoders(pipeline, variant=config.variant, device=default_device(), dtype=config.dtype)
         work = Prompting(

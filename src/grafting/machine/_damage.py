@@ -60,7 +60,7 @@ def fault_of(error: Any) -> str:
 
 
 def nearest_choice(error: Any) -> str:
-    """For a word that is none of a few, from pydantic's details: the end of a message that names the nearest of them."""
+    """A "did you mean" for a word outside a fixed set of choices, from pydantic's details; empty if nothing is close."""
     context = error.get("ctx", {})
     allowed = context.get("expected_tags") or (
         context["expected"] if error["type"] == "literal_error" else ""

@@ -184,7 +184,10 @@ class RunFolder:
             if found is None or not found.done or found.inputs != inputs:
                 continue
             shutil.rmtree(self.path / name, ignore_errors=True)
-            with suppress(FileNotFoundError), disk_errors(self.path):  # the other may begin anew meanwhile
+            with (
+                suppress(FileNotFoundError),
+                disk_errors(self.path),
+            ):  # the other run may start over meanwhile
                 log = f"{name}/log.jsonl"
                 for output in (*(found.outputs or {}), *([log] if (other / log).is_file() else [])):
                     target = self.path / output

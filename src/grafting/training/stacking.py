@@ -107,7 +107,7 @@ def _losses(sites: Sequence[Fitted], calls: Sequence[_Call]) -> Float[Tensor, " 
 
 
 def kind_of(path: str, operator: Placed) -> Hashable:
-    """What equal sites have in common; its own of one that is none of an operator in one place."""
+    """A key that equal sites share. A merged pair of blocks has a key of its own, its path."""
     if not isinstance(operator, KernelAttention | MixerAdapter):
         return path
     form = tuple((name, *_form(tensor)) for name, tensor in _tensors(operator).items())
