@@ -3,9 +3,10 @@
 A stage is skipped when its inputs' hash and its outputs' hashes agree with the manifest. A stage whose inputs changed
 starts from scratch, and so does everything that reads its outputs.
 
-What a fault may leave behind is found by checksums and named: of the manifest and of a stage's states (`states.py`) there
-are two, so that the older serves when the newer is damaged. One process at a time holds the folder, by a lock of the operating system
-that ends with the process, however it ends. Nothing depends on the clock or on the machine.
+What a fault may leave behind is found by checksums and named: of the manifest (`manifest.py`) and of a stage's states
+(`states.py`) there are two, so that the older serves when the newer is damaged. One process at a time holds the folder,
+by a lock of the operating system that ends with the process, however it ends. Nothing depends on the clock or on the
+machine.
 """
 
 import json
@@ -31,12 +32,21 @@ from ..machine.files import (
     sha256_of,
     without_links,
     write_bytes,
-    write_json,
 )
 from ..machine.locks import Lock, Taken
 from ..machine.reading import JsonObject, parse_json, read_bytes, shown
 from ..machine.signals import Interrupted, caught_signal, deferred
-from .manifest import FORMAT, Entry, Manifest, new_manifest, parse_manifest, read_manifest
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    Entry,
+    Manifest,
+    is_run,
+    new_manifest,
+    newest_whole_manifest,
+    read_manifest,
+    write_manifest,
+)
 from .states import Every, StateWriter, newest_state
 
 _LONGEST_LOG = 1 << 30
@@ -47,7 +57,7 @@ Line: TypeAlias = JsonObject
 
 def refuse_strangers(path: Path) -> None:
     """Raises a RunError if a folder holds anything but a run, or the prompts with which a run begins."""
-    if (path / "manifest.json").is_file() or (path / "manifest.previous.json").is_file() or not path.exists():
+    if is_run(path) or not path.exists():
         return
     own = path / "prompts"
     others = [found for found in path.glob("[!.]*") if not (found == own and (own / WORK_NAME).is_file())]
@@ -85,7 +95,6 @@ class RunFolder:
         self.barrier = barrier
         self.anyone = anyone
         self._recipe_name = recipe_name
-        self._manifest_path = path / "manifest.json"
         self._manifest = new_manifest(recipe_name)
         self._to_tell: list[str] = []
         if writes:
@@ -93,7 +102,7 @@ class RunFolder:
             self._lock = _locked(path)
             self._manifest = self._read()
             clear_abandoned(path)
-            if not self._is_run:
+            if not is_run(path):
                 self._write()  # first of all: a folder that is left without a manifest is no run
 
     def __enter__(self) -> "RunFolder":
@@ -107,18 +116,10 @@ class RunFolder:
         if self.writes:
             self._lock.release()
 
-    @property
-    def _previous_path(self) -> Path:
-        return self._manifest_path.with_suffix(".previous.json")
-
-    @property
-    def _is_run(self) -> bool:
-        return self._manifest_path.is_file() or self._previous_path.is_file()
-
     def _read(self) -> Manifest:
-        if not self._is_run:
+        if not is_run(self.path):
             return new_manifest(self._recipe_name)
-        manifest = self._newest_manifest()
+        manifest = newest_whole_manifest(self.path)
         if manifest.recipe != self._recipe_name:
             raise RunError(
                 f"{self.path} belongs to recipe {shown(manifest.recipe)}, not {self._recipe_name!r}: "
@@ -127,21 +128,6 @@ class RunFolder:
         if manifest.format != FORMAT:
             raise RunError(f"{self.path} is a run of format {manifest.format}, this is {FORMAT}")
         return manifest
-
-    def _newest_manifest(self) -> Manifest:
-        faults = []
-        for path in (self._manifest_path, self._previous_path):
-            try:
-                manifest = read_manifest(path)
-            except RunError as error:
-                faults.append(str(error))
-                continue
-            if faults:
-                _warn(f"{faults[0]}; {path.name} is used, which is one change behind")
-            return manifest
-        raise RunError(
-            f"{'; '.join(faults)}. Name another folder, or delete both: all stages then start from scratch"
-        )
 
     @contextmanager
     def stage(self, name: str, inputs: Any, *, of_source: bool = False) -> "Iterator[Stage]":
@@ -178,7 +164,7 @@ class RunFolder:
             return
         for other in self.others:
             try:
-                found = read_manifest(other / "manifest.json").stages.get(name)
+                found = read_manifest(other / MANIFEST).stages.get(name)
             except RunError:
                 continue
             if found is None or not found.done or found.inputs != inputs:
@@ -246,22 +232,13 @@ class RunFolder:
         self._write()
 
     def _write(self) -> None:
-        if not self.writes:
-            return
-        try:
-            content = read_bytes(self._manifest_path, error=RunError)
-            parse_manifest(content, self._manifest_path)
-        except RunError:
-            pass  # there is none, or it is damaged and the one before it stays
-        else:
-            write_bytes(self._previous_path, content)
-        record = self._manifest.on_record()
-        write_json(self._manifest_path, record | {"sha256": hash_json(record)})
+        if self.writes:
+            write_manifest(self.path, self._manifest)
 
 
 def stale_stages(folder: Path) -> frozenset[str]:
     """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     stages = read_manifest(path).stages if path.is_file() else {}
     return frozenset(name for name, entry in stages.items() if entry.stale)
 

@@ -1,14 +1,19 @@
-"""A run's manifest: which stages are done, from which inputs, with which outputs; with a checksum of itself."""
+"""A run's manifest: which stages are done, from which inputs, with which outputs; with a checksum of itself.
 
+A folder has two: the one before the newest serves when that is damaged.
+"""
+
+import warnings
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
 
-from ..errors import RunError
-from ..machine.files import hash_json
+from ..errors import FaultWarning, RunError
+from ..machine.files import hash_json, write_bytes, write_json
 from ..machine.reading import Inside, JsonObject, parse_json, read_bytes
 
 FORMAT = 1
+MANIFEST, _PREVIOUS = "manifest.json", "manifest.previous.json"
 
 
 class Entry(BaseModel):
@@ -56,13 +61,49 @@ def new_manifest(recipe: str) -> Manifest:
     return Manifest(format=FORMAT, recipe=recipe, stages={})
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return any((folder / name).is_file() for name in (MANIFEST, _PREVIOUS))
+
+
 def read_manifest(path: Path) -> Manifest:
     """A run's manifest. Raises a RunError if it is missing or damaged."""
-    return parse_manifest(read_bytes(path, kind="a manifest", error=RunError), path)
+    return _parse(read_bytes(path, kind="a manifest", error=RunError), path)
 
 
-def parse_manifest(content: bytes, path: Path) -> Manifest:
-    """The same of a file's content."""
+def newest_whole_manifest(folder: Path) -> Manifest:
+    """The newer of a run's manifests that is whole, with a warning if it is the older one; a RunError if none is."""
+    faults = []
+    for name in (MANIFEST, _PREVIOUS):
+        try:
+            manifest = read_manifest(folder / name)
+        except RunError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            told = f"{faults[0]}; {name} is used, which is one change behind"
+            warnings.warn(told, FaultWarning, stacklevel=3)
+        return manifest
+    raise RunError(
+        f"{'; '.join(faults)}. Name another folder, or delete both: all stages then start from scratch"
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a run's newest manifest; the one before it is kept, unless it is damaged."""
+    path = folder / MANIFEST
+    try:
+        content = read_bytes(path, error=RunError)
+        _parse(content, path)
+    except RunError:
+        pass  # there is none, or it is damaged and the one before it stays
+    else:
+        write_bytes(folder / _PREVIOUS, content)
+    record = manifest.on_record()
+    write_json(path, record | {"sha256": hash_json(record)})
+
+
+def _parse(content: bytes, path: Path) -> Manifest:
     raw = parse_json(content, JsonObject, name=path, error=RunError)
     digest = raw.pop("sha256", None)
     # a manifest of before there were checksums has none
