@@ -2,7 +2,9 @@
 
 import ast
 import json
-from importlib.metadata import version
+import shlex
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import grafting
 from grafting.cli import doctor
 from grafting.errors import DataError
+from grafting.machine.packages import install_line
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +40,30 @@ def test_compile_is_not_tried_unless_asked(found: doctor.Diagnosis, monkeypatch:
     assert doctor.find_compiler() is None
 
 
-def test_missing_package_comes_with_the_line_that_installs_it(found: doctor.Diagnosis):
-    present = doctor._look_for(doctor.Package("numpy", "numpy", "arrays", "pip install numpy"))
-    absent = doctor._look_for(doctor.Package("no-such", "no_such_package", "nothing", "pip install no-such"))
+def test_missing_package_has_no_version():
+    present = doctor._look_for(doctor.Package("numpy", "numpy", "arrays"))
+    absent = doctor._look_for(doctor.Package("no-such", "no_such_package", "nothing"))
     assert present.version == version("numpy")
     assert absent.version is None
-    assert all(package.install.startswith("pip install ") for package in found.packages)
 
 
-def test_extras_that_are_named_exist():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+def test_line_that_installs_a_package_asks_for_what_an_extra_asks_for():
+    """It does not name this package, which may have come from a clone."""
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    asked = [line for lines in settings["project"]["optional-dependencies"].values() for line in lines]
     for package in doctor.OPTIONAL_PACKAGES:
-        if "grafting[" in package.install:
-            extra = package.install.partition("[")[2].partition("]")[0]
-            line = next(line for line in extras.splitlines() if line.startswith(f"{extra} = "))
-            assert package.name in line
+        program, command, requirement = shlex.split(install_line(package.name))
+        assert (program, command) == ("pip", "install")
+        assert requirement in asked
+    assert install_line("ray", "no-such") == "pip install 'ray>=2.9' no-such"
+
+
+def test_line_that_installs_a_package_without_an_installed_library(monkeypatch: pytest.MonkeyPatch):
+    def missing(_: str) -> None:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("grafting.machine.packages.requires", missing)
+    assert install_line("wandb", "trackio") == "pip install wandb trackio"
 
 
 def test_packages_are_those_that_the_library_imports():

@@ -264,5 +264,5 @@ def test_data_sets_whose_columns_do_not_fit(tmp_path: Path):
 
 def test_without_the_package_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingBackend, match=r"read with `datasets`: pip install 'grafting\[data\]'"):
+    with pytest.raises(MissingBackend, match=r"read with `datasets`: pip install 'datasets>=3'"):
         image_dataset(tmp_path)

@@ -243,7 +243,7 @@ def test_check_takes_a_sweep(tmp_path):
 
 def test_ray_is_asked_for_by_name(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(MissingBackend, match=r"pip install 'grafting\[ray\]'"):
+    with pytest.raises(MissingBackend, match=r"pip install 'ray>=2.9'"):
         list(run_sweep_on_ray(finished[1], tmp_path, table=tmp_path / "table"))
 
 

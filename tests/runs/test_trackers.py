@@ -137,7 +137,7 @@ def test_nothing_is_written_without_a_tracker_or_a_step(tmp_path, monkeypatch):
 def test_a_missing_or_unknown_tracker_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr("grafting.runs.trackers.find_spec", lambda name: None)
     with pytest.raises(
-        MissingBackend, match=r"not installed: wandb, trackio. pip install 'grafting\[track\]'"
+        MissingBackend, match=r"not installed: wandb, trackio. pip install 'wandb>=0.19' 'trackio>=0.43'"
     ):
         check_trackers(["wandb", "trackio"])
     with pytest.raises(MissingBackend, match="no tracker comet; there are tensorboard, wandb, trackio"):

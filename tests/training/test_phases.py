@@ -245,7 +245,7 @@ def test_peft_is_asked_for_where_it_is_missing(teacher, monkeypatch):
 
     monkeypatch.setattr(surgery, "find_spec", lambda name: None)
     config = FinetuneConfig(**BASE | {"trainable": LORA})
-    with pytest.raises(MissingBackend, match=r"lora needs peft: pip install 'grafting\[lora\]'"):
+    with pytest.raises(MissingBackend, match=r"lora needs peft: pip install 'peft>=0.17'"):
         next(finetune(student_of(teacher), noise_images(32, size=16), config, denoiser=denoiser()))
 
 

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..machine.packages import install_line
 from ..words import (
     ABSENT,
     FIGURES,
@@ -410,7 +411,7 @@ def show_diagnosis(console: Console, found: "Diagnosis") -> None:
             package.name,
             package.version or "no",
             package.purpose,
-            "" if package.version else package.install,
+            "" if package.version else install_line(package.name),
         ]
         for package in found.packages
     ]

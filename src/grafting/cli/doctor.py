@@ -44,23 +44,22 @@ _ASSETS: dict[str, Callable[[], object]] = {
 
 @dataclass(frozen=True)
 class Package:
-    """An optional package that the library imports: its purpose, and the command that installs it."""
+    """An optional package that the library imports, and its purpose."""
 
     name: str  # on the package index
     module: str
     purpose: str
-    install: str
     version: str | None = None  # None: not installed
 
 
 OPTIONAL_PACKAGES = (
-    Package("datasets", "datasets", "images of the Hugging Face Hub", "pip install 'grafting[data]'"),
-    Package("peft", "peft", "LoRA adapters in stage 2", "pip install 'grafting[lora]'"),
-    Package("transformers", "transformers", "GenEval", "pip install 'grafting[text]'"),
-    Package("ray", "ray", "sweeps over a cluster", "pip install 'grafting[ray]'"),
-    Package("trackio", "trackio", "a local dashboard of training", "pip install 'grafting[track]'"),
-    Package("wandb", "wandb", "Weights & Biases", "pip install 'grafting[track]'"),
-    Package("tensorboard", "tensorboard", "TensorBoard", "pip install 'grafting[track]'"),
+    Package("datasets", "datasets", "images of the Hugging Face Hub"),
+    Package("peft", "peft", "LoRA adapters in stage 2"),
+    Package("transformers", "transformers", "GenEval"),
+    Package("ray", "ray", "sweeps over a cluster"),
+    Package("trackio", "trackio", "a local dashboard of training"),
+    Package("wandb", "wandb", "Weights & Biases"),
+    Package("tensorboard", "tensorboard", "TensorBoard"),
 )
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..errors import DataError, MissingBackend
 from ..machine.huberrors import HUB_ERRORS
+from ..machine.packages import install_line
 from ..machine.reading import (
     PICTURE_SUFFIXES,
     JsonObject,
@@ -243,7 +244,7 @@ def _open_dataset(source: str | Path, *, split: str, revision: str | None) -> An
         import datasets
     except ImportError as error:
         raise MissingBackend(
-            f"the data set {source} is read with `datasets`: pip install 'grafting[data]'"
+            f"the data set {source} is read with `datasets`: {install_line('datasets')}"
         ) from error
     folder = Path(source)
     # whatever a foreign package raises

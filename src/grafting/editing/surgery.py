@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..contract import Kernel, KernelConfig, MixerConfig, OperatorConfig, Site
 from ..errors import MissingBackend, PlanError
 from ..hosts import Host, LayoutTracker, host_of
+from ..machine.packages import install_line
 from ..machine.randomness import seeded
 from ..machine.reading import shown
 from .adapters import adapters_of, is_of_adapter
@@ -312,7 +313,7 @@ def adapt(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float) ->
 def check_can_adapt() -> None:
     """Raises a MissingBackend if peft is not installed."""
     if find_spec("peft") is None:
-        raise MissingBackend("lora needs peft: pip install 'grafting[lora]'")
+        raise MissingBackend(f"lora needs peft: {install_line('peft')}")
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, MissingBackend
 from ..machine.devices import default_device
+from ..machine.packages import install_line
 from ..metrics.features import weights_sha256
 from .geneval_rules import CLASSES, COLOURS, Detection
 
@@ -150,7 +151,7 @@ def _loaded(kind: str, name: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingBackend("GenEval's suite needs transformers: pip install 'grafting[text]'") from error
+        raise MissingBackend(f"GenEval's suite needs transformers: {install_line('transformers')}") from error
     # its messages on the console are advice to its own users
     transformers.logging.set_verbosity_error()
     try:

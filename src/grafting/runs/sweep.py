@@ -20,6 +20,7 @@ from ..errors import GraftingError, MissingBackend, RecipeError, RunError
 from ..machine import processes
 from ..machine.devices import default_device
 from ..machine.files import clear_abandoned
+from ..machine.packages import install_line
 from ..machine.precision import Precision, settled_run, settled_sections
 from ..machine.reading import read_json
 from ..machine.settings import Settings
@@ -226,7 +227,7 @@ def run_sweep_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise MissingBackend("a sweep over machines needs Ray: pip install 'grafting[ray]'") from error
+        raise MissingBackend(f"a sweep over machines needs Ray: {install_line('ray')}") from error
     chosen = _chosen(sweep, only or {}, rows)
     each(chosen, _check)
     known = _known(table)

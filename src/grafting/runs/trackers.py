@@ -19,6 +19,7 @@ from ..contract import Step
 from ..errors import MissingBackend, RunError
 from ..machine import processes
 from ..machine.files import write_json
+from ..machine.packages import install_line
 from ..machine.reading import read_json
 from ..words import is_number
 
@@ -134,7 +135,7 @@ def check_trackers(names: Sequence[str]) -> None:
         raise MissingBackend(f"no tracker {', '.join(unknown)}; there are {', '.join(TRACKERS)}")
     if missing:
         raise MissingBackend(
-            f"not installed: {', '.join(missing)}. pip install 'grafting[track]', or leave out "
+            f"not installed: {', '.join(missing)}. {install_line(*missing)}, or leave out "
             f"{' '.join(f'--track {name}' for name in missing)}: log.jsonl is always written"
         )
 
