@@ -236,6 +236,14 @@ def test_nothing_of_a_run_is_read_as_html(tmp_path):
     assert page.text.count(bad) > 8
 
 
+def test_further_figures_are_explained_below_their_table(bare_run):
+    rewrite_rows(bare_run, pretrained={"attention_mixing_flops": 1000})
+    text = page_of(bare_run).text
+    head, said = "Mixing FLOPs", "those of all attention operators without their projections"
+    assert head in text.partition("Further figures")[2].partition(said)[0]
+    assert f"{head}: {said}." in text
+
+
 PARTS = [
     "recipe.yaml",
     "plan.json",

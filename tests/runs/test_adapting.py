@@ -204,3 +204,10 @@ def test_a_pipeline_is_grafted_once(monkeypatch):
     grafting.graft(pipe, plan)
     with pytest.raises(PlanError, match="already holds an operator; undo that graft first"):
         grafting.adapt(pipe, plan, prompts=WORDS, data=MADE, distill_config=DISTILL)
+
+
+def test_a_single_prompt_is_warned_of_before_any_work(tmp_path):
+    """Warnings are errors in these tests, so nothing is done after it."""
+    with pytest.raises(UserWarning, match="prompts: a single prompt, which the graft is fitted to alone"):
+        grafting.adapt(pixart(), plan_of("softmax"), prompts=["a red cat"], folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -81,7 +81,7 @@ def test_an_mlp_of_the_hosts_own_size_is_remarked(tmp_path):
 
 @pytest.mark.parametrize(
     ("prompts", "steps", "said"),
-    [(["a cat", "a dog", "a cat"], 100, 2), (range(32), 100, 0), (["a cat"], 99, 0)],
+    [(["a cat", "a dog", "a cat"], 100, 2), (range(32), 100, 0), (["a cat", "a dog"], 99, 0)],
 )
 def test_few_prompts_are_remarked(tmp_path, prompts, steps, said):
     (tmp_path / "prompts.txt").write_text("\n".join(map(str, prompts)))
@@ -98,3 +98,11 @@ def test_few_prompts_are_remarked(tmp_path, prompts, steps, said):
         if said
         else []
     )
+
+
+def test_a_single_prompt_is_remarked_however_short_the_training_is(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na cat\n")
+    conditions = {"name": "words", "file": "./prompts.txt"}
+    finetune = {"steps": 1, "batch_size": 2, "warmup_steps": 0}
+    said = "conditions: a single prompt, which the graft is fitted to alone: have some hundreds, like those that the model will be asked"
+    assert said in notes(tmp_path, SCENES | {"conditions": conditions, "finetune": finetune})

@@ -134,16 +134,18 @@ class _Lines:
     def __init__(self, console: Console):
         self._console = console
         self._started: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, int] = {}
         self._printed = 0.0
 
     def __call__(self, stage: str, step: "Step") -> None:
         now = time.monotonic()
         is_new = stage not in self._started
         started, first = self._started.setdefault(stage, (now, step.done))
-        is_due = is_new or step.done >= step.total or now - self._printed >= _SECONDS_BETWEEN_LINES
-        if not is_due:
+        is_last = step.done >= step.total and step.done != self._last.get(stage)
+        if not (is_new or is_last or now - self._printed >= _SECONDS_BETWEEN_LINES):
             return
         self._printed = now
+        self._last[stage] = step.done
         rate = (step.done - first) / (now - started) if now > started else 0.0
         parts = [f"{stage} {step.done}/{step.total}", describe_values(step.values)]
         if rate:

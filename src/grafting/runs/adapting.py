@@ -1,6 +1,7 @@
 """Both stages on a pipeline in memory, in one call: its transformer is grafted in place, and trained on what it makes itself."""
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +28,7 @@ from ..training.finetuning import finetune as _finetune
 from ..training.phases import FinetuneConfig, phases_of
 from ..training.supply import deal
 from ..weights.pipelines import check_drawn, place
+from .remarks import few_prompts
 from .stage import OnStep
 
 DISTILL = DistillConfig(steps=200, batch_size=8, holdout=16)
@@ -73,6 +75,9 @@ def adapt(
         HostError: the pipeline has no transformer that can be edited, has no text encoder, or does not run.
         TrainingError: there is nothing to train, or are too few latents for what is held out, before any work; what a stage says, and
             the transformer is then as it was.
+
+    Warns:
+        UserWarning: the prompts are so few that the graft learns them by heart.
     """
     _check_prompts(prompts)
     model = transformer_of(pipeline)
@@ -84,6 +89,9 @@ def adapt(
     distill_config = _check_training(
         distill_config, finetune_config, data, host.shape_faults(model, data.shape or host.shape(model))
     )
+    phases = phases_of(finetune_config)
+    for remark in few_prompts(prompts, steps=sum(phase.steps for phase in phases)):
+        warnings.warn(f"prompts: {remark}", stacklevel=2)
     pipeline.to(default_device())
     tell = on_step or (lambda name, step: None)
     with _kept(folder) as place_of_data:
@@ -100,12 +108,12 @@ def adapt(
             for step in distill(model, operators, made, distill_config, denoiser=denoiser):
                 tell("distill", step)
         record = place(model, operators, cast=False)
-        if finetune_config is not None:
+        if phases:
             try:
                 steps = _finetune(
                     model,
                     made,
-                    phases_of(finetune_config),
+                    phases,
                     denoiser=denoiser,
                     blocks=[site.path for site in host.blocks(teacher)],
                     teacher=teacher,

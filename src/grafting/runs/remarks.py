@@ -1,5 +1,7 @@
 """What a person should know of a recipe before it runs, although nothing in it is wrong: a line each."""
 
+from collections.abc import Iterable
+
 from ..cost.count import count_parameters
 from ..data import Prompts
 from ..data.scenes import PRETRAINING, ScenesConfig
@@ -38,17 +40,23 @@ def seen_before(job: Job) -> list[str]:
 
 
 def _few_prompts(job: Job) -> list[str]:
-    """Prompts that stage 2 would learn by heart."""
     conditions, steps = job.denoiser.conditions, sum(phase.steps for phase in job.recipe.phases)
-    if not isinstance(conditions, Prompts | PlannedPrompts) or steps < _MANY_STEPS:
+    if not isinstance(conditions, Prompts | PlannedPrompts) or not job.recipe.trains:
         return []
-    # repeated ones are no more, however many there are
-    different = len({conditions.words(number) for number in range(min(len(conditions), _MOST_READ))})
-    if different >= _FEW_PROMPTS:
+    words = (conditions.words(number) for number in range(min(len(conditions), _MOST_READ)))
+    return [f"conditions: {remark}" for remark in few_prompts(words, steps=steps)]
+
+
+def few_prompts(prompts: Iterable[str], *, steps: int) -> list[str]:
+    """That so many steps of stage 2 would learn these prompts by heart, or that there is a single one."""
+    different = len(set(prompts))  # repeated ones are no more, however many there are
+    have = "have some hundreds, like those that the model will be asked"
+    if different == 1:
+        return [f"a single prompt, which the graft is fitted to alone: {have}"]
+    if different >= _FEW_PROMPTS or steps < _MANY_STEPS:
         return []
     return [
-        f"conditions: {different} different prompts for {steps:,} steps of stage 2, which learns them by heart: have some hundreds, "
-        "like those that the model will be asked"
+        f"{different} different prompts for {steps:,} steps of stage 2, which learns them by heart: {have}"
     ]
 
 
