@@ -29,6 +29,7 @@ from grafting.functional import _triton
 from grafting.functional.gated_conv import Filter, gated_channels, gated_conv, silu_conv
 from grafting.functional.gated_norm import gated_norm
 from grafting.functional.linear import linear_attention
+from grafting.functional.modulated_norm import modulated_norm
 from grafting.functional.ssd import ssd
 from grafting.functional.window import window_1d, window_2d
 
@@ -150,7 +151,7 @@ def own_filter(dim: int, taps: int, axes: int, device: torch.device) -> Filter:
 
 
 def mixer_cases(device: torch.device, toy: bool, quick: bool) -> Iterator[Case]:
-    """The middle of MLP Hyena-X and the parts of Mamba-2, at width 1152 with 16,384 tokens."""
+    """The middle of MLP Hyena-X, the parts of Mamba-2 and DiT's norm, at width 1152 with 16,384 tokens."""
     dim, length = (16, 64) if toy else (1152, 16384)
     inner, heads, state = 2 * dim, 2 * dim // 16, 64
     leaf = partial(torch.randn, device=device, requires_grad=True)
@@ -177,6 +178,9 @@ def mixer_cases(device: torch.device, toy: bool, quick: bool) -> Iterator[Case]:
     yield case("mamba2 filter K=4", silu, [(inner,)], [leaf(inner, 1, 4), leaf(inner)])
     norm = partial(gated_norm, eps=1e-5)
     yield case("mamba2 norm", norm, [(inner,)] * 3, [leaf(inner)])
+    modulated = partial(modulated_norm, eps=1e-6)
+    condition = [leaf(1, 1, inner, dtype=torch.bfloat16) for _ in range(2)]
+    yield case("modulated norm", modulated, [(inner,)], condition)
 
 
 def window_cases(device: torch.device, toy: bool, quick: bool) -> Iterator[Case]:

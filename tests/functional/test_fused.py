@@ -20,6 +20,7 @@ from fusedcases import (
     assert_compiles,
     assert_gated,
     assert_linear,
+    assert_modulated,
     assert_norm,
     assert_scan,
     assert_silu,
@@ -74,6 +75,24 @@ def test_filters_with_silu_by_the_interpreter(before):
 def test_gated_norms_by_the_interpreter(both):
     assert_norm(both=both, device="cpu")
     assert_norm(both=both, device="cpu", dtype=torch.float16, ratio=1e-2)
+
+
+@pytest.mark.slow
+@interpreted
+def test_modulated_norms_by_the_interpreter():
+    assert_modulated(device="cpu")
+    assert_modulated(device="cpu", dtype=torch.float16, ratio=2e-2)
+    assert_modulated(device="cpu", of_condition=torch.float16, ratio=2e-3)
+
+
+@pytest.mark.slow
+@interpreted
+def test_modulated_norms_of_many_tokens_by_the_interpreter(monkeypatch):
+    """A program takes several tokens of an item, of which there is no whole number of its programs'."""
+    from grafting.functional._triton import modulated_norm
+
+    monkeypatch.setattr(modulated_norm, "MANY_PROGRAMS", 4)
+    assert_modulated(device="cpu", shape=(2, 7, 16))
 
 
 @pytest.mark.slow

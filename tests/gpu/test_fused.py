@@ -20,6 +20,7 @@ from fusedcases import (
     assert_compiles,
     assert_gated,
     assert_linear,
+    assert_modulated,
     assert_norm,
     assert_scan,
     assert_silu,
@@ -87,6 +88,14 @@ def test_filters_with_silu_on_a_gpu(before, device):
 def test_gated_norms_on_a_gpu(both, device):
     assert_norm(both=both, device=device)
     assert_norm(both=both, device=device, dtype=torch.bfloat16, ratio=2e-2, shape=(2, 3000, 2304))
+
+
+def test_modulated_norms_on_a_gpu(device):
+    """In the precisions of fp32, of autocast, whose conditions are linears' outputs, and of models held in bf16."""
+    assert_modulated(device=device)
+    assert_modulated(device=device, of_condition=torch.bfloat16, ratio=1e-2)
+    for shape in ((9, 256, 1152), (2, 3000, 4096)):
+        assert_modulated(device=device, shape=shape, dtype=torch.bfloat16, ratio=2e-2)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -20,9 +20,11 @@ from grafting.errors import RunError
 from grafting.latents import prompting
 from grafting.runs.file import load_recipe
 from grafting.runs.job import prepare
+from grafting.runs.run import run
 from grafting.runs.stages import training_flops
 from grafting.runs.sweep import load_sweep, run_sweep
 from latents.textpipelines import pixart, sd3
+from processes import run_in_processes
 
 WORDS = ["a red cat", "a blue dog on the mat", "three trees beside the sea"]
 MADE = {"name": "teacher", "num_images": 12, "steps": 2, "batch_size": 5, "shape": [4, 8, 8]}
@@ -273,3 +275,25 @@ def test_recipes_of_a_sweep_have_what_is_the_sources_from_one_another(begun, tmp
     (tmp_path / "table.json").unlink()
     list(run_sweep(sweep, runs, table=tmp_path / "table", only={"kernel": "long"}, following=following))
     assert told == {"long": []}
+
+
+def _stages(recipe: Path, folder: Path, others: list[Path]) -> set[str]:
+    """The stages of a run that had steps to do."""
+    told = set()
+    run(load_recipe(recipe), folder, others=others, on_step=lambda stage, step: told.add(stage))
+    return told
+
+
+def test_two_processes_have_what_is_the_sources_from_another_run(begun, tmp_path):
+    words = {"name": "words", "file": str(begun / "words.txt")}
+    settings = yaml.safe_load((begun / "recipe.yaml").read_text()) | {"conditions": words}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    # the second process does its share, and tells nothing
+    every = {"prompts", "teach", "distill", "finetune"}
+    assert run_in_processes(_stages, tmp_path / "recipe.yaml", tmp_path / "a", []) == [every, set()]
+    again = run_in_processes(_stages, tmp_path / "recipe.yaml", tmp_path / "b", [tmp_path / "a"])
+    assert again == [every - {"prompts", "teach"}, set()]
+    for name in ("prompts/prompts.json", "teach/latents", "model/model.safetensors"):
+        own, other = (tmp_path / run / name for run in "ab")
+        for path in sorted(own.rglob("*.safetensors")) if own.is_dir() else [own]:
+            assert path.read_bytes() == (other / path.relative_to(own)).read_bytes()

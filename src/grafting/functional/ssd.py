@@ -20,6 +20,9 @@ from ._triton import can_fuse, is_transformed
 MAX_FUSED_STATE, MAX_FUSED_HEAD = 128, 64
 """Larger states, N and P, go the plain way on a GPU too: kernels hold a whole one in registers."""
 
+MAX_WIDE_STATE = 64
+"""The same of N in float32: the next larger one takes more shared memory than GeForce cards have."""
+
 # chunks that are worked on at once and recomputed in the backward pass, in memory that stays in the caches
 _CHUNKS_AT_ONCE = 16
 
@@ -56,7 +59,8 @@ def ssd(
 
 
 def _kernels_take(x: Tensor, B: Tensor) -> bool:
-    return B.shape[2] <= MAX_FUSED_STATE and x.shape[3] <= MAX_FUSED_HEAD and can_fuse(x, B)
+    most = MAX_WIDE_STATE if x.dtype == torch.float32 else MAX_FUSED_STATE
+    return B.shape[2] <= most and x.shape[3] <= MAX_FUSED_HEAD and can_fuse(x, B)
 
 
 def ssd_plain(

@@ -147,7 +147,8 @@ def encode_words(
                 ignored = shutil.ignore_patterns("*.lock")
                 shutil.copytree(other, made, copy_function=link_weights, ignore=ignored, dirs_exist_ok=True)
     barrier()
-    if not _is_encoded(folder, asked):
+    missing = not _is_encoded(folder, asked)
+    if missing:
         opened = open_encoders(pipeline, variant=config.variant, device=default_device(), dtype=config.dtype)
         work = Prompting(
             opened, words, folder, config, source=f"{config.file.name}, {pipeline}", call=config.call
@@ -155,7 +156,7 @@ def encode_words(
         for step in work.steps(share()):
             tell(step)
     barrier()
-    if is_main():
+    if missing and is_main():
         write_json(done, asked)
     return PromptsConfig(folder=folder)
 

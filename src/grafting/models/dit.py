@@ -17,6 +17,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..functional.modulated_norm import modulated_norm
+
+EPSILON = 1e-6
+"""What all norms add to variances."""
+
 # hidden_size, depth, num_heads of the published sizes
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
@@ -174,16 +179,14 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b l d"]:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
-        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1))
-        return x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        x = x + gate_1 * self.attn(modulated_norm(x, shift_1, scale_1, EPSILON))
+        return x + gate_2 * self.mlp(modulated_norm(x, shift_2, scale_2, EPSILON))
 
 
 class Attention(nn.Module):
@@ -295,13 +298,13 @@ class _OnePass:
         n, (b, length, dim) = len(qkv), x.shape
         made = F.linear(F.silu(c), modulation.flatten(0, 1), modulation_bias.flatten())  # [B, n 6 D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = made.view(b, n, 6, 1, dim).permute(2, 1, 0, 3, 4)
-        y = torch.addcmul(shift_1, F.layer_norm(x, (dim,), eps=1e-6), 1 + scale_1)  # [n, B, L, D]
+        y = torch.addcmul(shift_1, F.layer_norm(x, (dim,), eps=EPSILON), 1 + scale_1)  # [n, B, L, D]
         y = torch.baddbmm(qkv_bias[:, None], y.reshape(n, b * length, dim), qkv.mT)
         q, k, v = y.view(n * b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [n B, L, H, K]
         y = torch.baddbmm(proj_bias[:, None], y.reshape(n, b * length, dim), proj.mT)
         update = gate_1 * y.view(n, b, length, dim)
-        y = torch.addcmul(shift_2, F.layer_norm(x + update, (dim,), eps=1e-6), 1 + scale_2)
+        y = torch.addcmul(shift_2, F.layer_norm(x + update, (dim,), eps=EPSILON), 1 + scale_2)
         y = torch.baddbmm(fc1_bias[:, None], y.reshape(n, b * length, dim), fc1.mT)
         y = torch.baddbmm(fc2_bias[:, None], F.gelu(y, approximate="tanh"), fc2.mT)
         # a token's updates lie together, to be merged
@@ -399,18 +402,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b l out"]:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+        return self.linear(modulated_norm(x, shift, scale, EPSILON))
 
 
 def sincos_2d(dim: int, rows: int, cols: int) -> Float[Tensor, "1 l d"]:

@@ -57,6 +57,14 @@ def _is_recent(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
+def has_wide_products(device: torch.device) -> bool:
+    """Whether products of matrices read their operands from shared memory: on H100, B200 and their like.
+
+    Elsewhere threads hold them. Beyond some 500 registers' worth the assembler gives up, and has all of a thread in memory.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def is_transformed() -> bool:
     """Within vmap, grad or jvp of `torch.func`, or forward-mode gradients, of which the kernels know nothing."""
     if torch.compiler.is_compiling():

@@ -89,7 +89,7 @@ def gated_conv_backward(
             grad, qkv, kv, short, inner, dqkv, dmixed, *sizes, **taps, **filters, **blocks
         )
         if inner is not None:
-            programs, partial, sums = _sums(grad, inner)
+            programs, partial, sums = _sums(grad, inner, of_product=True)
             inner_backward_kernel[programs](
                 dmixed,
                 qkv,
@@ -171,10 +171,13 @@ def _programs(x: Tensor, num_tokens: int, num_channels: int | None = None) -> tu
     return triton.cdiv(x.shape[2], num_channels or BLOCK_D), triton.cdiv(x.shape[1], num_tokens), x.shape[0]
 
 
-def _sums(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], Tensor, dict[str, int]]:
+def _sums(
+    x: Tensor, weight: Tensor, *, of_product: bool = False
+) -> tuple[tuple[int, int, int], Tensor, dict[str, int]]:
     """Programs that make the gradient of a filter of x's channels, memory for a sum of each, and what they are told of it."""
     taps = triton.next_power_of_2(max(len(weight) - 2, 1))  # without a token's own, and the bias
-    block_d = BLOCK_D if taps <= 16 else BLOCK_D // 2
+    held = 2 * taps if of_product else taps  # a filtered product's factors take registers beside its sums
+    block_d = BLOCK_D if held <= 16 else BLOCK_D // 2
     channels, tokens, items = _programs(x, SUMS_T, block_d)
     num_blocks = min(max(channels * tokens * items // MANY_PROGRAMS, 1), MANY_BLOCKS, tokens)
     programs = _programs(x, SUMS_T * num_blocks, block_d)
@@ -185,7 +188,7 @@ def _sums(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], Tensor, dict
         "WHOLE": x.shape[2] % block_d == 0,
         "BLOCK_T": SUMS_T,
         "BLOCK_D": block_d,
-        "num_warps": SUMS_WARPS if taps <= 8 else 2 * SUMS_WARPS,
+        "num_warps": SUMS_WARPS if held <= 8 else 2 * SUMS_WARPS,
     }
     return programs, partial, sums
 

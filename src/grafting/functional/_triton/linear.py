@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ..linear import EPSILON, FeatureMap, linear_attention_plain
-from . import differentiable_gradients
+from . import differentiable_gradients, has_wide_products
 from .heads import block_of, bytes_of, empty_heads, strides_of, with_rows
 from .linear_kernels import key_backward_kernel, key_kernel, query_backward_kernel, query_kernel
 
@@ -90,7 +90,7 @@ def linear_attention_backward(
         unit, strides = strides_of(q, grad, dq)
         query_backward_kernel[grid](
             q, grad, sums, dq, partial, *strides, num_queries, run, EPSILON / num_keys, root,
-            **constants, UNIT=unit,
+            **constants | _fewer_at_a_time(constants, v.device), UNIT=unit,
         )  # fmt: skip
         _add_up(partial, d_sums)
         grid, run = _runs(k)
@@ -134,7 +134,7 @@ def _add_up(partial: Tensor, sums: Tensor) -> None:
 def _constants(k: Tensor, v: Tensor, feature_map: str) -> dict[str, Any]:
     """What kernels are compiled for."""
     block_k, block_v = block_of(k), block_of(v)
-    is_large = block_k * block_v > 64 * 64
+    is_large = _is_large(block_k, block_v)
     return {
         "FEATURE_MAP": feature_map,
         "K": k.shape[3],
@@ -145,6 +145,17 @@ def _constants(k: Tensor, v: Tensor, feature_map: str) -> dict[str, Any]:
         "num_warps": 8 if is_large else 4,
         "num_stages": 1 if is_large and not _is_roomy(v.device) else 2,
     }
+
+
+def _is_large(block_k: int, block_v: int) -> bool:
+    """Whether a head's sums are more than a program of 4 warps holds."""
+    return block_k * block_v > 64 * 64
+
+
+def _fewer_at_a_time(constants: dict[str, Any], device: torch.device) -> dict[str, int]:
+    """For gradients of queries, whose threads hold large sums and, on most cards, the products' operands too."""
+    is_large = _is_large(constants["BLOCK_K"], constants["BLOCK_V"])
+    return {"BLOCK_N": 16, "num_stages": 2} if is_large and not has_wide_products(device) else {}
 
 
 def _is_roomy(device: torch.device) -> bool:

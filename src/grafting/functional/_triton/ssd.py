@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..ssd import ssd_plain
-from . import differentiable_gradients
+from . import differentiable_gradients, has_wide_products
 from .ssd_kernels import backward_kernel, chunk_kernel, output_kernel, pass_kernel
 
 # heads that a program takes: they share the products of B and C, and one sum of their gradients
@@ -55,6 +55,8 @@ def ssd_backward(
     grad, x, B, C, dt = _rows(grad), _rows(x), _rows(B), _rows(C), dt.contiguous()
     dx, ddt = _empty_like(x), torch.empty_like(dt)
     constants = _constants(x, B, reverse)
+    if not has_wide_products(x.device):
+        constants["BLOCK_T"] = 32
     programs = _programs(x, constants)
     groups, chunks, items = programs
     of_heads = dt.new_empty(2, items, chunks, x.shape[2])
