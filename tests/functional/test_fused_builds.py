@@ -161,7 +161,7 @@ def test_gated_convolutions_fit_a_card(name, dtype, card, built):
     backward = [f"{part}_backward_kernel" for part, own in (("short", short), ("inner", inner)) if own]
     check(built, card, "gate_kernel", "gate_backward_kernel", *backward)
     if max(GATED[name][0] or 0, GATED[name][1] or 0) <= 4:  # those that are used
-        assert max(kernel.spilled for kernel in built) <= 32
+        assert max(kernel.spilled for kernel in built) <= 64
 
 
 @DTYPES
@@ -205,7 +205,7 @@ def test_modulated_norms_fit_a_card(dim, dtype, card, built):
     x, made = zeros(4, 256, dim, dtype=dtype), zeros(4, 1, 6 * dim, dtype=torch.bfloat16)
     run(modulated_norm(x, *made.chunk(6, -1)[:2], 1e-6), (x, made))
     check(built, card, "norm_kernel", "norm_backward_kernel")
-    assert max(kernel.spilled for kernel in built) <= 32
+    assert max(kernel.spilled for kernel in built) <= 64
 
 
 @DTYPES
