@@ -68,5 +68,9 @@ class FaultWarning(UserWarning):
     """Something on disk is damaged and an older good state is used; the command line prints it as one line."""
 
 
+class TrainingWarning(UserWarning):
+    """Training did harm, as far as its own figures tell; shown as a `FaultWarning` is."""
+
+
 class ResumeWarning(UserWarning):
     """A resumed run meets other circumstances than it began in, or its data were seen before; shown as a `FaultWarning` is."""

@@ -505,8 +505,14 @@ def test_settings_are_changed_on_the_command_line(tmp_path: Path):
             "vae.source=x",
             "vae.source: this recipe has no `vae`; set it as a whole, --set 'vae={source: ...}'",
         ),
-        ("plan.7.blocks=[0]", "plan.7.blocks: plan has 1 edit, numbered from 0\n"),
-        ("plan.first.blocks=[0]", "plan.first.blocks: plan has 1 edit, numbered from 0\n"),
+        (
+            "plan.7.blocks=[0]",
+            "plan.7.blocks: plan has 1 edit, numbered from 0; plan.0.blocks is of the first\n",
+        ),
+        (
+            "plan.first.blocks=[0]",
+            "plan.first.blocks: plan has 1 edit, numbered from 0; plan.0.first.blocks is of the first\n",
+        ),
         ("plan.0.operator.taps=3", "plan.0.operator.taps: there is no such setting\n"),
         ("colour=red", "colour: unknown key"),
     ],

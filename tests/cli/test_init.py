@@ -79,6 +79,14 @@ def test_for_a_pipeline_words_are_enough():
     assert (smoke.finetune.steps, smoke.finetune.trained_in_words) == (2, "new + lora 16")
 
 
+def test_a_recipe_with_adapters_says_that_peft_is_missing(monkeypatch: pytest.MonkeyPatch):
+    tinypipeline.of(hosts()["pixart"].tiny()).save_pretrained("pipe")
+    monkeypatch.setattr("grafting.editing.surgery.find_spec", lambda name: None)
+    result = init("mine.yaml", "--source", "pipe")
+    assert result.exit_code == 0, result.output
+    assert "To be made: peft, for `lora`: pip install 'peft>=0.17'\n" in result.stdout
+
+
 def test_its_trial_runs_from_a_pipelines_folder_and_words():
     sd3().save_pretrained("pipe")
     Path("prompts.txt").write_text("a red cat\nthe blue dog\n")
@@ -88,6 +96,14 @@ def test_its_trial_runs_from_a_pipelines_folder_and_words():
     assert "A trial: too few steps" in result.stdout
     assert "A trial: too few steps" in Path("run/report.html").read_text()
     assert Path("run/pipeline/model_index.json").is_file()
+    assert result.stdout.endswith(
+        "Pipeline: run/pipeline; `import grafting` before you load it\nReport: run/report.html\n"
+    )
+    card = Path("run/pipeline/README.md").read_text()
+    assert "# A grafted StableDiffusion3Pipeline" in card
+    assert "import grafting  #" in card
+    # nothing judges these images, so the table has how far they are from the pretrained model's
+    assert "distance to the" in result.stdout
 
 
 def test_for_a_pipeline_it_takes_ones_own_latents_and_encoded_prompts():

@@ -1,11 +1,13 @@
 """A pipeline grafted and trained in memory, in one call."""
 
+import re
+
 import diffusers
 import pytest
 import torch
 
 import grafting
-from grafting.errors import DataError, HostError, PlanError, TrainingError
+from grafting.errors import DataError, HostError, PlanError, SettingsError, TrainingError
 from grafting.runs import adapting
 from grafting.sampling.taught import TaughtConfig
 from grafting.sampling.trajectories import TrajectoriesConfig
@@ -211,3 +213,44 @@ def test_a_single_prompt_is_warned_of_before_any_work(tmp_path):
     with pytest.raises(UserWarning, match="prompts: a single prompt, which the graft is fitted to alone"):
         grafting.adapt(pixart(), plan_of("softmax"), prompts=["a red cat"], folder=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_undone_pipeline_is_traced_as_one_that_was_never_grafted():
+    pipe = pixart()
+    settings = {"prompts": WORDS, "data": MADE, "distill_config": DISTILL.model_copy(update={"steps": 1})}
+    grafting.adapt(pipe, plan_of("softmax"), finetune_config=None, **settings).undo()
+    call = {"prompt": "a red cat", "height": 16, "width": 16}
+    assert grafting.trace(pipe, **call).spec == grafting.trace(pixart(), **call).spec
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            {"distill_config": {"steps": 3}},
+            "distill_config: a DistillConfig is needed, or None; found {'steps': 3}",
+        ),
+        (
+            {"finetune_config": [FINETUNE, "twice"]},
+            "finetune_config: a FinetuneConfig is needed, or None; found 'twice'",
+        ),
+        ({"data": 100}, "data: a TaughtConfig or a TrajectoriesConfig is needed, or None; found 100"),
+    ],
+)
+def test_settings_of_another_class_are_refused_before_any_work(asked, told):
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        adapting._check_kinds(**asked)  # annotations are checked in these tests, and would speak first
+
+
+def test_the_loss_of_the_process_on_a_distilled_model_is_warned_of():
+    config = FINETUNE.model_copy(update={"objective": None})
+    by_process = FinetuneConfig(
+        **config.model_dump(exclude={"objective", "diffusion_weight"}), diffusion_weight=1.0
+    )
+    pipe = flux()
+    assert grafting.hosts.host_of(pipe.transformer).distilled
+    plan = grafting.Plan(edits=(grafting.Replace(role="attention", blocks=[0], operator="softmax"),))
+    with pytest.raises(
+        UserWarning, match="finetune_config: this model is distilled, and the loss of the process"
+    ):
+        grafting.adapt(pipe, plan, prompts=WORDS, finetune_config=by_process)

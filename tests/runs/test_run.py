@@ -11,11 +11,21 @@ import pytest
 import torch
 import yaml
 
+from commandline import says
 from grafting.data.bundled import BundledSubsetConfig
 from grafting.data.subset import write_subset
 from grafting.editing.plan import Plan
 from grafting.editing.surgery import build_operators
-from grafting.errors import DataError, GraftingError, PlanError, ProtocolError, RecipeError, RunError
+from grafting.errors import (
+    DataError,
+    GraftingError,
+    PlanError,
+    ProtocolError,
+    RecipeError,
+    ResumeWarning,
+    RunError,
+    TrainingWarning,
+)
 from grafting.runs.file import load_recipe, parse_recipe
 from grafting.runs.folder import stale_stages
 from grafting.runs.job import load_source, prepare, skeleton
@@ -449,3 +459,32 @@ def test_images_that_the_judge_does_not_take_are_shown_without_its_remarks(tmp_p
     }
     run(parse_recipe(recipe, source="here"), tmp_path / "run")
     assert "inherited" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_changed_recipe_is_told_when_stages_are_made_again(tmp_path):
+    recipe = _recipe()
+    run(recipe, tmp_path / "run", until="distill")
+    changed = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"batch_size": 2})})
+    said = r"the recipe is another than that of before: distill.batch_size \(4, now 2\); what depends on this is made again"
+    with pytest.warns(ResumeWarning, match=said):
+        run(changed, tmp_path / "run", until="distill")
+    run(changed, tmp_path / "run", until="distill")  # nothing is made, nothing is told
+    # what no stage depends on
+    run(changed.model_copy(update={"description": "another"}), tmp_path / "run", until="distill")
+
+
+def test_what_was_done_before_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump(TINY))
+    assert "Done before" not in says("run", "recipe.yaml", "--until", "distill")
+    assert "Done before: distill\n" in says("run", "recipe.yaml", "--until", "finetune")
+
+
+def test_operators_that_stage_1_made_worse_are_warned_of(tmp_path):
+    recipe = _recipe()
+    wild = recipe.distill.model_copy(update={"lr": 100.0, "clip_norm": 1e6})
+    with pytest.warns(
+        TrainingWarning,
+        match=r"stage 1 left 1 of 1 operators further .* R² of blocks.1.attn went from .* to -",
+    ):
+        run(recipe.model_copy(update={"distill": wild}), tmp_path / "run", until="distill")

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..cli import about, checking, comparing, data, inspection, measuring, run, samples, weights
-from ..errors import FaultWarning, GraftingError, ResumeWarning, listed
+from ..errors import FaultWarning, GraftingError, ResumeWarning, TrainingWarning, listed
 from ..machine.signals import Interrupted, catching_signals
 from ._shared import err
 
@@ -116,9 +116,10 @@ def _global_options(
 
 @contextmanager
 def _faults_in_a_line() -> Iterator[None]:
-    """Show each `FaultWarning` and `ResumeWarning` as one line, without its source location."""
+    """Show each of our own warnings as one line, without its source location."""
     with warnings.catch_warnings():
         shown = warnings.showwarning
+        told = FaultWarning, ResumeWarning, TrainingWarning
 
         def show(
             message: Warning | str,
@@ -128,13 +129,13 @@ def _faults_in_a_line() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, FaultWarning | ResumeWarning):
+            if issubclass(category, told):
                 print(f"Warning: {message}", file=sys.stderr)
             else:
                 shown(message, category, filename, lineno, file, line)
 
-        warnings.simplefilter("always", FaultWarning)
-        warnings.simplefilter("always", ResumeWarning)
+        for each in told:
+            warnings.simplefilter("always", each)
         warnings.showwarning = show
         yield
 

@@ -166,6 +166,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], *, trial: bool = False) -> 
     figure = headline(rows)
     protocol = rows[0].get("protocol")
     columns = [c for c in shown_in("main") if c is not figure and any(c.key in row for row in rows)]
+    if not protocol and any("image_distance" in row for row in rows):
+        columns = [FIGURES["image_distance"], *columns]
     if "mlp_flops" in rows[0] and len({row.get("attention_flops") for row in rows}) == 1:
         columns = [c for c in columns if c.key != "attention_flops"]
     caption = f"{rows[0]['num_images']} images per model"
@@ -177,7 +179,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], *, trial: bool = False) -> 
         elif reason := next(filter(None, (why_no_ratio(row.get("paired") or {}) for row in rows)), ""):
             caption += f"\n{reason}"
     else:
-        caption += ", not evaluated: name a suite with `evaluate`"
+        caption += ", not evaluated: no suite is named, or none takes them"
     titled = [{**row, "name": ROW_TITLES.get(row["name"], row["name"])} for row in rows]
     said = TRIAL if trial else verdict(titled[-1], titled[0])
     table = Table(
@@ -308,6 +310,10 @@ def show_forecast(console: Console, found: Mapping[str, Any]) -> None:
         if stage["hours"] is not None:
             say(console, f"{stage['name']}, time: {stage['basis']}")
     _say_left_out(console, stages)
+    if found["device"] == "cpu":
+        say(
+            console, "On a CPU a small model takes several times as long: its work is no large matrix product"
+        )
     if found["data"]["items"] is not None:
         say(console, f"Data: {found['data']['items']:,} items, {_size(found['data']['bytes'])}")
     dump = found["dump"]

@@ -55,7 +55,7 @@ class Package:
 OPTIONAL_PACKAGES = (
     Package("datasets", "datasets", "images of the Hugging Face Hub"),
     Package("peft", "peft", "LoRA adapters in stage 2"),
-    Package("transformers", "transformers", "GenEval"),
+    Package("transformers", "transformers", "text encoders of pipelines, GenEval"),
     Package("ray", "ray", "sweeps over a cluster"),
     Package("trackio", "trackio", "a local dashboard of training"),
     Package("wandb", "wandb", "Weights & Biases"),

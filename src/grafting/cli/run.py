@@ -238,6 +238,7 @@ def _carry_out(
 
     from ..machine.devices import default_device
     from ..machine.precision import precisions_of, settled_run
+    from ..runs.folder import done_stages
     from ..runs.run import run as run_recipe
     from ..weights.card import rows_of
 
@@ -247,6 +248,8 @@ def _carry_out(
     settings = settled.model_dump(mode="json", exclude_none=True)
     precisions = " and ".join(sorted(set(precisions_of(settled))))
     say(told, f"Recipe {recipe.name}, in {folder}" + (f", computed in {precisions}" if precisions else ""))
+    if done := done_stages(folder):
+        say(told, f"Done before: {', '.join(done)}")
     with (
         tracking(track or (), folder, name=recipe.name, settings=settings) as note,
         follow(told) as show,
@@ -271,6 +274,8 @@ def _carry_out(
         return
     if rows:
         out.print(metrics_table(rows, trial=recipe.trial))
+    if until == "report" and (folder / "pipeline").is_dir():
+        say(out, f"Pipeline: {folder / 'pipeline'}; `import grafting` before you load it")
     say(out, f"{until.capitalize()}: {result if result.exists() else 'the recipe has no such stage'}")
 
 

@@ -310,9 +310,14 @@ def adapt(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float) ->
             parameter.data = parameter.data.float()
 
 
+def can_adapt() -> bool:
+    """Whether peft is installed, which makes low-rank adapters."""
+    return find_spec("peft") is not None
+
+
 def check_can_adapt() -> None:
     """Raises a MissingBackend if peft is not installed."""
-    if find_spec("peft") is None:
+    if not can_adapt():
         raise MissingBackend(f"lora needs peft: {install_line('peft')}")
 
 

@@ -14,7 +14,7 @@ from ..contract import Denoiser
 from ..data.prompts import Prompts
 from ..editing.plan import Plan
 from ..editing.surgery import Graft, build_operators, check_editable, sharing_copy
-from ..errors import DataError, TrainingError
+from ..errors import DataError, SettingsError, TrainingError
 from ..hosts import host_of, process_of, transformer_of
 from ..latents.prompting import Prompting, PromptingConfig, check_encodes
 from ..machine.devices import default_device
@@ -28,7 +28,7 @@ from ..training.finetuning import finetune as _finetune
 from ..training.phases import FinetuneConfig, phases_of
 from ..training.supply import deal
 from ..weights.pipelines import check_drawn, place
-from .remarks import few_prompts
+from .remarks import LOSS_OF_DISTILLED, few_prompts, is_by_process
 from .stage import OnStep
 
 DISTILL = DistillConfig(steps=200, batch_size=8, holdout=16)
@@ -64,22 +64,23 @@ def adapt(
         folder: keeps the encoded prompts and the latents, so that a second call finds them; by default they go when this returns.
         call: what the pipeline is called with beside the prompt, `{"max_sequence_length": 128}`.
         seed: of the operators' random weights.
-        on_step: called with a stage's name and each of its steps.
+        on_step: called with a stage's name and each of its steps; nothing is printed.
 
     Returns:
         The record, which can undo the graft; weights of the model's own that were trained (`trainable: all`) stay in memory for it.
 
     Raises:
-        DataError: prompts are none, one string, or no words; latents of a shape that the model does not take. PlanError: the plan does
-            not fit the model as it stands. Both before any work.
+        SettingsError: a setting is of another class, such as a dict. DataError: prompts are none, one string, or no words; latents of a
+            shape that the model does not take. PlanError: the plan does not fit the model as it stands. All before any work.
         HostError: the pipeline has no transformer that can be edited, has no text encoder, or does not run.
         TrainingError: there is nothing to train, or are too few latents for what is held out, before any work; what a stage says, and
             the transformer is then as it was.
 
     Warns:
-        UserWarning: the prompts are so few that the graft learns them by heart.
+        UserWarning: the prompts are so few that the graft learns them by heart; or a distilled model gets the loss of the process.
     """
     _check_prompts(prompts)
+    _check_kinds(data=data, distill_config=distill_config, finetune_config=finetune_config)
     model = transformer_of(pipeline)
     host = host_of(model)
     check_drawn(pipeline, host)
@@ -92,6 +93,8 @@ def adapt(
     phases = phases_of(finetune_config)
     for remark in few_prompts(prompts, steps=sum(phase.steps for phase in phases)):
         warnings.warn(f"prompts: {remark}", stacklevel=2)
+    if host.distilled and any(map(is_by_process, phases)):
+        warnings.warn(f"finetune_config: {LOSS_OF_DISTILLED}", stacklevel=2)
     pipeline.to(default_device())
     tell = on_step or (lambda name, step: None)
     with _kept(folder) as place_of_data:
@@ -108,6 +111,7 @@ def adapt(
             for step in distill(model, operators, made, distill_config, denoiser=denoiser):
                 tell("distill", step)
         record = place(model, operators, cast=False)
+        host.track_layout(model).stays = False  # until the graft is undone
         if phases:
             try:
                 steps = _finetune(
@@ -137,6 +141,21 @@ def _check_prompts(prompts: Sequence[str]) -> None:
     for number, words in enumerate(prompts):
         if not isinstance(words, str) or not words.strip():
             raise DataError(f"prompts: {number} is {shown(words)}; each is a string with words in it")
+
+
+def _check_kinds(**given: Any) -> None:
+    """Raises a SettingsError if a setting is of another class than it is to be."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "data": (TaughtConfig, TrajectoriesConfig),
+        "distill_config": (DistillConfig,),
+        "finetune_config": (FinetuneConfig,),
+    }
+    for name, value in given.items():
+        several = name == "finetune_config" and isinstance(value, Sequence) and not isinstance(value, str)
+        for each in value if several else [value]:
+            if each is not None and not isinstance(each, kinds[name]):
+                wanted = " or a ".join(kind.__name__ for kind in kinds[name])
+                raise SettingsError(f"{name}: a {wanted} is needed, or None; found {shown(each)}")
 
 
 def _check_training(

@@ -168,9 +168,9 @@ def _short_list(path: str, settings: Mapping[str, Any]) -> str:
     for depth, key in enumerate(parts):
         if isinstance(place, list) and not (key.isdecimal() and int(key) < len(place)):
             kind = "edit" if parts[0] == "plan" else "item"
-            return (
-                f"{'.'.join(parts[:depth])} has {len(place)} {kind}{'s' * (len(place) != 1)}, numbered from 0"
-            )
+            head, rest = ".".join(parts[:depth]), parts[depth + key.isdecimal() :]
+            meant = f"; {'.'.join([head, '0', *rest])} is of the first" if place and rest else ""
+            return f"{head} has {len(place)} {kind}{'s' * (len(place) != 1)}, numbered from 0{meant}"
         try:
             place = place[_key(place, key)]
         except (KeyError, TypeError):

@@ -238,9 +238,20 @@ class RunFolder:
 
 def stale_stages(folder: Path) -> frozenset[str]:
     """The stages of a run's folder whose outputs may be of an earlier recipe than the one that lies there."""
+    return frozenset(name for name, entry in _stages_in(folder).items() if entry.stale)
+
+
+def done_stages(folder: Path) -> list[str]:
+    """The stages of a run's folder that are done, in their order; empty of what is no run, or a damaged one."""
+    try:
+        return [name for name, entry in _stages_in(folder).items() if entry.done]
+    except RunError:
+        return []
+
+
+def _stages_in(folder: Path) -> dict[str, Entry]:
     path = folder / MANIFEST
-    stages = read_manifest(path).stages if path.is_file() else {}
-    return frozenset(name for name, entry in stages.items() if entry.stale)
+    return read_manifest(path).stages if path.is_file() else {}
 
 
 class Stage:

@@ -7,8 +7,13 @@ from ..data import Prompts
 from ..data.scenes import PRETRAINING, ScenesConfig
 from ..editing.placed import Operators
 from ..latents.prompting import PlannedPrompts
+from ..training.phases import FinetuneConfig
 from .job import Job
 
+LOSS_OF_DISTILLED = (
+    "this model is distilled, and the loss of the process (`objective: process`, `diffusion_weight`) undoes that: leave it out, "
+    "and stage 2 learns the teacher's outputs"
+)
 _FEW_PROMPTS, _MANY_STEPS = 32, 100
 _MOST_READ = 10_000
 
@@ -19,6 +24,7 @@ def remarks(job: Job, operators: Operators) -> list[str]:
         *([f"no pipeline draws with this graft: {fault}"] if (fault := job.host.pipeline_fault) else []),
         *seen_before(job),
         *_few_prompts(job),
+        *_loss_of_distilled(job),
         *_not_measured(job),
         *_as_large(job, operators),
     ]
@@ -58,6 +64,16 @@ def few_prompts(prompts: Iterable[str], *, steps: int) -> list[str]:
     return [
         f"{different} different prompts for {steps:,} steps of stage 2, which learns them by heart: {have}"
     ]
+
+
+def _loss_of_distilled(job: Job) -> list[str]:
+    asked = any(is_by_process(phase) for phase in job.recipe.phases)
+    return [f"finetune: {LOSS_OF_DISTILLED}"] if job.denoiser.distilled and asked else []
+
+
+def is_by_process(phase: FinetuneConfig) -> bool:
+    """Whether a phase asks for the loss of the process; what says nothing has it where the model bears it."""
+    return "diffusion_weight" in phase.model_fields_set and phase.diffusion_weight > 0
 
 
 def _not_measured(job: Job) -> list[str]:

@@ -5,9 +5,11 @@ killed run stopped. Everything that can be wrong with a recipe is found before a
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +23,7 @@ from ..machine.devices import default_device
 from ..machine.files import write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
-from ..machine.reading import read_bytes, read_yaml
+from ..machine.reading import read_bytes, read_yaml, shown
 from ..sampling.taught import Taught
 from .folder import RunFolder, refuse_strangers
 from .job import Job, prepare
@@ -30,6 +32,9 @@ from .recipe import Recipe
 from .remarks import seen_before
 from .stage import OnStep, carry_out
 from .stages import STAGES
+
+_MOST_CHANGES = 5
+_UNSET = "unset"
 
 
 def run(
@@ -107,6 +112,33 @@ def _open(job: Job, folder: Path, others: Sequence[Path]) -> RunFolder:
     return run_folder
 
 
+def _changes(before: Any, now: Any) -> str:
+    """What differs between two recipes, as one sentence; empty if nothing that is set does."""
+    old, new = (dict(_flat(recipe)) for recipe in (before, now))
+    changed = [
+        f"{key} ({shown(old.get(key, _UNSET))}, now {shown(new.get(key, _UNSET))})"
+        for key in {**old, **new}
+        if old.get(key, _UNSET) != new.get(key, _UNSET)
+    ]
+    if not changed:
+        return ""
+    more = f" and {len(changed) - _MOST_CHANGES} more" if len(changed) > _MOST_CHANGES else ""
+    return (
+        f"the recipe is another than that of before: {', '.join(changed[:_MOST_CHANGES])}{more}; "
+        "what depends on this is made again"
+    )
+
+
+def _flat(settings: Any, head: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting with its path."""
+    if isinstance(settings, dict | list) and settings:
+        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for key, value in items:
+            yield from _flat(value, f"{head}.{key}" if head else str(key))
+    else:
+        yield head, settings
+
+
 def _check_subset(recipe: Recipe, written: Path) -> None:
     """Raises a RunError if the run began on another subset under the same name, unless the recipe says which it wants."""
     data = recipe.data
@@ -143,8 +175,11 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
     plan = job.recipe.edits.model_dump(mode="json")
     recipe = job.recipe.model_copy(update={"data": job.recipe.data.pinned()})
     described = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).encode()
-    if (folder / "recipe.yaml").is_file() and read_bytes(folder / "recipe.yaml", error=RunError) != described:
+    written = folder / "recipe.yaml"
+    if written.is_file() and read_bytes(written, error=RunError) != described:
         run_folder.mark_stale()
+        with suppress(RunError):  # a damaged one says nothing, and is written again
+            run_folder.tell(_changes(read_yaml(written, error=RunError), yaml.safe_load(described)))
     write_bytes(folder / "recipe.yaml", described)
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
     run_folder.describe_machine(

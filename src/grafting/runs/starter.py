@@ -16,12 +16,13 @@ from torch import nn
 from ..data import ImageFolderConfig
 from ..data.bundled import bundled_model_folder
 from ..diffusion import Diffusion
-from ..editing.surgery import resolve
+from ..editing.surgery import can_adapt, resolve
 from ..errors import HostError, RecipeError
 from ..hosts import Host, hosts
 from ..latents.decoding import makes_pixels
 from ..latents.prompting import read_words
 from ..machine.files import write_bytes
+from ..machine.packages import install_line
 from ..machine.reading import JsonObject, parse_yaml
 from ..operators import parse_operator
 from ..weights.folder import read_config
@@ -162,7 +163,12 @@ def missing_parts(path: Path) -> list[str]:
         ("conditions", "file"): "a prompt a line, some hundreds, like those that the model will be asked",
     }
     named = {keys: getattr(getattr(recipe, keys[0]), keys[1], None) for keys in ways}
-    return [f"{part}: {ways[keys]}" for keys, part in named.items() if part and not Path(part).exists()]
+    missing = [f"{part}: {ways[keys]}" for keys, part in named.items() if part and not Path(part).exists()]
+    uses_lora = any(phase.lora for phase in recipe.phases)
+    return [
+        *missing,
+        *([f"peft, for `lora`: {install_line('peft')}"] if uses_lora and not can_adapt() else []),
+    ]
 
 
 def _open(source: str) -> tuple[Path | None, Host[Any], nn.Module]:

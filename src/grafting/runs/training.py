@@ -1,6 +1,9 @@
 """The stages of a run that train: what each does in its folder, and what it costs."""
 
+import math
 import shutil
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,7 @@ from ..editing.adapters import adapters_of
 from ..editing.placed import Operators
 from ..editing.plan import Choice, Merge
 from ..editing.surgery import build_operators, place, sharing_copy
+from ..errors import TrainingWarning
 from ..machine.devices import default_device
 from ..machine.processes import barrier, broadcast, is_main, world_size
 from ..runs import identity
@@ -27,7 +31,9 @@ from ..training.phases import FinetuneConfig
 from ..weights.folder import save_delta, save_model
 from ..weights.portable import Base
 from ..weights.tensors import save_operators
+from ..words import is_number
 from .card import write_model_card
+from .folder import read_log
 from .job import Job
 from .recipe import Recipe
 from .rows import fitted_operators, starting_operators
@@ -62,6 +68,7 @@ def distill_operators(work: Opened) -> list[Path]:
         how = {"denoiser": job.denoiser, "cache_folder": work.folder / "cache", "state": state}
         steps = distill(job.model, fitted, job.data, config, **how)
         work.follow(_timed(job, (config,), of_distill, steps), save_every=job.recipe.saving)
+        _warn_of_harm(work.folder / "log.jsonl")
     barrier()
     if not is_main():
         return []
@@ -70,6 +77,26 @@ def distill_operators(work: Opened) -> list[Path]:
         for path, operator in fitted.items():
             job.store.save(identity.operator_inputs(job, path), operator)
     return _saved(work, operators)
+
+
+def _warn_of_harm(log: Path) -> None:
+    """Warn of operators that stage 1 left worse than it found them, and worse than the mean of what they replace."""
+    if not log.is_file():
+        return
+    r2 = defaultdict[str, list[float]](list)
+    for line in read_log(log):
+        for name, value in line.items():
+            if name.startswith("r2/"):
+                r2[name.removeprefix("r2/")].append(value if is_number(value) else -math.inf)
+    harmed = {path: found for path, found in r2.items() if found[-1] < min(found[0], 0.0)}
+    if harmed:
+        path, found = next(iter(harmed.items()))
+        warnings.warn(
+            f"stage 1 left {len(harmed)} of {len(r2)} operators further from what they replace than it found them: R² of {path} "
+            f"went from {found[0]:.3g} to {found[-1]:.3g}; lower `distill.lr`",
+            TrainingWarning,
+            stacklevel=2,
+        )
 
 
 def _not_in_store(job: Job, operators: Operators) -> set[str]:

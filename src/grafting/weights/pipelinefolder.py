@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import CheckpointError
-from ..machine.files import atomic_files, link_weights, write_json
+from ..machine.files import atomic_files, link_weights, write_bytes, write_json
 from ..machine.reading import read_json
+from .card import CARD_NAME
 from .folder import read_config
 from .locate import CONFIG_NAME, HUB_NAME, MODEL_FILES, PIPELINE_NAME, find_folder, model_in
 from .portable import HOME, PREFIX
@@ -50,8 +51,21 @@ def write_pipeline(folder: Path, source: str | Path, model: Path) -> list[Path]:
         shutil.copytree(model, made / "transformer", copy_function=link_weights)
         name = str(read_config(model)["_class_name"])
         place = {"transformer": [HOME, name]} if name.startswith(PREFIX) else {}
+        write_bytes(
+            made / CARD_NAME, _card(str(index.get("_class_name", "pipeline")), grafted=bool(place)).encode()
+        )
         write_json(made / PIPELINE_NAME, index | place)
-    return [folder / PIPELINE_NAME, folder / "transformer" / CONFIG_NAME]
+    return [folder / PIPELINE_NAME, folder / CARD_NAME, folder / "transformer" / CONFIG_NAME]
+
+
+def _card(pipeline: str, *, grafted: bool) -> str:
+    """What whoever gets the folder has to know."""
+    first = "import grafting  # diffusers finds the transformer's class by it\n" if grafted else ""
+    return (
+        f"---\nlibrary_name: diffusers\ntags: [grafting, diffusion]\n---\n\n# A grafted {pipeline}\n\n"
+        "Operators of its transformer were replaced by `grafting`; the card in `transformer/` says which, and from what model.\n\n"
+        f'```python\n{first}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("this folder")\n```\n'
+    )
 
 
 def _whole(source: str | Path) -> str | Path:
