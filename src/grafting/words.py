@@ -99,7 +99,7 @@ def amount(value: Any) -> str:
 
 def count(value: Any) -> str:
     """A count with all its digits: 50 000."""
-    return f"{value:,}".replace(",", THIN_SPACE) if is_number(value) else ABSENT
+    return f"{value:,.15g}".replace(",", THIN_SPACE) if is_number(value) else ABSENT
 
 
 def percent(value: Any) -> str:

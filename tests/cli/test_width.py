@@ -43,3 +43,7 @@ def test_a_step_says_its_shares_in_percent():
 def test_calibrations_r2_is_not_called_as_stage_1s():
     """One is of the images that were fitted, the other of held-out ones."""
     assert describe_values({"fit_r2/a": 0.9, "fit_r2_before/a": -1.0}) == "R² of the fit 0.900"
+
+
+def test_a_phase_is_a_whole_number():
+    assert describe_values({"phase": 2.0, "loss": 0.5}) == "loss 0.500, phase 2"

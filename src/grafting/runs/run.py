@@ -20,7 +20,7 @@ from ..editing.plan import describe_choice
 from ..errors import RunError
 from ..latents.prompting import WordsConfig, encode_words
 from ..machine.devices import default_device
-from ..machine.files import write_bytes, write_json
+from ..machine.files import differing, write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
 from ..machine.reading import read_bytes, read_yaml, shown
@@ -117,8 +117,7 @@ def _changes(before: Any, now: Any) -> str:
     old, new = (dict(_flat(recipe)) for recipe in (before, now))
     changed = [
         f"{key} ({shown(old.get(key, _UNSET))}, now {shown(new.get(key, _UNSET))})"
-        for key in {**old, **new}
-        if old.get(key, _UNSET) != new.get(key, _UNSET)
+        for key in differing(old, new)
     ]
     if not changed:
         return ""
