@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from commandline import call, fails
 from grafting import cli
 from grafting.words import FIGURES, verdict
-from report.synthetic_run import write_run
+from report.synthetic_run import garments, write_run, write_samples
 
 
 def estimate(value: float, low: float, high: float) -> dict[str, float]:
@@ -112,6 +112,19 @@ def test_runs_without_a_suite_are_told_by_their_images_alone(tmp_path):
     assert "pixels from the first" in head
     assert "distance" not in head
     assert "against the first" not in head
+
+
+def test_why_images_are_not_compared_is_told(tmp_path):
+    a, b = (write_guided(tmp_path / name, 1.5, measured=False) for name in "ab")
+    write_samples(b, "finetuned", garments(1.0, 7))
+    recipe = yaml.safe_load((b / "recipe.yaml").read_text())
+    recipe["sample"] |= {"num_images": 7}
+    (b / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    said = call("compare", a, b).stdout
+    assert said.startswith("Images are not compared: there are 100 and 7 of them\n")
+    assert json.loads(call("compare", a, b, "--json").stdout)["not_seen"].startswith("there are 100 and 7")
+    (b / "samples/finetuned.safetensors").unlink()
+    assert f"Images are not compared: {b}:finetuned has none here\n" in call("compare", a, b).stdout
 
 
 def test_a_page_is_written_too(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from commandline import fails, says
 from grafting.data.latents import write_latents
 from grafting.editing.plan import Plan
-from grafting.errors import ProtocolError
+from grafting.errors import ProtocolError, ResumeWarning
 from grafting.functional.pixels import to_uint8
 from grafting.hosts import hosts
 from grafting.latents.autoencoder import load_autoencoder
@@ -168,7 +168,11 @@ def test_a_recipe_of_latents_samples_pixels(tmp_path, folders):
     # another decoder, other samples
     seen = []
     again = recipe(tmp_path, {"source": str(folders[2]), "precision": "bf16"})
-    run(again, tmp_path / "run", until="sample", on_step=lambda stage, step: seen.append(stage))
+    with pytest.warns(
+        ResumeWarning,
+        match=r"pretrained is made again, and what follows from it: vae.precision \('fp32', now 'bf16'\)",
+    ):
+        run(again, tmp_path / "run", until="sample", on_step=lambda stage, step: seen.append(stage))
     assert seen == ["sample pretrained"] * 3
 
 

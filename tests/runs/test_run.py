@@ -93,12 +93,17 @@ def test_a_change_runs_what_depends_on_it(finished, tmp_path):
     folder, _ = finished
     seen = []
     changed = _recipe(finetune=TINY["finetune"] | {"lr": 2e-4})
-    run(changed, folder, on_step=lambda stage, step: seen.append(stage))
+    with pytest.warns(
+        ResumeWarning,
+        match=r"finetune is made again, and what follows from it: finetune.lr \(0.0001, now 0.0002\)",
+    ):
+        run(changed, folder, on_step=lambda stage, step: seen.append(stage))
     assert set(seen) == {
         "finetune", "sample finetuned",
         *(f"evaluate {r}" for r in ("pretrained", "random", "inherited", "distilled", "finetuned")),
     }  # fmt: skip
-    run(_recipe(), folder)
+    with pytest.warns(ResumeWarning, match="finetune is made again"):
+        run(_recipe(), folder)
 
 
 def test_what_an_earlier_recipe_made_is_not_shown_as_the_new_ones(finished, tmp_path):
@@ -465,7 +470,7 @@ def test_a_changed_recipe_is_told_when_stages_are_made_again(tmp_path):
     recipe = _recipe()
     run(recipe, tmp_path / "run", until="distill")
     changed = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"batch_size": 2})})
-    said = r"the recipe is another than that of before: distill.batch_size \(4, now 2\); what depends on this is made again"
+    said = r"distill is made again, and what follows from it: distill.batch_size \(4, now 2\)"
     with pytest.warns(ResumeWarning, match=said):
         run(changed, tmp_path / "run", until="distill")
     run(changed, tmp_path / "run", until="distill")  # nothing is made, nothing is told

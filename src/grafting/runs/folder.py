@@ -97,6 +97,8 @@ class RunFolder:
         self._recipe_name = recipe_name
         self._manifest = new_manifest(recipe_name)
         self._to_tell: list[str] = []
+        self.changes = ""
+        """What is other in the recipe than before, in words, until it is told."""
         if writes:
             refuse_strangers(self.path)
             self._lock = _locked(path)
@@ -130,11 +132,14 @@ class RunFolder:
         return manifest
 
     @contextmanager
-    def stage(self, name: str, inputs: Any, *, of_source: bool = False) -> "Iterator[Stage]":
+    def stage(
+        self, name: str, inputs: Any, *, of_source: bool = False, changes: str = ""
+    ) -> "Iterator[Stage]":
         """Opens a stage with all that its outputs depend on, as JSON; records it as done when the block ends well.
 
         Args:
             of_source: whether its outputs are of the source alone, and are taken from another run that has done it.
+            changes: what is other in the recipe than before, in words: told if the stage is made again for it.
 
         Raises:
             Interrupted: a signal came, which the program catches, and the stage is done.
@@ -142,7 +147,11 @@ class RunFolder:
         if of_source and self.writes:
             self._take_over(name, hash_json(inputs))
         self.barrier()
+        before = self.entry(name)
         stage = Stage(self, name, hash_json(inputs))
+        if changes and before is not None and before.inputs != stage.inputs:
+            self.tell(f"{name} is made again, and what follows from it: {changes}")
+            self.changes = ""
         self.barrier()
         started = time.monotonic()
         with stage.patience:

@@ -75,8 +75,10 @@ class Against:
         """How far images of the same seeds lie from each other, as JSON; empty where they are not of the same seeds.
 
         Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`, and as `sampling_differs` the
-        settings that both were not sampled with alike, if any.
+        settings that both were not sampled with alike, if any. Or why there are none, as `not_seen`.
         """
+        if why := _unlike(self.first, self.row):
+            return {"not_seen": why}
         found: JsonObject = {key: e._asdict() for key, e in _likeness(self.first, self.row).items()}
         sampling = _sampling_differences(self.first, self.row) if found else []
         if sampling:
@@ -87,6 +89,8 @@ class Against:
 def seen_in_words(found: Mapping[str, Any]) -> list[str]:
     """A sentence for each distance between images of the same seeds that was found as `Against.seen`."""
     kinds = {"image_distance": "of the range of pixels apart", "feature_distance": "apart in features"}
+    if why := found.get("not_seen"):
+        return [f"Images are not compared: {why}"]
     parts = {
         key: [FIGURES[key].write(found[key][end]) for end in ("value", "low", "high")]
         for key in kinds
@@ -170,15 +174,11 @@ def _as_figures(estimates: Mapping[str, Estimate]) -> dict[str, float]:
 
 def _likeness(a: RunRow, b: RunRow) -> dict[str, Estimate]:
     """Mean distances between images of the same number: in pixels, as a share of their range, and in features."""
-    paths = [_samples_path(row) for row in (a, b)]
-    if not all(path.is_file() for path in paths):
+    if _unlike(a, b):
         return {}
-    files = [open_samples(path) for path in paths]
-    (one, other), labels = files, files[0].labels
-    if labels is None or other.labels is None or not torch.equal(labels, other.labels) or len(labels) < 2:
-        return {}
-    if one.shape != other.shape or one.origin["sampling"].get("seed") != other.origin["sampling"].get("seed"):
-        return {}
+    one, other = (open_samples(_samples_path(row)) for row in (a, b))
+    labels = one.labels
+    assert labels is not None
     pairs = zip(one.images(_BATCH), other.images(_BATCH), strict=True)
     in_pixels = torch.cat([distances(x, y) / 255 for x, y in pairs])
     found = {"image_distance": distance_estimate(in_pixels, a.measured, one.origin["sampling"], labels)}
@@ -188,6 +188,25 @@ def _likeness(a: RunRow, b: RunRow) -> dict[str, Estimate]:
             distances(mine, its), a.measured, one.origin["sampling"], labels
         )
     return found
+
+
+def _unlike(a: RunRow, b: RunRow) -> str:
+    """Why images of two rows cannot be compared one by one; empty if they can."""
+    for row in (a, b):
+        if not _samples_path(row).is_file():
+            return f"{row.measured.name} has none here"
+    one, other = (open_samples(_samples_path(row)) for row in (a, b))
+    seeds = [file.origin["sampling"].get("seed") for file in (one, other)]
+    if one.shape != other.shape:
+        sizes = [" x ".join(map(str, file.shape)) for file in (one, other)]
+        return f"their sizes differ, {sizes[0]} and {sizes[1]}"
+    if one.labels is None or other.labels is None or len(one.labels) < 2:
+        return "it is not known what they show, or there is only one"
+    if len(one.labels) != len(other.labels):
+        return f"there are {len(one.labels)} and {len(other.labels)} of them"
+    if not torch.equal(one.labels, other.labels):
+        return "they show other prompts or classes"
+    return "" if seeds[0] == seeds[1] else f"they began from other noise, of seeds {seeds[0]} and {seeds[1]}"
 
 
 def _sampling_differences(a: RunRow, b: RunRow) -> list[str]:

@@ -113,19 +113,14 @@ def _open(job: Job, folder: Path, others: Sequence[Path]) -> RunFolder:
 
 
 def _changes(before: Any, now: Any) -> str:
-    """What differs between two recipes, as one sentence; empty if nothing that is set does."""
+    """What differs between two recipes, in words; empty if nothing that is set does."""
     old, new = (dict(_flat(recipe)) for recipe in (before, now))
     changed = [
         f"{key} ({shown(old.get(key, _UNSET))}, now {shown(new.get(key, _UNSET))})"
         for key in differing(old, new)
     ]
-    if not changed:
-        return ""
     more = f" and {len(changed) - _MOST_CHANGES} more" if len(changed) > _MOST_CHANGES else ""
-    return (
-        f"the recipe is another than that of before: {', '.join(changed[:_MOST_CHANGES])}{more}; "
-        "what depends on this is made again"
-    )
+    return ", ".join(changed[:_MOST_CHANGES]) + more
 
 
 def _flat(settings: Any, head: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,7 +173,7 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
     if written.is_file() and read_bytes(written, error=RunError) != described:
         run_folder.mark_stale()
         with suppress(RunError):  # a damaged one says nothing, and is written again
-            run_folder.tell(_changes(read_yaml(written, error=RunError), yaml.safe_load(described)))
+            run_folder.changes = _changes(read_yaml(written, error=RunError), yaml.safe_load(described))
     write_bytes(folder / "recipe.yaml", described)
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
     run_folder.describe_machine(

@@ -88,6 +88,8 @@ def carry_out(stage: Stage, job: Job, run: RunFolder, on_step: OnStep) -> None:
                 stage.do(Opened(job, run, part, on_step))
             continue
         inputs = stage.inputs(job, run, part)
-        with run.stage(part.name, inputs, of_source=stage.of_source(part)) as opened:
+        # the others take moments
+        what = run.changes if stage.is_shared else ""
+        with run.stage(part.name, inputs, of_source=stage.of_source(part), changes=what) as opened:
             if not opened.done and (stage.is_shared or is_main()):
                 opened.outputs = stage.do(Opened(job, run, part, on_step, opened))

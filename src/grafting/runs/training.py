@@ -79,6 +79,10 @@ def distill_operators(work: Opened) -> list[Path]:
     return _saved(work, operators)
 
 
+_HARM = 0.1
+"""R² that training may lose without being told of it."""
+
+
 def _warn_of_harm(log: Path) -> None:
     """Warn of operators that stage 1 left worse than it found them, and worse than the mean of what they replace."""
     if not log.is_file():
@@ -88,7 +92,7 @@ def _warn_of_harm(log: Path) -> None:
         for name, value in line.items():
             if name.startswith("r2/"):
                 r2[name.removeprefix("r2/")].append(value if is_number(value) else -math.inf)
-    harmed = {path: found for path, found in r2.items() if found[-1] < min(found[0], 0.0)}
+    harmed = {path: found for path, found in r2.items() if found[-1] < min(found[0], 0.0) - _HARM}
     if harmed:
         path, found = next(iter(harmed.items()))
         warnings.warn(
