@@ -168,12 +168,13 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
     ]
     plan = job.recipe.edits.model_dump(mode="json")
     recipe = job.recipe.model_copy(update={"data": job.recipe.data.pinned()})
-    described = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).encode()
+    settings = recipe.model_dump(mode="json", exclude_none=True)
+    described = yaml.safe_dump(settings, sort_keys=False).encode()
     written = folder / "recipe.yaml"
     if written.is_file() and read_bytes(written, error=RunError) != described:
         run_folder.mark_stale()
         with suppress(RunError):  # a damaged one says nothing, and is written again
-            run_folder.changes = _changes(read_yaml(written, error=RunError), yaml.safe_load(described))
+            run_folder.changes = _changes(read_yaml(written, error=RunError), settings)
     write_bytes(folder / "recipe.yaml", described)
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
     run_folder.describe_machine(
