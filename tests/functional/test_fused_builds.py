@@ -56,7 +56,7 @@ CARDS = [
     Card((10, 0), 227 << 10),  # B200
     Card((12, 0), 99 << 10),  # GeForce RTX 5090
 ]
-MOST_SPILLED = 1100
+MOST_SPILLED = 1300
 """Bytes of memory that a thread takes for want of registers. Beyond some 2,000 the assembler puts all it has there."""
 
 
