@@ -48,6 +48,7 @@ def test_benchmark_of_the_kernels_runs_at_toy_sizes():
         "hyena-y",
         "mamba2",
         "mlp-hyena-x",
+        "modulated",
         "window-1d",
         "window-2d",
         "linear",
