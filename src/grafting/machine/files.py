@@ -361,11 +361,15 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with dotted names."""
+def flatten(value: Mapping[Any, Any], prefix: str = "", *, lists: bool = False) -> dict[str, object]:
+    """Flatten nested mappings, and `lists` too if asked, into one with dotted names: `finetune.0.lr`."""
     flat: dict[str, object] = {}
     for name, item in value.items():
-        flat |= flatten(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
+        inner = dict(enumerate(item)) if lists and isinstance(item, list) else item
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{prefix}{name}.", lists=lists)
+        else:
+            flat[f"{prefix}{name}"] = item
     return flat
 
 

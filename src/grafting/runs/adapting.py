@@ -28,7 +28,7 @@ from ..training.finetuning import finetune as _finetune
 from ..training.phases import FinetuneConfig, phases_of
 from ..training.supply import deal
 from ..weights.pipelines import check_drawn, place
-from .remarks import LOSS_OF_DISTILLED, few_prompts, is_by_process
+from .remarks import LOSS_OF_DISTILLED, few_prompts
 from .stage import OnStep
 
 DISTILL = DistillConfig(steps=200, batch_size=8, holdout=16)
@@ -93,7 +93,7 @@ def adapt(
     phases = phases_of(finetune_config)
     for remark in few_prompts(prompts, steps=sum(phase.steps for phase in phases)):
         warnings.warn(f"prompts: {remark}", stacklevel=2)
-    if host.distilled and any(map(is_by_process, phases)):
+    if host.distilled and any(phase.asks_for_process for phase in phases):
         warnings.warn(f"finetune_config: {LOSS_OF_DISTILLED}", stacklevel=2)
     pipeline.to(default_device())
     tell = on_step or (lambda name, step: None)

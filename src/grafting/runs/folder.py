@@ -98,7 +98,7 @@ class RunFolder:
         self._manifest = new_manifest(recipe_name)
         self._to_tell: list[str] = []
         self.changes = ""
-        """What is other in the recipe than before, in words, until it is told."""
+        """What has changed in the recipe, in words; emptied once it is told."""
         if writes:
             refuse_strangers(self.path)
             self._lock = _locked(path)
@@ -133,13 +133,13 @@ class RunFolder:
 
     @contextmanager
     def stage(
-        self, name: str, inputs: Any, *, of_source: bool = False, changes: str = ""
+        self, name: str, inputs: Any, *, of_source: bool = False, is_long: bool = True
     ) -> "Iterator[Stage]":
         """Opens a stage with all that its outputs depend on, as JSON; records it as done when the block ends well.
 
         Args:
             of_source: whether its outputs are of the source alone, and are taken from another run that has done it.
-            changes: what is other in the recipe than before, in words: told if the stage is made again for it.
+            is_long: whether people should hear why it runs again, when the recipe has changed.
 
         Raises:
             Interrupted: a signal came, which the program catches, and the stage is done.
@@ -147,10 +147,9 @@ class RunFolder:
         if of_source and self.writes:
             self._take_over(name, hash_json(inputs))
         self.barrier()
-        before = self.entry(name)
         stage = Stage(self, name, hash_json(inputs))
-        if changes and before is not None and before.inputs != stage.inputs:
-            self.tell(f"{name} is made again, and what follows from it: {changes}")
+        if stage.runs_again and is_long and self.changes:
+            self.tell(f"{name} is made again, and what follows from it: {self.changes}")
             self.changes = ""
         self.barrier()
         started = time.monotonic()
@@ -179,10 +178,8 @@ class RunFolder:
             if found is None or not found.done or found.inputs != inputs:
                 continue
             shutil.rmtree(self.path / name, ignore_errors=True)
-            with (
-                suppress(FileNotFoundError),
-                disk_errors(self.path),
-            ):  # the other run may start over meanwhile
+            # the other run may start over meanwhile
+            with suppress(FileNotFoundError), disk_errors(self.path):
                 log = f"{name}/log.jsonl"
                 for output in (*(found.outputs or {}), *([log] if (other / log).is_file() else [])):
                     target = self.path / output
@@ -279,6 +276,8 @@ class Stage:
         """Once steps have been followed signals wait in here: no work after the last saved state is lost to them."""
         entry = run.entry(name)
         self.done = False
+        self.runs_again = entry is not None and entry.inputs != inputs
+        """Whether it was begun before, from other inputs."""
         if entry is None or entry.inputs != inputs:
             self._start_anew()
             return

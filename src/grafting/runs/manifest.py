@@ -96,7 +96,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         content = read_bytes(path, error=RunError)
         _parse(content, path)
     except RunError:
-        pass  # there is none, or it is damaged and the one before it stays
+        pass  # no manifest yet, or a damaged one: keep the previous one
     else:
         write_bytes(folder / _PREVIOUS, content)
     record = manifest.on_record()

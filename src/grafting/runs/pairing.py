@@ -77,10 +77,10 @@ class Against:
         Of `image_distance` and `feature_distance` a `value` with its `error`, `low` and `high`, and as `sampling_differs` the
         settings that both were not sampled with alike, if any. Or why there are none, as `not_seen`.
         """
-        if why := _unlike(self.first, self.row):
-            return {"not_seen": why}
         found: JsonObject = {key: e._asdict() for key, e in _likeness(self.first, self.row).items()}
-        sampling = _sampling_differences(self.first, self.row) if found else []
+        if not found:
+            return {"not_seen": _unlike(self.first, self.row)}
+        sampling = _sampling_differences(self.first, self.row)
         if sampling:
             found["sampling_differs"] = [*sampling]
         return found

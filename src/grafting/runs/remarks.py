@@ -7,7 +7,6 @@ from ..data import Prompts
 from ..data.scenes import PRETRAINING, ScenesConfig
 from ..editing.placed import Operators
 from ..latents.prompting import PlannedPrompts
-from ..training.phases import FinetuneConfig
 from .job import Job
 
 LOSS_OF_DISTILLED = (
@@ -67,13 +66,8 @@ def few_prompts(prompts: Iterable[str], *, steps: int) -> list[str]:
 
 
 def _loss_of_distilled(job: Job) -> list[str]:
-    asked = any(is_by_process(phase) for phase in job.recipe.phases)
+    asked = any(phase.asks_for_process for phase in job.recipe.phases)
     return [f"finetune: {LOSS_OF_DISTILLED}"] if job.denoiser.distilled and asked else []
-
-
-def is_by_process(phase: FinetuneConfig) -> bool:
-    """Whether a phase asks for the loss of the process; what says nothing has it where the model bears it."""
-    return "diffusion_weight" in phase.model_fields_set and phase.diffusion_weight > 0
 
 
 def _not_measured(job: Job) -> list[str]:

@@ -5,11 +5,10 @@ killed run stopped. Everything that can be wrong with a recipe is found before a
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -20,10 +19,10 @@ from ..editing.plan import describe_choice
 from ..errors import RunError
 from ..latents.prompting import WordsConfig, encode_words
 from ..machine.devices import default_device
-from ..machine.files import differing, write_bytes, write_json
+from ..machine.files import differing, flatten, write_bytes, write_json
 from ..machine.precision import settled_run
 from ..machine.processes import any_process, barrier, is_main, together, world_size
-from ..machine.reading import read_bytes, read_yaml, shown
+from ..machine.reading import JsonObject, read_bytes, read_yaml, shown
 from ..sampling.taught import Taught
 from .folder import RunFolder, refuse_strangers
 from .job import Job, prepare
@@ -112,25 +111,15 @@ def _open(job: Job, folder: Path, others: Sequence[Path]) -> RunFolder:
     return run_folder
 
 
-def _changes(before: Any, now: Any) -> str:
-    """What differs between two recipes, in words; empty if nothing that is set does."""
-    old, new = (dict(_flat(recipe)) for recipe in (before, now))
+def _changes(before: JsonObject, now: JsonObject) -> str:
+    """Say which settings differ between two recipes; empty if none does."""
+    old, new = (flatten(recipe, lists=True) for recipe in (before, now))
     changed = [
         f"{key} ({shown(old.get(key, _UNSET))}, now {shown(new.get(key, _UNSET))})"
         for key in differing(old, new)
     ]
     more = f" and {len(changed) - _MOST_CHANGES} more" if len(changed) > _MOST_CHANGES else ""
     return ", ".join(changed[:_MOST_CHANGES]) + more
-
-
-def _flat(settings: Any, head: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting with its path."""
-    if isinstance(settings, dict | list) and settings:
-        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
-        for key, value in items:
-            yield from _flat(value, f"{head}.{key}" if head else str(key))
-    else:
-        yield head, settings
 
 
 def _check_subset(recipe: Recipe, written: Path) -> None:
@@ -174,7 +163,8 @@ def _describe(job: Job, run_folder: RunFolder) -> None:
     if written.is_file() and read_bytes(written, error=RunError) != described:
         run_folder.mark_stale()
         with suppress(RunError):  # a damaged one says nothing, and is written again
-            run_folder.changes = _changes(read_yaml(written, error=RunError), settings)
+            before = read_yaml(written, error=RunError)
+            run_folder.changes = _changes(before, settings) if isinstance(before, dict) else ""
     write_bytes(folder / "recipe.yaml", described)
     write_json(folder / "plan.json", {"host": job.host.name, "plan": plan, "sites": sites})
     run_folder.describe_machine(

@@ -88,8 +88,7 @@ def carry_out(stage: Stage, job: Job, run: RunFolder, on_step: OnStep) -> None:
                 stage.do(Opened(job, run, part, on_step))
             continue
         inputs = stage.inputs(job, run, part)
-        # the others take moments
-        what = run.changes if stage.is_shared else ""
-        with run.stage(part.name, inputs, of_source=stage.of_source(part), changes=what) as opened:
+        how = {"of_source": stage.of_source(part), "is_long": stage.is_shared}
+        with run.stage(part.name, inputs, **how) as opened:
             if not opened.done and (stage.is_shared or is_main()):
                 opened.outputs = stage.do(Opened(job, run, part, on_step, opened))

@@ -68,10 +68,11 @@ def distill_operators(work: Opened) -> list[Path]:
         how = {"denoiser": job.denoiser, "cache_folder": work.folder / "cache", "state": state}
         steps = distill(job.model, fitted, job.data, config, **how)
         work.follow(_timed(job, (config,), of_distill, steps), save_every=job.recipe.saving)
-        _warn_of_harm(work.folder / "log.jsonl")
     barrier()
     if not is_main():
         return []
+    if fitted:
+        _warn_of_harm(work.folder / "log.jsonl")
     shutil.rmtree(work.folder / "cache", ignore_errors=True)
     if job.store is not None:
         for path, operator in fitted.items():

@@ -177,6 +177,11 @@ class FinetuneConfig(Settings):
         return self.trainable if isinstance(self.trainable, tuple) else (self.trainable,)
 
     @property
+    def asks_for_process(self) -> bool:
+        """Whether it names the loss of the process; one that says nothing has it where the model bears it."""
+        return "diffusion_weight" in self.model_fields_set and self.diffusion_weight > 0
+
+    @property
     def lora(self) -> LoraSettings | None:
         return next((part.lora for part in self.parts if isinstance(part, Lora)), None)
 
